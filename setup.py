@@ -1,0 +1,29 @@
+"""Install with ``pip install -c constraints.txt -e .`` (ranges here, one tested set there)."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="qdiff",
+    version="0.1.0",
+    description="Post-training quantization of diffusion models: Q-Diffusion and relatives on one engine",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["qdiff*", "ddim*", "ldm*"]),
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "numpy>=1.26",
+        "omegaconf>=2.3",
+        "pytorch-lightning>=2.4",
+        "einops>=0.8",
+        "transformers>=4.44",
+        "tqdm>=4.66",
+        "torch-fidelity>=0.3.0",
+        "pyyaml>=6.0",
+        "safetensors>=0.4.3",
+        "matplotlib>=3.8",
+        "scikit-learn>=1.4",
+        "pillow>=10.0",
+    ],
+    extras_require={"dev": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]},
+)
