@@ -1,0 +1,24 @@
+"""Training images by the name that a config's ``data.dataset`` gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff.errors import UserError
+
+
+def load_training_images(data: Any) -> Tensor:
+    """Return the images of ``config.data`` as float32 [N, C, H, W] in [−1, 1].
+
+    Raises:
+        UserError: no loader is known for ``data.dataset``.
+    """
+    if data.dataset == "DIGITS":
+        from ddim.datasets.digits import load_digit_images
+
+        images, _ = load_digit_images(data.image_size)
+        return torch.from_numpy(images).unsqueeze(1).float() / 127.5 - 1.0
+    raise UserError(f"data.dataset is {data.dataset}, which cannot be trained on here; known: DIGITS")

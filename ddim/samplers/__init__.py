@@ -1,0 +1,31 @@
+"""Samplers: functions of (noise prediction, x_T, schedule, noise source). They know of no network."""
+
+from ddim.samplers.ddpm import sample_ddpm_noisy
+from ddim.samplers.dpm_solver import SolverMethod, sample_dpm_solver
+from ddim.samplers.generalized import sample_generalized
+from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
+from ddim.samplers.noise import ImageNoise
+from ddim.samplers.schedule import (
+    BetaKind,
+    DiffusionSchedule,
+    SkipKind,
+    make_beta_schedule,
+    select_timesteps,
+)
+
+__all__ = [
+    "BetaKind",
+    "DiffusionSchedule",
+    "ImageNoise",
+    "NoisePrediction",
+    "NoiseSource",
+    "OnStep",
+    "Progress",
+    "SkipKind",
+    "SolverMethod",
+    "make_beta_schedule",
+    "sample_ddpm_noisy",
+    "sample_dpm_solver",
+    "sample_generalized",
+    "select_timesteps",
+]

@@ -1,0 +1,60 @@
+"""Read a model's YAML file and check the parts that everything else relies on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ddim.samplers.schedule import DiffusionSchedule, make_beta_schedule
+from qdiff.errors import UserError
+
+REQUIRED = {
+    "data": ("dataset", "image_size", "channels"),
+    "model": (
+        "in_channels",
+        "out_ch",
+        "ch",
+        "ch_mult",
+        "num_res_blocks",
+        "attn_resolutions",
+        "dropout",
+        "resamp_with_conv",
+    ),
+    "diffusion": ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"),
+}
+
+
+def load_config(path: str | Path) -> Any:
+    """Return the configuration as an attribute-style tree (OmegaConf).
+
+    Raises:
+        UserError: the file is missing, is not YAML, or lacks a key that a DDIM model needs.
+    """
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yml"))) or "configs/*.yml"
+        raise UserError(f"config file {path} does not exist; give --config one of: {known}")
+    try:
+        config = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"config file {path} is not readable YAML ({reason}); correct it") from error
+    for section, keys in REQUIRED.items():
+        part = config.get(section) if isinstance(config, DictConfig) else None
+        for key in keys:
+            if not isinstance(part, DictConfig) or key not in part:
+                raise UserError(
+                    f"config file {path} lacks {section}.{key}; a DDIM model needs it (see configs/cifar10.yml)"
+                )
+    return config
+
+
+def build_schedule(config: Any) -> DiffusionSchedule:
+    """Return the noise schedule that ``config.diffusion`` describes."""
+    d = config.diffusion
+    betas = make_beta_schedule(d.beta_schedule, d.beta_start, d.beta_end, d.num_diffusion_timesteps)
+    return DiffusionSchedule(betas)

@@ -1,0 +1,126 @@
+"""What a float network needs in order to be quantized: the only part of qdiff that model families import.
+
+A family (a folder such as ``ddim/``) builds its network from ``nn.Conv1d/2d``, ``nn.Linear`` and
+:class:`AttentionCore`, offers its forward as a sequence of :class:`Step`, and registers itself with
+:func:`register_family`. The engine never learns more about it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+State = dict[str, Any]
+"""What a network carries from one step to the next: tensors (batch first) and lists of tensors."""
+
+
+class AttentionCore(nn.Module):
+    """softmax(q·kᵀ/√d)·v without parameters: the leaf that quantization replaces.
+
+    Args:
+        prescale: multiply q and k by 1/√√d each BEFORE they are quantized (unconditional latent diffusion does),
+            instead of scaling the logits afterwards.
+    """
+
+    def __init__(self, prescale: bool = False) -> None:
+        super().__init__()
+        self.prescale = prescale
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, heads, L, d], k and v [N, heads, S, d] → [N, heads, L, d]."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def split_input(layer: nn.Module, at: int) -> nn.Module:
+    """Mark a layer whose input is a concatenation: its first ``at`` channels are one distribution, the rest another.
+
+    With split quantization on, each part gets quantizers of its own (Q-Diffusion, section 4.2).
+    """
+    layer.split_at = at
+    return layer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a network's forward: the unit that reconstruction works on.
+
+    Attributes:
+        name: dotted path of ``module`` inside the network.
+        module: a block, or a single layer where there is no block around it.
+        inputs: reads the module's positional inputs from the state; must not change the state.
+        output: stores the module's output in the state.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: Callable[[State], tuple[Tensor, ...]]
+    output: Callable[[State, Tensor], None]
+
+    def __call__(self, state: State) -> None:
+        self.output(state, self.module(*self.inputs(state)))
+
+
+class SteppedNetwork(nn.Module):
+    """A network whose forward is a sequence of named steps over an explicit state.
+
+    Calibration advances stored activations from step to step, so a whole walk over the network costs one forward
+    of each block instead of one forward from the first layer for every block.
+    """
+
+    def start(self, *inputs: Tensor | None) -> State:
+        """Return the state before the first step for the network's inputs (batch first)."""
+        raise NotImplementedError
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the steps in execution order; modules are looked up now, so replaced layers are seen."""
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        state = self.start(*inputs)
+        for step in self.steps():
+            step(state)
+        return state["h"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the engine must know of a model family beyond its steps.
+
+    Attributes:
+        network: the class of its denoising network.
+        published_names: (pattern, replacement) pairs that turn the engine's names into those of published
+            checkpoint files, tried in order with ``re.sub``; only attention quantizers differ.
+        symmetric_softmax: the family's published checkpoints give the softmax quantizer the symmetric range too
+            when activations are symmetric.
+    """
+
+    network: type[nn.Module]
+    published_names: tuple[tuple[str, str], ...] = ()
+    symmetric_softmax: bool = False
+
+    def published_name(self, name: str) -> str:
+        for pattern, replacement in self.published_names:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+
+_FAMILIES: list[Family] = []
+
+
+def register_family(family: Family) -> None:
+    """Make a family known to the engine (once, where its network class is defined)."""
+    _FAMILIES.append(family)
+
+
+def family_of(network: nn.Module) -> Family:
+    """Return the registered family of a network; one that nobody registered gets the defaults."""
+    for family in _FAMILIES:
+        if isinstance(network, family.network):
+            return family
+    return Family(network=type(network))
+

@@ -1,0 +1,87 @@
+"""Train a DDIM model with Lightning and write its EMA weights as safetensors.
+
+    python scripts/train_ddim.py --config configs/digits.yml --out models/ddim_digits.safetensors
+
+Repeating the command after an interruption continues from the last finished checkpoint in ``--workdir``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+from qdiff.cli.errors import exits_cleanly
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="model config, e.g. configs/digits.yml")
+    parser.add_argument("--out", required=True, help="where the EMA weights go (.safetensors)")
+    parser.add_argument("--workdir", default="runs/train_ddim", help="checkpoints to continue from")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--epochs", type=int, help="instead of the config's training.n_epochs")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args()
+
+
+@exits_cleanly
+def main() -> None:
+    args = parse_args()
+
+    import pytorch_lightning as pl
+    import torch
+    from safetensors.torch import save_file
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from ddim.config import load_config
+    from ddim.datasets import load_training_images
+    from ddim.training import NoisePredictionTask
+    from qdiff.files import written_whole
+
+    torch.set_num_threads(args.threads)
+    pl.seed_everything(args.seed, verbose=False)
+    config = load_config(args.config)
+    images = load_training_images(config.data)
+    epochs = args.epochs or config.training.n_epochs
+    loader = DataLoader(
+        TensorDataset(images), batch_size=config.training.batch_size, shuffle=True, drop_last=True
+    )
+    task = NoisePredictionTask(config, total_steps=epochs * len(loader))
+    checkpoints = pl.callbacks.ModelCheckpoint(
+        dirpath=args.workdir, filename="last", save_last=False, every_n_epochs=10, enable_version_counter=False
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        gradient_clip_val=config.optim.grad_clip,
+        callbacks=[checkpoints],
+        logger=False,
+        log_every_n_steps=1,
+    )
+    last = Path(args.workdir) / "last.ckpt"
+    started = time.time()
+    trainer.fit(task, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+
+    loss = float(trainer.callback_metrics.get("loss", math.nan))
+    weights = {k: v.contiguous().cpu() for k, v in task.ema.module.state_dict().items()}
+    notes = {
+        "config": args.config,
+        "epochs": epochs,
+        "steps": epochs * len(loader),
+        "images": len(images),
+        "seed": args.seed,
+        "final_loss": round(loss, 5),
+        "torch": torch.__version__,
+    }
+    with written_whole(args.out) as path:
+        save_file(weights, path, metadata={"training": json.dumps(notes)})
+    minutes = (time.time() - started) / 60
+    print(f"{args.out}: {sum(v.numel() for v in weights.values())} parameters, {minutes:.1f} min, {notes}")
+
+
+if __name__ == "__main__":
+    main()
