@@ -1,0 +1,68 @@
+"""What to quantize and how wide: one frozen, self-validating description."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+from qdiff.errors import UserError
+
+
+class RangeMethod(str, Enum):
+    """How a quantizer's range is chosen from data."""
+
+    MIN_MAX = "max"  # the extremes
+    MSE = "mse"  # the shrunken extremes with the least L2.4 error, 80 steps of 1 %
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Widths and ranges of a quantized network.
+
+    Attributes:
+        weight_bits: width of weights, 1 to 8; None keeps them in float.
+        act_bits: width of activations, 2 to 16; None keeps them in float.
+        act_symmetric: activations use a zero point in the middle of the levels (the papers' ``--a_sym``).
+        softmax_bits: width of the softmax output in attention, 2 to 16.
+        split_shortcut: layers that consume a concatenation get quantizers for each part (``--split``).
+        weight_symmetric: likewise for weights.
+        weight_range, act_range: range methods.
+
+    Raises:
+        UserError: a width out of range.
+    """
+
+    weight_bits: int | None = 8
+    act_bits: int | None = None
+    act_symmetric: bool = False
+    softmax_bits: int = 8
+    split_shortcut: bool = False
+    weight_symmetric: bool = False
+    weight_range: RangeMethod = RangeMethod.MIN_MAX
+    act_range: RangeMethod = RangeMethod.MIN_MAX
+
+    def __post_init__(self) -> None:
+        for name, low, high, option in (
+            ("weight_bits", 1, 8, "--weight_bit"),
+            ("act_bits", 2, 16, "--act_bit"),
+            ("softmax_bits", 2, 16, "--sm_abit"),
+        ):
+            bits = getattr(self, name)
+            if bits is not None and not (isinstance(bits, int) and low <= bits <= high):
+                raise UserError(f"{name} is {bits}; give {option} a whole number from {low} to {high}")
+        object.__setattr__(self, "weight_range", RangeMethod(self.weight_range))
+        object.__setattr__(self, "act_range", RangeMethod(self.act_range))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
+        """Inverse of `to_dict`; unknown names are an error."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise UserError(f"quantization config has unknown fields {sorted(unknown)}; a newer qdiff wrote it?")
+        return cls(**values)

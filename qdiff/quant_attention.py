@@ -1,0 +1,41 @@
+"""Attention whose four operands (q, k, softmax output, v) can be quantized."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdiff.config import QuantConfig
+from qdiff.interface import AttentionCore
+from qdiff.quantizer import ActQuantizer
+
+
+class QuantAttention(nn.Module):
+    """Stands in for an `AttentionCore`: two explicit matmuls when quantized, the fused kernel when not.
+
+    State: ``act_quantizer_{q,k,v,w}`` where activations have a width; w is the softmax output, which has its own
+    width and is never negative.
+    """
+
+    def __init__(self, core: AttentionCore, config: QuantConfig) -> None:
+        super().__init__()
+        self.prescale = core.prescale
+        self._float_core = core.forward
+        if config.act_bits is not None:
+            for operand in "qkv":
+                quantizer = ActQuantizer(config.act_bits, config.act_symmetric)
+                self.add_module(f"act_quantizer_{operand}", quantizer)
+            self.act_quantizer_w = ActQuantizer(config.softmax_bits, unsigned=True)
+        self.acts_quantized = False  # set by `qdiff.modes.leaf_modes`
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, heads, L, d], k and v [N, heads, S, d] → [N, heads, L, d]."""
+        if not self.acts_quantized:
+            return self._float_core(q, k, v)
+        scale = q.shape[-1] ** -0.5
+        if self.prescale:  # each operand carries the square root, so what is quantized is already scaled
+            q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
+        logits = self.act_quantizer_q(q) @ self.act_quantizer_k(k).transpose(-2, -1) * scale
+        weights = F.softmax(logits.float(), dim=-1).to(torch.promote_types(logits.dtype, v.dtype))
+        return self.act_quantizer_w(weights) @ self.act_quantizer_v(v)

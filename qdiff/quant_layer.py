@@ -1,0 +1,116 @@
+"""A convolution or linear layer whose weight and input can be quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdiff.config import QuantConfig, RangeMethod
+from qdiff.functional import dequantize, quantize
+from qdiff.quantizer import ActQuantizer, WeightQuantizer
+from qdiff.range_estimators import estimate
+
+QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+
+
+class QuantModule(nn.Module):
+    """Stands in for an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Linear``; parameter names stay the same.
+
+    Args:
+        layer: the float layer; its parameters are taken over, not copied. ``layer.split_at`` (see
+            `qdiff.interface.split_input`) is where its input channels fall into two parts.
+        config: widths and ranges.
+
+    State beside ``weight`` and ``bias``:
+        weight_int: uint8, weight's shape: the quantized weight, whatever rounding made it.
+        weight_quantizers, act_quantizers: one a slice of the input channels (1, or 2 where split).
+    """
+
+    def __init__(self, layer: nn.Module, config: QuantConfig) -> None:
+        super().__init__()
+        if getattr(layer, "padding_mode", "zeros") != "zeros":
+            raise ValueError(f"padding mode {layer.padding_mode} is not supported: only zeros are exact")
+        self.weight, self.bias = layer.weight, layer.bias
+        self._operation = _operation_of(layer)
+        boundary = getattr(layer, "split_at", None) if config.split_shortcut else None
+        channels = self.weight.shape[1]
+        self.slices = [channels] if boundary is None else [boundary, channels - boundary]
+
+        self.weight_quantizers = nn.ModuleList()
+        self.act_quantizers = nn.ModuleList()
+        if config.weight_bits is not None:
+            self.weight_quantizers.extend(
+                WeightQuantizer(config.weight_bits, config.weight_symmetric, self.weight) for _ in self.slices
+            )
+            self.register_buffer("weight_int", torch.zeros_like(self.weight, dtype=torch.uint8))
+        if config.act_bits is not None:
+            self.act_quantizers.extend(
+                ActQuantizer(config.act_bits, config.act_symmetric) for _ in self.slices
+            )
+        # Modes, set by `qdiff.modes.leaf_modes`.
+        self.weights_quantized = False
+        self.acts_quantized = False
+        # While rounding is learned: a function that returns the softly rounded weight.
+        self.soft_weight: Callable[[], Tensor] | None = None
+        # The dequantized weight, there while weights are quantized so that a step costs what float costs.
+        self.register_buffer("baked", None, persistent=False)
+
+    def weight_slices(self) -> Sequence[Tensor]:
+        """Return views of the float weight, one a slice."""
+        return self.weight.detach().split(self.slices, dim=1)
+
+    @torch.no_grad()
+    def init_weight_ranges(self, method: RangeMethod) -> None:
+        """Choose δ and z per output channel and round every weight to the nearest level."""
+        integers = []
+        for quantizer, part in zip(self.weight_quantizers, self.weight_slices(), strict=True):
+            quantizer.set(*estimate(part, quantizer.bits, method, quantizer.symmetric, per_channel=True))
+            integers.append(quantize(part.float(), quantizer.delta, quantizer.zero_point, quantizer.bits))
+        self.set_weight_int(torch.cat(integers, dim=1))
+
+    @torch.no_grad()
+    def set_weight_int(self, integers: Tensor) -> None:
+        """Take over quantized weights (any dtype, whole numbers in range, weight's shape)."""
+        self.weight_int.copy_(integers)
+        self.baked = None
+
+    @torch.no_grad()
+    def dequantized_weight(self) -> Tensor:
+        """Return δ·(q − z), weight's shape and dtype."""
+        parts = zip(self.weight_quantizers, self.weight_int.split(self.slices, dim=1), strict=True)
+        return torch.cat([dequantize(p, q.delta, q.zero_point) for q, p in parts], dim=1).to(self.weight.dtype)
+
+    def bake(self) -> None:
+        """Compute the dequantized weight now, once, instead of in every forward."""
+        if self.baked is None:
+            self.baked = self.dequantized_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.acts_quantized:
+            x = self._quantized_input(x)
+        weight = self.weight
+        if self.weights_quantized:
+            weight = self.soft_weight() if self.soft_weight is not None else self.baked
+        return self._operation(x, weight, self.bias)
+
+    def _quantized_input(self, x: Tensor) -> Tensor:
+        if len(self.slices) == 1:
+            return self.act_quantizers[0](x)
+        # Linear layers keep channels last.
+        dim = -1 if self._operation is F.linear else 1
+        parts = x.split(self.slices, dim=dim)
+        return torch.cat([q(part) for q, part in zip(self.act_quantizers, parts, strict=True)], dim=dim)
+
+    def extra_repr(self) -> str:
+        return f"weight={tuple(self.weight.shape)}, slices={self.slices}"
+
+
+def _operation_of(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    if isinstance(layer, nn.Linear):
+        return F.linear
+    convolve = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return lambda x, weight, bias: convolve(x, weight, bias, *geometry)

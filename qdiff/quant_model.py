@@ -1,0 +1,100 @@
+"""A float network with its leaves replaced by quantized ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.config import QuantConfig
+from qdiff.errors import UserError
+from qdiff.interface import AttentionCore, family_of
+from qdiff.modes import leaf_modes, leaves
+from qdiff.quant_attention import QuantAttention
+from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.quantizer import ActQuantizer, Quantizer
+
+
+class QuantModel(nn.Module):
+    """Wraps a denoising network for post-training quantization.
+
+    The network's layers are replaced in place (parameters are shared, not copied), and the whole is put in eval
+    mode: reconstruction and sampling run without dropout. Outside of `quantized` it computes what the float
+    network computed.
+
+    Args:
+        network: float weights loaded; a `qdiff.interface.SteppedNetwork` where it is to be calibrated.
+        config: widths and ranges.
+
+    ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W].
+    """
+
+    def __init__(self, network: nn.Module, config: QuantConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.family = family_of(network)
+        self.model = network
+        for parent in list(network.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, QUANTIZABLE):
+                    setattr(parent, name, QuantModule(child, config))
+                elif isinstance(child, AttentionCore):
+                    setattr(parent, name, QuantAttention(child, config))
+        if not leaves(network):
+            raise UserError(f"{type(network).__name__} has no layer that can be quantized")
+        self.eval()
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        while inputs and inputs[-1] is None:  # an absent condition is not passed on
+            inputs = inputs[:-1]
+        return self.model(*inputs)
+
+    def layers(self) -> dict[str, QuantModule]:
+        """Return the quantized convolutions and linear layers by their name in the float network."""
+        return {n: m for n, m in self.model.named_modules() if isinstance(m, QuantModule)}
+
+    def act_quantizers(self) -> dict[str, ActQuantizer]:
+        """Return all activation quantizers by name."""
+        return {n: m for n, m in self.model.named_modules() if isinstance(m, ActQuantizer)}
+
+    @contextlib.contextmanager
+    def quantized(self, weights: bool = True, activations: bool = True) -> Iterator[QuantModel]:
+        """Quantize inside the block; a side whose width is None stays in float.
+
+        Raises:
+            UserError: a quantizer that would be used was never set (no calibration, no checkpoint loaded).
+        """
+        self._assert_initialised(weights, activations)
+        with leaf_modes([self.model], weights=weights, activations=activations):
+            yield self
+
+    def _assert_initialised(self, weights: bool, activations: bool) -> None:
+        for name, module in self.model.named_modules():
+            if not isinstance(module, Quantizer) or module.initialised:
+                continue
+            is_act = isinstance(module, ActQuantizer)
+            if activations if is_act else weights:
+                kind = "activation" if is_act else "weight"
+                raise UserError(
+                    f"the {kind} quantizer {name} has no range; calibrate the network or load a checkpoint first"
+                )
+
+    def reset_fired(self) -> None:
+        """Start counting anew how often each activation quantizer fires."""
+        for quantizer in self.act_quantizers().values():
+            quantizer.fired = 0
+
+    def silent_quantizers(self) -> list[str]:
+        """Return the activation quantizers that did not fire since the last reset."""
+        return [name for name, quantizer in self.act_quantizers().items() if quantizer.fired == 0]
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        for layer in self.layers().values():  # dequantized weights of before are stale
+            layer.baked = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

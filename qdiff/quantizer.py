@@ -1,0 +1,78 @@
+"""Quantizers: modules that hold a step size, a zero point and whether they were set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.functional import fake_quantize, fake_quantize_inference
+from qdiff.range_estimators import RangeObserver
+
+
+class Quantizer(nn.Module):
+    """State of a uniform affine quantizer; everything is registered from construction.
+
+    Args:
+        bits: width.
+        symmetric: the zero point stays in the middle of the levels.
+        unsigned: the input is never negative (softmax): the zero point stays 0.
+        shape: shape of δ and z; () is one for the whole tensor.
+
+    State: ``delta`` float32, ``zero_point`` int32, ``initialised`` bool.
+    """
+
+    def __init__(
+        self, bits: int, symmetric: bool = False, unsigned: bool = False, shape: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__()
+        self.bits = bits
+        self.symmetric = symmetric
+        self.unsigned = unsigned
+        self.delta = nn.Parameter(torch.ones(shape), requires_grad=False)
+        self.register_buffer("zero_point", torch.zeros(shape, dtype=torch.int32))
+        self.register_buffer("initialised", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def set(self, delta: Tensor, zero_point: Tensor) -> None:
+        """Take over a step size and a zero point of the right shape."""
+        self.delta.copy_(delta)
+        self.zero_point.copy_(zero_point)
+        self.initialised.fill_(True)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, symmetric={self.symmetric}, unsigned={self.unsigned}"
+
+
+class ActQuantizer(Quantizer):
+    """Quantizes a tensor on its way through the network, or watches it to choose a range.
+
+    Attributes:
+        fired: how often it quantized (not state: counts since construction or the last reset).
+        observer: while set, values pass unchanged and are recorded.
+    """
+
+    def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
+        super().__init__(bits, symmetric, unsigned)
+        self.fired = 0
+        self.observer: RangeObserver | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.update(x)
+            return x
+        self.fired += 1
+        if torch.is_grad_enabled() and (self.delta.requires_grad or x.requires_grad):
+            return fake_quantize(x, self.delta, self.zero_point, self.bits)
+        return fake_quantize_inference(x, self.delta, self.zero_point, self.bits)
+
+    def settle(self) -> None:
+        """End observing: take the range of what was seen."""
+        self.set(*self.observer.qparams(self.bits, self.symmetric, self.unsigned))
+        self.observer = None
+
+
+class WeightQuantizer(Quantizer):
+    """Per-output-channel δ and z [C, 1, …] of a weight or of one slice of it."""
+
+    def __init__(self, bits: int, symmetric: bool, weight: Tensor) -> None:
+        super().__init__(bits, symmetric, shape=(weight.shape[0], *[1] * (weight.dim() - 1)))
