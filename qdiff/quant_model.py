@@ -20,9 +20,9 @@ from qdiff.quantizer import ActQuantizer, Quantizer
 class QuantModel(nn.Module):
     """Wraps a denoising network for post-training quantization.
 
-    The network's layers are replaced in place (parameters are shared, not copied), and the whole is put in eval
-    mode: reconstruction and sampling run without dropout. Outside of `quantized` it computes what the float
-    network computed.
+    The network's layers are replaced in place (parameters are shared, not copied), its parameters are frozen, and
+    the whole is put in eval mode: reconstruction and sampling run without dropout. Outside of `quantized` it
+    computes what the float network computed.
 
     Args:
         network: float weights loaded; a `qdiff.interface.SteppedNetwork` where it is to be calibrated.
@@ -44,6 +44,7 @@ class QuantModel(nn.Module):
                     setattr(parent, name, QuantAttention(child, config))
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
+        self.requires_grad_(False)
         self.eval()
 
     def forward(self, *inputs: Tensor | None) -> Tensor:

@@ -21,11 +21,13 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from ddim.datasets.digits import load_digit_images
+from qdiff.cli.errors import exits_cleanly
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
 from qdiff.evaluation.extractors import REPOSITORY, create_extractor
 from qdiff.evaluation.metrics import compute_reference
-from qdiff.evaluation.reference import replacing, save_reference
+from qdiff.evaluation.reference import save_reference
+from qdiff.files import written_whole
 
 NAME = "digits-classifier"
 TEST_SIZE, SPLIT_SEED = 360, 0  # fixed whatever --seed says, so that accuracies can be compared
@@ -84,6 +86,7 @@ def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     return (model(images)[1].argmax(dim=1) == labels).double().mean().item()
 
 
+@exits_cleanly
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
@@ -113,8 +116,8 @@ def main(arguments: list[str]) -> None:
         "command": " ".join(["python", "scripts/train_extractor.py", *arguments]),
         "torch": torch.__version__,
     }
-    with replacing(weights) as file:
-        file.write(save(model.state_dict(), metadata=about))
+    with written_whole(weights) as temporary:
+        temporary.write_bytes(save(model.state_dict(), metadata=about))
     # The extractor reads the file back, so the statistics belong to what was written.
     name = f"scikit-learn digits, all {len(pixels)}, bicubic to {IMAGE_SIZE}×{IMAGE_SIZE}"
     reference = compute_reference(pixels[:, None], create_extractor(NAME, weights), name, progress=False)
@@ -125,8 +128,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main(sys.argv[1:])

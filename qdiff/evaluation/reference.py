@@ -7,20 +7,17 @@ are derived from them, so that the two cannot disagree.
 from __future__ import annotations
 
 import json
-import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from torch import nn
 
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import REPOSITORY, extractor_spec, weights_hash
+from qdiff.files import written_whole
 
 FORMAT = "qdiff reference statistics 1"
 
@@ -81,20 +78,6 @@ class ReferenceStatistics:
             )
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its place when the block ends without an exception."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save_reference(reference: ReferenceStatistics, path: str | Path) -> None:
     """Write ``reference`` to ``path`` (.npz, compressed; equal content gives equal bytes)."""
     about = {
@@ -105,7 +88,7 @@ def save_reference(reference: ReferenceStatistics, path: str | Path) -> None:
         "weights_hash": reference.weights_hash,
         "images_hash": reference.images_hash,
     }
-    with replacing(path) as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, features=reference.features, about=np.array(json.dumps(about)))
 
 

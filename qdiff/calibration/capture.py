@@ -1,0 +1,147 @@
+"""Walk over a network's steps with stored activations, and capture what goes in and out of modules."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.reconstruction import Unit
+from qdiff.calibration.storage import ActivationStorage
+from qdiff.interface import State, Step, SteppedNetwork
+from qdiff.modes import LEAVES, leaf_modes
+
+
+def rows_of(state: State, rows: slice) -> State:
+    """Return the same state for some of the samples (views, no copies)."""
+
+    def cut(value):
+        if isinstance(value, Tensor):
+            return value[rows]
+        if isinstance(value, list):
+            return [cut(v) for v in value]
+        return value
+
+    return {key: cut(value) for key, value in state.items()}
+
+
+@dataclass(frozen=True)
+class Walker:
+    """Runs modules over all stored samples, a batch at a time.
+
+    Attributes:
+        storage: where results are kept.
+        device: where modules run; stored activations are on the CPU.
+        batch_size: samples at a time; it has no influence on the values.
+    """
+
+    storage: ActivationStorage
+    device: torch.device
+    batch_size: int = 64
+
+    def slices(self, count: int) -> Iterator[slice]:
+        for start in range(0, count, self.batch_size):
+            yield slice(start, min(start + self.batch_size, count))
+
+    @torch.no_grad()
+    def map(self, function: Callable[..., tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:
+        """Apply ``function(rows) → tensors [n, …]`` to all samples and store the results, each [count, …]."""
+        stored: tuple[Tensor, ...] = ()
+        for rows in self.slices(count):
+            results = function(rows)
+            if not stored:
+                stored = tuple(self.storage.empty((count, *r.shape[1:]), r.dtype) for r in results)
+            for place, result in zip(stored, results, strict=True):
+                place[rows].copy_(result)
+        return stored
+
+    def run(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Return the module's output for all samples, [N, …]."""
+        return self.map(lambda rows: (module(*self.load(inputs, rows)),), len(inputs[0]))[0]
+
+    def load(self, inputs: tuple[Tensor, ...], rows: slice | Tensor) -> tuple[Tensor, ...]:
+        return tuple(i[rows].to(self.device) for i in inputs)
+
+    def step_inputs(self, step: Step, state: State) -> tuple[Tensor, ...]:
+        """Return what a step feeds its module, for all samples."""
+        count = len(state["x"])
+
+        def on_device(rows: slice) -> tuple[Tensor, ...]:
+            part = rows_of(state, rows)
+            # Steps may compute (normalise, concatenate), so their tensors go where their modules are.
+            return step.inputs({k: _moved(v, self.device) for k, v in part.items()})
+
+        return self.map(on_device, count)
+
+
+def _moved(value, device: torch.device):
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, list):  # only the last skip is ever read
+        return [*value[:-1], *(v.to(device) for v in value[-1:])]
+    return value
+
+
+def walk(
+    network: SteppedNetwork, inputs: tuple[Tensor, ...], walker: Walker, weights: bool, activations: bool
+) -> Iterator[tuple[int, Step, Unit, State]]:
+    """Yield every step's unit in execution order; when control returns, activations advance past it.
+
+    Two states move along, one through the float network and one through the network as quantized so far. A unit
+    is therefore fitted on the inputs it will really get, against the output it should have had, and the whole walk
+    costs one float and one quantized forward.
+
+    Args:
+        weights, activations: what counts as quantized in the advancing state.
+
+    Yields:
+        index, step, unit, and the quantized state before the step.
+    """
+    with torch.no_grad():
+        float_state = network.start(*inputs)
+        quant_state = network.start(*inputs)
+    for index, step in enumerate(network.steps()):
+        float_inputs = walker.step_inputs(step, float_state)
+        with leaf_modes([step.module], weights=False, activations=False):
+            target = walker.run(step.module, float_inputs)
+        inputs = walker.step_inputs(step, quant_state)
+        yield index, step, Unit(step.name, step.module, inputs, target, float_inputs), quant_state
+        with leaf_modes([step.module], weights=weights, activations=activations):
+            output = walker.run(step.module, inputs)
+        step.output(float_state, target)
+        step.output(quant_state, output)
+
+
+def leaves_in_execution_order(
+    module: nn.Module, inputs: tuple[Tensor, ...], walker: Walker
+) -> list[tuple[str, nn.Module]]:
+    """Return the quantized leaves of a module in the order in which one forward reaches them."""
+    order: list[tuple[str, nn.Module]] = []
+    names = {m: n for n, m in module.named_modules() if isinstance(m, LEAVES)}
+    with contextlib.ExitStack() as stack:
+        for leaf, name in names.items():
+            handle = leaf.register_forward_pre_hook(lambda m, _, name=name: order.append((name, m)))
+            stack.callback(handle.remove)
+        with torch.no_grad():
+            module(*walker.load(inputs, slice(0, 1)))
+    return list(dict.fromkeys(order))
+
+
+def leaf_inputs_and_output(
+    module: nn.Module, leaf: nn.Module, inputs: tuple[Tensor, ...], walker: Walker
+) -> tuple[Tensor, ...]:
+    """Run a module over all samples and return what one leaf in it got and gave: (*inputs, output), each [N, …]."""
+    seen: list[tuple[Tensor, ...]] = []
+    handle = leaf.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
+    try:
+
+        def captured(rows: slice) -> tuple[Tensor, ...]:
+            module(*walker.load(inputs, rows))
+            return seen.pop()
+
+        return walker.map(captured, len(inputs[0]))
+    finally:
+        handle.remove()

@@ -1,0 +1,90 @@
+"""Finished units on disk, so that an interrupted calibration continues at the next one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from qdiff.errors import UserError
+from qdiff.files import written_whole
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizer import Quantizer
+
+
+class CalibrationJournal:
+    """One small safetensors file a finished unit, beside the settings that they were made with.
+
+    Args:
+        folder: where it lives; created at the first unit.
+        settings: everything that the result depends on (JSON values).
+
+    Raises:
+        UserError: the folder holds units of a calibration with other settings.
+    """
+
+    def __init__(self, folder: str | Path, settings: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.settings = json.loads(json.dumps(settings))
+        known = self.folder / "settings.json"
+        if known.is_file():
+            before = json.loads(known.read_text())
+            if before != self.settings:
+                names = sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k))
+                raise UserError(
+                    f"{self.folder} holds an unfinished calibration with other settings ({', '.join(names)}); "
+                    "delete it, or choose another --logdir"
+                )
+
+    def _path(self, phase: str, index: int) -> Path:
+        return self.folder / f"{phase}-{index:03d}.safetensors"
+
+    def restore(self, phase: str, index: int, module: nn.Module) -> bool:
+        """Fill a unit from disk; False where it was not finished."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path(phase, index)
+        if not path.is_file():
+            return False
+        try:
+            _fill(module, load_file(path))
+        except (SafetensorError, KeyError, RuntimeError):
+            path.unlink()  # unreadable: the unit is fitted again
+            return False
+        return True
+
+    def record(self, phase: str, index: int, module: nn.Module) -> None:
+        """Keep a finished unit."""
+        from safetensors.torch import save_file
+
+        if not (self.folder / "settings.json").is_file():
+            with written_whole(self.folder / "settings.json") as path:
+                path.write_text(json.dumps(self.settings, indent=1))
+        with written_whole(self._path(phase, index)) as path:
+            save_file(_quantizer_state(module), path)
+
+    def discard(self) -> None:
+        """Remove the folder: the calibration is finished and saved elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
+    state = {}
+    for name, part in module.named_modules():
+        if isinstance(part, Quantizer):
+            state |= {f"{name}.{k}": v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
+        elif isinstance(part, QuantModule) and len(part.weight_quantizers):
+            state[f"{name}.weight_int"] = part.weight_int.cpu()
+    return state
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, Quantizer):
+            part.load_state_dict({k: state[f"{name}.{k}"] for k in part.state_dict()})
+        elif isinstance(part, QuantModule) and len(part.weight_quantizers):
+            part.set_weight_int(state[f"{name}.weight_int"])

@@ -1,0 +1,109 @@
+"""The optimisation loop: fit a unit's rounding variables or step sizes to the unit's float output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration.objectives import Objective
+
+
+@dataclass(frozen=True)
+class RoundingRegulariser:
+    """Pushes h(α) to 0 or 1: weight·Σ(1 − |2h − 1|^β), off for the warm-up, then β falls linearly.
+
+    Attributes:
+        weight: factor against the reconstruction error.
+        warmup: share of the iterations without it.
+        beta: first and last β.
+    """
+
+    weight: float = 0.01
+    warmup: float = 0.2
+    beta: tuple[float, float] = (20.0, 2.0)
+
+    def __call__(self, roundings: Sequence[LearnedRounding], progress: float) -> Tensor | float:
+        """Return the term at ``progress`` in [0, 1) of the iterations."""
+        if progress < self.warmup:
+            return 0.0
+        share = (progress - self.warmup) / (1 - self.warmup)
+        beta = self.beta[0] + (self.beta[1] - self.beta[0]) * share
+        return self.weight * sum(r.regulariser(beta) for r in roundings)
+
+
+@dataclass
+class Unit:
+    """A block or a layer with everything the loop needs.
+
+    Attributes:
+        name: dotted path in the network.
+        module: what is run, its leaves in the mode that is to be fitted.
+        inputs: positional inputs for all N samples, quantized upstream; each [N, …] on the CPU.
+        target: the float output [N, …], on the CPU.
+        float_inputs: the inputs in the float network, likewise.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: tuple[Tensor, ...]
+    target: Tensor
+    float_inputs: tuple[Tensor, ...]
+
+
+def optimise(
+    unit: Unit,
+    optimiser: torch.optim.Optimizer,
+    objective: Objective,
+    *,
+    iterations: int,
+    batch_size: int,
+    generator: torch.Generator,
+    device: torch.device,
+    penalty: Callable[[float], Tensor | float] = lambda progress: 0.0,
+    after_step: Callable[[], None] = lambda: None,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    on_iteration: Callable[[], None] = lambda: None,
+) -> float:
+    """Minimise ``objective + penalty`` over random batches.
+
+    Args:
+        penalty: extra loss at a given share of the iterations (the rounding regulariser).
+        after_step: called after each optimiser step (to keep step sizes positive).
+        generator: decides the batches.
+
+    Returns:
+        The mean objective over the last tenth of the iterations.
+    """
+    batches = _batches(len(unit.target), batch_size, generator)
+    tail: list[Tensor] = []
+    with torch.enable_grad():
+        for iteration in range(iterations):
+            rows = next(batches)
+            inputs = tuple(i[rows].to(device, non_blocking=True) for i in unit.inputs)
+            target = unit.target[rows].to(device, non_blocking=True)
+            error = objective(unit.module(*inputs), target, rows)
+            optimiser.zero_grad(set_to_none=True)
+            (error + penalty(iteration / iterations)).backward()
+            optimiser.step()
+            after_step()
+            if scheduler is not None:
+                scheduler.step()
+            if iteration >= iterations - max(1, iterations // 10):
+                tail.append(error.detach())
+            on_iteration()
+    return float(torch.stack(tail).mean()) if tail else float("nan")
+
+
+def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield random rows without end; within a pass every sample comes up once, the remainder of a batch included."""
+    size = min(size, count)
+    order = torch.empty(0, dtype=torch.long)
+    while True:
+        while len(order) < size:
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:size]
+        order = order[size:]

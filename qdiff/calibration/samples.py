@@ -1,0 +1,119 @@
+"""The calibration set: what the denoising network is fed while the float model samples.
+
+Files have the published format: ``torch.save`` of a dict with ``xs`` [steps][n, C, H, W] and ``ts`` [steps][n], and
+``cs``, ``ucs`` [steps][n, L, D] for conditional models; steps are in sampling order, noisiest first.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qdiff.calibration.schedules import evenly_spaced
+from qdiff.errors import UserError
+from qdiff.files import written_whole
+
+FIX = "make one with scripts/collect_calibration.py"
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Network inputs, one row a sample: x [N, C, H, W], t [N] and, where conditional, the context [N, L, D]."""
+
+    inputs: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.inputs[0])
+
+
+def save_recording(recording: dict[str, Tensor], path: str | Path) -> None:
+    """Write a recording ({"xs": …, "ts": …}) in the published format, whole or not at all."""
+    with written_whole(path) as temporary:
+        torch.save(recording, temporary)
+
+
+def load_recording(path: str | Path) -> dict[str, Sequence[Tensor]]:
+    """Read a published calibration file without running code from it.
+
+    Raises:
+        UserError: missing, damaged, empty, or not of the published format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"calibration file {path} does not exist; {FIX}, or leave --cali_data_path out")
+    try:
+        recording = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size > 1 << 30)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(f"calibration file {path} is damaged or truncated ({reason}); {FIX}") from error
+    if not isinstance(recording, dict) or not {"xs", "ts"} <= set(recording):
+        raise UserError(f"calibration file {path} is malformed: it is not a dict with xs and ts; {FIX}")
+    for key, rows in recording.items():
+        listed = isinstance(rows, list | tuple) and all(isinstance(r, Tensor) for r in rows)
+        if not (listed or isinstance(rows, Tensor)):
+            raise UserError(f"calibration file {path} is malformed: {key} does not hold tensors; {FIX}")
+        if len(rows) != len(recording["xs"]):
+            raise UserError(
+                f"calibration file {path} is malformed: {len(recording['xs'])} steps of xs, {len(rows)} of {key}; {FIX}"
+            )
+    if len(recording["xs"]) == 0 or any(len(x) == 0 for x in recording["xs"]):
+        raise UserError(f"calibration file {path} is empty; {FIX}")
+    return recording
+
+
+def select_samples(
+    recording: dict[str, Sequence[Tensor]],
+    steps: int,
+    per_step: int,
+    image_shape: tuple[int, ...],
+    conditional: bool = False,
+    source: str | Path = "the recording",
+) -> CalibrationSet:
+    """Take ``per_step`` samples at ``steps`` evenly spaced recorded steps.
+
+    Args:
+        recording: as from `load_recording`.
+        steps, per_step: ``--cali_st`` and ``--cali_n``.
+        image_shape: (C, H, W) that the network takes.
+        conditional: take the conditional and the unconditional half, twice the data.
+        source: named in errors.
+
+    Raises:
+        UserError: fewer steps or samples recorded than asked for, or samples of another shape.
+    """
+    xs, ts = recording["xs"], recording["ts"]
+    if steps > len(xs):
+        raise UserError(
+            f"--cali_st {steps} goes beyond the {len(xs)} steps recorded in {source}; give --cali_st {len(xs)} or less"
+        )
+    chosen = evenly_spaced(len(xs), steps)
+    if per_step < 1:
+        raise UserError(f"--cali_n is {per_step}; give at least 1")
+    fewest = min(len(xs[i]) for i in chosen)
+    if per_step > fewest:
+        raise UserError(
+            f"--cali_n {per_step} is more than the {fewest} samples a step in {source}; give --cali_n {fewest} or less"
+        )
+    if any(tuple(xs[i].shape[1:]) != tuple(image_shape) for i in chosen):
+        raise UserError(
+            f"{source} holds samples of shape {tuple(xs[chosen[0]].shape[1:])}, the network takes {tuple(image_shape)}; "
+            "give the file of this model"
+        )
+    if any(ts[i].dim() != 1 or len(ts[i]) != len(xs[i]) for i in chosen):
+        raise UserError(f"{source} is malformed: ts does not give one timestep a sample; {FIX}")
+
+    def rows(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([values[i][:per_step] for i in chosen])
+
+    x, t = rows(xs).float(), rows(ts)
+    if not conditional:
+        return CalibrationSet((x, t))
+    if not {"cs", "ucs"} <= set(recording):
+        raise UserError(f"{source} holds no conditions (cs, ucs); record it with the conditional model")
+    context = torch.cat([rows(recording["cs"]), rows(recording["ucs"])]).float()
+    return CalibrationSet((torch.cat([x, x]), torch.cat([t, t]), context))

@@ -1,0 +1,65 @@
+"""What every recipe needs: where calibration runs, what it keeps, and the proof that it reached every quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from qdiff.calibration.capture import Walker
+from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.storage import ActivationStorage
+from qdiff.quant_model import QuantModel
+
+
+@dataclass
+class CalibrationRun:
+    """The surroundings of one calibration.
+
+    Attributes:
+        seed: fixes the result.
+        storage: keeps activations within a memory budget.
+        journal: finished units on disk; None keeps nothing.
+        show_progress: a progress bar with the time left, on stderr.
+        errors: the final reconstruction error of every fitted unit, filled in by the recipe.
+    """
+
+    seed: int = 0
+    storage: ActivationStorage = field(default_factory=ActivationStorage)
+    journal: CalibrationJournal | None = None
+    show_progress: bool = True
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def walker(self, qnn: QuantModel) -> Walker:
+        return Walker(self.storage, qnn.device)
+
+    def generator(self, *place: int) -> torch.Generator:
+        """Return a generator for one unit, independent of what ran before it (so resuming changes nothing)."""
+        seed = self.seed
+        for number in place:
+            seed = seed * 1009 + number + 1
+        return torch.Generator().manual_seed(seed % (1 << 63))
+
+
+def init_weights(qnn: QuantModel) -> None:
+    """Choose ranges of all weights and round them to nearest."""
+    for layer in qnn.layers().values():
+        layer.init_weight_ranges(qnn.config.weight_range)
+
+
+@torch.no_grad()
+def assert_all_fired(qnn: QuantModel, data: CalibrationSet, batch: int = 4) -> None:
+    """Prove on a few samples that every quantizer is set and takes part in a forward pass.
+
+    Raises:
+        RuntimeError: naming the quantizers that did nothing (a defect of the network's wrapping, not of the data).
+    """
+    qnn.reset_fired()
+    with qnn.quantized(weights=True, activations=True):
+        output = qnn(*(i[:batch].to(qnn.device) for i in data.inputs))
+    silent = qnn.silent_quantizers()
+    if silent:
+        raise RuntimeError(f"{len(silent)} activation quantizers never fired, e.g. {silent[0]}")
+    if not torch.isfinite(output).all():
+        raise RuntimeError("the quantized network's output is not finite after calibration")
