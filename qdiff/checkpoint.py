@@ -19,12 +19,13 @@ _ZIP = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _LEGACY_PICKLE = b"\x80"
 
 
-def load_checkpoint(qnn: QuantModel, path: str | Path) -> None:
+def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True) -> None:
     """Fill a quantized network from a file; nothing is changed unless all of it fits.
 
     Args:
         qnn: built with the widths and options that the file was made with; activations may be left in float.
         path: native safetensors or a published q-diffusion ``.pth``.
+        activations: False takes the weights alone, whatever the file holds for activations (``--resume_w``).
 
     Raises:
         UserError: the file is missing, damaged, or was made with other options or for another network; the message
@@ -32,9 +33,9 @@ def load_checkpoint(qnn: QuantModel, path: str | Path) -> None:
     """
     path = Path(path)
     if is_pickle(path):
-        load_published(qnn, load_tensors(path), path)
+        load_published(qnn, load_tensors(path), path, activations)
     else:
-        load_native(qnn, path)
+        load_native(qnn, path, activations)
 
 
 def save_checkpoint(

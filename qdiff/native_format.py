@@ -102,16 +102,20 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
 
 
-def load_native(qnn: QuantModel, path: Path) -> None:
+def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
     """Fill the network from our format; every mismatch is an error before anything is changed.
 
     The float weight of each layer is left as it is: the file holds only the quantized one.
+
+    Args:
+        activations: False leaves activation quantizers alone.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     metadata = read_metadata(path)
-    _check(qnn, metadata, path)
+    act = [q for _, q in sorted(qnn.act_quantizers().items())] if activations else []
+    _check(qnn, metadata, path, bool(act))
     try:
         tensors = load_file(path)
         expected = _float_tensors(qnn)
@@ -128,7 +132,6 @@ def load_native(qnn: QuantModel, path: Path) -> None:
             zero_points = _separated(tensors["weight_zero_point"], like)
             for (name, quantizer), zero_point in zip(weight_quantizers, zero_points, strict=True):
                 quantizer_state.append((quantizer, floats[f"{name}.delta"], zero_point))
-        act = [q for _, q in sorted(qnn.act_quantizers().items())]
         if act:
             deltas = _separated(tensors["act_delta"], [q.delta for q in act])
             zero_points = _separated(tensors["act_zero_point"], [q.zero_point for q in act])
@@ -154,16 +157,16 @@ def _separated(values: Tensor, like: list[Tensor]) -> list[Tensor]:
     return [v.reshape(t.shape) for v, t in zip(values.split([t.numel() for t in like]), like, strict=True)]
 
 
-def _check(qnn: QuantModel, metadata: dict[str, str], path: Path) -> None:
+def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: bool) -> None:
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
         raise UserError(f"{path} is no quantized checkpoint of ours (format {found}, not {FORMAT}); give another file")
     there, here = QuantConfig.from_dict(json.loads(metadata["config"])), qnn.config
-    if here.act_bits is not None and there.act_bits is None:
+    if activations and there.act_bits is None:
         raise UserError(
             f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or calibrate them with --resume_w"
         )
-    options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if here.act_bits is not None else {})}
+    options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
     for field, option in options.items():
         a, b = getattr(there, field), getattr(here, field)
         if a != b:

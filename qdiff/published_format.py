@@ -18,7 +18,7 @@ from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import Quantizer
+from qdiff.quantizer import Quantizer, WeightQuantizer
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
@@ -36,8 +36,9 @@ def _published_prefix(qnn: QuantModel, name: str) -> str:
     return qnn.family.published_name(name)
 
 
-def _quantizers(qnn: QuantModel) -> dict[str, Quantizer]:
-    return {_published_prefix(qnn, n): m for n, m in qnn.named_modules() if isinstance(m, Quantizer)}
+def _quantizers(qnn: QuantModel, activations: bool = True) -> dict[str, Quantizer]:
+    wanted = Quantizer if activations else WeightQuantizer
+    return {_published_prefix(qnn, n): m for n, m in qnn.named_modules() if isinstance(m, wanted)}
 
 
 def _is_signed(qnn: QuantModel, prefix: str, quantizer: Quantizer) -> bool:
@@ -47,22 +48,22 @@ def _is_signed(qnn: QuantModel, prefix: str, quantizer: Quantizer) -> bool:
     return not quantizer.unsigned or qnn.family.symmetric_softmax
 
 
-def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path) -> None:
+def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activations: bool) -> None:
     """Fill the network from a published checkpoint; every mismatch is an error before anything is changed.
+
+    Args:
+        state: what the file holds.
+        path: named in errors.
+        activations: False leaves activation quantizers alone.
 
     Raises:
         UserError: naming the option to change, or the keys that do not belong.
     """
-    config = qnn.config
-    if config.weight_bits is None:
+    if qnn.config.weight_bits is None:
         raise UserError(f"checkpoint {path} holds quantized weights; give --weight_bit")
-    quantizers = _quantizers(qnn)
-    plain = {
-        n: p
-        for n, p in qnn.named_parameters()
-        if not n.endswith(".delta")
-    }
-    _check_keys(qnn, state, set(quantizers), set(plain), path)
+    quantizers = _quantizers(qnn, activations)
+    plain = {n: p for n, p in qnn.named_parameters() if not n.endswith(".delta")}
+    _check_keys(state, set(quantizers), set(plain), path)
     for name, parameter in plain.items():
         if state[name].shape != parameter.shape:
             raise UserError(
@@ -84,23 +85,21 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path) -> Non
             layer.set_weight_int(_rounded(state, f"model.{name}", layer))
 
 
-def _check_keys(
-    qnn: QuantModel, state: dict[str, Tensor], prefixes: set[str], plain: set[str], path: Path
-) -> None:
-    config = qnn.config
+def _check_keys(state: dict[str, Tensor], prefixes: set[str], plain: set[str], path: Path) -> None:
+    activations = any(_ACT_KEY.search(p + ".") for p in prefixes)
     split_here = any(_SECOND_SLICE.search(p + ".") for p in prefixes)
     split_there = any(_SECOND_SLICE.search(k) for k in state)
     if split_there and not split_here:
         raise UserError(f"checkpoint {path} was made with --split; add --split")
     if split_here and not split_there:
         raise UserError(f"checkpoint {path} was made without --split; leave --split out")
-    if config.act_bits is not None and not any(_ACT_KEY.search(k) for k in state):
+    if activations and not any(_ACT_KEY.search(k) for k in state):
         raise UserError(
             f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or calibrate them with --resume_w"
         )
     expected = plain | {f"{p}.{part}" for p in prefixes for part in ("delta", "zero_point")}
     # A file made with activations also serves weight-only runs; α is absent where rounding was to nearest.
-    optional = {k for k in state if config.act_bits is None and _ACT_KEY.search(k)}
+    optional = {k for k in state if not activations and _ACT_KEY.search(k)}
     optional |= {f"{p}.alpha" for p in prefixes if ".weight_quantizer" in p}
     missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected - optional)
     if missing or unexpected:

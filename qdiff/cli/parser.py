@@ -1,0 +1,73 @@
+"""An argument parser whose errors are one sentence, and the option groups that commands share."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from qdiff.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as a `UserError` (one sentence, exit code 2), without the usage text.
+
+    Abbreviated options are refused: ``--cali`` could mean ten things.
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
+    group.add_argument("--method", choices=["linear", "qdiff"], help="default: as the other options imply")
+    group.add_argument(
+        "--quant_mode", choices=["linear", "qdiff"], default="qdiff", help="linear: round to nearest, min-max"
+    )
+    group.add_argument("--weight_bit", type=int, default=8, help="width of weights, 1-8")
+    group.add_argument("--quant_act", action="store_true", help="quantize activations too")
+    group.add_argument("--act_bit", type=int, default=8, help="width of activations, 2-16")
+    group.add_argument("--sm_abit", type=int, default=8, help="width of the softmax output, 2-16")
+    group.add_argument("--a_sym", action="store_true", help="symmetric activation ranges")
+    group.add_argument("--split", action="store_true", help="split shortcut layers at the h|skip boundary")
+    group.add_argument("--w_range", choices=["max", "mse"], help="how weight ranges are chosen")
+    group.add_argument("--a_range", choices=["max", "mse"], help="how activation ranges are chosen")
+
+
+def add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    """Calibration by the names of Q-Diffusion's scripts."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--cali_ckpt", help="quantized checkpoint (ours or a published .pth) to load")
+    group.add_argument("--resume", action="store_true", help="take everything from --cali_ckpt")
+    group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations")
+    group.add_argument("--cali_data_path", help="calibration file; without it the float model records one")
+    group.add_argument("--cali_st", type=int, default=1, help="how many timesteps to calibrate on")
+    group.add_argument("--cali_n", type=int, default=1024, help="samples a timestep")
+    group.add_argument("--cali_batch_size", type=int, default=32)
+    group.add_argument("--cali_iters", type=int, default=20000, help="iterations a block for weights")
+    group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations a block for activations")
+    group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of activation step sizes")
+    group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation error")
+    group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
+    group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")
+    group.add_argument("--recon_unit", choices=["block", "layer"], default="block", help="what is fitted at a time")
+    group.add_argument("--memory_budget", type=float, help="GiB of RAM for stored activations, the rest on disk")
+    group.add_argument("--cond", action="store_true", help="the model is conditional")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What every sampling command offers."""
+    group = parser.add_argument_group("run")
+    group.add_argument("-l", "--logdir", nargs="?", default="none", help="run folder; repeat a command to continue it")
+    group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    group.add_argument("--batch_size", type=int, help="images sampled at a time")
+    group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
+    group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")
+    group.add_argument("--verbose", action="store_true", help="more log lines")

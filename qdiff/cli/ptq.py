@@ -1,0 +1,120 @@
+"""Resolve the quantization options of a command into what will be done."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qdiff.config import QuantConfig, RangeMethod
+from qdiff.errors import UserError
+from qdiff.methods.qdiffusion import QDiffusionConfig
+
+
+@dataclass(frozen=True)
+class PtqPlan:
+    """What a run does about quantization.
+
+    Attributes:
+        method: ``linear`` or ``qdiff``.
+        quant: widths and ranges.
+        action: ``calibrate`` everything, ``load`` a finished checkpoint, or load its weights and calibrate
+            ``activations``.
+        checkpoint: file to load, where there is one.
+        data: calibration file; None records one.
+        steps, per_step: ``--cali_st`` and ``--cali_n``.
+        recipe: numbers of the Q-Diffusion recipe; None for ``linear``.
+        memory_budget: GiB of RAM for activations; None has no limit.
+    """
+
+    method: Literal["linear", "qdiff"]
+    quant: QuantConfig
+    action: Literal["calibrate", "load", "activations"]
+    checkpoint: str | None
+    data: str | None
+    steps: int
+    per_step: int
+    recipe: QDiffusionConfig | None
+    memory_budget: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for the manifest."""
+        recipe = None if self.recipe is None else asdict(self.recipe)
+        return {**asdict(self), "quant": self.quant.to_dict(), "recipe": recipe}
+
+
+def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMethod) -> PtqPlan | None:
+    """Return the plan of the options in ``args``, or None where the float model samples.
+
+    Args:
+        weight_range, act_range: the script's defaults.
+
+    Raises:
+        UserError: options that contradict each other (both are named) or are out of range.
+    """
+    if not args.ptq:
+        for option in ("quant_act", "resume", "resume_w", "cali_ckpt", "cali_data_path"):
+            if getattr(args, option):
+                raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
+        return None
+    method = args.method or args.quant_mode
+    if args.method == "qdiff" and args.quant_mode == "linear":
+        raise UserError("--method qdiff contradicts --quant_mode linear; leave one of them out")
+    quant = QuantConfig(
+        weight_bits=args.weight_bit,
+        act_bits=args.act_bit if args.quant_act else None,
+        act_symmetric=args.a_sym,
+        softmax_bits=args.sm_abit,
+        split_shortcut=getattr(args, "split", False),
+        weight_range=RangeMethod(args.w_range or weight_range),
+        act_range=RangeMethod(args.a_range or act_range),
+    )
+    recipe = None
+    if method == "qdiff":
+        recipe = QDiffusionConfig(
+            iterations=args.cali_iters,
+            act_iterations=args.cali_iters_a,
+            batch_size=args.cali_batch_size,
+            lr_act=args.cali_lr,
+            p=args.cali_p,
+            running_stat=args.running_stat,
+            running_stat_softmax_only=getattr(args, "rs_sm_only", False),
+            objective=args.objective,
+            unit=args.recon_unit,
+        )
+    for option in ("cali_st", "cali_n"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} is {getattr(args, option)}; give at least 1")
+    if args.memory_budget is not None and args.memory_budget < 0:
+        raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
+    return PtqPlan(
+        method=method,
+        quant=quant,
+        action=_action(args),
+        checkpoint=args.cali_ckpt,
+        data=args.cali_data_path,
+        steps=args.cali_st,
+        per_step=args.cali_n,
+        recipe=recipe,
+        memory_budget=args.memory_budget,
+    )
+
+
+def _action(args: Namespace) -> Literal["calibrate", "load", "activations"]:
+    if args.resume and args.resume_w:
+        raise UserError("--resume and --resume_w contradict each other; leave one of them out")
+    for option in ("resume", "resume_w"):
+        if getattr(args, option) and not args.cali_ckpt:
+            raise UserError(f"--{option} needs a checkpoint; add --cali_ckpt PATH")
+    if args.resume_w:
+        if not args.quant_act:
+            raise UserError("--resume_w calibrates activations, which --quant_act turns on; add --quant_act")
+        return "activations"
+    if args.resume:
+        return "load"
+    if args.cali_ckpt and args.cali_data_path:
+        raise UserError(
+            "--cali_ckpt and --cali_data_path together are ambiguous; add --resume to sample from the checkpoint, or "
+            "--resume_w to calibrate activations for its weights"
+        )
+    return "load" if args.cali_ckpt else "calibrate"

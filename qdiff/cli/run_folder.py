@@ -1,0 +1,163 @@
+"""The folder of one run: manifest, log, images; repeating the command continues it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdiff.cli.images import grid, load_png, save_png
+from qdiff.errors import UserError
+from qdiff.files import sha256, written_whole
+
+log = logging.getLogger("qdiff")
+
+PACKAGES = ("torch", "torchvision", "numpy", "pytorch-lightning", "safetensors", "torch-fidelity")
+PREVIEW_IMAGES = 64
+
+
+class RunFolder:
+    """``run.json``, ``run.log``, ``img/00000.png`` …, ``grid.png``.
+
+    Args:
+        path: the folder.
+        config: the resolved configuration, JSON values: what decides the images. A run is continued only with the
+            same one.
+        count: how many images the run is to make.
+
+    Raises:
+        UserError: the folder cannot be written, or holds another run.
+    """
+
+    def __init__(self, path: str | Path, config: dict[str, Any], count: int) -> None:
+        self.path, self.count = Path(path), count
+        self.images = self.path / "img"
+        self.config = json.loads(json.dumps(config))
+        self.manifest: dict[str, Any] = self._previous()
+        self.manifest |= {
+            "config": self.config,
+            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+            "num_images": count,
+            "status": "running",
+            "packages": _versions(),
+            "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+        }
+        self.manifest.setdefault("files", {})
+        self.manifest.setdefault("seconds", {})
+
+    def _previous(self) -> dict[str, Any]:
+        file = self.path / "run.json"
+        if not file.is_file():
+            if self.images.is_dir() and any(self.images.iterdir()):
+                raise UserError(f"{self.path} holds images but no run.json; choose another --logdir")
+            return {}
+        try:
+            previous = json.loads(file.read_text())
+            before = previous["config"]
+        except (json.JSONDecodeError, KeyError, OSError) as error:
+            raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
+        differing = sorted(_differences(before, self.config))
+        if differing:
+            raise UserError(
+                f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to continue it, "
+                "or choose another --logdir"
+            )
+        return previous
+
+    def open(self) -> None:
+        """Create the folder and write the manifest's first state."""
+        try:
+            self.images.mkdir(parents=True, exist_ok=True)
+            self.save_manifest()
+        except OSError as error:
+            raise UserError(
+                f"run folder {self.path} cannot be written ({error.strerror}); choose another --logdir"
+            ) from None
+
+    def log_to_file(self, verbose: bool) -> None:
+        """Send log lines to stderr and ``run.log``."""
+        start_logging(verbose)
+        handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+
+    def save_manifest(self) -> None:
+        with written_whole(self.path / "run.json") as temporary:
+            temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+
+    def add_file(self, role: str, path: str | Path) -> None:
+        """Note the hash of a file that was read."""
+        self.manifest["files"][role] = {"path": str(path), "sha256": sha256(path)}
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the block's wall time to ``seconds`` (over all continuations of the run)."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.manifest["seconds"]
+            seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - started, 3)
+
+    def image_path(self, index: int) -> Path:
+        return self.images / f"{index:05d}.png"
+
+    def pending(self, rank: int = 0, processes: int = 1) -> list[int]:
+        """Return the images that are not there yet, of those that belong to this process."""
+        return [i for i in range(rank, self.count, processes) if not self.image_path(i).is_file()]
+
+    def save_images(self, indices: list[int], images: np.ndarray) -> None:
+        """Write uint8 [N, H, W, C] under their numbers."""
+        for index, image in zip(indices, images, strict=True):
+            save_png(image, self.image_path(index))
+
+    def load_images(self, count: int | None = None) -> np.ndarray:
+        """Read the first ``count`` images (all by default), uint8 [N, H, W, C]."""
+        return np.stack([load_png(self.image_path(i)) for i in range(count or self.count)])
+
+    def finish(self, save_npz: bool) -> None:
+        """Write the preview grid, the array file if asked for, and the manifest's final state."""
+        first = self.load_images(min(PREVIEW_IMAGES, self.count))
+        save_png(grid(first, scale=max(1, 64 // first.shape[1])), self.path / "grid.png")
+        if save_npz:
+            with written_whole(self.path / "samples.npz") as temporary, open(temporary, "wb") as file:
+                np.savez(file, arr_0=self.load_images())
+        self.manifest["status"] = "finished"
+        self.save_manifest()
+
+
+def start_logging(verbose: bool) -> None:
+    """Send log lines to stderr."""
+    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
+    """Yield the dotted names of entries that differ."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in a.keys() | b.keys():
+            yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+    elif a != b:
+        yield f"{name}: {a} there, {b} here"
