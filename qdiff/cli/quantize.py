@@ -56,9 +56,11 @@ def quantize(
         log.info("loaded %s", source)
         return qnn
 
+    # Outside of `quantized` the wrapped network still computes in float, so recording comes after all checks.
+    qnn = QuantModel(network, plan.quant)
     weights_loaded = None
     if plan.action == "activations":
-        # Only the weights are taken; what the file says about activations is left out.
+        load_checkpoint(qnn, plan.checkpoint, activations=False)
         run.add_file("quantized checkpoint", plan.checkpoint)
         weights_loaded = sha256(plan.checkpoint)
     data = _calibration_data(plan, run, image_shape, record)
@@ -66,9 +68,6 @@ def quantize(
         run.path / JOURNAL,
         {"plan": {**plan.to_dict(), "memory_budget": None}, "seed": seed, "weights": weights_loaded},
     )
-    qnn = QuantModel(network, plan.quant)
-    if plan.action == "activations":
-        load_checkpoint(qnn, plan.checkpoint, activations=False)
     budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
     calibration = CalibrationRun(seed, ActivationStorage(budget), journal, show_progress)
     log.info("calibrating with %s on %d samples", plan.method, len(data))
