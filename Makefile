@@ -12,7 +12,7 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python scripts/reproduce.py configs/tables/digits-demo.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

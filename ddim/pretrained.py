@@ -38,7 +38,9 @@ def pretrained_path(config: Any) -> Path:
     if "url" not in entry:
         bundled = REPOSITORY / entry.file
         if not bundled.is_file():
-            raise UserError(f"the bundled weights {bundled} are missing; restore them from the repository, or give --ckpt")
+            raise UserError(
+                f"the bundled weights {bundled} are missing; restore them from the repository, or give --ckpt"
+            )
         return bundled
     path = cache_folder() / entry.file
     if not path.is_file():

@@ -92,9 +92,7 @@ class DdimSampler:
         noise = ImageNoise(seed, indices, self.shape, self.device)
         x_T, o = noise.draw(), self.options
         if o.kind == "generalized":
-            return sample_generalized(
-                eps, x_T, self.schedule, self.timesteps, eta=o.eta, noise=noise, on_step=on_step
-            )
+            return sample_generalized(eps, x_T, self.schedule, self.timesteps, eta=o.eta, noise=noise, on_step=on_step)
         if o.kind == "ddpm_noisy":
             return sample_ddpm_noisy(eps, x_T, self.schedule, self.timesteps, noise, on_step=on_step)
         return sample_dpm_solver(

@@ -39,7 +39,8 @@ class LearnedRounding:
             return parts[0]
         shape = list(self.layer.weight.shape)
         return torch.cat(
-            [p.expand(shape[0], width, *shape[2:]) for p, width in zip(parts, self.layer.slices, strict=True)], dim=1
+            [p.expand(shape[0], width, *shape[2:]) for p, width in zip(parts, self.layer.slices, strict=True)],
+            dim=1,
         )
 
     def h(self) -> Tensor:

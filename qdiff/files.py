@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from qdiff.errors import UserError
+
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
@@ -21,6 +23,14 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise a `UserError` now where ``path`` could not be written later."""
+    path = Path(path)
+    folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{path} cannot be written; choose a file in a folder that you may write to")
 
 
 def sha256(path: str | Path) -> str:

@@ -123,4 +123,3 @@ def family_of(network: nn.Module) -> Family:
         if isinstance(network, family.network):
             return family
     return Family(network=type(network))
-

@@ -164,7 +164,8 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
     there, here = QuantConfig.from_dict(json.loads(metadata["config"])), qnn.config
     if activations and there.act_bits is None:
         raise UserError(
-            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or calibrate them with --resume_w"
+            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
+            "calibrate them with --resume_w"
         )
     options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
     for field, option in options.items():
@@ -183,8 +184,7 @@ def counted_bytes(qnn: QuantModel) -> int:
     """Return the bytes of what `save_native` stores, without the file's header."""
     bits = qnn.config.weight_bits
     weights = sum(
-        m.weight.numel() * 4 if bits is None else packed_bytes(m.weight.numel(), bits)
-        for m in qnn.layers().values()
+        m.weight.numel() * 4 if bits is None else packed_bytes(m.weight.numel(), bits) for m in qnn.layers().values()
     )
     floats = sum(t.numel() * 4 for t in _float_tensors(qnn).values())
     zero_points = sum(q.zero_point.numel() for q in _weight_quantizers(qnn).values())

@@ -95,7 +95,8 @@ def _check_keys(state: dict[str, Tensor], prefixes: set[str], plain: set[str], p
         raise UserError(f"checkpoint {path} was made without --split; leave --split out")
     if activations and not any(_ACT_KEY.search(k) for k in state):
         raise UserError(
-            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or calibrate them with --resume_w"
+            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
+            "calibrate them with --resume_w"
         )
     expected = plain | {f"{p}.{part}" for p in prefixes for part in ("delta", "zero_point")}
     # A file made with activations also serves weight-only runs; α is absent where rounding was to nearest.
@@ -131,9 +132,7 @@ def _quantizer_values(
     return delta.reshape(quantizer.delta.shape), zero_point.expand(delta.shape).reshape(quantizer.delta.shape)
 
 
-def _check_symmetry(
-    qnn: QuantModel, state: dict[str, Tensor], quantizers: dict[str, Quantizer], path: Path
-) -> None:
+def _check_symmetry(qnn: QuantModel, state: dict[str, Tensor], quantizers: dict[str, Quantizer], path: Path) -> None:
     """Signed files have z = 0 throughout; in an unsigned one some layer's input has negative values."""
     zeros = [
         float(state[f"{p}.zero_point"].abs().max())

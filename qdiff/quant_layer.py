@@ -47,9 +47,7 @@ class QuantModule(nn.Module):
             )
             self.register_buffer("weight_int", torch.zeros_like(self.weight, dtype=torch.uint8))
         if config.act_bits is not None:
-            self.act_quantizers.extend(
-                ActQuantizer(config.act_bits, config.act_symmetric) for _ in self.slices
-            )
+            self.act_quantizers.extend(ActQuantizer(config.act_bits, config.act_symmetric) for _ in self.slices)
         # Modes, set by `qdiff.modes.leaf_modes`.
         self.weights_quantized = False
         self.acts_quantized = False

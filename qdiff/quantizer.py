@@ -21,9 +21,7 @@ class Quantizer(nn.Module):
     State: ``delta`` float32, ``zero_point`` int32, ``initialised`` bool.
     """
 
-    def __init__(
-        self, bits: int, symmetric: bool = False, unsigned: bool = False, shape: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.bits = bits
         self.symmetric = symmetric

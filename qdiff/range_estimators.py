@@ -13,9 +13,7 @@ ERROR_NORM = 2.4
 TINY = 1e-8  # smallest step size: a constant 0 input has no range
 
 
-def qparams(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool = False
-) -> tuple[Tensor, Tensor]:
+def qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool = False) -> tuple[Tensor, Tensor]:
     """Turn ranges into step sizes and zero points.
 
     The range is widened to include 0 before both δ and z are taken from it, so 0 is always represented exactly
@@ -44,7 +42,12 @@ def qparams(
 
 
 def estimate(
-    x: Tensor, bits: int, method: RangeMethod, symmetric: bool, unsigned: bool = False, per_channel: bool = False
+    x: Tensor,
+    bits: int,
+    method: RangeMethod,
+    symmetric: bool,
+    unsigned: bool = False,
+    per_channel: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Choose δ and z for a tensor.
 

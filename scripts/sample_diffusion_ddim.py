@@ -12,23 +12,20 @@ from __future__ import annotations
 import json
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
+from qdiff.cli.parser import (
+    Parser,
+    add_calibration_options,
+    add_model_options,
+    add_quantization_options,
+    add_run_options,
+    add_sampler_options,
+)
 
 
 def parse_args(arguments: list[str] | None = None):
     parser = Parser(__doc__)
-    parser.add_argument("--config", required=True, help="model config, e.g. configs/cifar10.yml")
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--use_pretrained", action="store_true", help="the config's released or bundled weights")
-    parser.add_argument("--ckpt", help="float weights from a file instead")
-    parser.add_argument(
-        "--sample_type", choices=["generalized", "ddpm_noisy", "dpm_solver"], default="generalized"
-    )
-    parser.add_argument("--skip_type", choices=["uniform", "quad"], default="uniform")
-    parser.add_argument("--timesteps", type=int, default=1000)
-    parser.add_argument("--eta", type=float, default=0.0)
-    parser.add_argument("--dpm_order", type=int, choices=[1, 2, 3], default=2)
-    parser.add_argument("--dpm_method", choices=["multistep", "singlestep"], default="multistep")
+    add_model_options(parser)
+    add_sampler_options(parser)
     parser.add_argument("--sequence", action="store_true", help="write x_0 predicted at every step of 8 images")
     parser.add_argument("--max_images", type=int, default=50000)
     add_quantization_options(parser)
@@ -40,9 +37,9 @@ def parse_args(arguments: list[str] | None = None):
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    from ddim.command import DdimCommand
+    from ddim.command import SampleCommand
 
-    command = DdimCommand(args)
+    command = SampleCommand(args)
     if args.dry_run:
         print(json.dumps(command.config, indent=1))
         return

@@ -46,12 +46,14 @@ def main() -> None:
     config = load_config(args.config)
     images = load_training_images(config.data)
     epochs = args.epochs or config.training.n_epochs
-    loader = DataLoader(
-        TensorDataset(images), batch_size=config.training.batch_size, shuffle=True, drop_last=True
-    )
+    loader = DataLoader(TensorDataset(images), batch_size=config.training.batch_size, shuffle=True, drop_last=True)
     task = NoisePredictionTask(config, total_steps=epochs * len(loader))
     checkpoints = pl.callbacks.ModelCheckpoint(
-        dirpath=args.workdir, filename="last", save_last=False, every_n_epochs=10, enable_version_counter=False
+        dirpath=args.workdir,
+        filename="last",
+        save_last=False,
+        every_n_epochs=10,
+        enable_version_counter=False,
     )
     trainer = pl.Trainer(
         max_epochs=epochs,

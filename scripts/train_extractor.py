@@ -67,9 +67,7 @@ def train(images: Tensor, labels: Tensor, args: argparse.Namespace) -> DigitClas
     model = DigitClassifier().train()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     steps = -(-len(images) // args.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps)
     for _ in tqdm(range(args.epochs), desc="training", unit="epoch"):
         for batch in torch.randperm(len(images), generator=generator).split(args.batch_size):
             _, logits = model(augment(images[batch], generator))

@@ -75,9 +75,7 @@ class Model(SteppedNetwork):
             level.block = nn.ModuleList()
             for _ in range(model.num_res_blocks + 1):
                 level.block.append(
-                    ResnetBlock(
-                        channels + skip_channels.pop(), width, temb_ch, model.dropout, split_at=channels
-                    )
+                    ResnetBlock(channels + skip_channels.pop(), width, temb_ch, model.dropout, split_at=channels)
                 )
                 channels = width
             level.attn = attention(resolution, width)
@@ -147,6 +145,4 @@ def _pop(state: State, out: Tensor) -> None:
     state["h"] = out
 
 
-register_family(
-    Family(network=Model, published_names=((r"\.core\.(act_quantizer_)", r".\1"),), symmetric_softmax=True)
-)
+register_family(Family(network=Model, published_names=((r"\.core\.(act_quantizer_)", r".\1"),), symmetric_softmax=True))

@@ -12,9 +12,7 @@ from qdiff.interface import State, SteppedNetwork
 from qdiff.modes import leaf_modes
 
 
-def output_gradients(
-    network: SteppedNetwork, index: int, state: State, final_target: Tensor, walker: Walker
-) -> Tensor:
+def output_gradients(network: SteppedNetwork, index: int, state: State, final_target: Tensor, walker: Walker) -> Tensor:
     """Return ∂L/∂(output of step ``index``) for all samples, L = Σ(ε_quantized-up-to-here − ε_float)².
 
     Everything before the step is as quantized in ``state``, the step itself has rounded weights, and all that

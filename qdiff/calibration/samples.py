@@ -101,8 +101,8 @@ def select_samples(
         )
     if any(tuple(xs[i].shape[1:]) != tuple(image_shape) for i in chosen):
         raise UserError(
-            f"{source} holds samples of shape {tuple(xs[chosen[0]].shape[1:])}, the network takes {tuple(image_shape)}; "
-            "give the file of this model"
+            f"{source} holds samples of shape {tuple(xs[chosen[0]].shape[1:])}, the network takes "
+            f"{tuple(image_shape)}; give the file of this model"
         )
     if any(ts[i].dim() != 1 or len(ts[i]) != len(xs[i]) for i in chosen):
         raise UserError(f"{source} is malformed: ts does not give one timestep a sample; {FIX}")

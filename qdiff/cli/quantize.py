@@ -87,7 +87,10 @@ def quantize(
 
 
 def _calibration_data(
-    plan: PtqPlan, run: RunFolder, image_shape: tuple[int, ...], record: Callable[[int, int], dict[str, Tensor]]
+    plan: PtqPlan,
+    run: RunFolder,
+    image_shape: tuple[int, ...],
+    record: Callable[[int, int], dict[str, Tensor]],
 ) -> CalibrationSet:
     path = Path(plan.data) if plan.data is not None else run.path / RECORDING
     if plan.data is None and not path.is_file():
@@ -96,3 +99,25 @@ def _calibration_data(
             save_recording(record(plan.steps, plan.per_step), path)
     run.add_file("calibration data", path)
     return select_samples(load_recording(path), plan.steps, plan.per_step, image_shape, source=path)
+
+
+@torch.no_grad()
+def measure_noise_error(qnn: QuantModel, held_out: dict[str, Tensor], batch_size: int = 64) -> dict[str, float]:
+    """Return how far the quantized ε is from the float ε on held-out network inputs.
+
+    Args:
+        held_out: a recording that calibration did not see.
+
+    Returns:
+        ``mse``, the mean squared difference over all elements; ``float_mean_square``, the same of ε itself; and the
+        number of ``samples``.
+    """
+    x, t = held_out["xs"].flatten(0, 1), held_out["ts"].flatten(0, 1)
+    error = reference = 0.0
+    for start in range(0, len(x), batch_size):
+        part = x[start : start + batch_size].to(qnn.device), t[start : start + batch_size].to(qnn.device)
+        wanted = qnn(*part).double()
+        with qnn.quantized():
+            error += float((qnn(*part).double() - wanted).square().sum())
+        reference += float(wanted.square().sum())
+    return {"mse": error / x.numel(), "float_mean_square": reference / x.numel(), "samples": len(x)}

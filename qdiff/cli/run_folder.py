@@ -51,7 +51,11 @@ class RunFolder:
             "num_images": count,
             "status": "running",
             "packages": _versions(),
-            "machine": {"platform": platform.platform(), "python": platform.python_version(), "cpus": os.cpu_count()},
+            "machine": {
+                "platform": platform.platform(),
+                "python": platform.python_version(),
+                "cpus": os.cpu_count(),
+            },
         }
         self.manifest.setdefault("files", {})
         self.manifest.setdefault("seconds", {})
@@ -70,8 +74,8 @@ class RunFolder:
         differing = sorted(_differences(before, self.config))
         if differing:
             raise UserError(
-                f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to continue it, "
-                "or choose another --logdir"
+                f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to "
+                "continue it, or choose another --logdir"
             )
         return previous
 

@@ -32,7 +32,11 @@ def sample_pending(
     with (
         torch.no_grad(),
         tqdm(
-            total=done + len(pending), initial=done, desc="sampling", unit="img", disable=not processes.is_first
+            total=done + len(pending),
+            initial=done,
+            desc="sampling",
+            unit="img",
+            disable=not processes.is_first,
         ) as bar,
     ):
         for start in range(0, len(pending), batch_size):

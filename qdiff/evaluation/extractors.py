@@ -118,9 +118,7 @@ def extractor_class(name: str) -> type:
 
         def forward(self, images):
             if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
-                raise ValueError(
-                    f"expected uint8 images [N, 3, H, W], got {images.dtype} {list(images.shape)}"
-                )
+                raise ValueError(f"expected uint8 images [N, 3, H, W], got {images.dtype} {list(images.shape)}")
             outputs = self.classifier(self.classifier.prepare(images))
             by_layer = dict(zip(self.get_provided_features_list(), outputs, strict=True))
             return tuple(by_layer[layer] for layer in self.features_list)
@@ -136,9 +134,7 @@ def __getattr__(attribute: str) -> type:
     raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
 
 
-def create_extractor(
-    name: str, weights: str | Path | None = None, device: str | torch.device = "cpu"
-) -> nn.Module:
+def create_extractor(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> nn.Module:
     """Make a feature extractor. Nothing is ever downloaded.
 
     Args:

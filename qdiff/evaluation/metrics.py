@@ -188,9 +188,7 @@ def compute_metrics(
     if "kid" in metrics:
         size = min(KID_SUBSET_SIZE, len(image_set), reference.count)
         # float64 again: an unbiased estimate near zero is a small difference of large sums.
-        scores = kid_features_to_metric(
-            features.double(), real.double(), kid_subset_size=size, verbose=progress
-        )
+        scores = kid_features_to_metric(features.double(), real.double(), kid_subset_size=size, verbose=progress)
         result["kid"], result["kid_std"] = scores[KEY_METRIC_KID_MEAN], scores[KEY_METRIC_KID_STD]
         result["kid_subset_size"] = size
     if "prc" in metrics:
@@ -201,9 +199,7 @@ def compute_metrics(
     return result
 
 
-def _check(
-    metrics: Sequence[str], count: int, reference: ReferenceStatistics | None, extractor: nn.Module
-) -> None:
+def _check(metrics: Sequence[str], count: int, reference: ReferenceStatistics | None, extractor: nn.Module) -> None:
     """Refuse what cannot give a number, before any feature is computed."""
     unknown = [metric for metric in metrics if metric not in LEAST_IMAGES]
     if unknown or isinstance(metrics, str) or not metrics:
@@ -225,9 +221,7 @@ def _png_files(folder: Path) -> list[Path]:
         raise UserError(f"There is no folder of images at {folder}: name one that holds PNG files.")
     paths = sorted(folder.glob("*.png"))
     if not paths:
-        raise UserError(
-            f"The folder {folder} holds no PNG file: name the folder that the images lie directly in."
-        )
+        raise UserError(f"The folder {folder} holds no PNG file: name the folder that the images lie directly in.")
     return paths
 
 
@@ -247,9 +241,7 @@ def _read_png(path: Path) -> np.ndarray:
 def _channels_first(images: Tensor) -> Tensor:
     """Return uint8 [N, C, H, W] of images with channels on either side."""
     if images.dtype != torch.uint8:
-        raise UserError(
-            f"Images for metrics must be uint8, not {images.dtype}: clamp, scale to 0-255 and round first."
-        )
+        raise UserError(f"Images for metrics must be uint8, not {images.dtype}: clamp, scale to 0-255 and round first.")
     first, last = (images.dim() == 4 and images.shape[side] in (1, 3) for side in (1, -1))
     if first == last or images.numel() == 0:
         raise UserError(

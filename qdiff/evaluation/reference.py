@@ -105,8 +105,7 @@ def load_reference(path: str | Path, extractor: nn.Module | None = None) -> Refe
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"There are no reference statistics at {path}: name an existing .npz file, or make it from the "
-            "images."
+            f"There are no reference statistics at {path}: name an existing .npz file, or make it from the images."
         )
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 
@@ -68,7 +68,7 @@ class QDiffusionConfig:
     range_samples: int = 64
     running_stat: bool = False
     running_stat_softmax_only: bool = False
-    regulariser: RoundingRegulariser = RoundingRegulariser()
+    regulariser: RoundingRegulariser = field(default_factory=RoundingRegulariser)
     objective: WeightObjective = WeightObjective.MSE
     unit: UnitKind = UnitKind.BLOCK
 
@@ -155,9 +155,7 @@ def _fit_activations(
         ):
             bar.update(config.act_iterations)
             continue
-        observe_unit(
-            unit, walker, qnn.config.act_range, rows, momentum, config.running_stat_softmax_only
-        )
+        observe_unit(unit, walker, qnn.config.act_range, rows, momentum, config.running_stat_softmax_only)
         for part, (small, share) in enumerate(_parts(unit, config, walker, activations=True)):
             on_iteration = partial(bar.update, share)
             generator = run.generator(1, index, part)

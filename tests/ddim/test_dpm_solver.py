@@ -102,9 +102,7 @@ def test_order_test_catches_a_planted_singlestep_error(monkeypatch, order, count
         return real(x, s, t, d0, k, clock, lambda x, p: 1.01 * data_prediction(x, p))
 
     monkeypatch.setattr(module, "_singlestep", planted)
-    assert (
-        abs(observed_order(GAUSSIAN, counts, method="singlestep", order=order) - order) > 2 * ORDER_TOLERANCE
-    )
+    assert abs(observed_order(GAUSSIAN, counts, method="singlestep", order=order) - order) > 2 * ORDER_TOLERANCE
 
 
 @pytest.mark.parametrize("method", ["singlestep", "multistep"])

@@ -47,9 +47,7 @@ def test_large_seeds_do_not_spill_into_the_index():
 
 
 def test_draws_are_standard_normal_and_uncorrelated():
-    x = torch.stack(
-        [n.draw() for n in [ImageNoise(0, range(20), (4000,))] for _ in range(2)]
-    )  # [2, 20, 4000]
+    x = torch.stack([n.draw() for n in [ImageNoise(0, range(20), (4000,))] for _ in range(2)])  # [2, 20, 4000]
     rows = x.flatten(0, 1).double()  # 40 streams of 4000
     tolerance = 5 / 4000**0.5  # five standard errors of a mean or correlation
     assert rows.mean(dim=1).abs().max() < tolerance

@@ -73,9 +73,7 @@ def ddim_error(case, *, shift=0, beta_factor=1.0, final_alpha_bar=None, device="
 
 
 def dpm_error(steps, device="cpu", **options):
-    out = sample_dpm_solver(
-        guided_eps(7.5), GOLDEN["x_T"].to(device), DiffusionSchedule(STABLE), steps, **options
-    )
+    out = sample_dpm_solver(guided_eps(7.5), GOLDEN["x_T"].to(device), DiffusionSchedule(STABLE), steps, **options)
     return relative_error(out, GOLDEN[f"ldm_dpm_{steps}_cfg7.5"])
 
 
@@ -198,9 +196,7 @@ def test_ddpm_clips_the_predicted_image():
     seen = []
     x_T = torch.tensor([-50.0, 50.0]).view(1, 1, 1, 2)
     noise = ImageNoise(0, [0], (1, 1, 2))
-    sample_ddpm_noisy(
-        lambda x, t: torch.zeros_like(x), x_T, GAUSSIAN, TIMES, noise, on_step=lambda *s: seen.append(s)
-    )
+    sample_ddpm_noisy(lambda x, t: torch.zeros_like(x), x_T, GAUSSIAN, TIMES, noise, on_step=lambda *s: seen.append(s))
     assert seen[0][3].flatten().tolist() == [-1.0, 1.0]
     assert all(float(x0.abs().max()) <= 1.0 for *_, x0 in seen)
 
@@ -250,9 +246,7 @@ def test_on_step_and_progress_see_every_step(sampler):
         wrapped.append(len(steps))
         return steps
 
-    out = SAMPLERS[sampler](
-        closed_form_eps, GOLDEN["x_T"], on_step=lambda *s: seen.append(s), progress=progress
-    )
+    out = SAMPLERS[sampler](closed_form_eps, GOLDEN["x_T"], on_step=lambda *s: seen.append(s), progress=progress)
     assert [i for i, *_ in seen] == [0, 1, 2, 3] and wrapped == [4]
     assert seen[0][1] == (999 if sampler == "dpm" else 900)
     assert torch.equal(seen[-1][2], out)

@@ -133,9 +133,7 @@ def test_weights_hash_belongs_to_the_numbers_not_to_the_file(extractor, tmp_path
 
 def test_missing_weights_say_where_and_how_to_mend(tmp_path):
     missing = tmp_path / "none.safetensors"
-    with pytest.raises(
-        UserError, match=r"no file .*none\.safetensors.*train_extractor\.py.*--extractor-weights"
-    ):
+    with pytest.raises(UserError, match=r"no file .*none\.safetensors.*train_extractor\.py.*--extractor-weights"):
         create_extractor(DIGITS, missing)
 
 

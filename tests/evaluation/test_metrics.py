@@ -165,9 +165,7 @@ def test_the_digits_are_at_no_distance_from_themselves_and_noise_is_far(extracto
 
 def test_is_of_one_image_repeated_is_1(extractor, digits):
     constant = np.repeat(digits[:1], 50, axis=0)
-    assert compute_metrics(constant, None, extractor, ["isc"], progress=False)["isc"] == pytest.approx(
-        1, abs=1e-6
-    )
+    assert compute_metrics(constant, None, extractor, ["isc"], progress=False)["isc"] == pytest.approx(1, abs=1e-6)
 
 
 def write_folder(folder, images):

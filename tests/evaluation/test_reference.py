@@ -112,9 +112,7 @@ def test_another_extractor_or_other_weights_are_refused(extractor, tmp_path):
 def test_missing_file_and_missing_bundle(tmp_path):
     with pytest.raises(UserError, match=r"no reference statistics at .*none\.npz"):
         load_reference(tmp_path / "none.npz")
-    with pytest.raises(
-        UserError, match="No reference statistics come with the extractor inception-v3-compat"
-    ):
+    with pytest.raises(UserError, match="No reference statistics come with the extractor inception-v3-compat"):
         bundled_reference("inception-v3-compat")
 
 

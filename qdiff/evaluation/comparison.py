@@ -1,0 +1,61 @@
+"""Show results beside each other: a markdown table and a picture of the same images from every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdiff.cli.images import grid, load_png
+
+SHOWN = 24
+COLUMNS = 8
+_HEADER = ("", "FID ↓", "IS ↑", "KID ↓", "ε error ↓", "size", "calibration", "sampling")
+
+
+def markdown(rows: list[dict[str, Any]], header: bool = True) -> str:
+    """Return table rows as markdown.
+
+    Args:
+        rows: as `qdiff.evaluation.table.TableRun` measures them.
+        header: put the header line above.
+    """
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        return (
+            row["label"],
+            f"{row['fid']:.2f}",
+            f"{row['isc']:.2f} ± {row['isc_std']:.2f}",
+            f"{row['kid']:.4f}",
+            "–" if row["noise_mse"] is None else f"{row['noise_mse']:.2e}",
+            f"{row['bytes'] / 1e6:.2f} MB",
+            f"{row['calibration_s']:.0f} s" if row["calibration_s"] else "–",
+            f"{row['sampling_s']:.0f} s",
+        )
+
+    lines = [cells(row) for row in rows]
+    if header:
+        lines = [_HEADER, tuple("---" for _ in _HEADER), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison_picture(folders: list[tuple[str, Path]], path: Path) -> None:
+    """Write a PNG with the first images of every run under its label; image i shares its noise across runs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(folders), figsize=(4 * len(folders), 2.0), squeeze=False)
+    try:
+        for axis, (label, folder) in zip(axes[0], folders, strict=True):
+            files = sorted(folder.glob("*.png"))[:SHOWN]
+            picture = grid(np.stack([load_png(f) for f in files]), columns=COLUMNS)
+            axis.imshow(picture.squeeze(), cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255)
+            axis.set_title(label, fontsize=11)
+            axis.axis("off")
+        figure.tight_layout()
+        figure.savefig(path, dpi=130, format="png")
+    finally:
+        pyplot.close(figure)

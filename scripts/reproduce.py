@@ -1,0 +1,35 @@
+"""Run the rows of a table, measure them by one protocol, and write the table with a picture.
+
+    python scripts/reproduce.py configs/tables/digits-demo.yaml --out runs/digits-demo
+
+Float comes first. Every row is a run folder of its own; repeating the command continues where it stopped.
+"""
+
+from __future__ import annotations
+
+from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("table", help="a file of configs/tables")
+    parser.add_argument("--out", help="folder of the runs and the table (default: runs/<name of the file>)")
+    parser.add_argument("--device", help="passed on to the runs")
+    parser.add_argument("--extractor", help="feature extractor (default: the model config's)")
+    parser.add_argument("--extractor-weights", help="weights file of the extractor")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of all rows as JSON and stop")
+    args = parser.parse_args(arguments)
+
+    from qdiff.evaluation.table import TableRun
+
+    table = TableRun(args.table, args.out, args.device, args.extractor, args.extractor_weights)
+    if args.dry_run:
+        table.print_commands()
+        return
+    table.run()
+
+
+if __name__ == "__main__":
+    main()
