@@ -24,7 +24,7 @@ from qdiff.calibration.collect import record_calls
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.cli.images import save_png, to_uint8
 from qdiff.cli.ptq import resolve_ptq
-from qdiff.cli.quantize import measure_noise_error, quantize
+from qdiff.cli.quantize import Quantization, measure_noise_error
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
@@ -132,12 +132,17 @@ class SampleCommand(DdimModel):
             log.warning("--cond is ignored: the DDIM networks are unconditional")
         processes = Processes(self.device)
         self.move_to(processes.device)
+        # Only the first process calibrates; the others read what it wrote.
+        prepared = self._prepare(run) if processes.is_first else None
         if processes.is_first:
             run.open()
             run.log_to_file(args.verbose)
             run.add_file("float weights", self.weights)
             log.info("run folder %s, method %s, device %s", run.path, self.config["method"], self.device)
-        qnn = self._quantized(run, processes)
+            self._complete(prepared, run)
+        processes.wait()
+        prepared = prepared or self._prepare(run)
+        qnn = None if prepared is None else prepared.qnn
         denoiser = self.network if qnn is None else qnn
         mode = contextlib.nullcontext() if qnn is None else qnn.quantized()
         started = time.perf_counter()
@@ -147,25 +152,21 @@ class SampleCommand(DdimModel):
             made = sample_pending(run, lambda rows: self.sampler(denoiser, rows), self.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
 
-    def _quantized(self, run: RunFolder, processes: Processes) -> QuantModel | None:
-        if self.plan is None:
-            return None
+    def _prepare(self, run: RunFolder) -> Quantization | None:
+        return None if self.plan is None else Quantization(self.network, self.plan, run, self.sampler.shape)
 
-        def make() -> QuantModel:
-            return quantize(self.network, self.plan, run, self.args.seed, self.sampler.shape, self.record)
-
-        # One process calibrates; the others read what it wrote.
-        qnn = make() if processes.is_first else None
-        processes.wait()
-        qnn = qnn or make()
-        if processes.is_first and "noise_error" not in run.manifest:
+    def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
+        """Calibrate if need be, and measure once how far ε is from float on inputs that calibration never saw."""
+        if prepared is None:
+            return
+        qnn = prepared.complete(self.args.seed, self.record)
+        if "noise_error" not in run.manifest:
             steps = min(HELD_OUT_STEPS, self.sampler.calls)
             held_out = self.record(steps, HELD_OUT_IMAGES, first=self.plan.per_step, show_progress=False)
             run.manifest["noise_error"] = measure_noise_error(qnn, held_out)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
         qnn.reset_fired()
-        return qnn
 
     @torch.no_grad()
     def _write_sequence(self, run: RunFolder, denoiser: Any) -> None:

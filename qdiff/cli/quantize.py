@@ -28,77 +28,94 @@ RECORDING = "calibration_data.pt"
 JOURNAL = "calibration"
 
 
-def quantize(
-    network: SteppedNetwork,
-    plan: PtqPlan,
-    run: RunFolder,
-    seed: int,
-    image_shape: tuple[int, ...],
-    record: Callable[[int, int], dict[str, Tensor]],
-    show_progress: bool = True,
-) -> QuantModel:
-    """Return the quantized network that a run samples from.
+class Quantization:
+    """Wraps a float network and carries out a plan.
+
+    Construction reads and checks every file that the plan names and writes nothing; `complete` does the work.
+    Outside of ``qnn.quantized()`` the wrapped network still computes in float.
 
     Args:
         network: float weights loaded, on its device.
         plan: what to do.
-        run: where the calibrated checkpoint, its recording and unfinished work are kept.
-        seed: fixes the calibration.
+        run: where the calibrated checkpoint, its recording and unfinished work are kept; may not exist yet.
         image_shape: (C, H, W) of the network's input.
-        record: ``record(steps, per_step)`` samples from the float network and returns a recording.
+
+    Attributes:
+        qnn: the wrapped network.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not fit.
     """
-    finished = run.path / CHECKPOINT
-    if plan.action == "load" or finished.is_file():
-        source = plan.checkpoint if plan.action == "load" else finished
-        qnn = QuantModel(network, plan.quant)
-        load_checkpoint(qnn, source)
-        run.add_file("quantized checkpoint", source)
-        log.info("loaded %s", source)
-        return qnn
 
-    # Outside of `quantized` the wrapped network still computes in float, so recording comes after all checks.
-    qnn = QuantModel(network, plan.quant)
-    weights_loaded = None
-    if plan.action == "activations":
-        load_checkpoint(qnn, plan.checkpoint, activations=False)
-        run.add_file("quantized checkpoint", plan.checkpoint)
-        weights_loaded = sha256(plan.checkpoint)
-    data = _calibration_data(plan, run, image_shape, record)
-    journal = CalibrationJournal(
-        run.path / JOURNAL,
-        {"plan": {**plan.to_dict(), "memory_budget": None}, "seed": seed, "weights": weights_loaded},
-    )
-    budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
-    calibration = CalibrationRun(seed, ActivationStorage(budget), journal, show_progress)
-    log.info("calibrating with %s on %d samples", plan.method, len(data))
-    with run.timed("calibration"):
-        if plan.method == "linear":
-            linear.calibrate(qnn, data, calibration)
-        else:
-            qdiffusion.calibrate(qnn, data, plan.recipe, calibration, weights=plan.action == "calibrate")
-    run.manifest["reconstruction_errors"] = calibration.errors
-    run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
-    notes = {"method": plan.method, "seed": seed, "samples": len(data), "plan": plan.to_dict()}
-    save_checkpoint(qnn, finished, notes=notes)
-    journal.discard()
-    run.save_manifest()
-    log.info("calibrated checkpoint: %s (%d bytes)", finished, finished.stat().st_size)
-    return qnn
+    def __init__(self, network: SteppedNetwork, plan: PtqPlan, run: RunFolder, image_shape: tuple[int, ...]) -> None:
+        self.plan, self.run, self.image_shape = plan, run, image_shape
+        self.finished = run.path / CHECKPOINT
+        self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
+        self.data: CalibrationSet | None = None
+        self.qnn = QuantModel(network, plan.quant)
+        self.is_complete = plan.action == "load" or self.finished.is_file()
+        if self.is_complete:
+            load_checkpoint(self.qnn, self._source)
+            return
+        if plan.action == "activations":
+            load_checkpoint(self.qnn, plan.checkpoint, activations=False)
+        if plan.data is not None or self.recording.is_file():
+            self._read_recording()
 
+    @property
+    def _source(self) -> str | Path:
+        return self.plan.checkpoint if self.plan.action == "load" else self.finished
 
-def _calibration_data(
-    plan: PtqPlan,
-    run: RunFolder,
-    image_shape: tuple[int, ...],
-    record: Callable[[int, int], dict[str, Tensor]],
-) -> CalibrationSet:
-    path = Path(plan.data) if plan.data is not None else run.path / RECORDING
-    if plan.data is None and not path.is_file():
-        log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
-        with run.timed("recording"), torch.no_grad():
-            save_recording(record(plan.steps, plan.per_step), path)
-    run.add_file("calibration data", path)
-    return select_samples(load_recording(path), plan.steps, plan.per_step, image_shape, source=path)
+    def _read_recording(self) -> None:
+        plan = self.plan
+        recording = load_recording(self.recording)
+        self.data = select_samples(recording, plan.steps, plan.per_step, self.image_shape, source=self.recording)
+
+    def complete(
+        self, seed: int, record: Callable[[int, int], dict[str, Tensor]], show_progress: bool = True
+    ) -> QuantModel:
+        """Record and calibrate where that is still to be done, and return the quantized network.
+
+        Args:
+            seed: fixes the calibration.
+            record: ``record(steps, per_step)`` samples from the float network and returns a recording.
+        """
+        if self.is_complete:
+            self.run.add_file("quantized checkpoint", self._source)
+            log.info("loaded %s", self._source)
+            return self.qnn
+        if self.data is None:
+            log.info("recording %d samples at %d steps from the float model", self.plan.per_step, self.plan.steps)
+            with self.run.timed("recording"):
+                save_recording(record(self.plan.steps, self.plan.per_step), self.recording)
+            self._read_recording()
+        self.run.add_file("calibration data", self.recording)
+        weights = None
+        if self.plan.action == "activations":
+            weights = sha256(self.plan.checkpoint)
+            self.run.add_file("quantized checkpoint", self.plan.checkpoint)
+        settings = {"plan": {**self.plan.to_dict(), "memory_budget": None}, "seed": seed, "weights": weights}
+        self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), seed, show_progress)
+        return self.qnn
+
+    def _calibrate(self, journal: CalibrationJournal, seed: int, show_progress: bool) -> None:
+        plan, run = self.plan, self.run
+        budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
+        calibration = CalibrationRun(seed, ActivationStorage(budget), journal, show_progress)
+        log.info("calibrating with %s on %d samples", plan.method, len(self.data))
+        with run.timed("calibration"):
+            if plan.method == "linear":
+                linear.calibrate(self.qnn, self.data, calibration)
+            else:
+                weights = plan.action == "calibrate"
+                qdiffusion.calibrate(self.qnn, self.data, plan.recipe, calibration, weights=weights)
+        run.manifest["reconstruction_errors"] = calibration.errors
+        run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
+        notes = {"method": plan.method, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}
+        save_checkpoint(self.qnn, self.finished, notes=notes)
+        journal.discard()
+        run.save_manifest()
+        log.info("calibrated checkpoint: %s (%d bytes)", self.finished, self.finished.stat().st_size)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import numpy as np
 
 from qdiff.cli.images import grid, load_png, save_png
 from qdiff.errors import UserError
-from qdiff.files import sha256, written_whole
+from qdiff.files import check_writable, sha256, written_whole
 
 log = logging.getLogger("qdiff")
 
@@ -43,6 +43,7 @@ class RunFolder:
     def __init__(self, path: str | Path, config: dict[str, Any], count: int) -> None:
         self.path, self.count = Path(path), count
         self.images = self.path / "img"
+        check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
         self.manifest: dict[str, Any] = self._previous()
         self.manifest |= {

@@ -1,0 +1,79 @@
+"""Shared by all tests: one thread a worker, no network, and the tiny networks that tests run on."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported, also in the processes that tests start: two workers with two spinning threads each
+# on two cores take many times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MKL_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parent / "golden"
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that resolves a host name fails: everything must run without a network."""
+    resolve = socket.getaddrinfo
+
+    def local_only(host, *args, **kwargs):
+        if host not in (None, "localhost", "127.0.0.1", "::1", socket.gethostname()):
+            raise OSError(f"no network in tests (asked for {host})")
+        return resolve(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local_only)
+
+
+@pytest.fixture
+def tiny_config():
+    """A DDIM config of 12k parameters that runs in milliseconds: 8×8, 1 channel, attention, up and down."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.create(
+        {
+            "data": {"dataset": "DIGITS", "image_size": 8, "channels": 1},
+            "model": {
+                "in_channels": 1,
+                "out_ch": 1,
+                "ch": 32,
+                "ch_mult": [1, 1],
+                "num_res_blocks": 1,
+                "attn_resolutions": [4],
+                "dropout": 0.1,
+                "resamp_with_conv": True,
+            },
+            "diffusion": {
+                "beta_schedule": "linear",
+                "beta_start": 0.0001,
+                "beta_end": 0.02,
+                "num_diffusion_timesteps": 1000,
+            },
+        }
+    )
+
+
+@pytest.fixture
+def tiny_network(tiny_config):
+    """A float network of `tiny_config` with fixed random weights, in eval mode."""
+    from ddim.models.diffusion import Model
+
+    torch.manual_seed(0)
+    return Model(tiny_config).eval()
