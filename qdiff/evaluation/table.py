@@ -78,7 +78,7 @@ class TableRun:
                 "--cali_ckpt",
                 str(self.folder(row.weights_from) / "quantized.safetensors"),
             ]
-        return [sys.executable, str(REPOSITORY / self.spec["script"]), *words]
+        return [self.spec["script"], *words]
 
     @property
     def _recording(self) -> Path:
@@ -96,13 +96,13 @@ class TableRun:
                 next(common)
             else:
                 words.append(word)
-        script = REPOSITORY / self.spec["calibration"]["script"]
+        script = self.spec["calibration"]["script"]
         numbers = self._calibration_numbers()
-        return [sys.executable, str(script), *words, *numbers, *self.device, "--out", str(self._recording)]
+        return [script, *words, *numbers, *self.device, "--out", str(self._recording)]
 
     def print_commands(self) -> None:
         """Print the commands as JSON."""
-        commands = {row.label: shlex.join(self.command(row)[1:]) for row in self.rows}
+        commands = {row.label: shlex.join(["python", *self.command(row)]) for row in self.rows}
         print(json.dumps({"extractor": self.extractor, "commands": commands}, indent=1))
 
     def run(self) -> None:
@@ -160,7 +160,7 @@ class TableRun:
             "bytes": size.stat().st_size,
             "calibration_s": calibration,
             "sampling_s": manifest["seconds"]["sampling"],
-            "command": shlex.join(self.command(row)[1:]),
+            "command": shlex.join(["python", *self.command(row)]),
         }
 
     def _protocol(self, results: list[dict[str, Any]]) -> str:
@@ -189,8 +189,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _call(command: list[str]) -> None:
-    code = subprocess.run(command, check=False).returncode
+    script, *words = command
+    code = subprocess.run([sys.executable, str(REPOSITORY / script), *words], check=False).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:
-        raise UserError(f"this command failed with exit code {code} (its error is above): {shlex.join(command[1:])}")
+        shown = shlex.join(["python", *command])
+        raise UserError(f"this command failed with exit code {code} (its error is above): {shown}")
