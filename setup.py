@@ -14,7 +14,7 @@ setup(
         "torchvision>=0.19",
         "numpy>=1.26",
         "omegaconf>=2.3",
-        "pytorch-lightning>=2.4",
+        "pytorch-lightning>=2.6",
         "einops>=0.8",
         "transformers>=4.44",
         "tqdm>=4.66",

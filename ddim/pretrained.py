@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ def _download(url: str, path: Path, md5: str | None) -> None:
             file.flush()
             if md5 is not None and _md5(temporary) != md5:
                 raise UserError(f"the download of {url} has a wrong MD5 (expected {md5}); run again, or {by_hand}")
-    except (urllib.error.URLError, TimeoutError, OSError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no URL, a broken answer
         reason = getattr(error, "reason", error)
         raise UserError(f"{path} is not there and cannot be downloaded ({reason}); {by_hand}") from error
 

@@ -50,8 +50,12 @@ def save_checkpoint(
         path: the file; an existing one is replaced.
         format: ``native`` (packed integers) or ``published`` (float weights and α, readable by the paper's code).
         notes: anything JSON can hold, kept in a native file's metadata (method, seed, …).
+
+    Raises:
+        UserError: a quantizer was never set, or see `qdiff.published_format.to_published`; nothing is written.
     """
     path = Path(path)
+    qnn.assert_initialised()
     if format == "native":
         save_native(qnn, path, notes or {})
     else:
@@ -63,14 +67,15 @@ def is_pickle(path: Path) -> bool:
     """Whether a file is a ``torch.save`` archive rather than safetensors, judged by its first bytes."""
     try:
         with open(path, "rb") as file:
-            head = file.read(4)
+            head = file.read(9)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; check the path") from None
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check the path") from None
     if not head:
         raise UserError(f"checkpoint {path} is empty; get or make the file anew")
-    return head == _ZIP or head[:1] == _LEGACY_PICKLE
+    # A safetensors file begins with its header's length (8 bytes, the first of which may be 0x80 too), then a "{".
+    return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{")
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:

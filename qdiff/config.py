@@ -30,7 +30,7 @@ class QuantConfig:
         weight_range, act_range: range methods.
 
     Raises:
-        UserError: a width out of range.
+        UserError: a width out of range, or no such range method.
     """
 
     weight_bits: int | None = 8
@@ -49,10 +49,16 @@ class QuantConfig:
             ("softmax_bits", 2, 16, "--sm_abit"),
         ):
             bits = getattr(self, name)
-            if bits is not None and not (isinstance(bits, int) and low <= bits <= high):
+            if bits is None and name != "softmax_bits":
+                continue
+            if not (isinstance(bits, int) and low <= bits <= high):
                 raise UserError(f"{name} is {bits}; give {option} a whole number from {low} to {high}")
-        object.__setattr__(self, "weight_range", RangeMethod(self.weight_range))
-        object.__setattr__(self, "act_range", RangeMethod(self.act_range))
+        for name in ("weight_range", "act_range"):
+            try:
+                object.__setattr__(self, name, RangeMethod(getattr(self, name)))
+            except ValueError:
+                methods = " or ".join(m.value for m in RangeMethod)
+                raise UserError(f"{name} is {getattr(self, name)}; give it {methods}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

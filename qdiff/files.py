@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,8 +30,13 @@ def check_writable(path: str | Path) -> None:
     """Raise a `UserError` now where ``path`` could not be written later."""
     path = Path(path)
     folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{path} cannot be written; choose a file in a folder that you may write to")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: root, read-only mounts, /proc
+            pass
+    except OSError:
+        raise UserError(f"{path} cannot be written; choose a file in a folder that you may write to") from None
 
 
 def sha256(path: str | Path) -> str:

@@ -161,7 +161,12 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
     if metadata.get("format") != FORMAT:
         found = metadata.get("format", "none")
         raise UserError(f"{path} is no quantized checkpoint of ours (format {found}, not {FORMAT}); give another file")
-    there, here = QuantConfig.from_dict(json.loads(metadata["config"])), qnn.config
+    try:
+        there, here = QuantConfig.from_dict(json.loads(metadata["config"])), qnn.config
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file anew"
+        ) from error
     if activations and there.act_bits is None:
         raise UserError(
             f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "

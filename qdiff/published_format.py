@@ -70,11 +70,12 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
                 f"checkpoint {path} belongs to another network: {name} is {tuple(state[name].shape)}, "
                 f"this network's is {tuple(parameter.shape)}"
             )
-    values = {p: _quantizer_values(qnn, state, p, q, path) for p, q in quantizers.items()}
     _check_symmetry(qnn, state, quantizers, path)
+    values = {p: _quantizer_values(qnn, state, p, q, path) for p, q in quantizers.items()}
     for name, layer in qnn.model.named_modules():
         if isinstance(layer, QuantModule):
             _check_width(state, f"model.{name}", layer, path)
+    integers = {name: _rounded(state, f"model.{name}", layer, path) for name, layer in qnn.layers().items()}
 
     with torch.no_grad():
         for name, parameter in plain.items():
@@ -82,7 +83,7 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
         for prefix, quantizer in quantizers.items():
             quantizer.set(*values[prefix])
         for name, layer in qnn.layers().items():
-            layer.set_weight_int(_rounded(state, f"model.{name}", layer))
+            layer.set_weight_int(integers[name])
 
 
 def _check_keys(state: dict[str, Tensor], prefixes: set[str], plain: set[str], path: Path) -> None:
@@ -160,13 +161,18 @@ def _check_width(state: dict[str, Tensor], name: str, layer: QuantModule, path: 
         )
 
 
-def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule) -> Tensor:
+def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path) -> Tensor:
     integers = []
     parts = state[f"{name}.weight"].split(layer.slices, dim=1)
     for i, (quantizer, part) in enumerate(zip(layer.weight_quantizers, parts, strict=True)):
         prefix = f"{name}.weight_quantizer{'_0' if i else ''}"
         scaled = part / state[f"{prefix}.delta"]
         alpha = state.get(f"{prefix}.alpha")
+        if alpha is not None and alpha.shape != part.shape:
+            raise UserError(
+                f"checkpoint {path} is malformed: {prefix}.alpha is {tuple(alpha.shape)}, its weight is "
+                f"{tuple(part.shape)}; get the file anew"
+            )
         rounded = scaled.round() if alpha is None else scaled.floor() + (alpha >= 0)
         zero_point = state[f"{prefix}.zero_point"]
         integers.append((rounded + zero_point).clamp(0, max_level(quantizer.bits)))
@@ -178,7 +184,13 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
 
     A softmax quantizer of a family whose published code makes it signed is widened to its 2^(b−1) − 1 positive
     levels, since the published code cannot express the unsigned one.
+
+    Raises:
+        UserError: weights stay in float, or the float weights are not those that were quantized (a native file does
+            not hold them).
     """
+    if qnn.config.weight_bits is None:
+        raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
     state = {n: p.detach().cpu() for n, p in qnn.named_parameters() if not n.endswith(".delta")}
     for prefix, quantizer in _quantizers(qnn).items():
         delta, zero_point = quantizer.delta.detach().cpu(), quantizer.zero_point.cpu().float()
@@ -196,5 +208,10 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
             floor = (weight.cpu() / state[f"{prefix}.delta"]).floor() + state[f"{prefix}.zero_point"]
             # Where clamping decided, either sign of α gives the same clamped integer.
             up = integers.cpu() - floor >= 1
+            if not torch.equal((floor + up).clamp(0, max_level(qnn.config.weight_bits)), integers.float().cpu()):
+                raise UserError(
+                    f"the float weights of {name} are not those that were quantized, and the published format holds "
+                    "them; load the float checkpoint before the quantized one, or save the native format"
+                )
             state[f"{prefix}.alpha"] = torch.where(up, _DECIDED_ALPHA, -_DECIDED_ALPHA)
     return state

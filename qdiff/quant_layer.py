@@ -81,17 +81,18 @@ class QuantModule(nn.Module):
         parts = zip(self.weight_quantizers, self.weight_int.split(self.slices, dim=1), strict=True)
         return torch.cat([dequantize(p, q.delta, q.zero_point) for q, p in parts], dim=1).to(self.weight.dtype)
 
-    def bake(self) -> None:
-        """Compute the dequantized weight now, once, instead of in every forward."""
+    def bake(self) -> Tensor:
+        """Return the dequantized weight, computed once instead of in every forward."""
         if self.baked is None:
             self.baked = self.dequantized_weight()
+        return self.baked
 
     def forward(self, x: Tensor) -> Tensor:
         if self.acts_quantized:
             x = self._quantized_input(x)
         weight = self.weight
         if self.weights_quantized:
-            weight = self.soft_weight() if self.soft_weight is not None else self.baked
+            weight = self.soft_weight() if self.soft_weight is not None else self.bake()
         return self._operation(x, weight, self.bias)
 
     def _quantized_input(self, x: Tensor) -> Tensor:

@@ -67,11 +67,12 @@ class QuantModel(nn.Module):
         Raises:
             UserError: a quantizer that would be used was never set (no calibration, no checkpoint loaded).
         """
-        self._assert_initialised(weights, activations)
+        self.assert_initialised(weights, activations)
         with leaf_modes([self.model], weights=weights, activations=activations):
             yield self
 
-    def _assert_initialised(self, weights: bool, activations: bool) -> None:
+    def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:
+        """Raise a `UserError` naming the first quantizer of the kinds asked for that was never set."""
         for name, module in self.model.named_modules():
             if not isinstance(module, Quantizer) or module.initialised:
                 continue

@@ -85,11 +85,16 @@ def _search(
     return best_delta, best_zero
 
 
+def _stride(count: int, wanted: int) -> int:
+    """Odd, so that sampling an image whose sides are powers of two meets every column and channel."""
+    return max(1, count // wanted) | 1
+
+
 class RangeObserver:
     """Collects what one activation quantizer sees over several batches and settles on a range.
 
     Args:
-        method: extremes over everything seen, or the search on a bounded random sample of the values.
+        method: extremes over everything seen, or the search on a bounded sample of the values.
         running_momentum: with a number m, the extremes are an exponential average: new = m·old + (1 − m)·batch
             (the papers' ``--running_stat``, m = 0.95).
     """
@@ -115,15 +120,14 @@ class RangeObserver:
             self.high = self.momentum * self.high + (1 - self.momentum) * high
         if self.method is RangeMethod.MSE:
             flat = x.detach().reshape(-1)
-            stride = max(1, flat.numel() * 4 // self.SAMPLE)
-            self._kept.append(flat[::stride].clone())
+            self._kept.append(flat[:: _stride(flat.numel() * 4, self.SAMPLE)].clone())
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         """Return δ and z, both of shape ()."""
         if self.method is RangeMethod.MIN_MAX:
             return qparams(self.low, self.high, bits, symmetric, unsigned)
         kept = torch.cat(self._kept)
-        kept = kept[:: max(1, kept.numel() // self.SAMPLE)]
+        kept = kept[:: _stride(kept.numel(), self.SAMPLE)]
         # The extremes start the search, also those that the sample missed.
         rows = torch.cat([kept.clamp(self.low, self.high), self.low[None], self.high[None]])[None].float()
         delta, zero_point = _search(rows, self.low[None], self.high[None], bits, symmetric, unsigned)

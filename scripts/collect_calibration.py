@@ -27,9 +27,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     from ddim.command import DdimModel
     from qdiff.calibration.samples import save_recording
+    from qdiff.calibration.schedules import evenly_spaced
+    from qdiff.errors import UserError
     from qdiff.files import check_writable
 
     model = DdimModel(args)
+    evenly_spaced(model.sampler.calls, args.cali_st)  # checks --cali_st
+    if args.cali_n < 1:
+        raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
     check_writable(args.out)
     model.load(args.device)
     save_recording(model.record(args.cali_st, args.cali_n), args.out)

@@ -14,22 +14,23 @@ import time
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="model config, e.g. configs/digits.yml")
     parser.add_argument("--out", required=True, help="where the EMA weights go (.safetensors)")
     parser.add_argument("--workdir", default="runs/train_ddim", help="checkpoints to continue from")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--epochs", type=int, help="instead of the config's training.n_epochs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 @exits_cleanly
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
 
     import pytorch_lightning as pl
     import torch
@@ -39,8 +40,9 @@ def main() -> None:
     from ddim.config import load_config
     from ddim.datasets import load_training_images
     from ddim.training import NoisePredictionTask
-    from qdiff.files import written_whole
+    from qdiff.files import check_writable, written_whole
 
+    check_writable(args.out)
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)
     config = load_config(args.config)

@@ -44,7 +44,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def tiny_config():
-    """A DDIM config of 12k parameters that runs in milliseconds: 8×8, 1 channel, attention, up and down."""
+    """A DDIM config of 280k parameters that runs in milliseconds: 8×8, 1 channel, attention, up and down."""
     from omegaconf import OmegaConf
 
     return OmegaConf.create(

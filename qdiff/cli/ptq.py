@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -38,9 +39,10 @@ class PtqPlan:
     memory_budget: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for the manifest."""
-        recipe = None if self.recipe is None else asdict(self.recipe)
-        return {**asdict(self), "quant": self.quant.to_dict(), "recipe": recipe}
+        """Return plain values, for the manifest: all that decides the result, so not the memory budget."""
+        values = {**asdict(self), "quant": self.quant.to_dict()}
+        del values["memory_budget"]
+        return values
 
 
 def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMethod) -> PtqPlan | None:
@@ -85,12 +87,12 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
     for option in ("cali_st", "cali_n"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; give at least 1")
-    if args.memory_budget is not None and args.memory_budget < 0:
+    if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
         raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
     return PtqPlan(
         method=method,
         quant=quant,
-        action=_action(args),
+        action=_action(args, method),
         checkpoint=args.cali_ckpt,
         data=args.cali_data_path,
         steps=args.cali_st,
@@ -100,7 +102,7 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
     )
 
 
-def _action(args: Namespace) -> Literal["calibrate", "load", "activations"]:
+def _action(args: Namespace, method: str) -> Literal["calibrate", "load", "activations"]:
     if args.resume and args.resume_w:
         raise UserError("--resume and --resume_w contradict each other; leave one of them out")
     for option in ("resume", "resume_w"):
@@ -109,6 +111,11 @@ def _action(args: Namespace) -> Literal["calibrate", "load", "activations"]:
     if args.resume_w:
         if not args.quant_act:
             raise UserError("--resume_w calibrates activations, which --quant_act turns on; add --quant_act")
+        if method == "linear":
+            raise UserError(
+                "--resume_w and the linear method contradict each other (it rounds the weights itself); leave out "
+                "--resume_w or --quant_mode linear (--method linear)"
+            )
         return "activations"
     if args.resume:
         return "load"

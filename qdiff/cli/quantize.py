@@ -81,7 +81,8 @@ class Quantization:
             record: ``record(steps, per_step)`` samples from the float network and returns a recording.
         """
         if self.is_complete:
-            self.run.add_file("quantized checkpoint", self._source)
+            role = "quantized checkpoint" if self.plan.action == "load" else "calibrated checkpoint"
+            self.run.add_file(role, self._source)
             log.info("loaded %s", self._source)
             return self.qnn
         if self.data is None:
@@ -94,7 +95,7 @@ class Quantization:
         if self.plan.action == "activations":
             weights = sha256(self.plan.checkpoint)
             self.run.add_file("quantized checkpoint", self.plan.checkpoint)
-        settings = {"plan": {**self.plan.to_dict(), "memory_budget": None}, "seed": seed, "weights": weights}
+        settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights}
         self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), seed, show_progress)
         return self.qnn
 

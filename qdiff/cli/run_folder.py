@@ -70,7 +70,7 @@ class RunFolder:
         try:
             previous = json.loads(file.read_text())
             before = previous["config"]
-        except (json.JSONDecodeError, KeyError, OSError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
         differing = sorted(_differences(before, self.config))
         if differing:
@@ -102,8 +102,18 @@ class RunFolder:
             temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
 
     def add_file(self, role: str, path: str | Path) -> None:
-        """Note the hash of a file that was read."""
-        self.manifest["files"][role] = {"path": str(path), "sha256": sha256(path)}
+        """Note the hash of a file that was read.
+
+        Raises:
+            UserError: the images so far were made with a file of other content.
+        """
+        entry = {"path": str(path), "sha256": sha256(path)}
+        if self.manifest["files"].get(role, entry)["sha256"] != entry["sha256"]:
+            raise UserError(
+                f"{path} ({role}) has changed since the run in {self.path} began; put the file back, or choose another "
+                "--logdir"
+            )
+        self.manifest["files"][role] = entry
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:

@@ -48,20 +48,27 @@ class TableRun:
         path = Path(file)
         self.spec = _read_yaml(path)
         try:
-            self.rows = [Row(**row) for row in self.spec["rows"]]
+            self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in self.spec["rows"]]
             self.common = shlex.split(self.spec["options"])
             pretrained = _read_yaml(REPOSITORY / self.spec["config"])["pretrained"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"table {path} is incomplete ({error}); see configs/tables/digits-demo.yaml") from None
         self.out = Path(out or f"runs/{path.stem}")
         self.device = [] if device is None else ["--device", device]
         self.extractor = extractor or pretrained["extractor"]
         self.extractor_weights = extractor_weights
         self.reference = pretrained.get("reference")
-        labels = {row.label for row in self.rows}
+        if not self.rows:
+            raise UserError(f"table {path} has no rows; see configs/tables/digits-demo.yaml")
+        above: dict[str, Path] = {}
         for row in self.rows:
-            if row.weights_from is not None and row.weights_from not in labels:
-                raise UserError(f"table {path}: row {row.label} takes weights from {row.weights_from}, which is no row")
+            if row.weights_from is not None and row.weights_from not in above:
+                raise UserError(
+                    f"table {path}: row {row.label} takes weights from {row.weights_from}, which is no row above it"
+                )
+            if self.folder(row.label) in above.values():
+                raise UserError(f"table {path}: two rows have the folder {self.folder(row.label)}; rename {row.label}")
+            above[row.label] = self.folder(row.label)
 
     def folder(self, label: str) -> Path:
         """Return the run folder of a row."""

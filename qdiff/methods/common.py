@@ -43,7 +43,9 @@ class CalibrationRun:
 
 
 def init_weights(qnn: QuantModel) -> None:
-    """Choose ranges of all weights and round them to nearest."""
+    """Choose ranges of all weights and round them to nearest; nothing to do where weights stay in float."""
+    if qnn.config.weight_bits is None:
+        return
     for layer in qnn.layers().values():
         layer.init_weight_ranges(qnn.config.weight_range)
 

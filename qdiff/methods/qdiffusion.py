@@ -84,6 +84,10 @@ class QDiffusionConfig:
             raise UserError(f"lr_act is {self.lr_act} and p is {self.p}; give --cali_lr and --cali_p above 0")
         object.__setattr__(self, "objective", WeightObjective(self.objective))
         object.__setattr__(self, "unit", UnitKind(self.unit))
+        if self.objective is WeightObjective.FISHER and self.unit is UnitKind.LAYER:
+            raise UserError(
+                "the Fisher objective needs gradients of whole blocks; give --recon_unit block or --objective mse"
+            )
 
 
 def calibrate(
@@ -102,6 +106,7 @@ def calibrate(
         run: seed, storage, journal, progress.
         weights: False keeps the weights as they are (loaded: ``--resume_w``) and fits activations only.
     """
+    weights = weights and qnn.config.weight_bits is not None
     activations = qnn.config.act_bits is not None
     count = sum(1 for _ in qnn.model.steps())
     total = count * (weights * config.iterations + activations * config.act_iterations)
@@ -144,10 +149,10 @@ def _fit_activations(
     qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: tqdm
 ) -> None:
     walker = run.walker(qnn)
-    rows, momentum = None, RUNNING_MOMENTUM if config.running_stat else None
-    if not config.running_stat:
-        chosen = torch.randperm(len(data), generator=run.generator(2))[: config.range_samples]
-        rows = chosen.sort().values
+    # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
+    order = torch.randperm(len(data), generator=run.generator(2))
+    first = order[: config.range_samples].sort().values
+    softmax_only = config.running_stat_softmax_only
     for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):
         bar.set_postfix_str(f"activations of {unit.name}", refresh=False)
         if not any(isinstance(m, ActQuantizer) for m in unit.module.modules()) or (
@@ -155,7 +160,10 @@ def _fit_activations(
         ):
             bar.update(config.act_iterations)
             continue
-        observe_unit(unit, walker, qnn.config.act_range, rows, momentum, config.running_stat_softmax_only)
+        if softmax_only or not config.running_stat:
+            observe_unit(unit, walker, qnn.config.act_range, first)
+        if config.running_stat:
+            observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
         for part, (small, share) in enumerate(_parts(unit, config, walker, activations=True)):
             on_iteration = partial(bar.update, share)
             generator = run.generator(1, index, part)

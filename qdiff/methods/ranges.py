@@ -19,28 +19,29 @@ def observe_unit(
     method: RangeMethod,
     rows: Tensor | None = None,
     momentum: float | None = None,
-    momentum_softmax_only: bool = False,
+    softmax_only: bool = False,
 ) -> None:
     """Choose δ and z of every activation quantizer in a unit, attention's operands included.
 
-    Weights are quantized while observing, the unit's own activations are not.
+    Weights are quantized while observing, activations that are being observed are not.
 
     Args:
-        rows: which samples to look at; None takes all.
+        rows: which samples to look at, in this order; None takes all.
         momentum: of a running average over batches; None takes the extremes over everything.
-        momentum_softmax_only: the running average is for softmax outputs alone.
+        softmax_only: observe softmax outputs alone; the other quantizers have their ranges and keep them.
     """
     quantizers = [m for m in unit.module.modules() if isinstance(m, ActQuantizer)]
+    if softmax_only:
+        quantizers = [q for q in quantizers if q.unsigned]
     if not quantizers:
         return
+    rows = torch.arange(len(unit.target)) if rows is None else rows
     for quantizer in quantizers:
-        averaged = quantizer.unsigned or not momentum_softmax_only
-        quantizer.observer = RangeObserver(method, momentum if averaged else None)
+        quantizer.observer = RangeObserver(method, momentum)
     try:
-        inputs = unit.inputs if rows is None else tuple(i[rows] for i in unit.inputs)
         with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
-            for part in walker.slices(len(inputs[0])):
-                unit.module(*walker.load(inputs, part))
+            for part in walker.slices(len(rows)):
+                unit.module(*walker.load(unit.inputs, rows[part]))
         for quantizer in quantizers:
             quantizer.settle()
     finally:

@@ -8,7 +8,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.model_selection import train_test_split
-from threadpoolctl import threadpool_limits
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
@@ -26,18 +25,6 @@ DIGITS = "digits-classifier"
 INCEPTION = "inception-v3-compat"
 WEIGHTS = REPOSITORY / EXTRACTORS[DIGITS].weights
 BATCH_TOLERANCE = 1e-4  # another batch size, another convolution kernel; features have variance 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine the threads of OpenMP and BLAS wait for each other, up to ten times the time."""
-    with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return create_extractor(DIGITS)
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,9 @@ import pytest
 import torch
 from PIL import Image
 from scipy.linalg import sqrtm
-from threadpoolctl import threadpool_limits
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
-from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.metrics import ImageSet, compute_metrics, compute_reference, extract_features
 from qdiff.evaluation.reference import ReferenceStatistics, bundled_reference
 
@@ -17,18 +15,6 @@ DIGITS = "digits-classifier"
 EXACT = 1e-6  # relative: the same float64 arithmetic by another route
 SELF_FID = 1e-3  # bundled features come from another CPU or batch size; half of the digits are at 0.1
 ROUNDING = 1e-3  # relative: float32 features or means instead of float64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine the threads of OpenMP and BLAS wait for each other, up to ten times the time."""
-    with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return create_extractor(DIGITS)
 
 
 @pytest.fixture(scope="module")

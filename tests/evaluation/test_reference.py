@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from threadpoolctl import threadpool_limits
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
@@ -21,18 +20,6 @@ from qdiff.evaluation.reference import (
 DIGITS = "digits-classifier"
 STATISTICS_TOLERANCE = 1e-12  # float64 sums in another order
 FEATURE_TOLERANCE = 1e-3  # the bundled features on another CPU; they have variance 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On a busy machine the threads of OpenMP and BLAS wait for each other, up to ten times the time."""
-    with threadpool_limits(1):
-        yield
-
-
-@pytest.fixture(scope="module")
-def extractor():
-    return create_extractor(DIGITS)
 
 
 @pytest.fixture

@@ -1,0 +1,180 @@
+"""A run folder is written whole, continued with the same options, and refused with others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from importlib import metadata
+
+import numpy as np
+import pytest
+import torch
+
+from qdiff.cli.run_folder import RunFolder
+from qdiff.errors import UserError
+from qdiff.files import sha256
+
+CONFIG = {"seed": 1, "sampler": {"eta": 0.0, "steps": 4}, "ptq": None}
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers():
+    log = logging.getLogger("qdiff")
+    before = list(log.handlers)
+    yield
+    for handler in set(log.handlers) - set(before):
+        log.removeHandler(handler)
+        handler.close()
+
+
+def opened(path, config=CONFIG, count=3):
+    run = RunFolder(path, config, count)
+    run.open()
+    return run
+
+
+def some_images(n=3):
+    return np.random.default_rng(0).integers(0, 256, (n, 4, 4, 1), dtype=np.uint8)
+
+
+def test_construction_writes_nothing(tmp_path):
+    run = RunFolder(tmp_path / "run", CONFIG, 3)
+    assert list(tmp_path.iterdir()) == []
+    assert run.pending() == [0, 1, 2]
+
+
+def test_first_state(tmp_path):
+    opened(tmp_path / "run")
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (state["status"], state["num_images"], state["config"]) == ("running", 3, CONFIG)
+    assert state["packages"]["torch"] == metadata.version("torch")
+    assert state["machine"]["cpus"] > 0 and state["machine"]["python"]
+    assert state["command"]
+
+
+def test_images_by_number_and_what_is_pending(tmp_path):
+    run, images = opened(tmp_path / "run", count=5), some_images(2)
+    run.save_images([1, 4], images)
+    assert run.image_path(4).name == "00004.png"
+    assert run.pending() == [0, 2, 3]
+    assert (run.pending(0, 2), run.pending(1, 2)) == ([0, 2], [3])
+    with pytest.raises(ValueError):
+        run.save_images([0], images)
+
+
+def test_finish_writes_grid_array_and_state(tmp_path):
+    run, images = opened(tmp_path / "run"), some_images()
+    run.save_images([0, 1, 2], images)
+    run.finish(save_npz=False)
+    assert not (run.path / "samples.npz").exists() and (run.path / "grid.png").is_file()
+    run.finish(save_npz=True)
+    with np.load(run.path / "samples.npz") as archive:
+        assert archive.files == ["arr_0"]
+        np.testing.assert_array_equal(archive["arr_0"], images)
+    np.testing.assert_array_equal(run.load_images(2), images[:2])
+    assert json.loads((run.path / "run.json").read_text())["status"] == "finished"
+    assert not list(run.path.rglob("*.part"))
+
+
+def test_same_config_continues_and_keeps_what_was_measured(tmp_path):
+    run = opened(tmp_path / "run")
+    run.manifest["seconds"]["sampling"] = 5.0
+    run.save_manifest()
+    again = RunFolder(tmp_path / "run", json.loads(json.dumps(CONFIG)), 3)
+    assert again.manifest["seconds"] == {"sampling": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": 2}, "seed: 1 there, 2 here"),
+        ({"sampler": {"eta": 0.5, "steps": 4}}, "sampler.eta: 0.0 there, 0.5 here"),
+        ({"ptq": {"bits": 4}}, "ptq: None there"),
+        ({"new": 1}, "new: None there, 1 here"),
+    ],
+)
+def test_other_config_is_refused_and_named(change, says, tmp_path):
+    opened(tmp_path / "run")
+    before = (tmp_path / "run" / "run.json").read_text()
+    with pytest.raises(UserError) as caught:
+        RunFolder(tmp_path / "run", {**CONFIG, **change}, 3)
+    assert says in str(caught.value) and "--logdir" in str(caught.value)
+    assert (tmp_path / "run" / "run.json").read_text() == before
+
+
+def test_tuples_and_lists_are_the_same_config(tmp_path):
+    opened(tmp_path / "run", {"shape": (1, 2)})
+    assert RunFolder(tmp_path / "run", {"shape": [1, 2]}, 3).config == {"shape": [1, 2]}
+
+
+def test_files_are_hashed_and_must_not_change(tmp_path):
+    file = tmp_path / "weights"
+    file.write_bytes(b"first")
+    run = opened(tmp_path / "run")
+    run.add_file("float weights", file)
+    run.save_manifest()
+    assert run.manifest["files"] == {"float weights": {"path": str(file), "sha256": sha256(file)}}
+    again = RunFolder(tmp_path / "run", CONFIG, 3)
+    again.add_file("float weights", file)
+    file.write_bytes(b"second")
+    with pytest.raises(UserError, match="has changed") as caught:
+        RunFolder(tmp_path / "run", CONFIG, 3).add_file("float weights", file)
+    assert str(file) in str(caught.value) and "--logdir" in str(caught.value)
+
+
+def test_times_add_up_over_continuations_and_errors(tmp_path, monkeypatch):
+    run, clock = RunFolder(tmp_path / "run", CONFIG, 3), iter([10.0, 12.5, 100.0, 101.25])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    with run.timed("work"):
+        pass
+    assert run.manifest["seconds"] == {"work": 2.5}
+    with pytest.raises(RuntimeError), run.timed("work"):
+        raise RuntimeError
+    assert run.manifest["seconds"] == {"work": 3.75}
+
+
+def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
+    run = opened(tmp_path / "run")
+    run.log_to_file(verbose=False)
+    log = logging.getLogger("qdiff")
+    log.info("seen")
+    log.debug("hidden")
+    streams = capsys.readouterr()
+    assert streams.out == "" and "hidden" not in streams.err
+    text = (run.path / "run.log").read_text()
+    assert "INFO seen" in text and "hidden" not in text
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])
+def test_foreign_manifest_is_refused(content, tmp_path):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match="is not a run's manifest"):
+        RunFolder(tmp_path, CONFIG, 3)
+
+
+def test_folder_of_foreign_images_is_refused(tmp_path):
+    (tmp_path / "img").mkdir()
+    RunFolder(tmp_path, CONFIG, 3)  # an empty one is fine
+    (tmp_path / "img" / "cat.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"no run\.json"):
+        RunFolder(tmp_path, CONFIG, 3)
+
+
+def test_unwritable_places_are_refused_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):
+        with pytest.raises(UserError, match="cannot be written"):
+            RunFolder(path, CONFIG, 3)
+
+
+def test_folder_that_becomes_unwritable_is_refused_on_opening(tmp_path):
+    run = RunFolder(tmp_path / "run", CONFIG, 3)
+    (tmp_path / "run").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        run.open()
+
+
+def test_tensor_is_no_config(tmp_path):
+    with pytest.raises(TypeError):
+        RunFolder(tmp_path / "run", {"x": torch.zeros(1)}, 3)

@@ -1,0 +1,136 @@
+"""Calibration files: the published format, what is taken from it, and bad ones."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+
+from qdiff.calibration.samples import load_recording, save_recording, select_samples
+from qdiff.calibration.schedules import evenly_spaced
+from qdiff.errors import UserError
+
+SHAPE = (2, 4, 4)
+
+
+def recording(steps=10, count=6, conditional=False):
+    """Every sample carries its (step, number) in its values."""
+    xs = torch.zeros(steps, count, *SHAPE)
+    xs += torch.arange(steps)[:, None, None, None, None] * 100 + torch.arange(count)[None, :, None, None, None]
+    made = {"xs": xs, "ts": torch.arange(steps)[:, None].expand(steps, count).clone()}
+    if conditional:
+        made["cs"] = torch.ones(steps, count, 3, 5)
+        made["ucs"] = torch.zeros(steps, count, 3, 5)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("recorded", "count", "expected"), [(10, 3, [0, 3, 6]), (10, 10, list(range(10))), (7, 1, [0])]
+)
+def test_steps_are_taken_evenly(recorded, count, expected):
+    assert evenly_spaced(recorded, count) == expected
+
+
+@pytest.mark.parametrize("count", [0, -1, 11])
+def test_steps_that_cannot_be_taken(count):
+    with pytest.raises(UserError, match="--cali_st 1 to 10"):
+        evenly_spaced(10, count)
+
+
+def test_selection_takes_the_first_samples_of_each_chosen_step():
+    chosen = select_samples(recording(), steps=3, per_step=2, image_shape=SHAPE)
+    x, t = chosen.inputs
+    assert len(chosen) == 6
+    assert x[:, 0, 0, 0].tolist() == [0, 1, 300, 301, 600, 601]
+    assert t.tolist() == [0, 0, 3, 3, 6, 6]
+
+
+def test_conditional_selection_doubles_the_data():
+    x, t, context = select_samples(recording(conditional=True), 2, 3, SHAPE, conditional=True).inputs
+    assert len(x) == len(t) == len(context) == 12
+    assert torch.equal(x[:6], x[6:]) and torch.equal(t[:6], t[6:])
+    assert bool((context[:6] == 1).all()) and bool((context[6:] == 0).all())
+
+
+def test_steps_may_hold_different_counts():
+    """A list of tensors, as the published files are."""
+    made = recording()
+    ragged = {"xs": list(made["xs"]), "ts": list(made["ts"])}
+    ragged["xs"][3], ragged["ts"][3] = ragged["xs"][3][:2], ragged["ts"][3][:2]
+    assert len(select_samples(ragged, 2, 6, SHAPE)) == 12  # steps 0 and 5
+    with pytest.raises(UserError, match="--cali_n 2 or less"):
+        select_samples(ragged, 3, 3, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"steps": 11}, "--cali_st 10 or less"),
+        ({"steps": 0}, "--cali_st"),
+        ({"per_step": 7}, "--cali_n 6 or less"),
+        ({"per_step": 0}, "at least 1"),
+        ({"image_shape": (3, 4, 4)}, r"shape \(2, 4, 4\), the network takes \(3, 4, 4\)"),
+        ({"conditional": True}, "no conditions"),
+    ],
+)
+def test_impossible_selections_name_the_option(arguments, match):
+    with pytest.raises(UserError, match=match):
+        select_samples(recording(), **{"steps": 2, "per_step": 2, "image_shape": SHAPE, **arguments})
+
+
+def test_timesteps_must_match_the_samples():
+    made = recording()
+    made["ts"] = made["ts"][:, :3]
+    with pytest.raises(UserError, match="one timestep a sample"):
+        select_samples(made, 2, 2, SHAPE)
+
+
+def test_file_round_trip(tmp_path):
+    made = recording(conditional=True)
+    save_recording(made, tmp_path / "new" / "data.pt")
+    loaded = load_recording(tmp_path / "new" / "data.pt")
+    assert set(loaded) == set(made) and all(torch.equal(loaded[k], made[k]) for k in made)
+    assert os.listdir(tmp_path / "new") == ["data.pt"]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def damaged_files(folder):
+    good = folder / "good.pt"
+    save_recording(recording(), good)
+    yield "truncated", good.read_bytes()[:-200], "damaged"
+    yield "empty file", b"", "damaged"
+    yield "foreign", b"<html>404</html>" * 40, "damaged"
+    yield "code", pickle.dumps({"xs": Evil(folder / "evidence")}, protocol=2), "damaged"
+    for name, content, match in (
+        ("list", [1, 2], "not a dict with xs and ts"),
+        ("no ts", {"xs": torch.zeros(1, 1, *SHAPE)}, "not a dict with xs and ts"),
+        ("numbers", {"xs": 3, "ts": 4}, "does not hold tensors"),
+        ("lists of numbers", {"xs": [1, 2], "ts": [1, 2]}, "does not hold tensors"),
+        ("steps differ", recording() | {"ts": torch.zeros(9, 6)}, "10 steps of xs, 9 of ts"),
+        ("no steps", {"xs": torch.zeros(0, 6, *SHAPE), "ts": torch.zeros(0, 6)}, "is empty"),
+        ("no samples", {"xs": torch.zeros(5, 0, *SHAPE), "ts": torch.zeros(5, 0)}, "is empty"),
+    ):
+        torch.save(content, folder / "made.pt")
+        yield name, (folder / "made.pt").read_bytes(), match
+
+
+def test_bad_files_are_one_clear_error(tmp_path):
+    for name, content, match in damaged_files(tmp_path):
+        path = tmp_path / "bad.pt"
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=match) as caught:
+            load_recording(path)
+            pytest.fail(name)
+        assert str(path) in str(caught.value), name
+    assert not (tmp_path / "evidence").exists()
+    with pytest.raises(UserError, match="does not exist"):
+        load_recording(tmp_path / "nowhere.pt")

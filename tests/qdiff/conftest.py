@@ -1,0 +1,83 @@
+"""What the tests of the engine share: copies of the tiny network, data for it, and calibrated networks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from qdiff.calibration.capture import Walker
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.storage import ActivationStorage
+from qdiff.config import QuantConfig
+from qdiff.methods import linear
+from qdiff.methods.common import CalibrationRun
+from qdiff.quant_model import QuantModel
+
+
+def inputs(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (x, t) that the tiny network takes, spread over all timesteps."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 1, 8, 8, generator=generator), torch.arange(count) * (1000 // count)
+
+
+@pytest.fixture
+def data() -> CalibrationSet:
+    """12 samples: a batch of 5 leaves a remainder."""
+    return CalibrationSet(inputs(12, seed=1))
+
+
+@pytest.fixture
+def held_out() -> tuple[torch.Tensor, torch.Tensor]:
+    """Network inputs that no calibration saw."""
+    return inputs(16, seed=2)
+
+
+@pytest.fixture
+def walker() -> Walker:
+    return Walker(ActivationStorage(), torch.device("cpu"))
+
+
+@pytest.fixture
+def wrap(tiny_network):
+    """``wrap(**config)``: the tiny network, always with the same float weights, wrapped and not calibrated."""
+
+    def wrapped(**config) -> QuantModel:
+        return QuantModel(copy.deepcopy(tiny_network), QuantConfig(**config))
+
+    return wrapped
+
+
+@pytest.fixture
+def calibrated(wrap, data):
+    """``calibrated(**config)``: the same, with ranges set by the linear recipe."""
+
+    def made(**config) -> QuantModel:
+        qnn = wrap(**config)
+        linear.calibrate(qnn, data, CalibrationRun(show_progress=False))
+        return qnn
+
+    return made
+
+
+@pytest.fixture
+def run_quantized():
+    """``run_quantized(qnn, inputs, weights=True, activations=True)``: the output without gradients."""
+
+    @torch.no_grad()
+    def run(qnn: QuantModel, given: tuple[torch.Tensor, ...], weights: bool = True, activations: bool = True):
+        with qnn.quantized(weights=weights, activations=activations):
+            return qnn(*given)
+
+    return run
+
+
+@pytest.fixture
+def relative():
+    """``relative(out, expected)``: ‖out − expected‖ / ‖expected‖."""
+
+    def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+        return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+    return error

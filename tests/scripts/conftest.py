@@ -1,0 +1,104 @@
+"""Shared by the script tests: commands called in this process, and a tiny model on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+# 8×8, one channel, attention, up and down, wide enough to hear the timestep. β is small: random weights then leave
+# most pixels unsaturated, so that equal images say something.
+CONFIG = """
+data: {dataset: DIGITS, image_size: 8, channels: 1}
+model:
+  {in_channels: 1, out_ch: 1, ch: 32, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [4], dropout: 0.1,
+   ema_rate: 0.9, resamp_with_conv: true}
+diffusion: {beta_schedule: linear, beta_start: 0.0001, beta_end: 0.0005, num_diffusion_timesteps: 1000}
+training: {batch_size: 600, n_epochs: 10}
+sampling: {batch_size: 4}
+optim: {lr: 0.001, warmup_steps: 2, weight_decay: 0.0, beta1: 0.9, eps: 1.0e-08, grad_clip: 1.0}
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left on its streams, and its exit code."""
+
+    code: int
+    out: str
+    err: str
+
+    def error_line(self) -> str:
+        """Return the one line on stderr of a command that refused its input."""
+        assert self.code == 2, self.err
+        assert self.out == ""
+        lines = self.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        return lines[0]
+
+
+def load_script(name: str):
+    """Import scripts/NAME.py."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def call():
+    """``call("sample_diffusion_ddim", "--config", …)`` runs the script's main in this process."""
+
+    def run(script: str, *arguments: object) -> Outcome:
+        words = [str(a) for a in arguments]
+        out, err, code, argv = io.StringIO(), io.StringIO(), 0, sys.argv
+        sys.argv = [f"scripts/{script}.py", *words]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                try:
+                    load_script(script).main(words)
+                except SystemExit as stop:
+                    code = stop.code or 0
+        finally:
+            sys.argv = argv
+            log = logging.getLogger("qdiff")
+            for handler in list(log.handlers):  # they hold this call's streams and files
+                log.removeHandler(handler)
+                handler.close()
+        return Outcome(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    config: Path
+    weights: Path
+
+    @property
+    def options(self) -> tuple[object, ...]:
+        return "--config", self.config, "--ckpt", self.weights, "--device", "cpu"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyModel:
+    """A config file and safetensors weights of a network with fixed random weights."""
+    from ddim.config import load_config
+    from ddim.models.diffusion import Model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.yml").write_text(CONFIG)
+    torch.manual_seed(0)
+    network = Model(load_config(folder / "tiny.yml"))
+    save_file(network.state_dict(), folder / "tiny.safetensors")
+    return TinyModel(folder / "tiny.yml", folder / "tiny.safetensors")

@@ -1,0 +1,218 @@
+"""The table command on a tiny model: sampling runs in this process, and the metrics are stand-ins."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[2]
+ROWS = [
+    {"label": "float", "options": None},  # `options:` with nothing behind it
+    {"label": "linear W4A8", "options": "--ptq --quant_mode linear --weight_bit 4 --quant_act --split"},
+    {"label": "Q-Diffusion W4", "options": "--ptq --weight_bit 4 --split --cali_iters 2"},
+    {
+        "label": "Q-Diffusion W4A8",
+        "options": "--ptq --weight_bit 4 --quant_act --split --cali_iters 2 --cali_iters_a 2",
+        "weights_from": "Q-Diffusion W4",
+    },
+]
+FOLDERS = ["float", "linear-w4a8", "q-diffusion-w4", "q-diffusion-w4a8"]
+SUMMARY = {"table.md", "table.json", "comparison.png"}
+
+
+@pytest.fixture
+def table(tiny, tmp_path):
+    """``table(**changes)`` writes a table file and returns its path."""
+    config = tmp_path / "tiny.yml"
+    config.write_text(tiny.config.read_text() + "pretrained: {file: x, extractor: stand-in, reference: stand-in.npz}\n")
+    spec = {
+        "title": "Tiny",
+        "config": str(config),
+        "script": "scripts/sample_diffusion_ddim.py",
+        "options": f"--config {config} --ckpt {tiny.weights} --timesteps 2 --max_images 3 --batch_size 2",
+        "calibration": {"script": "scripts/collect_calibration.py", "options": "--cali_st 2 --cali_n 3"},
+        "rows": ROWS,
+    }
+
+    def write(**changes) -> Path:
+        path = tmp_path / "table.yaml"
+        values = {k: v for k, v in {**spec, **changes}.items() if v is not ...}
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stood_in(call, monkeypatch):
+    """Replaces subprocesses by calls and metrics by numbers; returns the commands and the measured folders."""
+    from qdiff.errors import UserError
+    from qdiff.evaluation import extractors, metrics, reference
+    from qdiff.evaluation import table as module
+
+    commands, measured = [], []
+
+    def in_process(command):
+        script, *words = command
+        assert (REPOSITORY / script).is_file()
+        commands.append((Path(script).stem, words))
+        outcome = call(Path(script).stem, *words)
+        if outcome.code:
+            raise UserError(outcome.err)
+
+    def measure(folder, *_, **__):
+        measured.append(Path(folder).parent.name)
+        mean = float(np.mean([np.asarray(Image.open(p)) for p in sorted(Path(folder).glob("*.png"))]))
+        return {"fid": mean, "isc": 2.0, "isc_std": 0.5, "kid": 0.125, "kid_std": 0.0, "num_images": 3}
+
+    monkeypatch.setattr(module, "_call", in_process)
+    monkeypatch.setattr(extractors, "create_extractor", lambda name, weights: (name, weights))
+    monkeypatch.setattr(reference, "load_reference", lambda path, extractor: path)
+    monkeypatch.setattr(metrics, "compute_metrics", measure)
+    return commands, measured
+
+
+def test_table_from_runs(call, table, stood_in, tmp_path):
+    commands, measured = stood_in
+    out = tmp_path / "out"
+    outcome = call("reproduce", table(), "--out", out, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert [name for name, _ in commands] == ["collect_calibration"] + 4 * ["sample_diffusion_ddim"]
+    assert measured == FOLDERS
+    assert {p.name for p in out.iterdir()} == {*FOLDERS, *SUMMARY, "calibration_data.pt"}
+
+    # One recording for all; it is not told the number of images.
+    assert "--max_images" not in commands[0][1] and commands[0][1][-1] == str(out / "calibration_data.pt")
+    for _, words in commands[2:]:
+        assert words[words.index("--cali_data_path") + 1] == str(out / "calibration_data.pt")
+    assert "--cali_data_path" not in commands[1][1]
+    for label, folder in zip(FOLDERS[1:], (out / f for f in FOLDERS[1:]), strict=True):
+        run = json.loads((folder / "run.json").read_text())
+        assert run["files"]["calibration data"]["path"] == str(out / "calibration_data.pt"), label
+        assert not (folder / "calibration_data.pt").exists()
+
+    # The last row starts from the third row's weights.
+    last = json.loads((out / FOLDERS[3] / "run.json").read_text())
+    assert last["config"]["ptq"]["action"] == "activations"
+    assert last["files"]["quantized checkpoint"]["path"] == str(out / FOLDERS[2] / "quantized.safetensors")
+
+    rows = json.loads((out / "table.json").read_text())["rows"]
+    assert [row["label"] for row in rows] == [row["label"] for row in ROWS]
+    assert rows[0]["noise_mse"] is None and all(row["noise_mse"] > 0 for row in rows[1:])
+    assert rows[0]["calibration_s"] == 0
+    both = [json.loads((out / f / "run.json").read_text())["seconds"]["calibration"] for f in FOLDERS[2:]]
+    assert rows[3]["calibration_s"] == pytest.approx(sum(both))  # the time of the weights counts too
+    assert rows[2]["bytes"] == (out / FOLDERS[2] / "quantized.safetensors").stat().st_size < rows[0]["bytes"]
+
+    text = (out / "table.md").read_text()
+    assert text.startswith("# Tiny\n") and text in outcome.out
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + len(ROWS)
+    assert lines[2].startswith(f"| float | {rows[0]['fid']:.2f} | 2.00 ± 0.50 | 0.1250 | – |")
+    assert "3 images a row, seed 1234" in text
+    with Image.open(out / "comparison.png") as picture:
+        assert picture.size[0] > 4 * 300
+
+
+def test_repeated_table_measures_only_what_changed(call, table, stood_in, tmp_path):
+    commands, measured = stood_in
+    path, out = table(rows=ROWS[:2]), tmp_path / "out"
+    assert call("reproduce", path, "--out", out, "--device", "cpu").code == 0
+    first = json.loads((out / "table.json").read_text())
+    commands.clear(), measured.clear()
+    assert call("reproduce", path, "--out", out, "--device", "cpu").code == 0
+    assert measured == [] and "collect_calibration" not in [name for name, _ in commands]
+    assert json.loads((out / "table.json").read_text()) == first
+    (out / "float" / "img" / "00001.png").unlink()
+    assert call("reproduce", path, "--out", out, "--device", "cpu").code == 0
+    assert measured == ["float"]
+
+
+def test_dry_run_prints_commands_and_writes_nothing(call, table, tmp_path):
+    path = table()
+    before = sorted(tmp_path.iterdir())
+    outcome = call("reproduce", path, "--out", tmp_path / "out", "--device", "cpu", "--dry-run")
+    assert outcome.code == 0 and outcome.err == "" and sorted(tmp_path.iterdir()) == before
+    shown = json.loads(outcome.out)
+    assert shown["extractor"] == "stand-in" and list(shown["commands"]) == [row["label"] for row in ROWS]
+    assert f"--resume_w --cali_ckpt {tmp_path / 'out' / FOLDERS[2]}" in shown["commands"]["Q-Diffusion W4A8"]
+    assert "--device cpu" in shown["commands"]["float"]
+    other = call("reproduce", path, "--extractor", "inception-v3-compat", "--dry-run")
+    assert json.loads(other.out)["extractor"] == "inception-v3-compat"
+
+
+def resolves(call, command: str) -> bool:
+    """Whether a printed command is accepted by its script."""
+    python, script, *words = shlex.split(command)
+    assert python == "python"
+    return call(Path(script).stem, *words, "--dry-run").code == 0
+
+
+def test_commands_of_the_dry_run_resolve(call, table, tmp_path):
+    shown = json.loads(call("reproduce", table(), "--out", tmp_path / "out", "--dry-run").out)
+    for command in shown["commands"].values():
+        assert resolves(call, command)
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs" / "tables").glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_tables_resolve(path, call, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    shown = json.loads(call("reproduce", path, "--out", "never-made", "--dry-run").out)
+    assert "float" in next(iter(shown["commands"])).lower()  # float comes first
+    for label, command in shown["commands"].items():
+        assert resolves(call, command), label
+    assert not (REPOSITORY / "never-made").exists()
+
+
+def test_failing_row_stops_the_table(call, table, stood_in, tmp_path):
+    path = table(rows=[ROWS[0], {"label": "bad", "options": "--ptq --weight_bit 99"}])
+    outcome = call("reproduce", path, "--out", tmp_path / "out", "--device", "cpu")
+    assert outcome.code == 2 and "from 1 to 8" in outcome.err and "Traceback" not in outcome.err
+    assert not SUMMARY & {p.name for p in (tmp_path / "out").iterdir()}
+
+
+BAD_TABLES = {
+    "no rows": ({"rows": []}, "no rows"),
+    "without rows": ({"rows": ...}, "incomplete"),
+    "without options": ({"options": ...}, "incomplete"),
+    "row of words": ({"rows": ["float"]}, "incomplete"),
+    "row without label": ({"rows": [{"options": ""}]}, "incomplete"),
+    "row with an unknown key": ({"rows": [{"label": "a", "option": ""}]}, "option"),
+    "weights from nowhere": ({"rows": [{"label": "a", "weights_from": "b"}]}, "no row above"),
+    "weights from below": ({"rows": [{"label": "a", "weights_from": "b"}, {"label": "b"}]}, "no row above"),
+    "one label twice": ({"rows": [{"label": "W4 A8"}, {"label": "w4/a8"}]}, "rename"),
+    "config of no model": ({"config": "configs/none.yml"}, "none.yml does not exist"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_bad_tables_are_one_sentence(name, call, table, tmp_path):
+    changes, says = BAD_TABLES[name]
+    assert says in call("reproduce", table(**changes), "--out", tmp_path / "out").error_line()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "a: ["])
+def test_other_files_are_one_sentence(content, call, tmp_path):
+    (tmp_path / "t.yaml").write_text(content)
+    assert "t.yaml" in call("reproduce", tmp_path / "t.yaml").error_line()
+    assert "does not exist" in call("reproduce", tmp_path / "none.yaml").error_line()
+
+
+def test_failed_subprocess_is_one_sentence_with_its_command(tmp_path):
+    from qdiff.errors import UserError
+    from qdiff.evaluation.table import _call
+
+    script = tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(int(sys.argv[1]))")
+    _call([str(script), "0"])
+    with pytest.raises(UserError, match=rf"exit code 3 .*python {script} 3"):
+        _call([str(script), "3"])
+    with pytest.raises(KeyboardInterrupt):
+        _call([str(script), "130"])
