@@ -22,7 +22,6 @@ from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sampling import DdimSampler, SamplerOptions
 from qdiff.calibration.collect import record_calls
 from qdiff.calibration.schedules import evenly_spaced
-from qdiff.cli.images import save_png, to_uint8
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error
 from qdiff.cli.run_folder import RunFolder, start_logging
@@ -30,6 +29,7 @@ from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
+from qdiff.images import save_png, to_uint8
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -134,20 +134,22 @@ class SampleCommand(DdimModel):
         self.move_to(processes.device)
         # Only the first process calibrates; the others read what it wrote.
         prepared = self._prepare(run) if processes.is_first else None
-        if processes.is_first:
-            run.open()
-            run.log_to_file(args.verbose)
-            run.add_file("float weights", self.weights)
-            log.info("run folder %s, method %s, device %s", run.path, self.config["method"], self.device)
-            self._complete(prepared, run)
-        processes.wait()
-        prepared = prepared or self._prepare(run)
-        qnn = None if prepared is None else prepared.qnn
+        with contextlib.ExitStack() as stack:
+            if processes.is_first:
+                run.open()
+                stack.enter_context(run.logged())
+                run.add_file("float weights", self.weights)
+                log.info("run folder %s, method %s, device %s", run.path, self.config["method"], self.device)
+                self._complete(prepared, run)
+            processes.wait()
+            prepared = prepared or self._prepare(run)
+            self._sample(run, None if prepared is None else prepared.qnn, processes)
+
+    def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
         denoiser = self.network if qnn is None else qnn
-        mode = contextlib.nullcontext() if qnn is None else qnn.quantized()
         started = time.perf_counter()
-        with mode:
-            if args.sequence and processes.is_first:
+        with contextlib.nullcontext() if qnn is None else qnn.quantized():
+            if self.args.sequence and processes.is_first:
                 self._write_sequence(run, denoiser)
             made = sample_pending(run, lambda rows: self.sampler(denoiser, rows), self.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
@@ -174,7 +176,8 @@ class SampleCommand(DdimModel):
             for number, image in enumerate(to_uint8(x0)):
                 save_png(image, run.path / "sequence" / f"{number}_{i:04d}.png")
 
-        self.sampler(denoiser, range(SEQUENCE_IMAGES), on_step=on_step)
+        if not (run.path / "sequence").is_dir():
+            self.sampler(denoiser, range(SEQUENCE_IMAGES), on_step=on_step)
 
     def _finish(self, run: RunFolder, qnn: QuantModel | None, processes: Processes, made: int, seconds: float) -> None:
         silent: Sequence[str] = qnn.silent_quantizers() if qnn is not None and made else []

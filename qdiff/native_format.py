@@ -21,6 +21,7 @@ from torch import Tensor
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import written_whole
+from qdiff.functional import max_level
 from qdiff.packing import pack, packed_bytes, unpack
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import WeightQuantizer
@@ -136,6 +137,9 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
             deltas = _separated(tensors["act_delta"], [q.delta for q in act])
             zero_points = _separated(tensors["act_zero_point"], [q.zero_point for q in act])
             quantizer_state += zip(act, deltas, zero_points, strict=True)
+        for quantizer, delta, zero_point in quantizer_state:
+            if not (torch.isfinite(delta) & (delta > 0)).all() or zero_point.max() > max_level(quantizer.bits):
+                raise ValueError("step sizes or zero points out of range")
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
 

@@ -33,6 +33,8 @@ class QuantModel(nn.Module):
 
     def __init__(self, network: nn.Module, config: QuantConfig) -> None:
         super().__init__()
+        if leaves(network):
+            raise UserError(f"this {type(network).__name__} is quantized already; wrap a float network")
         self.config = config
         self.family = family_of(network)
         self.model = network

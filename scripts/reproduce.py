@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands of all rows as JSON and stop")
     args = parser.parse_args(arguments)
 
-    from qdiff.evaluation.table import TableRun
+    from qdiff.cli.table import TableRun
 
     table = TableRun(args.table, args.out, args.device, args.extractor, args.extractor_weights)
     if args.dry_run:

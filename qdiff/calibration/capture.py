@@ -107,10 +107,10 @@ def walk(
         float_inputs = walker.step_inputs(step, float_state)
         with leaf_modes([step.module], weights=False, activations=False):
             target = walker.run(step.module, float_inputs)
-        inputs = walker.step_inputs(step, quant_state)
-        yield index, step, Unit(step.name, step.module, inputs, target, float_inputs), quant_state
+        quant_inputs = walker.step_inputs(step, quant_state)
+        yield index, step, Unit(step.name, step.module, quant_inputs, target, float_inputs), quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):
-            output = walker.run(step.module, inputs)
+            output = walker.run(step.module, quant_inputs)
         step.output(float_state, target)
         step.output(quant_state, output)
 

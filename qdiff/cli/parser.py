@@ -75,6 +75,9 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cali_iters", type=int, default=20000, help="iterations a block for weights")
     group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations a block for activations")
     group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of activation step sizes")
+    group.add_argument(
+        "--cali_lr_w", type=float, help="learning rate of rounding (default: 1e-3, more for few iterations)"
+    )
     group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation error")
     group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
     group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")

@@ -77,6 +77,7 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
             iterations=args.cali_iters,
             act_iterations=args.cali_iters_a,
             batch_size=args.cali_batch_size,
+            lr_rounding=args.cali_lr_w,
             lr_act=args.cali_lr,
             p=args.cali_p,
             running_stat=args.running_stat,

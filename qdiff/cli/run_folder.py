@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from qdiff.cli.images import grid, load_png, save_png
 from qdiff.errors import UserError
 from qdiff.files import check_writable, sha256, written_whole
+from qdiff.images import grid, load_png, save_png
 
 log = logging.getLogger("qdiff")
 
@@ -90,12 +90,17 @@ class RunFolder:
                 f"run folder {self.path} cannot be written ({error.strerror}); choose another --logdir"
             ) from None
 
-    def log_to_file(self, verbose: bool) -> None:
-        """Send log lines to stderr and ``run.log``."""
-        start_logging(verbose)
+    @contextlib.contextmanager
+    def logged(self) -> Iterator[None]:
+        """Also write log lines to ``run.log`` inside the block."""
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            handler.close()
 
     def save_manifest(self) -> None:
         with written_whole(self.path / "run.json") as temporary:

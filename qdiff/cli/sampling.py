@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from qdiff.cli.images import to_uint8
 from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.runtime import Processes
+from qdiff.images import to_uint8
 
 
 def sample_pending(

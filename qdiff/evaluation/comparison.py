@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qdiff.cli.images import grid, load_png
+from qdiff.images import grid, load_png
 
 SHOWN = 24
 COLUMNS = 8
@@ -18,7 +18,7 @@ def markdown(rows: list[dict[str, Any]], header: bool = True) -> str:
     """Return table rows as markdown.
 
     Args:
-        rows: as `qdiff.evaluation.table.TableRun` measures them.
+        rows: as `qdiff.cli.table.TableRun` measures them.
         header: put the header line above.
     """
 

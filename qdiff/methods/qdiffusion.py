@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from qdiff.calibration.objectives import Objective, fisher_error, lp_error
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
+from qdiff.interface import State
 from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
 from qdiff.methods.ranges import observe_unit
 from qdiff.modes import leaf_modes
@@ -27,6 +30,10 @@ from qdiff.quantizer import ActQuantizer
 from qdiff.range_estimators import TINY
 
 RUNNING_MOMENTUM = 0.95
+# Adam moves a step size by about its learning rate an iteration, whatever the step size: never by more than this
+# share of it, or small ones (softmax outputs) end where the noise of the batches left them.
+MAX_STEP_CHANGE = 0.003
+ALPHA_REACH = 20.0  # learning rate × iterations of the paper's recipe: how far Adam can move α
 
 
 class WeightObjective(str, Enum):
@@ -50,7 +57,7 @@ class QDiffusionConfig:
     Attributes:
         iterations, act_iterations: a unit, for rounding and for step sizes.
         batch_size: samples an iteration.
-        lr_rounding: Adam's learning rate for α.
+        lr_rounding: Adam's learning rate for α; None is 1e-3, more where so few iterations could not saturate h(α).
         lr_act: Adam's learning rate for step sizes, decaying to 0 as a cosine.
         p: norm of the activation phase's error.
         range_samples: how many samples decide the first ranges where ``running_stat`` is off.
@@ -62,7 +69,7 @@ class QDiffusionConfig:
     iterations: int = 20_000
     act_iterations: int = 5_000
     batch_size: int = 32
-    lr_rounding: float = 1e-3
+    lr_rounding: float | None = None
     lr_act: float = 4e-4
     p: float = 2.4
     range_samples: int = 64
@@ -80,6 +87,8 @@ class QDiffusionConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give {option} at least 1")
+        if self.lr_rounding is not None and not self.lr_rounding > 0:
+            raise UserError(f"lr_rounding is {self.lr_rounding}; give --cali_lr_w above 0")
         if not (self.lr_act > 0 and self.p > 0):
             raise UserError(f"lr_act is {self.lr_act} and p is {self.p}; give --cali_lr and --cali_p above 0")
         object.__setattr__(self, "objective", WeightObjective(self.objective))
@@ -88,6 +97,15 @@ class QDiffusionConfig:
             raise UserError(
                 "the Fisher objective needs gradients of whole blocks; give --recon_unit block or --objective mse"
             )
+
+    @property
+    def rounding_rate(self) -> float:
+        """The paper's 1e-3 for 20,000 iterations; with fewer, more, so that Adam can still move α as far.
+
+        h(α) saturates at |α| ≈ 2.4. 500 iterations of 1e-3 leave most roundings undecided, and what hardening then
+        does to them was never part of the loss.
+        """
+        return self.lr_rounding if self.lr_rounding is not None else max(1e-3, ALPHA_REACH / self.iterations)
 
 
 def calibrate(
@@ -119,30 +137,51 @@ def calibrate(
     assert_all_fired(qnn, data)
 
 
+def _unfinished(
+    phase: Literal["weights", "activations"],
+    qnn: QuantModel,
+    data: CalibrationSet,
+    config: QDiffusionConfig,
+    run: CalibrationRun,
+    bar: tqdm,
+) -> Iterator[tuple[int, Unit, State]]:
+    """Walk over the network and yield (index, unit, state before it) where there is something left to fit.
+
+    Units that the journal has are restored instead; a unit is recorded when control returns.
+    """
+    on_activations = phase == "activations"
+    leaf = ActQuantizer if on_activations else QuantModule
+    iterations = config.act_iterations if on_activations else config.iterations
+    steps = walk(qnn.model, data.inputs, run.walker(qnn), weights=True, activations=on_activations)
+    for index, _, unit, state in steps:
+        bar.set_postfix_str(f"{phase} of {unit.name}", refresh=False)
+        before = bar.n
+        idle = not any(isinstance(m, leaf) for m in unit.module.modules())
+        if not idle and not (run.journal is not None and run.journal.restore(phase, index, unit.module)):
+            yield index, unit, state
+            if run.journal is not None:
+                run.journal.record(phase, index, unit.module)
+        bar.update(iterations - (bar.n - before))  # whatever was not counted one by one
+
+
 def _fit_weights(
     qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: tqdm
 ) -> None:
     walker = run.walker(qnn)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
-    for index, _, unit, state in walk(qnn.model, data.inputs, walker, weights=True, activations=False):
-        bar.set_postfix_str(f"weights of {unit.name}", refresh=False)
-        if not any(isinstance(m, QuantModule) for m in unit.module.modules()) or (
-            run.journal is not None and run.journal.restore("weights", index, unit.module)
-        ):
-            bar.update(config.iterations)
-            continue
+    for index, unit, state in _unfinished("weights", qnn, data, config, run, bar):
         for part, (small, share) in enumerate(_parts(unit, config, walker)):
             layers = [m for m in small.module.modules() if isinstance(m, QuantModule)]
+            if not layers:  # an attention core has no weights
+                continue
             objective = lp_error(2.0)
-            if final is not None and small is unit:
+            if final is not None:
                 objective = fisher_error(output_gradients(qnn.model, index, state, final, walker))
-            if layers:
-                on_iteration = partial(bar.update, share)
-                generator = run.generator(0, index, part)
-                error = _learn_rounding(small, layers, objective, config, generator, walker.device, on_iteration)
-                run.errors[f"weights {small.name}"] = error
-        if run.journal is not None:
-            run.journal.record("weights", index, unit.module)
+            tick = partial(bar.update, share)
+            error = _learn_rounding(
+                small, layers, objective, config, run.generator(0, index, part), walker.device, tick
+            )
+            run.errors[f"weights {small.name}"] = error
 
 
 def _fit_activations(
@@ -153,24 +192,15 @@ def _fit_activations(
     order = torch.randperm(len(data), generator=run.generator(2))
     first = order[: config.range_samples].sort().values
     softmax_only = config.running_stat_softmax_only
-    for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):
-        bar.set_postfix_str(f"activations of {unit.name}", refresh=False)
-        if not any(isinstance(m, ActQuantizer) for m in unit.module.modules()) or (
-            run.journal is not None and run.journal.restore("activations", index, unit.module)
-        ):
-            bar.update(config.act_iterations)
-            continue
+    for index, unit, _ in _unfinished("activations", qnn, data, config, run, bar):
         if softmax_only or not config.running_stat:
             observe_unit(unit, walker, qnn.config.act_range, first)
         if config.running_stat:
             observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
         for part, (small, share) in enumerate(_parts(unit, config, walker, activations=True)):
-            on_iteration = partial(bar.update, share)
-            generator = run.generator(1, index, part)
-            error = _learn_step_sizes(small, config, generator, walker.device, on_iteration)
+            tick = partial(bar.update, share)
+            error = _learn_step_sizes(small, config, run.generator(1, index, part), walker.device, tick)
             run.errors[f"activations {small.name}"] = error
-        if run.journal is not None:
-            run.journal.record("activations", index, unit.module)
 
 
 def _parts(
@@ -201,24 +231,21 @@ def _learn_rounding(
     on_iteration,
 ) -> float:
     roundings = [LearnedRounding(layer) for layer in layers]
-    for rounding in roundings:
-        rounding.__enter__()
-    try:
-        with leaf_modes([unit.module], weights=True, activations=False):
-            error = optimise(
-                unit,
-                torch.optim.Adam([r.alpha for r in roundings], lr=config.lr_rounding),
-                objective,
-                iterations=config.iterations,
-                batch_size=config.batch_size,
-                generator=generator,
-                device=device,
-                penalty=lambda progress: config.regulariser(roundings, progress),
-                on_iteration=on_iteration,
-            )
-    finally:
+    with contextlib.ExitStack() as stack:
         for rounding in roundings:
-            rounding.__exit__()
+            stack.enter_context(rounding)
+        stack.enter_context(leaf_modes([unit.module], weights=True, activations=False))
+        error = optimise(
+            unit,
+            torch.optim.Adam([r.alpha for r in roundings], lr=config.rounding_rate),
+            objective,
+            iterations=config.iterations,
+            batch_size=config.batch_size,
+            generator=generator,
+            device=device,
+            penalty=lambda progress: config.regulariser(roundings, progress),
+            on_iteration=on_iteration,
+        )
     for rounding in roundings:
         rounding.harden()
     return error
@@ -228,7 +255,9 @@ def _learn_step_sizes(
     unit: Unit, config: QDiffusionConfig, generator: torch.Generator, device: torch.device, on_iteration
 ) -> float:
     deltas = [m.delta for m in unit.module.modules() if isinstance(m, ActQuantizer)]
-    optimiser = torch.optim.Adam([{"params": [d], "lr": config.lr_act} for d in deltas])
+    optimiser = torch.optim.Adam(
+        [{"params": [d], "lr": min(config.lr_act, MAX_STEP_CHANGE * d.item())} for d in deltas]
+    )
     for delta in deltas:
         delta.requires_grad_(True)
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.errors import UserError
 from qdiff.files import sha256
 
@@ -136,14 +136,16 @@ def test_times_add_up_over_continuations_and_errors(tmp_path, monkeypatch):
 
 def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
     run = opened(tmp_path / "run")
-    run.log_to_file(verbose=False)
+    start_logging(verbose=False)
     log = logging.getLogger("qdiff")
-    log.info("seen")
-    log.debug("hidden")
+    with run.logged():
+        log.info("seen")
+        log.debug("hidden")
+    log.info("later")
     streams = capsys.readouterr()
     assert streams.out == "" and "hidden" not in streams.err
     text = (run.path / "run.log").read_text()
-    assert "INFO seen" in text and "hidden" not in text
+    assert "INFO seen" in text and "hidden" not in text and "later" not in text
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])

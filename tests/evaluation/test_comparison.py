@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdiff.cli.images import save_png
 from qdiff.evaluation.comparison import comparison_picture, markdown
+from qdiff.images import save_png
 
 ROW = {
     "label": "W4A8",

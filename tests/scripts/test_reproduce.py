@@ -52,9 +52,9 @@ def table(tiny, tmp_path):
 @pytest.fixture
 def stood_in(call, monkeypatch):
     """Replaces subprocesses by calls and metrics by numbers; returns the commands and the measured folders."""
+    from qdiff.cli import table as module
     from qdiff.errors import UserError
     from qdiff.evaluation import extractors, metrics, reference
-    from qdiff.evaluation import table as module
 
     commands, measured = [], []
 
@@ -206,8 +206,8 @@ def test_other_files_are_one_sentence(content, call, tmp_path):
 
 
 def test_failed_subprocess_is_one_sentence_with_its_command(tmp_path):
+    from qdiff.cli.table import _call
     from qdiff.errors import UserError
-    from qdiff.evaluation.table import _call
 
     script = tmp_path / "script.py"
     script.write_text("import sys; sys.exit(int(sys.argv[1]))")

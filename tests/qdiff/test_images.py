@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from qdiff.cli.images import grid, load_png, save_png, to_uint8
 from qdiff.errors import UserError
 from qdiff.files import check_writable, sha256, written_whole
+from qdiff.images import grid, load_png, save_png, to_uint8
 
 
 def test_to_uint8_clamps_scales_and_rounds():
