@@ -50,7 +50,29 @@ def load_config(path: str | Path) -> Any:
                 raise UserError(
                     f"config file {path} lacks {section}.{key}; a DDIM model needs it (see configs/cifar10.yml)"
                 )
+    _check_numbers(config, path)
     return config
+
+
+def _check_numbers(config: Any, path: Path) -> None:
+    numbers = {
+        "data": ("image_size", "channels"),
+        "model": ("in_channels", "out_ch", "ch", "num_res_blocks"),
+        "diffusion": ("num_diffusion_timesteps",),
+    }
+    for section, keys in numbers.items():
+        for key in keys:
+            value = config[section][key]
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"config file {path} has {section}.{key} {value!r}; give a whole number above 0")
+    from omegaconf import OmegaConf
+
+    factors = list(config.model.ch_mult) if OmegaConf.is_list(config.model.ch_mult) else []
+    if not factors or not all(isinstance(f, int) and f * config.model.ch % 32 == 0 and f > 0 for f in factors):
+        raise UserError(
+            f"config file {path} has model.ch {config.model.ch} and ch_mult {config.model.ch_mult}; their products "
+            "must be multiples of 32, the number of normalisation groups"
+        )
 
 
 def build_schedule(config: Any) -> DiffusionSchedule:

@@ -54,6 +54,10 @@ class QuantModel(nn.Module):
             inputs = inputs[:-1]
         return self.model(*inputs)
 
+    def train(self, mode: bool = True) -> QuantModel:
+        """Stay in eval mode: neither reconstruction nor sampling may run with dropout."""
+        return super().train(False)
+
     def layers(self) -> dict[str, QuantModule]:
         """Return the quantized convolutions and linear layers by their name in the float network."""
         return {n: m for n, m in self.model.named_modules() if isinstance(m, QuantModule)}

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         "steps": epochs * len(loader),
         "images": len(images),
         "seed": args.seed,
-        "final_loss": round(loss, 5),
+        "final_loss": round(loss, 5) if math.isfinite(loss) else None,
         "torch": torch.__version__,
     }
     with written_whole(args.out) as path:

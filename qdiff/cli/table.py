@@ -153,8 +153,9 @@ class TableRun:
             metrics = compute_metrics(folder / "img", reference, extractor, progress=False)
             with written_whole(cache) as path:
                 path.write_text(json.dumps(metrics, indent=1))
-        quantized = folder / "quantized.safetensors"
-        size = quantized if quantized.is_file() else Path(manifest["files"]["float weights"]["path"])
+        calibrated, files = folder / "quantized.safetensors", manifest["files"]
+        loaded = files.get("quantized checkpoint", files["float weights"])["path"]
+        size = calibrated if calibrated.is_file() else Path(loaded)
         calibration = manifest["seconds"].get("calibration", 0.0)
         if row.weights_from is not None:  # the time of its weights counts too
             base = json.loads((self.folder(row.weights_from) / "run.json").read_text())
@@ -177,7 +178,7 @@ class TableRun:
             f"{manifest['config']['sampler']}, features {self.extractor}, reference {self.reference}; "
             f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} threads, device "
             f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}, {time.strftime('%Y-%m-%d')}. "
-            "ε error: mean squared difference from float on 160 held-out network inputs. Size: bytes of the file."
+            "ε error: mean squared difference from float on held-out network inputs. Size: bytes of the file."
         )
 
 

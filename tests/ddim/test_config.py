@@ -83,3 +83,14 @@ def test_missing_file_names_what_there_is(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="does not exist") as caught:
             load_config(path)
         assert path in str(caught.value) and "cats.yml" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("model", "ch", "abc"), ("data", "image_size", 0), ("model", "ch_mult", [1, 0.5]), ("model", "ch", 40)],
+)
+def test_numbers_that_no_network_can_have_are_refused(section, key, value, tiny_config, tmp_path):
+    tiny_config[section][key] = value
+    OmegaConf.save(tiny_config, tmp_path / "config.yml")
+    with pytest.raises(UserError, match=key):
+        load_config(tmp_path / "config.yml")

@@ -241,3 +241,16 @@ def test_float_attention_stays_on_the_fused_kernel_under_weight_quantization(cal
     with qnn.quantized(activations=False):
         qnn(*held_out)
     assert len(calls) == sum(n.endswith("act_quantizer_w") for n in qnn.act_quantizers()) > 0
+
+
+def test_there_is_no_training_mode(tiny_network):
+    qnn = QuantModel(tiny_network, QuantConfig(weight_bits=8))
+    assert any(isinstance(m, torch.nn.Dropout) for m in qnn.modules())
+    qnn.train()
+    assert not any(m.training for m in qnn.modules())
+
+
+def test_a_quantized_network_is_not_wrapped_again(tiny_network):
+    QuantModel(tiny_network, QuantConfig(weight_bits=8))
+    with pytest.raises(UserError, match="quantized already"):
+        QuantModel(tiny_network, QuantConfig(weight_bits=4))

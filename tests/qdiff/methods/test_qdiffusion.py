@@ -247,3 +247,10 @@ def test_step_sizes_stay_positive(wrap, data):
     qnn = wrap(**W4A8)
     qdiffusion.calibrate(qnn, data, quick(iterations=1, lr_act=10.0), quiet())
     assert all(q.delta > 0 for q in qnn.act_quantizers().values())
+
+
+def test_few_iterations_move_the_rounding_variable_as_far_as_the_papers_many():
+    assert QDiffusionConfig().rounding_rate == 1e-3
+    short = QDiffusionConfig(iterations=500)
+    assert short.rounding_rate * short.iterations == pytest.approx(20_000 * 1e-3)
+    assert QDiffusionConfig(iterations=500, lr_rounding=2e-3).rounding_rate == 2e-3
