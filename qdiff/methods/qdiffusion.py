@@ -60,7 +60,8 @@ class QDiffusionConfig:
         lr_rounding: Adam's learning rate for α; None is 1e-3, more where so few iterations could not saturate h(α).
         lr_act: Adam's learning rate for step sizes, decaying to 0 as a cosine.
         p: norm of the activation phase's error.
-        range_samples: how many samples decide the first ranges where ``running_stat`` is off.
+        range_samples: how many samples decide the first ranges where ``running_stat`` is off; None takes all. (The
+            paper takes one batch of 64; the tails of x_T that it misses are clipped, and an image gets white dots.)
         running_stat: ranges from an exponential average over all samples instead.
         running_stat_softmax_only: that average for softmax outputs alone (``--rs_sm_only``).
         objective, unit: see the enums.
@@ -72,7 +73,7 @@ class QDiffusionConfig:
     lr_rounding: float | None = None
     lr_act: float = 4e-4
     p: float = 2.4
-    range_samples: int = 64
+    range_samples: int | None = None
     running_stat: bool = False
     running_stat_softmax_only: bool = False
     regulariser: RoundingRegulariser = field(default_factory=RoundingRegulariser)
