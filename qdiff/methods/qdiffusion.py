@@ -34,6 +34,7 @@ RUNNING_MOMENTUM = 0.95
 # share of it, or small ones (softmax outputs) end where the noise of the batches left them.
 MAX_STEP_CHANGE = 0.003
 ALPHA_REACH = 20.0  # learning rate × iterations of the paper's recipe: how far Adam can move α
+FASTEST_ROUNDING = 0.1  # beyond it a handful of iterations would throw roundings about
 
 
 class WeightObjective(str, Enum):
@@ -106,7 +107,11 @@ class QDiffusionConfig:
         h(α) saturates at |α| ≈ 2.4. 500 iterations of 1e-3 leave most roundings undecided, and what hardening then
         does to them was never part of the loss.
         """
-        return self.lr_rounding if self.lr_rounding is not None else max(1e-3, ALPHA_REACH / self.iterations)
+        return (
+            self.lr_rounding
+            if self.lr_rounding is not None
+            else min(max(1e-3, ALPHA_REACH / self.iterations), FASTEST_ROUNDING)
+        )
 
 
 def calibrate(

@@ -253,4 +253,5 @@ def test_few_iterations_move_the_rounding_variable_as_far_as_the_papers_many():
     assert QDiffusionConfig().rounding_rate == 1e-3
     short = QDiffusionConfig(iterations=500)
     assert short.rounding_rate * short.iterations == pytest.approx(20_000 * 1e-3)
+    assert QDiffusionConfig(iterations=3).rounding_rate == 0.1
     assert QDiffusionConfig(iterations=500, lr_rounding=2e-3).rounding_rate == 2e-3
