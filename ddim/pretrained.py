@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import urllib.request
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qdiff import files
 from qdiff.checkpoint import is_pickle, load_tensors
 from qdiff.errors import UserError
 from qdiff.files import written_whole
@@ -45,7 +45,7 @@ def pretrained_path(config: Any) -> Path:
     path = cache_folder() / entry.file
     if not path.is_file():
         _download(entry.url, path, entry.get("md5"))
-    elif "md5" in entry and _md5(path) != entry.md5:
+    elif "md5" in entry and files.md5(path) != entry.md5:
         raise UserError(f"{path} has a wrong MD5 (expected {entry.md5}); delete it and run again to download it anew")
     return path
 
@@ -64,21 +64,13 @@ def _download(url: str, path: Path, md5: str | None) -> None:
                 file.write(block)
                 bar.update(len(block))
             file.flush()
-            if md5 is not None and _md5(temporary) != md5:
+            if md5 is not None and files.md5(temporary) != md5:
                 raise UserError(f"the download of {url} has a wrong MD5 (expected {md5}); run again, or {by_hand}")
     except UserError:
         raise
     except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no URL, a broken answer
         reason = getattr(error, "reason", error)
         raise UserError(f"{path} is not there and cannot be downloaded ({reason}); {by_hand}") from error
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_float_weights(network: nn.Module, path: str | Path) -> None:

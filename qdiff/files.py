@@ -41,7 +41,15 @@ def check_writable(path: str | Path) -> None:
 
 def sha256(path: str | Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
+    return _hexdigest(path, hashlib.sha256())
+
+
+def md5(path: str | Path) -> str:
+    """Return the hexadecimal MD5 of a file (released checkpoints are published with one; no security is meant)."""
+    return _hexdigest(path, hashlib.md5(usedforsecurity=False))
+
+
+def _hexdigest(path: str | Path, digest) -> str:
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

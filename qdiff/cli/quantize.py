@@ -131,11 +131,11 @@ def measure_noise_error(qnn: QuantModel, held_out: dict[str, Tensor], batch_size
         number of ``samples``.
     """
     x, t = held_out["xs"].flatten(0, 1), held_out["ts"].flatten(0, 1)
-    error = reference = 0.0
-    for start in range(0, len(x), batch_size):
-        part = x[start : start + batch_size].to(qnn.device), t[start : start + batch_size].to(qnn.device)
-        wanted = qnn(*part).double()
-        with qnn.quantized():
-            error += float((qnn(*part).double() - wanted).square().sum())
-        reference += float(wanted.square().sum())
+    batches = [
+        (a.to(qnn.device), b.to(qnn.device)) for a, b in zip(x.split(batch_size), t.split(batch_size), strict=True)
+    ]
+    wanted = [qnn(*batch).double() for batch in batches]
+    with qnn.quantized():  # once: entering dequantizes every weight
+        error = sum(float((qnn(*b).double() - w).square().sum()) for b, w in zip(batches, wanted, strict=True))
+    reference = sum(float(w.square().sum()) for w in wanted)
     return {"mse": error / x.numel(), "float_mean_square": reference / x.numel(), "samples": len(x)}
