@@ -1,0 +1,1 @@
+"""Latent diffusion and Stable Diffusion: UNet, first stages, conditioning, sampling and training."""

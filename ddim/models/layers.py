@@ -39,7 +39,7 @@ class ResnetBlock(nn.Module):
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
-        temb_channels: width of the time embedding.
+        temb_channels: width of the time embedding; None for a block without one (autoencoders).
         dropout: probability of dropping before the second convolution.
         split_at: where the input is concat(h, skip), the channel count of h; else None.
     """
@@ -48,14 +48,14 @@ class ResnetBlock(nn.Module):
         self,
         in_channels: int,
         out_channels: int,
-        temb_channels: int,
+        temb_channels: int | None,
         dropout: float,
         split_at: int | None = None,
     ) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.temb_proj = nn.Linear(temb_channels, out_channels)
+        self.temb_proj = None if temb_channels is None else nn.Linear(temb_channels, out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
@@ -65,10 +65,11 @@ class ResnetBlock(nn.Module):
             if split_at is not None:
                 split_input(self.nin_shortcut, split_at)
 
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         """x [N, in_channels, H, W], temb [N, temb_channels] → [N, out_channels, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
+        if self.temb_proj is not None:
+            h = h + self.temb_proj(F.silu(temb))[:, :, None, None]
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
         return (x if self.nin_shortcut is None else self.nin_shortcut(x)) + h
 

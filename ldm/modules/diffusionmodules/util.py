@@ -1,0 +1,59 @@
+"""Small parts of the latent UNet: timestep embedding, normalisation, zero initialisation, gradient checkpointing."""
+
+from __future__ import annotations
+
+import math
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding as latent diffusion uses it: unlike DDIM's, cosines first and frequencies over dim/2.
+
+    Args:
+        t: [N], integer or fractional timesteps.
+        dim: width of the embedding.
+
+    Returns:
+        [N, dim] float32: cosines, then sines, of t·max_period^(−i/(dim/2)).
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
+    angles = t.float()[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+
+
+def normalization(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)
+
+
+def zero_module(module: Module) -> Module:
+    """Zero a module's parameters: the branch it ends starts as the identity's absence."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class Checkpointed(nn.Module):
+    """A block that can recompute its activations in the backward pass instead of keeping them.
+
+    Subclasses implement ``compute``; ``use_checkpoint`` decides, and only where gradients flow.
+    """
+
+    def __init__(self, use_checkpoint: bool) -> None:
+        super().__init__()
+        self.use_checkpoint = use_checkpoint
+
+    def compute(self, *inputs: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, *inputs: Tensor | None) -> Tensor:
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(self.compute, *inputs, use_reentrant=False)
+        return self.compute(*inputs)
