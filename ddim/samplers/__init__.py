@@ -5,6 +5,7 @@ from ddim.samplers.dpm_solver import SolverMethod, sample_dpm_solver
 from ddim.samplers.generalized import sample_generalized
 from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
 from ddim.samplers.noise import ImageNoise
+from ddim.samplers.plms import plms_calls, sample_plms
 from ddim.samplers.schedule import (
     BetaKind,
     DiffusionSchedule,
@@ -24,8 +25,10 @@ __all__ = [
     "SkipKind",
     "SolverMethod",
     "make_beta_schedule",
+    "plms_calls",
     "sample_ddpm_noisy",
     "sample_dpm_solver",
     "sample_generalized",
+    "sample_plms",
     "select_timesteps",
 ]
