@@ -1,54 +1,40 @@
-"""Training of the noise predictor with Lightning: the simple DDPM loss and an EMA of the weights."""
+"""Training with Lightning: the simple DDPM loss, an EMA of the weights, and a run that can be interrupted."""
 
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from ddim.config import build_schedule
 from ddim.models.diffusion import Model
+from ddim.samplers import DiffusionSchedule
 
 
-class NoisePredictionTask(pl.LightningModule):
-    """Minimise E‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖² (Ho et al., 2020, eq. 14).
+class OptimisedTask(pl.LightningModule):
+    """Adam with warm-up and cosine decay, for any training step.
 
     Args:
-        config: a DDIM model's config with ``optim`` and ``model.ema_rate``.
-        total_steps: optimiser steps of the whole training, for the cosine decay of the learning rate.
+        optim: ``lr``, ``beta1``, ``eps``, ``weight_decay`` and, optionally, ``warmup_steps``.
+        total_steps: optimiser steps of the whole training.
     """
 
-    def __init__(self, config: Any, total_steps: int) -> None:
+    def __init__(self, optim: Any, total_steps: int) -> None:
         super().__init__()
-        self.config = config
-        self.total_steps = total_steps
-        self.model = Model(config)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.model.ema_rate))
-        abar = build_schedule(config).alphas_cumprod.float()
-        self.register_buffer("alphas_cumprod", abar, persistent=False)
-
-    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        (x_0,) = batch
-        t = torch.randint(len(self.alphas_cumprod), (len(x_0),), device=x_0.device)
-        noise = torch.randn_like(x_0)
-        abar = self.alphas_cumprod[t][:, None, None, None]
-        predicted = self.model(abar.sqrt() * x_0 + (1 - abar).sqrt() * noise, t)
-        loss = F.mse_loss(predicted, noise)
-        self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True)
-        return loss
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.ema.update_parameters(self.model)
+        self.optim, self.total_steps = optim, total_steps
 
     def configure_optimizers(self) -> dict[str, Any]:
-        optim = self.config.optim
+        optim = self.optim
         optimizer = torch.optim.Adam(
-            self.model.parameters(),
+            [p for p in self.parameters() if p.requires_grad],
             lr=optim.lr,
             betas=(optim.beta1, 0.999),
             eps=optim.eps,
@@ -64,3 +50,81 @@ class NoisePredictionTask(pl.LightningModule):
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class DenoisingTask(OptimisedTask):
+    """Minimise E‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖² (Ho et al., 2020, eq. 14).
+
+    Args:
+        model: called with (x_t [N, C, H, W], t [N], *condition).
+        schedule: ᾱ_t.
+        optim, total_steps: see `OptimisedTask`.
+        ema_rate: decay of the averaged weights, ``ema``.
+    """
+
+    def __init__(
+        self, model: nn.Module, schedule: DiffusionSchedule, optim: Any, ema_rate: float, total_steps: int
+    ) -> None:
+        super().__init__(optim, total_steps)
+        self.model = model
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_rate)).requires_grad_(False)
+        self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
+
+    def denoising_loss(self, x_0: Tensor, *condition: Any) -> Tensor:
+        """Return the mean squared error of ε at random times, for clean samples x_0 [N, C, H, W]."""
+        t = torch.randint(len(self.alphas_cumprod), (len(x_0),), device=x_0.device)
+        noise = torch.randn_like(x_0)
+        abar = self.alphas_cumprod[t][:, None, None, None]
+        predicted = self.model(abar.sqrt() * x_0 + (1 - abar).sqrt() * noise, t, *condition)
+        loss = F.mse_loss(predicted, noise)
+        self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.ema.update_parameters(self.model)
+
+
+class NoisePredictionTask(DenoisingTask):
+    """Training of a DDIM model on images.
+
+    Args:
+        config: a DDIM model's config with ``optim`` and ``model.ema_rate``.
+    """
+
+    def __init__(self, config: Any, total_steps: int) -> None:
+        super().__init__(Model(config), build_schedule(config), config.optim, config.model.ema_rate, total_steps)
+
+    def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+        return self.denoising_loss(*batch)
+
+
+def fit(task: OptimisedTask, loader: DataLoader, epochs: int, workdir: str | Path, grad_clip: float) -> dict[str, Any]:
+    """Train, continuing from the last checkpoint in ``workdir``.
+
+    Returns:
+        ``epochs``, ``steps``, ``images``, ``final_loss`` (None where not finite), ``minutes`` of this call, ``torch``.
+    """
+    checkpoints = pl.callbacks.ModelCheckpoint(
+        dirpath=workdir, filename="last", save_last=False, every_n_epochs=10, enable_version_counter=False
+    )
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="auto",
+        devices=1,
+        gradient_clip_val=grad_clip,
+        callbacks=[checkpoints],
+        logger=False,
+        log_every_n_steps=1,
+    )
+    last = Path(workdir) / "last.ckpt"
+    started = time.time()
+    trainer.fit(task, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    loss = float(trainer.callback_metrics.get("loss", math.nan))
+    return {
+        "epochs": epochs,
+        "steps": epochs * len(loader),
+        "images": len(loader.dataset),
+        "final_loss": round(loss, 5) if math.isfinite(loss) else None,
+        "minutes": round((time.time() - started) / 60, 1),
+        "torch": torch.__version__,
+    }

@@ -3,6 +3,7 @@
     python scripts/reproduce.py configs/tables/digits-demo.yaml --out runs/digits-demo
 
 Float comes first. Every row is a run folder of its own; repeating the command continues where it stopped.
+``--rows 'float,linear W4A8'`` runs only these rows; the table then shows them and the rows finished before.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", help="passed on to the runs")
     parser.add_argument("--extractor", help="feature extractor (default: the model config's)")
     parser.add_argument("--extractor-weights", help="weights file of the extractor")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of all rows as JSON and stop")
+    parser.add_argument("--rows", help="labels of the rows to run, separated by commas (default: all)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the rows as JSON and stop")
     args = parser.parse_args(arguments)
 
     from qdiff.cli.table import TableRun
 
-    table = TableRun(args.table, args.out, args.device, args.extractor, args.extractor_weights)
+    table = TableRun(args.table, args.out, args.device, args.extractor, args.extractor_weights, args.rows)
     if args.dry_run:
         table.print_commands()
         return

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import time
-from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser
@@ -39,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from ddim.config import load_config
     from ddim.datasets import load_training_images
-    from ddim.training import NoisePredictionTask
+    from ddim.training import NoisePredictionTask, fit
     from qdiff.files import check_writable, written_whole
 
     check_writable(args.out)
@@ -50,41 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     epochs = args.epochs or config.training.n_epochs
     loader = DataLoader(TensorDataset(images), batch_size=config.training.batch_size, shuffle=True, drop_last=True)
     task = NoisePredictionTask(config, total_steps=epochs * len(loader))
-    checkpoints = pl.callbacks.ModelCheckpoint(
-        dirpath=args.workdir,
-        filename="last",
-        save_last=False,
-        every_n_epochs=10,
-        enable_version_counter=False,
-    )
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        accelerator="auto",
-        devices=1,
-        gradient_clip_val=config.optim.grad_clip,
-        callbacks=[checkpoints],
-        logger=False,
-        log_every_n_steps=1,
-    )
-    last = Path(args.workdir) / "last.ckpt"
-    started = time.time()
-    trainer.fit(task, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
-
-    loss = float(trainer.callback_metrics.get("loss", math.nan))
+    notes = {"config": args.config, "seed": args.seed}
+    notes |= fit(task, loader, epochs, args.workdir, config.optim.grad_clip)
     weights = {k: v.contiguous().cpu() for k, v in task.ema.module.state_dict().items()}
-    notes = {
-        "config": args.config,
-        "epochs": epochs,
-        "steps": epochs * len(loader),
-        "images": len(images),
-        "seed": args.seed,
-        "final_loss": round(loss, 5) if math.isfinite(loss) else None,
-        "torch": torch.__version__,
-    }
     with written_whole(args.out) as path:
         save_file(weights, path, metadata={"training": json.dumps(notes)})
-    minutes = (time.time() - started) / 60
-    print(f"{args.out}: {sum(v.numel() for v in weights.values())} parameters, {minutes:.1f} min, {notes}")
+    print(f"{args.out}: {sum(v.numel() for v in weights.values())} parameters, {notes}")
 
 
 if __name__ == "__main__":

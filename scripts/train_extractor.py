@@ -4,6 +4,11 @@
 
 takes half a minute on one CPU core, downloads nothing, and writes ``models/digits_classifier.safetensors``
 and ``models/digits_reference.npz``. Metrics made with other weights cannot be compared with earlier ones.
+
+    python scripts/train_extractor.py --reference-only --size 32
+
+trains nothing: with the classifier that is there it writes the reference statistics of digits of another
+size, ``models/digits32_reference.npz``.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from tqdm import tqdm
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
 from qdiff.evaluation.extractors import REPOSITORY, create_extractor
@@ -32,17 +38,30 @@ from qdiff.files import written_whole
 NAME = "digits-classifier"
 TEST_SIZE, SPLIT_SEED = 360, 0  # fixed whatever --seed says, so that accuracies can be compared
 LEAST_ACCURACY = 0.98
+LEAST_SIZE = 8
+WEIGHTS = "digits_classifier.safetensors"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation (default: 0)")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the 1,437 images (default: 60)")
     parser.add_argument("--batch-size", type=int, default=64, help="images a step (default: 64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; changes rounding (default: 1)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "models", help="folder (default: models)")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--reference-only", action="store_true", help="write only reference statistics, by the classifier in --out"
+    )
+    parser.add_argument("--size", type=int, help=f"side of the digits, with --reference-only (default: {IMAGE_SIZE})")
+    args = parser.parse_args(arguments)
+    if args.size is not None and not args.reference_only:
+        raise UserError(
+            f"--size is for --reference-only: the classifier itself is trained at {IMAGE_SIZE}×{IMAGE_SIZE}."
+        )
+    if args.size is not None and args.size < LEAST_SIZE:
+        raise UserError(f"--size is {args.size}; give {LEAST_SIZE}, the size of the original digits, or more.")
+    return args
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -84,10 +103,33 @@ def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     return (model(images)[1].argmax(dim=1) == labels).double().mean().item()
 
 
+def write_reference(folder: Path, size: int = IMAGE_SIZE) -> Path:
+    """Write the reference statistics of all digits, ``size`` pixels a side, by the classifier in ``folder``.
+
+    Returns:
+        The file: digits_reference.npz at the classifier's own size, else digits<size>_reference.npz.
+
+    Raises:
+        UserError: if there is no usable classifier in ``folder``.
+    """
+    # Read back from its file, so that the statistics belong to what was written.
+    extractor = create_extractor(NAME, folder / WEIGHTS)
+    pixels, _ = load_digit_images(size)
+    name = f"scikit-learn digits, all {len(pixels)}, bicubic to {size}×{size}"
+    # One channel: three equal ones have the same mean, so RGB digits need no reference of their own.
+    reference = compute_reference(pixels[:, None], extractor, name, progress=False)
+    path = folder / f"digits{'' if size == IMAGE_SIZE else size}_reference.npz"
+    save_reference(reference, path)
+    return path
+
+
 @exits_cleanly
 def main(arguments: list[str]) -> None:
     args = parse(arguments)
     torch.set_num_threads(args.threads)
+    if args.reference_only:
+        report(write_reference(args.out, args.size or IMAGE_SIZE))
+        return
     pixels, digits = load_digit_images(IMAGE_SIZE)
     images = DigitClassifier.prepare(torch.from_numpy(pixels)[:, None])
     labels = torch.from_numpy(digits)
@@ -106,7 +148,7 @@ def main(arguments: list[str]) -> None:
             "with --epochs or try another --seed."
         )
 
-    weights = args.out / "digits_classifier.safetensors"
+    weights = args.out / WEIGHTS
     about = {
         "test_accuracy": f"{share:.4f}",
         "split": f"{len(seen)} train, {len(unseen)} test, stratified, random_state={SPLIT_SEED}",
@@ -116,12 +158,12 @@ def main(arguments: list[str]) -> None:
     }
     with written_whole(weights) as temporary:
         temporary.write_bytes(save(model.state_dict(), metadata=about))
-    # The extractor reads the file back, so the statistics belong to what was written.
-    name = f"scikit-learn digits, all {len(pixels)}, bicubic to {IMAGE_SIZE}×{IMAGE_SIZE}"
-    reference = compute_reference(pixels[:, None], create_extractor(NAME, weights), name, progress=False)
-    statistics = args.out / "digits_reference.npz"
-    save_reference(reference, statistics)
-    for path in (weights, statistics):
+    report(weights, write_reference(args.out))
+
+
+def report(*paths: Path) -> None:
+    """Say what was written."""
+    for path in paths:
         print(f"wrote {path} ({path.stat().st_size:,} bytes)")
 
 

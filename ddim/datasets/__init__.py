@@ -20,5 +20,15 @@ def load_training_images(data: Any) -> Tensor:
         from ddim.datasets.digits import load_digit_images
 
         images, _ = load_digit_images(data.image_size)
-        return torch.from_numpy(images).unsqueeze(1).float() / 127.5 - 1.0
+        grey = torch.from_numpy(images).unsqueeze(1).float() / 127.5 - 1.0
+        return grey.repeat(1, data.get("channels", 1), 1, 1)
     raise UserError(f"data.dataset is {data.dataset}, which cannot be trained on here; known: DIGITS")
+
+
+def load_training_labels(data: Any) -> Tensor:
+    """Return the classes of the images of `load_training_images`, int64 [N]."""
+    if data.dataset == "DIGITS":
+        from ddim.datasets.digits import load_digit_images
+
+        return torch.from_numpy(load_digit_images(data.image_size)[1])
+    raise UserError(f"data.dataset is {data.dataset}, whose labels are not known here; known: DIGITS")

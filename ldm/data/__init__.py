@@ -1,0 +1,1 @@
+"""Training data of the bundled latent models."""

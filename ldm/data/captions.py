@@ -1,0 +1,74 @@
+"""Captions of digits, and a tokenizer made of their words."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from qdiff.files import written_whole
+
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+TEMPLATES = (
+    "a handwritten {}",
+    "a handwritten digit {}",
+    "the digit {}",
+    "the number {}",
+    "a picture of a {}",
+    "a scan of the number {}",
+    "{} written by hand",
+    "{}",
+)
+
+
+def random_caption(label: int, source: random.Random) -> str:
+    """Return one of the captions of a digit."""
+    return source.choice(TEMPLATES).format(WORDS[label])
+
+
+def all_captions() -> list[str]:
+    return [template.format(word) for template in TEMPLATES for word in WORDS]
+
+
+def write_tokenizer(folder: str | Path, texts: Sequence[str], vocab_size: int, max_length: int) -> None:
+    """Learn byte-pair merges from texts and write them as the files of a CLIP tokenizer.
+
+    Every letter, digit and common sign is in the vocabulary; what is not becomes the unknown token.
+
+    Args:
+        vocab_size: at most this many tokens.
+        max_length: tokens of a text, start and end included.
+    """
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"),
+        special_tokens=[start, end],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    # A word may end with any sign of the alphabet, also where no caption does.
+    vocabulary = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
+    for sign in [t for t in vocabulary if len(t) == 1]:
+        vocabulary.setdefault(f"{sign}</w>", len(vocabulary))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
+    texts_of = {
+        "vocab.json": json.dumps(vocabulary, indent=0),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]) + "\n",
+        "special_tokens_map.json": json.dumps(special, indent=1),
+        "tokenizer_config.json": json.dumps(
+            {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, **special}, indent=1
+        ),
+    }
+    for name, text in texts_of.items():
+        with written_whole(Path(folder) / name) as path:
+            path.write_text(text)

@@ -1,0 +1,73 @@
+"""A latent diffusion model: schedule, UNet, first stage and condition encoder in one holder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddim.samplers import DiffusionSchedule, make_beta_schedule
+from ldm.util import instantiate_from_config
+
+
+class LatentDiffusion(nn.Module):
+    """Holds what a released checkpoint holds, under the released names.
+
+    Args:
+        unet_config, first_stage_config, cond_stage_config: see `instantiate_from_config`.
+        linear_start, linear_end, timesteps: the noise schedule, linear in √β (what these configs call "linear").
+        image_size, channels: side and channels of the latent.
+        scale_factor: latents are multiplied by it before diffusion.
+        scale_by_std: the factor was set from the first training batch and is in the checkpoint.
+        use_ema: the checkpoint also holds averaged weights, which sampling takes.
+        training: further keys of released configs concern training and are not used.
+    """
+
+    def __init__(
+        self,
+        unet_config: Any,
+        first_stage_config: Any,
+        cond_stage_config: Any = "__is_unconditional__",
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        timesteps: int = 1000,
+        image_size: int = 256,
+        channels: int = 3,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        use_ema: bool = True,
+        **training: Any,
+    ) -> None:
+        super().__init__()
+        self.model = nn.Module()
+        self.model.diffusion_model = instantiate_from_config(unet_config)
+        self.first_stage_model = instantiate_from_config(first_stage_config)
+        self.cond_stage_model = instantiate_from_config(cond_stage_config)
+        self.schedule = DiffusionSchedule(make_beta_schedule("scaled_linear", linear_start, linear_end, timesteps))
+        self.latent_shape = (channels, image_size, image_size)
+        self.scale_by_std, self.use_ema = scale_by_std, use_ema
+        self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+
+    @property
+    def network(self) -> nn.Module:
+        """The UNet."""
+        return self.model.diffusion_model
+
+    @torch.no_grad()
+    def condition(self, values: Sequence[Any]) -> Tensor | None:
+        """Labels or texts, one an image → context [N, L, D]; None for an unconditional model."""
+        return None if self.cond_stage_model is None else self.cond_stage_model(values)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images [N, 3, H, W] in [−1, 1] → scaled latents; of a KL first stage a sample."""
+        latent = self.first_stage_model.encode(images)
+        latent = latent if isinstance(latent, Tensor) else latent.sample()
+        return latent * self.scale_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [N, C, h, w] → images [N, 3, H, W], nominally in [−1, 1]."""
+        return self.first_stage_model.decode(latents / self.scale_factor)

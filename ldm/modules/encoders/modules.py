@@ -1,0 +1,136 @@
+"""Encoders of conditions: class labels and texts → context of the UNet, with the released parameter names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
+# Architecture of the text half of CLIP ViT-L/14: a Stable Diffusion checkpoint holds its weights, so no file is needed.
+_CLIP_VIT_L_14_TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
+}
+
+
+class ClassEmbedder(nn.Module):
+    """One learned vector a class; the last class stands for "no class" where guidance is used.
+
+    Args:
+        embed_dim: width of the vector.
+        n_classes: number of classes, "no class" included.
+        key: of training batches; not used.
+    """
+
+    def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_classes, embed_dim)
+
+    @property
+    def unconditional(self) -> int:
+        """The label that stands for no class."""
+        return self.embedding.num_embeddings - 1
+
+    def forward(self, labels: Sequence[int] | Tensor) -> Tensor:
+        """Labels [N] → context [N, 1, embed_dim]."""
+        labels = torch.as_tensor(labels, dtype=torch.long, device=self.embedding.weight.device)
+        return self.embedding(labels)[:, None]
+
+
+class FrozenCLIPEmbedder(nn.Module):
+    """The hidden states of a CLIP text encoder (Radford et al. 2021), padded to its full length.
+
+    The architecture comes from ``version``; weights come with the diffusion checkpoint, or from `load_pretrained`.
+    The tokenizer is loaded when the first text is encoded.
+
+    Args:
+        version: folder with ``config.json`` and tokenizer files (relative paths also from the repository's root), or
+            a name on the Hugging Face hub.
+        max_length: tokens a text is padded or cut to; None takes the encoder's own maximum.
+        device: accepted; tensors go where the weights are.
+    """
+
+    unconditional = ""
+
+    def __init__(self, version: str = CLIP_VIT_L_14, device: str | None = None, max_length: int | None = None) -> None:
+        from transformers import CLIPTextModel
+
+        super().__init__()
+        self.version = _local(version)
+        config = self._architecture()
+        self.max_length = max_length or config.max_position_embeddings
+        model = CLIPTextModel(config)
+        # transformers 5 has the encoder itself there, 4 one level down; the released name is the latter's.
+        self.transformer = nn.Module()
+        self.transformer.text_model = getattr(model, "text_model", model)
+        self._tokenizer: Any = None
+
+    def _architecture(self) -> Any:
+        from transformers import CLIPTextConfig
+
+        if self.version == CLIP_VIT_L_14:
+            return CLIPTextConfig(**_CLIP_VIT_L_14_TEXT)
+        return self._from_hub(CLIPTextConfig)
+
+    def _from_hub(self, kind: Any) -> Any:
+        try:
+            return kind.from_pretrained(self.version)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the text encoder {self.version} needs its {kind.__name__} files, which are neither a local folder "
+                "nor in the Hugging Face cache and cannot be downloaded; on a machine with network run `hf download "
+                f"{self.version}` and copy the cache (HF_HOME), or name a local folder as "
+                "cond_stage_config.params.version"
+            ) from error
+
+    def load_pretrained(self) -> None:
+        """Load the weights that ``version`` names (where the diffusion checkpoint holds none)."""
+        from transformers import CLIPTextModel
+
+        model = self._from_hub(CLIPTextModel)
+        self.transformer.text_model.load_state_dict(getattr(model, "text_model", model).state_dict())
+
+    @property
+    def tokenizer(self) -> Any:
+        from transformers import CLIPTokenizer
+
+        if self._tokenizer is None:
+            self._tokenizer = self._from_hub(CLIPTokenizer)
+        return self._tokenizer
+
+    def cut(self, text: str) -> str:
+        """Return the end of a text that does not fit into ``max_length`` tokens ("" if all does)."""
+        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        kept = self.max_length - 2  # start and end
+        return self.tokenizer.decode(tokens[kept:]).strip() if len(tokens) > kept else ""
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """N texts → context [N, max_length, hidden size]."""
+        tokens = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_length, padding="max_length", return_tensors="pt"
+        )["input_ids"]
+        encoder = self.transformer.text_model
+        return encoder(input_ids=tokens.to(next(encoder.parameters()).device)).last_hidden_state
+
+
+def _local(version: str) -> str:
+    """Return the path of a local folder that ``version`` names, or ``version`` as it is."""
+    for path in (Path(version), REPOSITORY / version):
+        if path.is_dir():
+            return str(path)
+    return version

@@ -1,0 +1,53 @@
+"""Train a latent diffusion model with Lightning: first its autoencoder, then the denoiser in its latent space.
+
+    python scripts/train_ldm.py --config models/ldm/digits_vq/config.yaml --stage first --out runs/vq.safetensors
+    python scripts/train_ldm.py --config models/ldm/digits_vq/config.yaml --stage diffusion \\
+        --first_stage runs/vq.safetensors --out models/ldm/digits_vq/model.safetensors
+
+Models with first stages of the same config may share one. Repeating a command after an interruption continues it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--config", required=True, help="a config with model, data and training sections")
+    parser.add_argument("--stage", choices=["first", "diffusion"], required=True)
+    parser.add_argument("--first_stage", help="trained first stage (for --stage diffusion)")
+    parser.add_argument("--out", required=True, help="where the weights go (.safetensors, float16)")
+    parser.add_argument("--workdir", help="checkpoints to continue from (default: --out with .work)")
+    parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--epochs", type=int, help="instead of the config's")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    return parser.parse_args(arguments)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+
+    import pytorch_lightning as pl
+    import torch
+
+    from ldm.train import train_diffusion, train_first_stage
+    from qdiff.errors import UserError
+    from qdiff.files import check_writable
+
+    if (args.stage == "diffusion") != bool(args.first_stage):
+        raise UserError("--stage diffusion needs --first_stage PATH, and --stage first takes none")
+    check_writable(args.out)
+    torch.set_num_threads(args.threads)
+    pl.seed_everything(args.seed, verbose=False)
+    train = train_first_stage if args.stage == "first" else train_diffusion
+    print(args.out, json.dumps(train(args)))
+
+
+if __name__ == "__main__":
+    main()
