@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddim.config import build_schedule
 from ddim.samplers import (
+    CALIBRATION_STREAM,
     ImageNoise,
     NoisePrediction,
     OnStep,
@@ -21,9 +22,6 @@ from ddim.samplers import (
     select_timesteps,
 )
 from qdiff.errors import UserError
-
-# Calibration images draw from streams of their own: no image of the run is among them.
-CALIBRATION_STREAM = 1 << 40
 
 
 @dataclass(frozen=True)

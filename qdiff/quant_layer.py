@@ -55,6 +55,7 @@ class QuantModule(nn.Module):
         self.soft_weight: Callable[[], Tensor] | None = None
         # The dequantized weight, there while weights are quantized so that a step costs what float costs.
         self.register_buffer("baked", None, persistent=False)
+        self.released = False  # `weight` holds the dequantized values for good
 
     def weight_slices(self) -> Sequence[Tensor]:
         """Return views of the float weight, one a slice."""
@@ -83,11 +84,22 @@ class QuantModule(nn.Module):
 
     def bake(self) -> Tensor:
         """Return the dequantized weight, computed once instead of in every forward."""
+        if self.released:
+            return self.weight
         if self.baked is None:
             self.baked = self.dequantized_weight()
         return self.baked
 
+    @torch.no_grad()
+    def release_float_weight(self) -> None:
+        """Overwrite the float weight with the dequantized one, so that no second copy is held."""
+        if len(self.weight_quantizers) > 0 and not self.released:
+            self.weight.copy_(self.dequantized_weight())
+            self.baked, self.released = None, True
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.released and not self.weights_quantized:
+            raise RuntimeError("the float weights of this network were released; load it anew to run it in float")
         if self.acts_quantized:
             x = self._quantized_input(x)
         weight = self.weight

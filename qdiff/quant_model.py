@@ -89,6 +89,16 @@ class QuantModel(nn.Module):
                     f"the {kind} quantizer {name} has no range; calibrate the network or load a checkpoint first"
                 )
 
+    def release_float_weights(self) -> None:
+        """Give up the float weights: from now on only ``quantized(weights=True)`` works, at the memory cost of float.
+
+        Raises:
+            UserError: a weight quantizer was never set.
+        """
+        self.assert_initialised(weights=True, activations=False)
+        for layer in self.layers().values():
+            layer.release_float_weight()
+
     def reset_fired(self) -> None:
         """Start counting anew how often each activation quantizer fires."""
         for quantizer in self.act_quantizers().values():

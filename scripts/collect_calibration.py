@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
+from ddim.options import add_model_options, add_sampler_options
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser, add_model_options, add_sampler_options
+from qdiff.cli.parser import Parser
 
 
 def parse_args(arguments: list[str] | None = None):
@@ -28,15 +29,16 @@ def main(arguments: list[str] | None = None) -> None:
     from ddim.command import DdimModel
     from qdiff.calibration.samples import save_recording
     from qdiff.calibration.schedules import evenly_spaced
+    from qdiff.cli.runtime import choose_device
     from qdiff.errors import UserError
     from qdiff.files import check_writable
 
     model = DdimModel(args)
-    evenly_spaced(model.sampler.calls, args.cali_st)  # checks --cali_st
+    evenly_spaced(model.calls, args.cali_st)  # checks --cali_st
     if args.cali_n < 1:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
     check_writable(args.out)
-    model.load(args.device)
+    model.load(choose_device(args.device))
     save_recording(model.record(args.cali_st, args.cali_n), args.out)
     print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")
 

@@ -11,15 +11,9 @@ from __future__ import annotations
 
 import json
 
+from ddim.options import add_model_options, add_sampler_options
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import (
-    Parser,
-    add_calibration_options,
-    add_model_options,
-    add_quantization_options,
-    add_run_options,
-    add_sampler_options,
-)
+from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
 
 
 def parse_args(arguments: list[str] | None = None):
@@ -37,9 +31,10 @@ def parse_args(arguments: list[str] | None = None):
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    from ddim.command import SampleCommand
+    from ddim.command import DdimModel
+    from qdiff.cli.command import SampleCommand
 
-    command = SampleCommand(args)
+    command = SampleCommand("sample_diffusion_ddim", DdimModel(args))
     if args.dry_run:
         print(json.dumps(command.config, indent=1))
         return

@@ -4,7 +4,7 @@ from ddim.samplers.ddpm import sample_ddpm_noisy
 from ddim.samplers.dpm_solver import SolverMethod, sample_dpm_solver
 from ddim.samplers.generalized import sample_generalized
 from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
-from ddim.samplers.noise import ImageNoise
+from ddim.samplers.noise import CALIBRATION_STREAM, ImageNoise
 from ddim.samplers.plms import plms_calls, sample_plms
 from ddim.samplers.schedule import (
     BetaKind,
@@ -15,6 +15,7 @@ from ddim.samplers.schedule import (
 )
 
 __all__ = [
+    "CALIBRATION_STREAM",
     "BetaKind",
     "DiffusionSchedule",
     "ImageNoise",

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from qdiff.errors import UserError
 
+CALIBRATION_STREAM = 1 << 40
+"""Added to a run's seed for calibration images: no image of the run is among them."""
+
 
 class ImageNoise:
     """Standard normal noise in which image i depends on (seed, i) alone.

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-NoisePrediction = Callable[[Tensor, Tensor], Tensor]
+
+class OnCall(Protocol):
+    """Told of every network call of a sampling run, before guidance doubles the batch."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None
+    ) -> None:
+        """x [N, C, H, W], t [N]; where conditional [N, L, D], and the same where guidance uses "no condition"."""
 
 
 def record_calls(
-    sample: Callable[[NoisePrediction, Sequence[int]], object],
-    eps: NoisePrediction,
+    sample: Callable[[OnCall, Sequence[int]], object],
     count: int,
     batch_size: int,
     keep: Sequence[int],
@@ -21,31 +28,33 @@ def record_calls(
     """Run a sampler batch by batch and keep the network inputs of chosen calls.
 
     Args:
-        sample: ``sample(eps, indices)`` runs the whole sampler for the images numbered ``indices``.
-        eps: the float network, (x [N, C, H, W], t [N]) → [N, C, H, W].
+        sample: ``sample(on_call, indices)`` runs the whole sampler for the images numbered ``indices``.
         count: how many images to sample.
         batch_size: images at a time.
         keep: which calls of a run to keep, counted from 0 (the noisiest).
         on_batch: told the number of images of each finished batch.
 
     Returns:
-        ``xs`` float32 [len(keep), count, C, H, W] and ``ts`` [len(keep), count], on the CPU.
+        ``xs`` float32 [len(keep), count, C, H, W], ``ts`` [len(keep), count] and, where there are conditions, ``cs``
+        and ``ucs`` [len(keep), count, L, D], on the CPU.
     """
-    kept: dict[str, list[list[Tensor]]] = {"xs": [[] for _ in keep], "ts": [[] for _ in keep]}
     place = {call: row for row, call in enumerate(keep)}
+    kept: dict[str, list[list[Tensor]]] = {}
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
         call = 0
 
-        def recording(x: Tensor, t: Tensor) -> Tensor:
+        def on_call(x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None) -> None:
             nonlocal call
             if call in place:
-                kept["xs"][place[call]].append(x.detach().float().cpu().clone())
-                kept["ts"][place[call]].append(t.detach().cpu().clone())
+                given = {"xs": x.float(), "ts": t, "cs": condition, "ucs": unconditional}
+                for key, value in given.items():
+                    if value is not None:
+                        rows = kept.setdefault(key, [[] for _ in keep])
+                        rows[place[call]].append(value.detach().cpu().clone())
             call += 1
-            return eps(x, t)
 
-        sample(recording, indices)
+        sample(on_call, indices)
         if on_batch is not None:
             on_batch(len(indices))
     return {key: torch.stack([torch.cat(parts) for parts in rows]) for key, rows in kept.items()}

@@ -80,7 +80,8 @@ def select_samples(
         recording: as from `load_recording`.
         steps, per_step: ``--cali_st`` and ``--cali_n``.
         image_shape: (C, H, W) that the network takes.
-        conditional: take the conditional and the unconditional half, twice the data.
+        conditional: take the conditional and the unconditional half, twice the data; where the file has only the first
+            (sampled without guidance), that.
         source: named in errors.
 
     Raises:
@@ -113,7 +114,9 @@ def select_samples(
     x, t = rows(xs).float(), rows(ts)
     if not conditional:
         return CalibrationSet((x, t))
-    if not {"cs", "ucs"} <= set(recording):
+    if "cs" not in recording:
         raise UserError(f"{source} holds no conditions (cs, ucs); record it with the conditional model")
-    context = torch.cat([rows(recording["cs"]), rows(recording["ucs"])]).float()
-    return CalibrationSet((torch.cat([x, x]), torch.cat([t, t]), context))
+    halves = [rows(recording[key]).float() for key in ("cs", "ucs") if key in recording]
+    if any(half.dim() != 3 or len(half) != len(x) for half in halves):
+        raise UserError(f"{source} is malformed: cs and ucs do not give one [L, D] condition a sample; {FIX}")
+    return CalibrationSet((x.repeat(len(halves), 1, 1, 1), t.repeat(len(halves)), torch.cat(halves)))

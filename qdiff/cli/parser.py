@@ -23,27 +23,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which DDIM model, and where its float weights come from."""
-    group = parser.add_argument_group("model")
-    group.add_argument("--config", required=True, help="model config, e.g. configs/cifar10.yml")
-    group.add_argument("--use_pretrained", action="store_true", help="the config's released or bundled weights")
-    group.add_argument("--ckpt", help="float weights from a file instead")
-    group.add_argument("--seed", type=int, default=1234)
-
-
-def add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    """How a DDIM model is sampled."""
-    group = parser.add_argument_group("sampler")
-    kinds = ["generalized", "ddpm_noisy", "dpm_solver"]
-    group.add_argument("--sample_type", choices=kinds, default="generalized", help="generalized is DDIM")
-    group.add_argument("--skip_type", choices=["uniform", "quad"], default="uniform")
-    group.add_argument("--timesteps", type=int, default=1000)
-    group.add_argument("--eta", type=float, default=0.0, help="η of DDIM")
-    group.add_argument("--dpm_order", type=int, choices=[1, 2, 3], default=2)
-    group.add_argument("--dpm_method", choices=["multistep", "singlestep"], default="multistep")
-
-
 def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
     group = parser.add_argument_group("quantization")
@@ -82,14 +61,20 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
     group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")
     group.add_argument("--recon_unit", choices=["block", "layer"], default="block", help="what is fitted at a time")
-    group.add_argument("--memory_budget", type=float, help="GiB of RAM for stored activations, the rest on disk")
+    group.add_argument(
+        "--memory_budget",
+        "--memory-budget",
+        type=float,
+        help="GiB for what calibration holds beside the weights: stored activations go to disk beyond it",
+    )
     group.add_argument("--cond", action="store_true", help="the model is conditional")
 
 
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """What every sampling command offers."""
+def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = ("-l", "--logdir")) -> None:
+    """What every sampling command offers; ``folder``: what the option for the run folder is called."""
     group = parser.add_argument_group("run")
-    group.add_argument("-l", "--logdir", nargs="?", default="none", help="run folder; repeat a command to continue it")
+    text = "run folder; repeat a command to continue it"
+    group.add_argument(*folder, dest="logdir", nargs="?", default="none", help=text)
     group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
     group.add_argument("--batch_size", type=int, help="images sampled at a time")
     group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")

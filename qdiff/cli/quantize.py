@@ -39,6 +39,7 @@ class Quantization:
         plan: what to do.
         run: where the calibrated checkpoint, its recording and unfinished work are kept; may not exist yet.
         image_shape: (C, H, W) of the network's input.
+        conditional: the network takes a context.
 
     Attributes:
         qnn: the wrapped network.
@@ -47,8 +48,15 @@ class Quantization:
         UserError: a file is missing, damaged, or does not fit.
     """
 
-    def __init__(self, network: SteppedNetwork, plan: PtqPlan, run: RunFolder, image_shape: tuple[int, ...]) -> None:
-        self.plan, self.run, self.image_shape = plan, run, image_shape
+    def __init__(
+        self,
+        network: SteppedNetwork,
+        plan: PtqPlan,
+        run: RunFolder,
+        image_shape: tuple[int, ...],
+        conditional: bool = False,
+    ) -> None:
+        self.plan, self.run, self.image_shape, self.conditional = plan, run, image_shape, conditional
         self.finished = run.path / CHECKPOINT
         self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
         self.data: CalibrationSet | None = None
@@ -69,7 +77,9 @@ class Quantization:
     def _read_recording(self) -> None:
         plan = self.plan
         recording = load_recording(self.recording)
-        self.data = select_samples(recording, plan.steps, plan.per_step, self.image_shape, source=self.recording)
+        self.data = select_samples(
+            recording, plan.steps, plan.per_step, self.image_shape, self.conditional, source=self.recording
+        )
 
     def complete(
         self, seed: int, record: Callable[[int, int], dict[str, Tensor]], show_progress: bool = True
@@ -120,22 +130,28 @@ class Quantization:
 
 
 @torch.no_grad()
-def measure_noise_error(qnn: QuantModel, held_out: dict[str, Tensor], batch_size: int = 64) -> dict[str, float]:
+def measure_noise_error(
+    qnn: QuantModel, held_out: CalibrationSet, batch_size: int = 64, release: bool = False
+) -> dict[str, float]:
     """Return how far the quantized ε is from the float ε on held-out network inputs.
 
     Args:
-        held_out: a recording that calibration did not see.
+        held_out: inputs that calibration did not see.
+        release: give up the float weights once their output is known (`QuantModel.release_float_weights`).
 
     Returns:
         ``mse``, the mean squared difference over all elements; ``float_mean_square``, the same of ε itself; and the
         number of ``samples``.
     """
-    x, t = held_out["xs"].flatten(0, 1), held_out["ts"].flatten(0, 1)
     batches = [
-        (a.to(qnn.device), b.to(qnn.device)) for a, b in zip(x.split(batch_size), t.split(batch_size), strict=True)
+        tuple(part.to(qnn.device) for part in batch)
+        for batch in zip(*(i.split(batch_size) for i in held_out.inputs), strict=True)
     ]
     wanted = [qnn(*batch).double() for batch in batches]
+    if release:
+        qnn.release_float_weights()
     with qnn.quantized():  # once: entering dequantizes every weight
         error = sum(float((qnn(*b).double() - w).square().sum()) for b, w in zip(batches, wanted, strict=True))
+    elements = sum(w.numel() for w in wanted)
     reference = sum(float(w.square().sum()) for w in wanted)
-    return {"mse": error / x.numel(), "float_mean_square": reference / x.numel(), "samples": len(x)}
+    return {"mse": error / elements, "float_mean_square": reference / elements, "samples": len(held_out)}

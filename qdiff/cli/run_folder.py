@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -46,6 +47,8 @@ class RunFolder:
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
         self.manifest: dict[str, Any] = self._previous()
+        # A run that kept its grid alone has nothing left to show what it made; any other is seen by its images.
+        self.is_complete = self.manifest.get("status") == "finished" and not self.manifest.get("images_kept", True)
         self.manifest |= {
             "config": self.config,
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -146,15 +149,27 @@ class RunFolder:
         """Read the first ``count`` images (all by default), uint8 [N, H, W, C]."""
         return np.stack([load_png(self.image_path(i)) for i in range(count or self.count)])
 
-    def finish(self, save_npz: bool) -> None:
-        """Write the preview grid, the array file if asked for, and the manifest's final state."""
-        first = self.load_images(min(PREVIEW_IMAGES, self.count))
-        save_png(grid(first, scale=max(1, 64 // first.shape[1])), self.path / "grid.png")
+    def finish(
+        self, save_npz: bool, columns: int | None = None, write_grid: bool = True, keep_images: bool = True
+    ) -> None:
+        """Write the preview grid, the array file if asked for, and the manifest's final state.
+
+        Args:
+            columns: of the grid; by default it is about square.
+            write_grid: False leaves it out.
+            keep_images: False deletes the single images, so that only the grid (and the array file) stay.
+        """
+        if write_grid:
+            first = self.load_images(min(PREVIEW_IMAGES, self.count))
+            save_png(grid(first, columns, scale=max(1, 64 // first.shape[1])), self.path / "grid.png")
         if save_npz:
             with written_whole(self.path / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=self.load_images())
         self.manifest["status"] = "finished"
+        self.manifest["images_kept"] = keep_images
         self.save_manifest()
+        if not keep_images:
+            shutil.rmtree(self.images)
 
 
 def start_logging(verbose: bool) -> None:

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from qdiff.evaluation.comparison import comparison_picture, markdown
 from qdiff.files import written_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SHOWN_METRICS = ("fid", "isc", "isc_std", "kid", "kid_std", "asked_share")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,25 @@ class Row:
     weights_from: str | None = None
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The recording that all calibrated rows share.
+
+    Attributes:
+        script: the command that records.
+        options: for the recording and for every quantized row.
+        skip: common options, of one value each, that the recording command does not know.
+    """
+
+    script: str
+    options: str = ""
+    skip: tuple[str, ...] = ("--max_images",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.skip, str) or not all(isinstance(o, str) and o.startswith("-") for o in self.skip):
+            raise UserError(f"calibration: skip is {self.skip!r}; give a list of options, e.g. [--max_images]")
+
+
 class TableRun:
     """Carries out a table file (YAML; see configs/tables).
 
@@ -35,6 +56,7 @@ class TableRun:
         out: folder of the runs; default ``runs/<name of the file>``.
         device: passed on to the runs.
         extractor, extractor_weights: override the model config's choice.
+        rows: labels of the rows to run, separated by commas; default all.
     """
 
     def __init__(
@@ -44,17 +66,25 @@ class TableRun:
         device: str | None,
         extractor: str | None,
         extractor_weights: str | None,
+        rows: str | None = None,
     ) -> None:
         path = Path(file)
         self.spec = _read_yaml(path)
         try:
             self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in self.spec["rows"]]
             self.common = shlex.split(self.spec["options"])
-            pretrained = _read_yaml(REPOSITORY / self.spec["config"])["pretrained"]
+            given = self.spec.get("calibration")
+            self.calibration = (
+                None if given is None else Calibration(**{**given, "options": given.get("options") or ""})
+            )
+            config = _read_yaml(REPOSITORY / self.spec["config"])
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"table {path} is incomplete ({error}); see configs/tables/digits-demo.yaml") from None
         self.out = Path(out or f"runs/{path.stem}")
         self.device = [] if device is None else ["--device", device]
+        pretrained = config.get("pretrained")
+        if not isinstance(pretrained, dict) or not (extractor or pretrained.get("extractor")):
+            raise UserError(f"{self.spec['config']} names no pretrained.extractor; add it beside the model's section")
         self.extractor = extractor or pretrained["extractor"]
         self.extractor_weights = extractor_weights
         self.reference = pretrained.get("reference")
@@ -69,6 +99,17 @@ class TableRun:
             if self.folder(row.label) in above.values():
                 raise UserError(f"table {path}: two rows have the folder {self.folder(row.label)}; rename {row.label}")
             above[row.label] = self.folder(row.label)
+        self.chosen = self.rows if rows is None else self._named(rows)
+
+    def _named(self, text: str) -> list[Row]:
+        """Return the rows whose labels stand in ``text``, in the table's order."""
+        labels = [row.label for row in self.rows]
+        # A label with a comma in it can be named alone.
+        wanted = {text} if text in labels else {part.strip() for part in text.split(",")}
+        unknown = sorted(wanted.difference(labels))
+        if unknown:
+            raise UserError(f"the table has no row {unknown[0]!r}; --rows takes labels out of: {', '.join(labels)}")
+        return [row for row in self.rows if row.label in wanted]
 
     def folder(self, label: str) -> Path:
         """Return the run folder of a row."""
@@ -77,8 +118,8 @@ class TableRun:
     def command(self, row: Row) -> list[str]:
         """Return the sampling command of a row."""
         words = [*self.common, *shlex.split(row.options), *self.device, "-l", str(self.folder(row.label))]
-        if "--ptq" in words and "calibration" in self.spec:
-            words += ["--cali_data_path", str(self._recording), *self._calibration_numbers()]
+        if "--ptq" in words and self.calibration is not None:
+            words += ["--cali_data_path", str(self._recording), *shlex.split(self.calibration.options)]
         if row.weights_from is not None:
             words += [
                 "--resume_w",
@@ -91,29 +132,20 @@ class TableRun:
     def _recording(self) -> Path:
         return self.out / "calibration_data.pt"
 
-    def _calibration_numbers(self) -> list[str]:
-        return shlex.split(self.spec["calibration"]["options"])
-
     def _collect_command(self) -> list[str]:
-        words = []
-        skip = {"--max_images"}  # the one common option that recording does not know
-        common = iter(self.common)
-        for word in common:
-            if word in skip:
-                next(common)
-            else:
-                words.append(word)
-        script = self.spec["calibration"]["script"]
-        numbers = self._calibration_numbers()
-        return [script, *words, *numbers, *self.device, "--out", str(self._recording)]
+        words = [*_without(self.common, self.calibration.skip), *shlex.split(self.calibration.options)]
+        return [self.calibration.script, *words, *self.device, "--out", str(self._recording)]
 
     def print_commands(self) -> None:
         """Print the commands as JSON."""
-        commands = {row.label: shlex.join(["python", *self.command(row)]) for row in self.rows}
+        commands = {row.label: shlex.join(["python", *self.command(row)]) for row in self.chosen}
         print(json.dumps({"extractor": self.extractor, "commands": commands}, indent=1))
 
     def run(self) -> None:
-        """Run and measure every row, then write ``table.md``, ``table.json`` and ``comparison.png``."""
+        """Run and measure the chosen rows, then write ``table.md``, ``table.json`` and ``comparison.png``.
+
+        These show the chosen rows and those that earlier calls finished.
+        """
         from qdiff.evaluation.extractors import create_extractor
         from qdiff.evaluation.reference import load_reference
 
@@ -121,38 +153,60 @@ class TableRun:
         if self.reference is None:
             raise UserError(f"{self.spec['config']} names no reference statistics (pretrained.reference); add them")
         reference = load_reference(REPOSITORY / self.reference, extractor)
-        if "calibration" in self.spec and not self._recording.is_file():
+        for row in self.chosen:
+            base = self._base(row)
+            if base is not None and base not in self.chosen and not self._is_finished(base):
+                raise UserError(
+                    f"row {row.label} takes weights from {base.label}, which is not finished; add it to --rows"
+                )
+        calibrated = self.calibration is not None and any("--ptq" in self.command(row) for row in self.chosen)
+        if calibrated and not self._recording.is_file():
             _call(self._collect_command())
-        results = []
-        for number, row in enumerate(self.rows, 1):
-            print(f"[{number}/{len(self.rows)}] {row.label}", file=sys.stderr, flush=True)
+        for number, row in enumerate(self.chosen, 1):
+            print(f"[{number}/{len(self.chosen)}] {row.label}", file=sys.stderr, flush=True)
             _call(self.command(row))
-            results.append(self._measured(row, extractor, reference))
-            print(markdown(results[-1:], header=False), file=sys.stderr, flush=True)
+            measured = self._measured(row, extractor, reference)
+            print(markdown([measured], header=False), file=sys.stderr, flush=True)
+        shown = [row for row in self.rows if row in self.chosen or self._is_finished(row)]
+        self._write([self._measured(row, extractor, reference) for row in shown])
+
+    def _write(self, results: list[dict[str, Any]]) -> None:
         text = f"# {self.spec['title']}\n\n{markdown(results)}\n\n{self._protocol(results)}\n"
+        shown = [row["label"] for row in results]
+        missing = [row.label for row in self.rows if row.label not in shown]
+        if missing:
+            text += f"\nRows not yet run, or not with the table's present options: {', '.join(missing)}.\n"
         with written_whole(self.out / "table.md") as path:
             path.write_text(text)
         with written_whole(self.out / "table.json") as path:
             path.write_text(json.dumps({"title": self.spec["title"], "rows": results}, indent=1))
-        folders = [(row.label, self.folder(row.label) / "img") for row in self.rows]
         with written_whole(self.out / "comparison.png") as path:
-            comparison_picture(folders, path)
+            comparison_picture([(label, self.folder(label) / "img") for label in shown], path)
         print(text)
         print(f"Picture: {self.out / 'comparison.png'}   Table: {self.out / 'table.md'}")
 
-    def _measured(self, row: Row, extractor: Any, reference: Any) -> dict[str, Any]:
-        from qdiff.evaluation.metrics import compute_metrics
+    def _base(self, row: Row) -> Row | None:
+        """Return the row whose weights ``row`` starts from."""
+        return next((base for base in self.rows if base.label == row.weights_from), None)
 
+    def _is_finished(self, row: Row) -> bool:
+        """Whether the row's folder holds all its images, made with the options that the table has now."""
+        folder, base = self.folder(row.label), self._base(row)
+        try:
+            manifest = json.loads((folder / "run.json").read_text())
+            made = shlex.split(manifest["command"])[2:]  # past the interpreter and the script
+            images = len(list((folder / "img").glob("*.png")))
+            complete = manifest["status"] == "finished" and images == manifest["num_images"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        device = ["--device"]
+        current = _without(made, device) == _without(self.command(row)[1:], device)
+        return complete and current and (base is None or self._is_finished(base))
+
+    def _measured(self, row: Row, extractor: Any, reference: Any) -> dict[str, Any]:
         folder = self.folder(row.label)
         manifest = json.loads((folder / "run.json").read_text())
-        cache = folder / "metrics.json"
-        fresh = cache.is_file() and cache.stat().st_mtime >= (folder / "img").stat().st_mtime
-        if fresh:
-            metrics = json.loads(cache.read_text())
-        else:
-            metrics = compute_metrics(folder / "img", reference, extractor, progress=False)
-            with written_whole(cache) as path:
-                path.write_text(json.dumps(metrics, indent=1))
+        metrics = self._metrics(folder, manifest.get("labels"), extractor, reference)
         calibrated, files = folder / "quantized.safetensors", manifest["files"]
         loaded = files.get("quantized checkpoint", files["float weights"])["path"]
         size = calibrated if calibrated.is_file() else Path(loaded)
@@ -164,22 +218,59 @@ class TableRun:
             "label": row.label,
             "images": manifest["num_images"],
             "noise_mse": manifest.get("noise_error", {}).get("mse"),
-            **{k: float(v) for k, v in metrics.items() if k in ("fid", "isc", "isc_std", "kid", "kid_std")},
+            **{k: float(metrics[k]) for k in SHOWN_METRICS if k in metrics},
             "bytes": size.stat().st_size,
             "calibration_s": calibration,
             "sampling_s": manifest["seconds"]["sampling"],
             "command": shlex.join(["python", *self.command(row)]),
         }
 
+    def _metrics(self, folder: Path, labels: list[int] | None, extractor: Any, reference: Any) -> dict[str, Any]:
+        """Return a row's metrics, out of ``metrics.json`` where they are of these images, by this extractor."""
+        from qdiff.evaluation.conditions import asked_share
+        from qdiff.evaluation.extractors import extractor_spec
+        from qdiff.evaluation.metrics import compute_metrics
+
+        cache, images = folder / "metrics.json", folder / "img"
+        # A retrained extractor, or digits of another size, would otherwise go unnoticed.
+        by = {"weights_hash": reference.weights_hash, "reference_hash": reference.images_hash}
+        metrics: dict[str, Any] = {}
+        if cache.is_file() and cache.stat().st_mtime >= images.stat().st_mtime:
+            cached = json.loads(cache.read_text())
+            metrics = cached if cached.get("by") == by else {}
+        known = set(metrics)
+        if not metrics:
+            metrics = {"by": by, **compute_metrics(images, reference, extractor, progress=False)}
+        # An extractor of other classes than the model's has nothing to say here.
+        if labels is not None and "asked_share" not in metrics and extractor_spec(self.extractor).classes is not None:
+            metrics["asked_share"] = asked_share(images, labels, self.extractor, self.extractor_weights)
+        if set(metrics) != known:
+            with written_whole(cache) as path:
+                path.write_text(json.dumps(metrics, indent=1))
+        return metrics
+
     def _protocol(self, results: list[dict[str, Any]]) -> str:
-        manifest = json.loads((self.folder(self.rows[0].label) / "run.json").read_text())
+        manifest = json.loads((self.folder(results[0]["label"]) / "run.json").read_text())
         return (
             f"Protocol: {results[0]['images']} images a row, seed {manifest['config']['seed']}, sampler "
             f"{manifest['config']['sampler']}, features {self.extractor}, reference {self.reference}; "
             f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} threads, device "
             f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}, {time.strftime('%Y-%m-%d')}. "
             "ε error: mean squared difference from float on held-out network inputs. Size: bytes of the file."
+            + (" Asked: images that show what was asked for." if any("asked_share" in r for r in results) else "")
         )
+
+
+def _without(words: list[str], options: Collection[str]) -> list[str]:
+    """Return command-line words less ``options`` and the one value that each has (``--a 1`` or ``--a=1``)."""
+    kept, rest = [], iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if name not in options:
+            kept.append(word)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ class ExtractorSpec:
         weights: bundled safetensors file, relative to the repository; None if none is bundled.
         reference: bundled reference statistics, relative to the repository; None if none are bundled.
         maker: script that writes both files.
+        classes: names of the logits, in order; None where they are not the classes that models are asked for.
     """
 
     feature_layer: str
@@ -41,6 +42,7 @@ class ExtractorSpec:
     weights: str | None = None
     reference: str | None = None
     maker: str | None = None
+    classes: tuple[str, ...] | None = None
 
     def layer(self, metric: str) -> str:
         """Return the layer that ``metric`` ("fid", "isc", "kid" or "prc") is computed from."""
@@ -56,7 +58,9 @@ EXTRACTORS: dict[str, ExtractorSpec] = {
         weights="models/digits_classifier.safetensors",
         reference="models/digits_reference.npz",
         maker="scripts/train_extractor.py",
+        classes=tuple("0123456789"),
     ),
+    # Its 1,008 logits are in an order of their own, not ImageNet's 1,000 classes: no class names.
     "inception-v3-compat": ExtractorSpec(feature_layer="2048", logits_layer="logits_unbiased"),
 }
 

@@ -6,14 +6,13 @@ import argparse
 
 import pytest
 
+from ddim.options import add_model_options, add_sampler_options
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import (
     Parser,
     add_calibration_options,
-    add_model_options,
     add_quantization_options,
     add_run_options,
-    add_sampler_options,
 )
 from qdiff.errors import UserError
 

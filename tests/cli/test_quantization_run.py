@@ -9,7 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from qdiff.calibration.samples import save_recording
+from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.checkpoint import save_checkpoint
 from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options
 from qdiff.cli.ptq import resolve_ptq
@@ -177,8 +177,8 @@ def test_noise_error_is_the_mean_square_over_all_samples(tiny_network):
     qnn = QuantModel(copy.deepcopy(tiny_network), QuantConfig(weight_bits=3))
     for layer in qnn.layers().values():
         layer.init_weight_ranges(qnn.config.weight_range)
-    found = measure_noise_error(qnn, data, batch_size=4)
     x, t = data["xs"].flatten(0, 1), data["ts"].flatten(0, 1)
+    found = measure_noise_error(qnn, CalibrationSet((x, t)), batch_size=4)
     with torch.no_grad():
         wanted = tiny_network(x, t)
         with qnn.quantized():
@@ -187,10 +187,12 @@ def test_noise_error_is_the_mean_square_over_all_samples(tiny_network):
     assert found["mse"] == pytest.approx(float(error), rel=ERROR_TOLERANCE)
     assert found["float_mean_square"] == pytest.approx(float(wanted.square().mean()), rel=ERROR_TOLERANCE)
     # Planted: the last batch of 3 left out.
-    partial = measure_noise_error(qnn, {k: v.flatten(0, 1)[None, :12] for k, v in data.items()})
+    partial = measure_noise_error(qnn, CalibrationSet((x[:12], t[:12])))
     assert partial["mse"] != pytest.approx(float(error), rel=ERROR_TOLERANCE)
 
 
 def test_noise_error_of_float_is_zero(tiny_network):
     qnn = QuantModel(copy.deepcopy(tiny_network), QuantConfig(weight_bits=None))
-    assert measure_noise_error(qnn, recording())["mse"] == 0
+    data = recording()
+    held_out = CalibrationSet((data["xs"].flatten(0, 1), data["ts"].flatten(0, 1)))
+    assert measure_noise_error(qnn, held_out)["mse"] == 0

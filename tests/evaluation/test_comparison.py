@@ -40,6 +40,14 @@ def test_float_rows_have_neither_error_nor_calibration():
     assert shown[4] == "–" and shown[6] == "–"
 
 
+def test_asked_share_has_a_column_if_a_row_has_one():
+    lines = markdown([ROW, {**ROW, "asked_share": 0.98765}, {**ROW, "asked_share": 0.0}]).splitlines()
+    shown = [cells(line)[4] for line in lines]
+    assert shown == ["asked ↑", "---", "–", "98.8 %", "0.0 %"]
+    assert [cells(line)[:4] + cells(line)[5:] for line in lines[2:]] == [CELLS] * 3
+    assert "asked" not in markdown([ROW, {**ROW, "asked_share": None}])
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_picture_shows_every_run(channels, tmp_path):
     for label, value in (("dark", 0), ("light", 200)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,8 @@ def stood_in(call, monkeypatch):
 
     monkeypatch.setattr(module, "_call", in_process)
     monkeypatch.setattr(extractors, "create_extractor", lambda name, weights: (name, weights))
-    monkeypatch.setattr(reference, "load_reference", lambda path, extractor: path)
+    statistics = SimpleNamespace(weights_hash="w", images_hash="i")
+    monkeypatch.setattr(reference, "load_reference", lambda path, extractor: statistics)
     monkeypatch.setattr(metrics, "compute_metrics", measure)
     return commands, measured
 
@@ -170,6 +172,78 @@ def test_shipped_tables_resolve(path, call, monkeypatch):
     assert not (REPOSITORY / "never-made").exists()
 
 
+def test_named_rows_alone_are_run_and_all_finished_ones_shown(call, table, stood_in, tmp_path):
+    commands, measured = stood_in
+    path, out = table(), tmp_path / "out"
+
+    def run(rows: str) -> list[str]:
+        commands.clear(), measured.clear()
+        assert call("reproduce", path, "--out", out, "--device", "cpu", "--rows", rows).code == 0
+        return [row["label"] for row in json.loads((out / "table.json").read_text())["rows"]]
+
+    assert run("linear W4A8") == ["linear W4A8"]
+    assert [name for name, _ in commands] == ["collect_calibration", "sample_diffusion_ddim"]
+    missing = "table's present options: float, Q-Diffusion W4, Q-Diffusion W4A8."
+    assert (out / "table.md").read_text().splitlines()[-1].endswith(missing)
+    # Float needs no recording; the table's order is kept whatever the order of naming.
+    assert run("float") == ["float", "linear W4A8"]
+    assert [name for name, _ in commands] == ["sample_diffusion_ddim"] and measured == ["float"]
+    assert run("Q-Diffusion W4A8, Q-Diffusion W4") == [row["label"] for row in ROWS]
+    assert [words[words.index("-l") + 1] for _, words in commands] == [str(out / f) for f in FOLDERS[2:]]
+    assert "not yet run" not in (out / "table.md").read_text()
+
+
+def test_only_finished_rows_of_the_present_options_are_shown(call, table, stood_in, tmp_path):
+    out = tmp_path / "out"
+
+    def run(label: str, rows: list) -> list[str]:
+        outcome = call("reproduce", table(rows=rows), "--out", out, "--rows", label)
+        assert outcome.code == 0, outcome.err
+        return [row["label"] for row in json.loads((out / "table.json").read_text())["rows"]]
+
+    assert run("float,linear W4A8", ROWS[:2]) == ["float", "linear W4A8"]
+    changed = {"label": "linear W4A8", "options": "--ptq --quant_mode linear --weight_bit 3"}
+    assert run("float", [ROWS[0], changed]) == ["float"]
+    assert "with the table's present options: linear W4A8." in (out / "table.md").read_text()
+    assert run("float", ROWS[:2]) == ["float", "linear W4A8"]
+    (out / "linear-w4a8" / "img" / "00001.png").unlink()
+    assert run("float", ROWS[:2]) == ["float"]
+
+
+def test_rows_that_cannot_be_run_are_one_sentence(call, table, stood_in, tmp_path):
+    commands, _ = stood_in
+    words = ["reproduce", table(), "--out", tmp_path / "out", "--rows"]
+    line = call(*words, "float,linear W4").error_line()
+    assert "no row 'linear W4'" in line and "float, linear W4A8, Q-Diffusion W4" in line
+    assert "no row ''" in call(*words, "").error_line()
+    assert "takes weights from Q-Diffusion W4, which is not finished" in call(*words, "Q-Diffusion W4A8").error_line()
+    assert commands == [] and not (tmp_path / "out").exists()
+
+
+def test_dry_run_of_named_rows(call, table):
+    rows = [{"label": "float, 20 steps"}, *ROWS[1:]]
+    shown = json.loads(call("reproduce", table(rows=rows), "--dry-run", "--rows", "float, 20 steps").out)
+    assert list(shown["commands"]) == ["float, 20 steps"]  # a label with a comma, named alone
+
+
+@pytest.mark.parametrize("common", ["--eta 0.5 --max_images 3", "--max_images=3 --eta=0.5"])
+def test_recording_skips_the_options_it_does_not_know(common, call, table, stood_in, tmp_path):
+    commands, _ = stood_in
+    calibration = {
+        "script": "scripts/collect_calibration.py",
+        "options": "--cali_st 2 --cali_n 2",
+        "skip": ["--eta", "--max_images"],
+    }
+    base = yaml.safe_load(table().read_text())["options"].replace("--max_images 3", common)
+    path = table(options=base, calibration=calibration, rows=ROWS[:2])
+    outcome = call("reproduce", path, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    _, recording = commands[0]
+    assert not any("eta" in word or "max_images" in word or word in ("0.5", "3") for word in recording)
+    assert recording[recording.index("--timesteps") + 1] == "2"
+    assert shlex.split(common)[0] in commands[1][1]  # rows keep them
+
+
 def test_failing_row_stops_the_table(call, table, stood_in, tmp_path):
     path = table(rows=[ROWS[0], {"label": "bad", "options": "--ptq --weight_bit 99"}])
     outcome = call("reproduce", path, "--out", tmp_path / "out", "--device", "cpu")
@@ -187,6 +261,11 @@ BAD_TABLES = {
     "weights from nowhere": ({"rows": [{"label": "a", "weights_from": "b"}]}, "no row above"),
     "weights from below": ({"rows": [{"label": "a", "weights_from": "b"}, {"label": "b"}]}, "no row above"),
     "one label twice": ({"rows": [{"label": "W4 A8"}, {"label": "w4/a8"}]}, "rename"),
+    "skip of one word": ({"calibration": {"script": "s", "skip": "--max_images"}}, "give a list of options"),
+    "skip of no option": ({"calibration": {"script": "s", "skip": [3]}}, "give a list of options"),
+    "calibration with an unknown key": ({"calibration": {"script": "s", "option": ""}}, "option"),
+    "calibration without a script": ({"calibration": {"options": ""}}, "script"),
+    "config without an extractor": ({"config": "configs/tables/digits-demo.yaml"}, "pretrained.extractor"),
     "config of no model": ({"config": "configs/none.yml"}, "none.yml does not exist"),
 }
 

@@ -1,0 +1,26 @@
+"""The options of the DDIM command lines."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which DDIM model, and where its float weights come from."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", required=True, help="model config, e.g. configs/cifar10.yml")
+    group.add_argument("--use_pretrained", action="store_true", help="the config's released or bundled weights")
+    group.add_argument("--ckpt", help="float weights from a file instead")
+    group.add_argument("--seed", type=int, default=1234)
+
+
+def add_sampler_options(parser: argparse.ArgumentParser) -> None:
+    """How a DDIM model is sampled."""
+    group = parser.add_argument_group("sampler")
+    kinds = ["generalized", "ddpm_noisy", "dpm_solver"]
+    group.add_argument("--sample_type", choices=kinds, default="generalized", help="generalized is DDIM")
+    group.add_argument("--skip_type", choices=["uniform", "quad"], default="uniform")
+    group.add_argument("--timesteps", type=int, default=1000)
+    group.add_argument("--eta", type=float, default=0.0, help="η of DDIM")
+    group.add_argument("--dpm_order", type=int, choices=[1, 2, 3], default=2)
+    group.add_argument("--dpm_method", choices=["multistep", "singlestep"], default="multistep")
