@@ -8,13 +8,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from qdiff import files
-from qdiff.checkpoint import is_pickle, load_tensors
 from qdiff.errors import UserError
 from qdiff.files import written_whole
+from qdiff.tensor_files import check_state, read_float_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -79,26 +79,6 @@ def load_float_weights(network: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: missing, damaged, or the weights of another network.
     """
-    path = Path(path)
-    state = load_tensors(path) if is_pickle(path) else _load_safetensors(path)
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    expected = network.state_dict()
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    shapes = sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape)
-    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")):
-        if names:
-            raise UserError(
-                f"{path} does not hold the weights of this config's network: {len(names)} tensors {what} "
-                f"(e.g. {names[0]}); give the --config and the weights of one model"
-            )
+    state = {name.removeprefix("module."): tensor for name, tensor in read_float_tensors(Path(path)).items()}
+    check_state(state, network.state_dict(), path)
     network.load_state_dict(state, strict=True)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get the file anew") from error

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.native_format import load_native, save_native
 from qdiff.published_format import load_published, to_published
 from qdiff.quant_model import QuantModel
-
-_ZIP = b"PK\x03\x04"  # torch.save since PyTorch 1.6
-_LEGACY_PICKLE = b"\x80"
+from qdiff.tensor_files import is_pickle, load_tensors
 
 
 def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True) -> None:
@@ -61,39 +56,3 @@ def save_checkpoint(
     else:
         with written_whole(path) as temporary:
             torch.save(to_published(qnn), temporary)
-
-
-def is_pickle(path: Path) -> bool:
-    """Whether a file is a ``torch.save`` archive rather than safetensors, judged by its first bytes."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist; check the path") from None
-    except OSError as error:
-        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check the path") from None
-    if not head:
-        raise UserError(f"checkpoint {path} is empty; get or make the file anew")
-    # A safetensors file begins with its header's length (8 bytes, the first of which may be 0x80 too), then a "{".
-    return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{")
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a ``torch.save``d state dict without running code from it.
-
-    Raises:
-        UserError: damaged, truncated, or holding anything but a dict of tensors.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"checkpoint {path} is damaged, truncated or not a plain dict of tensors ({reason}); get the file anew"
-        ) from error
-    # Lightning files keep the weights one level down.
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"checkpoint {path} is not a dict of tensors; give a model's or a quantized checkpoint")
-    return state

@@ -25,6 +25,7 @@ from qdiff.functional import max_level
 from qdiff.packing import pack, packed_bytes, unpack
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import WeightQuantizer
+from qdiff.tensor_files import read_safetensors
 
 FORMAT = "qdiff-1"
 # Config fields that a file and the options of a run must agree on, and the option that sets each.
@@ -111,14 +112,11 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
     Args:
         activations: False leaves activation quantizers alone.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     metadata = read_metadata(path)
     act = [q for _, q in sorted(qnn.act_quantizers().items())] if activations else []
     _check(qnn, metadata, path, bool(act))
+    tensors = read_safetensors(path)
     try:
-        tensors = load_file(path)
         expected = _float_tensors(qnn)
         floats = dict(zip(expected, _separated(tensors["float"], list(expected.values())), strict=True))
         integers, quantizer_state = {}, []
@@ -140,7 +138,7 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
         for quantizer, delta, zero_point in quantizer_state:
             if not (torch.isfinite(delta) & (delta > 0)).all() or zero_point.max() > max_level(quantizer.bits):
                 raise ValueError("step sizes or zero points out of range")
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
 
     with torch.no_grad():

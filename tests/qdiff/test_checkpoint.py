@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from ddim.models.diffusion import Model
-from qdiff.checkpoint import load_checkpoint, load_tensors, save_checkpoint
+from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.native_format import counted_bytes, read_metadata
 from qdiff.quant_model import QuantModel
+from qdiff.tensor_files import load_tensors
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 # Relative L2, from the golden files' own description: float32 summation order without quantized activations, …

@@ -1,0 +1,121 @@
+"""Load checkpoints of latent diffusion models, released and our own: strictly, and without a second copy of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.models.diffusion.ddpm import LatentDiffusion
+from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.util import instantiate_from_config
+from qdiff.errors import UserError
+from qdiff.tensor_files import check_state, read_float_tensors
+
+log = logging.getLogger("qdiff")
+
+EMA = "model_ema."
+# What released checkpoints hold beside the model: schedules (ours come from the config), losses, training counters.
+SCHEDULE = frozenset(
+    {
+        "betas",
+        "alphas_cumprod",
+        "alphas_cumprod_prev",
+        "sqrt_alphas_cumprod",
+        "sqrt_one_minus_alphas_cumprod",
+        "log_one_minus_alphas_cumprod",
+        "sqrt_recip_alphas_cumprod",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_variance",
+        "posterior_log_variance_clipped",
+        "posterior_mean_coef1",
+        "posterior_mean_coef2",
+        "logvar",
+        "lvlb_weights",
+        "cond_ids",
+        "ddim_sigmas",
+    }
+)
+LEFTOVERS = ("loss.", "first_stage_model.loss.", "cond_stage_model.model.visual.", EMA)
+
+
+def build_without_weights(config: Any) -> LatentDiffusion:
+    """Return the model of a config with its UNet and first stage on the meta device, to be filled by a checkpoint."""
+    params = config.model.params
+    with torch.device("meta"):
+        unet = instantiate_from_config(params.unet_config)
+        first_stage = instantiate_from_config(params.first_stage_config)
+    rest = {k: v for k, v in params.items() if k not in ("unet_config", "first_stage_config")}
+    model = LatentDiffusion("__is_unconditional__", "__is_unconditional__", **rest)
+    model.model.diffusion_model, model.first_stage_model = unet, first_stage
+    return model
+
+
+def load_latent_diffusion(config: Any, path: str | Path) -> LatentDiffusion:
+    """Build the model of a config and fill it from a checkpoint, in float32 on the CPU.
+
+    Averaged weights (``model_ema.*``), where present and used, take the place of the UNet's. Schedules, losses and
+    training counters in the file are ignored and reported.
+
+    Raises:
+        UserError: missing, damaged, or the weights of another model.
+    """
+    path = Path(path)
+    state = read_float_tensors(path)
+    model = build_without_weights(config)
+    prefix = "model.diffusion_model."
+    if not any(name.startswith(prefix) for name in state):
+        raise UserError(
+            f"{path} is not a latent diffusion checkpoint (it has no {prefix}*); give a released model.ckpt or a "
+            "model.safetensors of models/ldm"
+        )
+    if model.use_ema:
+        _take_averages(state, path)
+    expected = model.state_dict()
+    if isinstance(model.cond_stage_model, FrozenCLIPEmbedder) and not any(
+        n.startswith("cond_stage_model.") for n in state
+    ):
+        model.cond_stage_model.load_pretrained()
+        state |= {n: v for n, v in model.state_dict().items() if n.startswith("cond_stage_model.")}
+    if "scale_factor" not in state:
+        if model.scale_by_std:
+            raise UserError(f"{path} has no scale_factor, which a config with scale_by_std needs; get the whole file")
+        state["scale_factor"] = expected["scale_factor"]
+    _ignore_leftovers(state, expected, path)
+    check_state(state, expected, path)
+    model.load_state_dict({k: v.to(torch.float32) for k, v in state.items()}, strict=True, assign=True)
+    return model.requires_grad_(False).eval()
+
+
+def _take_averages(state: dict[str, Tensor], path: Path) -> None:
+    """Replace ``model.*`` by its average, whose names have lost their dots."""
+    names = {name.removeprefix("model.").replace(".", ""): name for name in state if name.startswith("model.")}
+    averages = {n.removeprefix(EMA): n for n in state if n.startswith(EMA)}
+    counters = {"decay", "num_updates"}
+    if not averages.keys() - counters:
+        return
+    missing = sorted(names.keys() - averages.keys())
+    if missing:
+        raise UserError(
+            f"{path} averages only some of the UNet's weights ({len(missing)} are missing, e.g. {names[missing[0]]}); "
+            "get the file anew, or set use_ema: false in the config"
+        )
+    for short, name in names.items():
+        state[name] = state[averages[short]]
+
+
+def _ignore_leftovers(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    def is_leftover(name: str) -> bool:
+        return name in SCHEDULE or name.startswith(LEFTOVERS) or name.endswith(".position_ids")
+
+    unused = [n for n in state if n not in expected and is_leftover(n)]
+    kinds = Counter(n.split(".")[0] if "." in n else "schedule" for n in unused)
+    for name in unused:
+        del state[name]
+    if unused:
+        listed = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        log.info("%s: ignored %d tensors that sampling does not need (%s)", path, len(unused), listed)

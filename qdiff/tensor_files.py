@@ -1,0 +1,110 @@
+"""Read tensors from files that others made: safetensors and ``torch.save`` archives, without running their code."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff.errors import UserError
+
+_ZIP = b"PK\x03\x04"  # torch.save since PyTorch 1.6
+_LEGACY_PICKLE = b"\x80"
+MAPPED_FROM = 1 << 28  # bytes
+
+
+def read_float_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a float checkpoint, safetensors or ``torch.save``, without running code from it.
+
+    Large files are mapped into memory, not read.
+
+    Raises:
+        UserError: missing, damaged, or not a dict of tensors.
+    """
+    return load_tensors(path) if is_pickle(path) else read_safetensors(path)
+
+
+def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
+    """Raise a `UserError` that names the first tensor by which a file differs from what a network expects."""
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    shapes = sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape)
+    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")):
+        if names:
+            raise UserError(
+                f"{path} does not hold the weights of this config's network: {len(names)} tensors {what} "
+                f"(e.g. {names[0]}); give the config and the weights of one model"
+            )
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is a ``torch.save`` archive rather than safetensors, judged by its first bytes."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except FileNotFoundError:
+        raise UserError(f"checkpoint {path} does not exist; check the path") from None
+    except OSError as error:
+        raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check the path") from None
+    if not head:
+        raise UserError(f"checkpoint {path} is empty; get or make the file anew")
+    # A safetensors file begins with its header's length (8 bytes, the first of which may be 0x80 too), then a "{".
+    return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{")
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a ``torch.save``d state dict without running code from it; large files are mapped into memory.
+
+    Objects of a training framework that stand beside the weights (Lightning keeps its callbacks there) become
+    inert stand-ins.
+
+    Raises:
+        UserError: damaged, truncated, or holding anything but a dict of tensors.
+    """
+    try:
+        state = _load_inert(path)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise UserError(
+            f"checkpoint {path} is damaged, truncated or not a plain dict of tensors ({reason}); get the file anew"
+        ) from error
+    # Lightning files keep the weights one level down.
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"checkpoint {path} is not a plain dict of tensors; give a model's or a quantized checkpoint")
+    return state
+
+
+class _Inert:
+    """Stands for an object of a class that is not loaded."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+def _load_inert(path: Path) -> Any:
+    names: list[str] = []
+    if zipfile.is_zipfile(path) and hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    mapped = zipfile.is_zipfile(path) and path.stat().st_size >= MAPPED_FROM
+    with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of a safetensors file.
+
+    Raises:
+        UserError: not a safetensors file, or truncated.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
