@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Model and sampler of scripts/sample_diffusion_ddim.py."""
+    add_model_options(parser)
+    add_sampler_options(parser)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which DDIM model, and where its float weights come from."""
     group = parser.add_argument_group("model")

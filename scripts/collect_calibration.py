@@ -1,20 +1,44 @@
-"""Record a calibration set: sample the float DDIM model and keep what its network was fed, in the published format.
+"""Record a calibration set: sample a float model and keep what its network was fed, in the published format.
 
     python scripts/collect_calibration.py --config configs/digits.yml --use_pretrained --timesteps 50 \\
         --cali_st 20 --cali_n 32 --out calibration/digits.pt
+    python scripts/collect_calibration.py --like sample_diffusion_ldm -r models/ldm/digits_vq -c 50 -e 0.0 --seed 41 \\
+        --cali_st 20 --cali_n 32 --out calibration/digits_vq.pt
+
+--like names the sampling script whose model and sampler options follow.
 """
 
 from __future__ import annotations
 
-from ddim.options import add_model_options, add_sampler_options
+import argparse
+import importlib
+import sys
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser
 
+# script → (options, model class); both are imported when they are needed
+LIKE = {
+    "sample_diffusion_ddim": ("ddim.options:add_options", "ddim.command:DdimModel"),
+    "sample_diffusion_ldm": ("ldm.options:add_unconditional_options", "ldm.command:UnconditionalModel"),
+    "sample_diffusion_ldm_imagenet": ("ldm.options:add_class_options", "ldm.command:ClassModel"),
+    "txt2img": ("ldm.options:add_text_options", "ldm.command:TextModel"),
+}
 
-def parse_args(arguments: list[str] | None = None):
+
+def _load(name: str):
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--like", default="sample_diffusion_ddim")
+    like = first.parse_known_args(arguments)[0].like
     parser = Parser(__doc__)
-    add_model_options(parser)
-    add_sampler_options(parser)
+    parser.add_argument("--like", choices=list(LIKE), default="sample_diffusion_ddim", help="a sampling script")
+    if like in LIKE:
+        _load(LIKE[like][0])(parser)
     parser.add_argument("--cali_st", type=int, default=20, help="how many evenly spaced steps to record")
     parser.add_argument("--cali_n", type=int, default=256, help="samples a step")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
@@ -25,15 +49,14 @@ def parse_args(arguments: list[str] | None = None):
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    from ddim.command import DdimModel
+    args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.calibration.samples import save_recording
     from qdiff.calibration.schedules import evenly_spaced
     from qdiff.cli.runtime import choose_device
     from qdiff.errors import UserError
     from qdiff.files import check_writable
 
-    model = DdimModel(args)
+    model = _load(LIKE[args.like][1])(args)
     evenly_spaced(model.calls, args.cali_st)  # checks --cali_st
     if args.cali_n < 1:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")

@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import json
 
-from ddim.options import add_model_options, add_sampler_options
+from ddim.options import add_options
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
 
 
 def parse_args(arguments: list[str] | None = None):
     parser = Parser(__doc__)
-    add_model_options(parser)
-    add_sampler_options(parser)
+    add_options(parser)
     parser.add_argument("--sequence", action="store_true", help="write x_0 predicted at every step of 8 images")
     parser.add_argument("--max_images", type=int, default=50000)
     add_quantization_options(parser)

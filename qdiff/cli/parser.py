@@ -59,6 +59,7 @@ def add_calibration_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation error")
     group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
+    group.add_argument("--rs_sm_only", action="store_true", help="--running_stat for softmax outputs alone")
     group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")
     group.add_argument("--recon_unit", choices=["block", "layer"], default="block", help="what is fitted at a time")
     group.add_argument(

@@ -67,7 +67,7 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
         act_bits=args.act_bit if args.quant_act else None,
         act_symmetric=args.a_sym,
         softmax_bits=args.sm_abit,
-        split_shortcut=getattr(args, "split", False),
+        split_shortcut=args.split,
         weight_range=RangeMethod(args.w_range or weight_range),
         act_range=RangeMethod(args.a_range or act_range),
     )
@@ -81,7 +81,7 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
             lr_act=args.cali_lr,
             p=args.cali_p,
             running_stat=args.running_stat,
-            running_stat_softmax_only=getattr(args, "rs_sm_only", False),
+            running_stat_softmax_only=args.rs_sm_only,
             objective=args.objective,
             unit=args.recon_unit,
         )

@@ -86,7 +86,7 @@ FOREIGN = {
         foreign(lambda s: s.update({"conv_in.bias": torch.zeros(5)})),
         ("1 tensors of another shape", "conv_in.bias"),
     ),
-    "is of another network": (lambda s: {"features.0.weight": torch.zeros(3)}, ("missing", "--config")),
+    "is of another network": (lambda s: {"features.0.weight": torch.zeros(3)}, ("missing", "config")),
 }
 
 

@@ -385,9 +385,9 @@ def test_foreign(content, wrap, tmp_path):
 
 def test_foreign_but_readable(wrap, tmp_path):
     torch.save({"epoch": 3}, tmp_path / "a.pth")
-    refuses(wrap(weight_bits=4), tmp_path / "a.pth", "not a dict of tensors")
+    refuses(wrap(weight_bits=4), tmp_path / "a.pth", "not a plain dict of tensors")
     torch.save([1, 2], tmp_path / "b.pth")
-    refuses(wrap(weight_bits=4), tmp_path / "b.pth", "not a dict of tensors")
+    refuses(wrap(weight_bits=4), tmp_path / "b.pth", "not a plain dict of tensors")
     torch.save({"w": torch.zeros(3)}, tmp_path / "c.pth")
     refuses(wrap(weight_bits=4), tmp_path / "c.pth", "another network")
     save_file({"w": torch.zeros(3)}, tmp_path / "d.safetensors")

@@ -185,7 +185,7 @@ def test_named_rows_alone_are_run_and_all_finished_ones_shown(call, table, stood
     assert [name for name, _ in commands] == ["collect_calibration", "sample_diffusion_ddim"]
     missing = "table's present options: float, Q-Diffusion W4, Q-Diffusion W4A8."
     assert (out / "table.md").read_text().splitlines()[-1].endswith(missing)
-    # Float needs no recording; the table's order is kept whatever the order of naming.
+    # The table's order is kept whatever the order of naming.
     assert run("float") == ["float", "linear W4A8"]
     assert [name for name, _ in commands] == ["sample_diffusion_ddim"] and measured == ["float"]
     assert run("Q-Diffusion W4A8, Q-Diffusion W4") == [row["label"] for row in ROWS]
@@ -194,6 +194,7 @@ def test_named_rows_alone_are_run_and_all_finished_ones_shown(call, table, stood
 
 
 def test_only_finished_rows_of_the_present_options_are_shown(call, table, stood_in, tmp_path):
+    commands, _ = stood_in
     out = tmp_path / "out"
 
     def run(label: str, rows: list) -> list[str]:
@@ -201,6 +202,8 @@ def test_only_finished_rows_of_the_present_options_are_shown(call, table, stood_
         assert outcome.code == 0, outcome.err
         return [row["label"] for row in json.loads((out / "table.json").read_text())["rows"]]
 
+    assert run("float", ROWS[:2]) == ["float"]
+    assert [name for name, _ in commands] == ["sample_diffusion_ddim"]  # float needs no recording
     assert run("float,linear W4A8", ROWS[:2]) == ["float", "linear W4A8"]
     changed = {"label": "linear W4A8", "options": "--ptq --quant_mode linear --weight_bit 3"}
     assert run("float", [ROWS[0], changed]) == ["float"]
@@ -226,7 +229,7 @@ def test_dry_run_of_named_rows(call, table):
     assert list(shown["commands"]) == ["float, 20 steps"]  # a label with a comma, named alone
 
 
-@pytest.mark.parametrize("common", ["--eta 0.5 --max_images 3", "--max_images=3 --eta=0.5"])
+@pytest.mark.parametrize("common", ["--eta 0.5 --dpm_order 3 --max_images 4", "--eta=0.5 --dpm_order=3 --max_images=4"])
 def test_recording_skips_the_options_it_does_not_know(common, call, table, stood_in, tmp_path):
     commands, _ = stood_in
     calibration = {
@@ -239,8 +242,10 @@ def test_recording_skips_the_options_it_does_not_know(common, call, table, stood
     outcome = call("reproduce", path, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     _, recording = commands[0]
-    assert not any("eta" in word or "max_images" in word or word in ("0.5", "3") for word in recording)
-    assert recording[recording.index("--timesteps") + 1] == "2"
+    assert not any(skipped in word for word in recording for skipped in ("--eta", "0.5", "--max_images"))
+    assert any(word.startswith("--dpm_order") for word in recording) and "4" not in recording
+    for known in ("--timesteps", "--batch_size"):  # before and behind
+        assert recording[recording.index(known) + 1] == "2"
     assert shlex.split(common)[0] in commands[1][1]  # rows keep them
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.samplers import DiffusionSchedule, make_beta_schedule
+from ldm.schedule import build_schedule
 from ldm.util import instantiate_from_config
 
 
@@ -17,12 +17,11 @@ class LatentDiffusion(nn.Module):
 
     Args:
         unet_config, first_stage_config, cond_stage_config: see `instantiate_from_config`.
-        linear_start, linear_end, timesteps: the noise schedule, linear in √β (what these configs call "linear").
-        image_size, channels: side and channels of the latent.
         scale_factor: latents are multiplied by it before diffusion.
         scale_by_std: the factor was set from the first training batch and is in the checkpoint.
         use_ema: the checkpoint also holds averaged weights, which sampling takes.
-        training: further keys of released configs concern training and are not used.
+        others: ``linear_start``, ``linear_end``, ``timesteps`` of the schedule; released configs also have keys of
+            training, which are not used.
     """
 
     def __init__(
@@ -30,23 +29,17 @@ class LatentDiffusion(nn.Module):
         unet_config: Any,
         first_stage_config: Any,
         cond_stage_config: Any = "__is_unconditional__",
-        linear_start: float = 1e-4,
-        linear_end: float = 2e-2,
-        timesteps: int = 1000,
-        image_size: int = 256,
-        channels: int = 3,
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         use_ema: bool = True,
-        **training: Any,
+        **others: Any,
     ) -> None:
         super().__init__()
         self.model = nn.Module()
         self.model.diffusion_model = instantiate_from_config(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        self.schedule = DiffusionSchedule(make_beta_schedule("scaled_linear", linear_start, linear_end, timesteps))
-        self.latent_shape = (channels, image_size, image_size)
+        self.schedule = build_schedule(others)
         self.scale_by_std, self.use_ema = scale_by_std, use_ema
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
 

@@ -1,0 +1,80 @@
+"""The options of the latent diffusion command lines, by the names of the published scripts."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_unconditional_options(parser: argparse.ArgumentParser) -> None:
+    """Model and sampler of scripts/sample_diffusion_ldm.py."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "-r",
+        "--resume_base",
+        nargs="?",
+        help="checkpoint, or its folder; config.yaml lies beside it (default: the bundled digits model)",
+    )
+    group.add_argument("--seed", type=int, required=True)
+    group.add_argument("-n", "--n_samples", type=int, nargs="?", default=50000, help="how many images")
+    group = parser.add_argument_group("sampler")
+    group.add_argument("-c", "--custom_steps", type=int, nargs="?", default=50, help="steps of the sampler")
+    group.add_argument("-e", "--eta", type=float, nargs="?", default=1.0, help="η of DDIM")
+    group.add_argument("-v", "--vanilla_sample", action="store_true", help="ancestral sampling over all steps")
+    group.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+    group.add_argument("--a_min_max", action="store_true", help="min-max ranges of activations")
+
+
+def add_guided_options(
+    parser: argparse.ArgumentParser, config: str, ckpt: str, steps: int, scale: float, seed: int, n_samples: str
+) -> None:
+    """Model and sampler of the class- and text-conditional scripts.
+
+    Args:
+        config, ckpt: the big model's files, taken where both are there; else the bundled model.
+        n_samples: help text of ``--n_samples``.
+    """
+    group = parser.add_argument_group("model")
+    group.add_argument("--config", help=f"model config (default: {config}, or the bundled digits model)")
+    group.add_argument("--ckpt", help=f"model checkpoint (default: {ckpt}, or the bundled digits model)")
+    group.add_argument("--seed", type=int, default=seed)
+    group.add_argument(
+        "--precision", choices=["full", "autocast"], default="autocast", help="autocast: half precision on CUDA"
+    )
+    group.add_argument("--no_grad_ckpt", action="store_true", help="keep activations instead of recomputing them")
+    group = parser.add_argument_group("sampler")
+    group.add_argument("--ddim_steps", type=int, default=steps)
+    group.add_argument("--ddim_eta", type=float, default=0.0)
+    group.add_argument("--scale", type=float, default=scale, help="of classifier-free guidance")
+    group.add_argument("--n_samples", type=int, default=3, help=n_samples)
+    group.add_argument("--n_rows", type=int, default=0, help="columns of the grid (default: about square)")
+    group.add_argument("--skip_grid", action="store_true", help="write no grid")
+    group.add_argument("--skip_save", action="store_true", help="keep the grid alone, not the single images")
+
+
+def add_class_options(parser: argparse.ArgumentParser) -> None:
+    """Model and sampler of scripts/sample_diffusion_ldm_imagenet.py."""
+    add_guided_options(parser, CLASS_CONFIG, CLASS_CKPT, 20, 3.0, 1234, "how many images, over all classes in turn")
+    parser.add_argument("--n_batch", type=int, default=2, help="images at a time")
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """Model and sampler of scripts/txt2img.py."""
+    add_guided_options(parser, TEXT_CONFIG, TEXT_CKPT, 50, 7.5, 42, "images of the prompt, and images at a time")
+    group = parser.add_argument_group("prompts and sizes")
+    group.add_argument("--prompt", nargs="?", help="(default: a virus monster playing guitar, or a digit)")
+    group.add_argument("--from-file", help="prompts, one a line; or COCO's captions_val2014.json")
+    group.add_argument("--cali_prompts", help="prompts of the recorded calibration set (default: the run's)")
+    group.add_argument("--n_iter", type=int, default=2, help="how often the prompts are gone through")
+    group.add_argument("--max_images", type=int, help="stop after so many images")
+    group.add_argument("--fixed_code", action="store_true", help="the same starting noises in every batch")
+    group.add_argument("--plms", action="store_true")
+    group.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+    group.add_argument("--laion400m", action="store_true", help="not supported: that model needs a BERT encoder")
+    group.add_argument("--H", type=int, help="image height in pixels (default: the model's)")
+    group.add_argument("--W", type=int, help="image width in pixels (default: the model's)")
+    group.add_argument("--C", type=int, help="latent channels (default: the model's)")
+    group.add_argument("--f", type=int, help="downsampling factor (default: the model's)")
+
+
+CLASS_CONFIG, CLASS_CKPT = "configs/latent-diffusion/cin256-v2.yaml", "models/ldm/cin256/model.ckpt"
+TEXT_CONFIG, TEXT_CKPT = "configs/stable-diffusion/v1-inference.yaml", "models/ldm/stable-diffusion-v1/model.ckpt"

@@ -1,0 +1,43 @@
+"""Sample a class-conditional latent diffusion model, classes in turn: in float, or quantized with --ptq.
+
+    python scripts/sample_diffusion_ldm_imagenet.py --n_samples 100 --n_batch 50 --ddim_steps 20 --cond --ptq \\
+        --weight_bit 4 --quant_act --act_bit 8 --split --cali_st 20 --cali_n 32 --cali_iters 500 \\
+        --cali_iters_a 200 -l runs/class-w4a8
+
+takes ImageNet's cin256-v2 where its checkpoint is in place, else the bundled digits model. Repeating a command
+continues its run folder.
+"""
+
+from __future__ import annotations
+
+import json
+
+from ldm.options import add_class_options
+from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
+
+
+def parse_args(arguments: list[str] | None = None):
+    parser = Parser(__doc__)
+    add_class_options(parser)
+    add_quantization_options(parser)
+    add_calibration_options(parser)
+    add_run_options(parser)
+    return parser.parse_args(arguments)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
+    from ldm.command import ClassModel
+    from qdiff.cli.command import SampleCommand
+
+    command = SampleCommand("sample_diffusion_ldm_imagenet", ClassModel(args))
+    if args.dry_run:
+        print(json.dumps(command.config, indent=1))
+        return
+    command.run()
+
+
+if __name__ == "__main__":
+    main()
