@@ -67,6 +67,7 @@ def optimise(
     after_step: Callable[[], None] = lambda: None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     on_iteration: Callable[[], None] = lambda: None,
+    pass_size: int | None = None,
 ) -> float:
     """Minimise ``objective + penalty`` over random batches.
 
@@ -74,6 +75,7 @@ def optimise(
         penalty: extra loss at a given share of the iterations (the rounding regulariser).
         after_step: called after each optimiser step (to keep step sizes positive).
         generator: decides the batches.
+        pass_size: how many samples go forward and backward at a time; gradients of a batch add up over its passes.
 
     Returns:
         The mean objective over the last tenth of the iterations.
@@ -83,17 +85,21 @@ def optimise(
     with torch.enable_grad():
         for iteration in range(iterations):
             rows = next(batches)
-            inputs = tuple(i[rows].to(device, non_blocking=True) for i in unit.inputs)
-            target = unit.target[rows].to(device, non_blocking=True)
-            error = objective(unit.module(*inputs), target, rows)
             optimiser.zero_grad(set_to_none=True)
-            (error + penalty(iteration / iterations)).backward()
+            error, extra = torch.zeros((), device=device), penalty(iteration / iterations)
+            for part in rows.split(pass_size or len(rows)):
+                inputs = tuple(i[part].to(device, non_blocking=True) for i in unit.inputs)
+                target = unit.target[part].to(device, non_blocking=True)
+                # Objectives are means over samples.
+                share = objective(unit.module(*inputs), target, part) * (len(part) / len(rows))
+                (share + extra).backward()
+                error, extra = error + share.detach(), 0.0
             optimiser.step()
             after_step()
             if scheduler is not None:
                 scheduler.step()
             if iteration >= iterations - max(1, iterations // 10):
-                tail.append(error.detach())
+                tail.append(error)
             on_iteration()
     return float(torch.stack(tail).mean()) if tail else float("nan")
 

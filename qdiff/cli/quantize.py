@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.memory import Footprint, MemoryPlan, measure_footprint, plan_memory
 from qdiff.calibration.samples import CalibrationSet, load_recording, save_recording, select_samples
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
@@ -109,10 +110,20 @@ class Quantization:
         self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), seed, show_progress)
         return self.qnn
 
+    def _memory(self) -> tuple[MemoryPlan, int, int, Footprint]:
+        sample = tuple(i[:1].to(self.qnn.device) for i in self.data.inputs)
+        footprint = measure_footprint(self.qnn.model, sample)
+        budget = None if self.plan.memory_budget is None else int(self.plan.memory_budget * 2**30)
+        batch_size = self.plan.recipe.batch_size if self.plan.recipe is not None else 1
+        return *plan_memory(self.qnn, footprint, len(self.data), batch_size, budget), footprint
+
     def _calibrate(self, journal: CalibrationJournal, seed: int, show_progress: bool) -> None:
         plan, run = self.plan, self.run
-        budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
-        calibration = CalibrationRun(seed, ActivationStorage(budget), journal, show_progress)
+        memory, pass_bytes, for_storage, footprint = self._memory()
+        log.info("calibration needs %s", memory)
+        calibration = CalibrationRun(
+            seed, ActivationStorage(for_storage), journal, show_progress, footprint=footprint, pass_bytes=pass_bytes
+        )
         log.info("calibrating with %s on %d samples", plan.method, len(self.data))
         with run.timed("calibration"):
             if plan.method == "linear":
@@ -120,6 +131,7 @@ class Quantization:
             else:
                 weights = plan.action == "calibrate"
                 qdiffusion.calibrate(self.qnn, self.data, plan.recipe, calibration, weights=weights)
+        run.manifest["estimated_peak_bytes"] = memory.peak
         run.manifest["reconstruction_errors"] = calibration.errors
         run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
         notes = {"method": plan.method, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}

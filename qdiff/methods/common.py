@@ -8,6 +8,7 @@ import torch
 
 from qdiff.calibration.capture import Walker
 from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.memory import DEFAULT_PASS, Footprint
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.quant_model import QuantModel
@@ -23,6 +24,7 @@ class CalibrationRun:
         journal: finished units on disk; None keeps nothing.
         show_progress: a progress bar with the time left, on stderr.
         errors: the final reconstruction error of every fitted unit, filled in by the recipe.
+        footprint, pass_bytes: what a sample takes, and what one pass may take; None has no limit.
     """
 
     seed: int = 0
@@ -30,9 +32,19 @@ class CalibrationRun:
     journal: CalibrationJournal | None = None
     show_progress: bool = True
     errors: dict[str, float] = field(default_factory=dict)
+    footprint: Footprint | None = None
+    pass_bytes: int = DEFAULT_PASS
 
     def walker(self, qnn: QuantModel) -> Walker:
-        return Walker(self.storage, qnn.device)
+        if self.footprint is None:
+            return Walker(self.storage, qnn.device)
+        return Walker(self.storage, qnn.device, self.footprint.forward_batch(self.pass_bytes, Walker.batch_size))
+
+    def training_batch(self, step: str, batch_size: int) -> int:
+        """Return how many samples of a batch one pass through a step may take."""
+        return (
+            batch_size if self.footprint is None else self.footprint.training_batch(step, self.pass_bytes, batch_size)
+        )
 
     def generator(self, *place: int) -> torch.Generator:
         """Return a generator for one unit, independent of what ran before it (so resuming changes nothing)."""

@@ -184,8 +184,9 @@ def _fit_weights(
             if final is not None:
                 objective = fisher_error(output_gradients(qnn.model, index, state, final, walker))
             tick = partial(bar.update, share)
+            size = run.training_batch(unit.name, config.batch_size)
             error = _learn_rounding(
-                small, layers, objective, config, run.generator(0, index, part), walker.device, tick
+                small, layers, objective, config, run.generator(0, index, part), walker.device, tick, size
             )
             run.errors[f"weights {small.name}"] = error
 
@@ -205,7 +206,8 @@ def _fit_activations(
             observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
         for part, (small, share) in enumerate(_parts(unit, config, walker, activations=True)):
             tick = partial(bar.update, share)
-            error = _learn_step_sizes(small, config, run.generator(1, index, part), walker.device, tick)
+            size = run.training_batch(unit.name, config.batch_size)
+            error = _learn_step_sizes(small, config, run.generator(1, index, part), walker.device, tick, size)
             run.errors[f"activations {small.name}"] = error
 
 
@@ -235,6 +237,7 @@ def _learn_rounding(
     generator: torch.Generator,
     device: torch.device,
     on_iteration,
+    pass_size: int,
 ) -> float:
     roundings = [LearnedRounding(layer) for layer in layers]
     with contextlib.ExitStack() as stack:
@@ -251,6 +254,7 @@ def _learn_rounding(
             device=device,
             penalty=lambda progress: config.regulariser(roundings, progress),
             on_iteration=on_iteration,
+            pass_size=pass_size,
         )
     for rounding in roundings:
         rounding.harden()
@@ -258,7 +262,12 @@ def _learn_rounding(
 
 
 def _learn_step_sizes(
-    unit: Unit, config: QDiffusionConfig, generator: torch.Generator, device: torch.device, on_iteration
+    unit: Unit,
+    config: QDiffusionConfig,
+    generator: torch.Generator,
+    device: torch.device,
+    on_iteration,
+    pass_size: int,
 ) -> float:
     deltas = [m.delta for m in unit.module.modules() if isinstance(m, ActQuantizer)]
     optimiser = torch.optim.Adam(
@@ -279,6 +288,7 @@ def _learn_step_sizes(
                 after_step=lambda: _keep_positive(deltas),
                 scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=config.act_iterations),
                 on_iteration=on_iteration,
+                pass_size=pass_size,
             )
     finally:
         for delta in deltas:
