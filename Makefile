@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo demo-ldm demo-txt2img test lint format clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: set PYTHON=/path/to/python3')"
@@ -13,6 +13,12 @@ $(READY): setup.py constraints.txt
 
 demo: $(READY)
 	$(BIN)/python scripts/reproduce.py configs/tables/digits-demo.yaml
+
+demo-ldm: $(READY)
+	$(BIN)/python scripts/reproduce.py configs/tables/digits-vq-demo.yaml
+
+demo-txt2img: $(READY)
+	$(BIN)/python scripts/reproduce.py configs/tables/digits-text-demo.yaml
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

@@ -15,10 +15,10 @@ def add_unconditional_options(parser: argparse.ArgumentParser) -> None:
         help="checkpoint, or its folder; config.yaml lies beside it (default: the bundled digits model)",
     )
     group.add_argument("--seed", type=int, required=True)
-    group.add_argument("-n", "--n_samples", type=int, nargs="?", default=50000, help="how many images")
+    group.add_argument("-n", "--n_samples", type=int, nargs="?", const=50000, default=50000, help="how many images")
     group = parser.add_argument_group("sampler")
-    group.add_argument("-c", "--custom_steps", type=int, nargs="?", default=50, help="steps of the sampler")
-    group.add_argument("-e", "--eta", type=float, nargs="?", default=1.0, help="η of DDIM")
+    group.add_argument("-c", "--custom_steps", type=int, nargs="?", const=50, default=50, help="steps of the sampler")
+    group.add_argument("-e", "--eta", type=float, nargs="?", const=1.0, default=1.0, help="η of DDIM")
     group.add_argument("-v", "--vanilla_sample", action="store_true", help="ancestral sampling over all steps")
     group.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
     group.add_argument("--a_min_max", action="store_true", help="min-max ranges of activations")
@@ -55,6 +55,7 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
     """Model and sampler of scripts/sample_diffusion_ldm_imagenet.py."""
     add_guided_options(parser, CLASS_CONFIG, CLASS_CKPT, 20, 3.0, 1234, "how many images, over all classes in turn")
     parser.add_argument("--n_batch", type=int, default=2, help="images at a time")
+    parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:

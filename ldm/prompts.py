@@ -10,20 +10,23 @@ from pathlib import Path
 from qdiff.errors import UserError
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
     """Return the prompts of a file: one a line, or COCO's ``captions_*.json``: one caption an image, by image id.
+
+    Args:
+        option: that named the file, for errors.
 
     Raises:
         UserError: missing, unreadable, empty, or a JSON file that is not COCO's.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
     except FileNotFoundError:
-        raise UserError(f"prompt file {path} does not exist; check --from-file") from None
+        raise UserError(f"prompt file {path} does not exist; check {option}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}); check --from-file") from error
-    prompts = _coco_captions(text, path) if path.suffix == ".json" else text.splitlines()
+        raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}); check {option}") from error
+    prompts = _coco_captions(text, path) if path.suffix.lower() == ".json" else text.splitlines()
     prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")
@@ -34,22 +37,22 @@ def _coco_captions(text: str, path: Path) -> list[str]:
     try:
         first: dict[int, tuple[int, str]] = {}
         for entry in json.loads(text)["annotations"]:
-            image, caption = int(entry["image_id"]), (int(entry["id"]), str(entry["caption"]))
+            image, caption = int(entry["image_id"]), (int(entry["id"]), " ".join(entry["caption"].split()))
             first[image] = min(first.get(image, caption), caption)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a COCO captions file ({type(error).__name__}: {error}); give captions_val2014.json or a "
             "text file with one prompt a line"
         ) from error
     # Of several captions of an image the one with the lowest id, whatever order the file has.
-    return [first[image][1].replace("\n", " ") for image in sorted(first)]
+    return [first[image][1] for image in sorted(first)]
 
 
 def asked_classes(prompts: Sequence[str], words: Sequence[str]) -> list[int] | None:
     """Return the number of the one word that each prompt holds; None if some prompt holds none, or several."""
     classes = []
     for prompt in prompts:
-        found = {i for i, word in enumerate(words) if re.search(rf"\b{re.escape(word)}\b", prompt.lower())}
+        found = {i for i, word in enumerate(words) if re.search(rf"\b{re.escape(word)}\b", prompt, re.IGNORECASE)}
         if len(found) != 1:
             return None
         classes.append(found.pop())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -102,11 +103,14 @@ class LatentSampler:
         self.schedule, self.shape, self.options, self.seed, self.device = schedule, shape, options, seed, device
         if not 0 <= options.eta <= 1:
             raise UserError(f"eta is {options.eta}; give a number from 0 to 1")
+        if not math.isfinite(options.scale):
+            raise UserError(f"the guidance scale is {options.scale}; give a finite number")
         if options.kind is SamplerKind.ANCESTRAL:
             self.timesteps = list(range(schedule.num_train))
         else:
-            # Also checks the number of steps for DPM-Solver, which spaces them itself.
-            self.timesteps = select_timesteps("uniform", options.steps, schedule.num_train, offset=1)
+            # DPM-Solver spaces its steps itself: only their number is checked.
+            offset = 0 if options.kind is SamplerKind.DPM_SOLVER else 1
+            self.timesteps = select_timesteps("uniform", options.steps, schedule.num_train, offset)
 
     @property
     def calls(self) -> int:

@@ -35,7 +35,7 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 1) -> np.n
     """Tile uint8 [N, H, W, C] into one image with a pixel of white between, enlarged by repeating pixels."""
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = images.shape
-    columns = columns or math.ceil(math.sqrt(n))
+    columns = min(columns or math.ceil(math.sqrt(n)), n)
     rows = math.ceil(n / columns)
     canvas = np.full((rows * (h + 1) - 1, columns * (w + 1) - 1, c), 255, dtype=np.uint8)
     for i, image in enumerate(images):

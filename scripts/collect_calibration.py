@@ -33,7 +33,7 @@ def _load(name: str):
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--like", default="sample_diffusion_ddim")
+    first.add_argument("--like", nargs="?", default="sample_diffusion_ddim")
     like = first.parse_known_args(arguments)[0].like
     parser = Parser(__doc__)
     parser.add_argument("--like", choices=list(LIKE), default="sample_diffusion_ddim", help="a sampling script")

@@ -7,9 +7,11 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from qdiff.errors import UserError
 from qdiff.files import written_whole
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIGNS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"
 TEMPLATES = (
     "a handwritten {}",
     "a handwritten digit {}",
@@ -34,11 +36,15 @@ def all_captions() -> list[str]:
 def write_tokenizer(folder: str | Path, texts: Sequence[str], vocab_size: int, max_length: int) -> None:
     """Learn byte-pair merges from texts and write them as the files of a CLIP tokenizer.
 
-    Every letter, digit and common sign is in the vocabulary; what is not becomes the unknown token.
+    Every letter, digit and common sign is in the vocabulary; what is not becomes the unknown token. The same texts
+    give the same files.
 
     Args:
         vocab_size: at most this many tokens.
         max_length: tokens of a text, start and end included.
+
+    Raises:
+        UserError: not even single signs fit into the vocabulary.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -47,19 +53,22 @@ def write_tokenizer(folder: str | Path, texts: Sequence[str], vocab_size: int, m
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=list("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"),
+        # Every sign is there twice, inside and at the end of a word; the trainer counts only those that it met.
+        vocab_size=vocab_size - len(SIGNS),
+        initial_alphabet=list(SIGNS),
         special_tokens=[start, end],
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
-    # A word may end with any sign of the alphabet, also where no caption does.
-    vocabulary = dict(sorted(model["vocab"].items(), key=lambda item: item[1]))
-    for sign in [t for t in vocabulary if len(t) == 1]:
-        vocabulary.setdefault(f"{sign}</w>", len(vocabulary))
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    # The trainer numbers single signs by chance. A word may end with any of them, also where no caption does.
+    signs = sorted(t for t in model["vocab"] if len(t) == 1)
+    tokens = [start, end, *signs, *(f"{s}</w>" for s in signs), *(m.replace(" ", "") for m in merges)]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    if len(vocabulary) > vocab_size:
+        raise UserError(f"a vocabulary of {vocab_size} tokens does not hold all signs; give {len(vocabulary)} or more")
     special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
     texts_of = {
         "vocab.json": json.dumps(vocabulary, indent=0),

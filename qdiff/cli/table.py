@@ -134,7 +134,8 @@ class TableRun:
 
     def _collect_command(self) -> list[str]:
         words = [*_without(self.common, self.calibration.skip), *shlex.split(self.calibration.options)]
-        return [self.calibration.script, *words, *self.device, "--out", str(self._recording)]
+        like = ["--like", Path(self.spec["script"]).stem]
+        return [self.calibration.script, *like, *words, *self.device, "--out", str(self._recording)]
 
     def print_commands(self) -> None:
         """Print the commands as JSON."""
@@ -208,8 +209,11 @@ class TableRun:
         manifest = json.loads((folder / "run.json").read_text())
         metrics = self._metrics(folder, manifest.get("labels"), extractor, reference)
         calibrated, files = folder / "quantized.safetensors", manifest["files"]
-        loaded = files.get("quantized checkpoint", files["float weights"])["path"]
-        size = calibrated if calibrated.is_file() else Path(loaded)
+        # A float latent model's file also holds an autoencoder: what counts is the quantized network alone.
+        size = manifest.get("network_bytes") or Path(files["float weights"]["path"]).stat().st_size
+        if "quantized checkpoint" in files or calibrated.is_file():
+            file = calibrated if calibrated.is_file() else Path(files["quantized checkpoint"]["path"])
+            size = file.stat().st_size
         calibration = manifest["seconds"].get("calibration", 0.0)
         if row.weights_from is not None:  # the time of its weights counts too
             base = json.loads((self.folder(row.weights_from) / "run.json").read_text())
@@ -219,7 +223,7 @@ class TableRun:
             "images": manifest["num_images"],
             "noise_mse": manifest.get("noise_error", {}).get("mse"),
             **{k: float(metrics[k]) for k in SHOWN_METRICS if k in metrics},
-            "bytes": size.stat().st_size,
+            "bytes": size,
             "calibration_s": calibration,
             "sampling_s": manifest["seconds"]["sampling"],
             "command": shlex.join(["python", *self.command(row)]),
@@ -256,7 +260,8 @@ class TableRun:
             f"{manifest['config']['sampler']}, features {self.extractor}, reference {self.reference}; "
             f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} threads, device "
             f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}, {time.strftime('%Y-%m-%d')}. "
-            "ε error: mean squared difference from float on held-out network inputs. Size: bytes of the file."
+            "ε error: mean squared difference from float on held-out network inputs. Size: bytes of the "
+            "quantized file; of float, the denoising network's weights in float32."
             + (" Asked: images that show what was asked for." if any("asked_share" in r for r in results) else "")
         )
 
