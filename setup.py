@@ -10,8 +10,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["qdiff*", "ddim*", "ldm*"]),
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.6",
+        "torchvision>=0.21",
         "numpy>=1.26",
         "omegaconf>=2.3",
         "pytorch-lightning>=2.6",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ldm.checkpoint import load_latent_diffusion
 from ldm.config import REPOSITORY, load_config
+from ldm.locate import big_or_bundled, find_checkpoint, how_to_get, latent_shape
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.util import Checkpointed
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
@@ -26,10 +26,7 @@ from qdiff.cli.command import FloatModel, Network, OnStep
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 
-log = logging.getLogger("qdiff")
-
 BUNDLED = {name: REPOSITORY / "models" / "ldm" / f"digits_{name}" for name in ("vq", "class", "text")}
-CHECKPOINTS = ("model.ckpt", "model.safetensors")
 
 
 class LatentModel(FloatModel):
@@ -38,7 +35,7 @@ class LatentModel(FloatModel):
     Args:
         config_path, weights: of the model.
         options: of the sampler.
-        latent_shape: (C, h, w) where options ask for another than the config's.
+        shape: (C, h, w) where options ask for another than the config's.
     """
 
     def __init__(
@@ -47,17 +44,15 @@ class LatentModel(FloatModel):
         config_path: str | Path,
         weights: str | Path,
         options: LatentSamplerOptions,
-        latent_shape: tuple[int, int, int] | None = None,
+        shape: tuple[int, int, int] | None = None,
     ) -> None:
         from omegaconf import OmegaConf
 
         super().__init__(args)
         self.model_config = load_config(config_path)
         self.weights, self.options = Path(weights), options
-        params = self.model_config.model.params
-        size = params.get("image_size", 256)
-        self.latent_shape = latent_shape or (params.get("channels", 3), size, size)
-        self.schedule = build_schedule(params)
+        self.latent_shape = shape or latent_shape(self.model_config)
+        self.schedule = build_schedule(self.model_config.model.params)
         self.sampler = self._sampler(torch.device("cpu"))
         self.name = Path(config_path).parent.name if Path(config_path).stem == "config" else Path(config_path).stem
         self.config = {
@@ -71,11 +66,6 @@ class LatentModel(FloatModel):
         return LatentSampler(self.schedule, self.latent_shape, self.options, self.args.seed, device)
 
     @property
-    def downsampling(self) -> int:
-        """Image pixels a latent position, along each side."""
-        return 2 ** (len(self.model_config.model.params.first_stage_config.params.ddconfig.ch_mult) - 1)
-
-    @property
     def calls(self) -> int:
         return self.sampler.calls
 
@@ -85,7 +75,7 @@ class LatentModel(FloatModel):
 
     def load(self, device: torch.device) -> None:
         if not self.weights.is_file():
-            raise UserError(f"checkpoint {self.weights} does not exist; {_how_to_get(self.model_config)}")
+            raise UserError(f"checkpoint {self.weights} does not exist; {how_to_get(self.model_config)}")
         self.model: LatentDiffusion = load_latent_diffusion(self.model_config, self.weights)
         if getattr(self.args, "no_grad_ckpt", False):
             for module in self.model.modules():
@@ -98,6 +88,11 @@ class LatentModel(FloatModel):
         self.device = device
         self.model.to(device)
         self.sampler = self._sampler(device)
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        condition, _ = self.conditions([0], calibration=True)
+        return None if condition is None else tuple(condition.shape[1:])
 
     def conditions(self, indices: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return the conditional and the unconditional context of images, each [N, L, D] or None."""
@@ -138,6 +133,8 @@ class UnconditionalModel(LatentModel):
         weights = find_checkpoint(args.resume_base or BUNDLED["vq"])
         if args.dpm and args.vanilla_sample:
             raise UserError("--dpm and --vanilla_sample contradict each other; leave one of them out")
+        if args.a_min_max and getattr(args, "a_range", None) not in (None, RangeMethod.MIN_MAX.value):
+            raise UserError(f"--a_min_max and --a_range {args.a_range} contradict each other; leave one of them out")
         if args.a_min_max:
             self.act_range = RangeMethod.MIN_MAX
         kind = SamplerKind.DPM_SOLVER if args.dpm else SamplerKind.DDIM
@@ -159,15 +156,35 @@ class UnconditionalModel(LatentModel):
         self.config["num_images"] = self.count
 
 
-class ClassModel(LatentModel):
-    """What scripts/sample_diffusion_ldm_imagenet.py samples: image i shows class i mod their number."""
+class GuidedModel(LatentModel):
+    """What the two conditional scripts share: options of `ldm.options.add_guided_options`."""
 
     conditional = True
 
+    def __init__(
+        self,
+        args: Namespace,
+        config_path: str | Path,
+        weights: str | Path,
+        options: LatentSamplerOptions,
+        shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        if args.n_rows < 0:
+            raise UserError(f"--n_rows is {args.n_rows}; give 0 or more")
+        if args.skip_grid and args.skip_save and not getattr(args, "save_npz", True):
+            raise UserError("--skip_grid and --skip_save together leave nothing; leave one of them out")
+        super().__init__(args, config_path, weights, options, shape)
+        self.config["precision"] = args.precision
+
+
+class ClassModel(GuidedModel):
+    """What scripts/sample_diffusion_ldm_imagenet.py samples: image i shows class i mod their number."""
+
     def __init__(self, args: Namespace) -> None:
-        config, weights = _big_or_bundled(args, CLASS_CONFIG, CLASS_CKPT, BUNDLED["class"])
+        config, weights, note = big_or_bundled(args, CLASS_CONFIG, CLASS_CKPT, BUNDLED["class"])
         options = LatentSamplerOptions(SamplerKind.DDIM, args.ddim_steps, args.ddim_eta, args.scale)
         super().__init__(args, config, weights, options)
+        self.notes += [note] if note else []
         stage = self.model_config.model.params.get("cond_stage_config")
         if not str(getattr(stage, "target", "")).endswith(".ClassEmbedder"):
             raise UserError(f"{config} is not a class-conditional model; use the script of its family")
@@ -186,29 +203,33 @@ class ClassModel(LatentModel):
         return self._contexts([self.label(i) for i in indices])
 
 
-class TextModel(LatentModel):
+class TextModel(GuidedModel):
     """What scripts/txt2img.py samples: image i shows prompt i mod their number."""
 
-    conditional = True
+    runs = Path("outputs") / "txt2img-samples"
 
     def __init__(self, args: Namespace) -> None:
         if args.laion400m:
             raise UserError("--laion400m is not supported (that model's text encoder is a BERT); leave it out")
         if args.plms and args.dpm:
             raise UserError("--plms and --dpm contradict each other; leave one of them out")
-        if args.plms and args.ddim_eta != 0:
-            raise UserError(f"--plms has no noise, so --ddim_eta {args.ddim_eta} contradicts it; leave one out")
+        for option in ("plms", "dpm"):
+            if getattr(args, option) and args.ddim_eta != 0:
+                raise UserError(
+                    f"--{option} adds no noise, so --ddim_eta {args.ddim_eta} contradicts it; leave one out"
+                )
         for name in ("n_samples", "n_iter"):
             if getattr(args, name) < 1:
                 raise UserError(f"--{name} is {getattr(args, name)}; give at least 1")
-        if args.from_file and args.prompt:
-            log.warning("--from-file takes the place of --prompt")
-        config, weights = _big_or_bundled(args, TEXT_CONFIG, TEXT_CKPT, BUNDLED["text"])
+        config, weights, note = big_or_bundled(args, TEXT_CONFIG, TEXT_CKPT, BUNDLED["text"])
         kind = SamplerKind.PLMS if args.plms else SamplerKind.DPM_SOLVER if args.dpm else SamplerKind.DDIM
         options = LatentSamplerOptions(
             kind, args.ddim_steps, args.ddim_eta, args.scale, args.n_samples if args.fixed_code else None
         )
-        super().__init__(args, config, weights, options, _latent_shape(args, config))
+        super().__init__(args, config, weights, options, latent_shape(load_config(config), args))
+        self.notes += [note] if note else []
+        if args.from_file and args.prompt:
+            self.notes.append("--from-file takes the place of --prompt")
         stage = self.model_config.model.params.get("cond_stage_config")
         if not str(getattr(stage, "target", "")).endswith(".FrozenCLIPEmbedder"):
             raise UserError(f"{config} is not a text-conditional model; use the script of its family")
@@ -220,7 +241,7 @@ class TextModel(LatentModel):
             if args.max_images < 1:
                 raise UserError(f"--max_images is {args.max_images}; give at least 1")
             self.prompts = self.prompts[: args.max_images]
-        self.calibration_prompts = read_prompts(args.cali_prompts) if args.cali_prompts else lines
+        self.calibration_prompts = read_prompts(args.cali_prompts, "--cali_prompts") if args.cali_prompts else lines
         self.count = len(self.prompts)
         self.batch_size = args.batch_size or args.n_samples
         self.labels = asked_classes(self.prompts, pretrained.get("class_words", []))
@@ -229,73 +250,12 @@ class TextModel(LatentModel):
     def load(self, device: torch.device) -> None:
         super().load(device)
         encoder: FrozenCLIPEmbedder = self.model.cond_stage_model
-        for prompt in dict.fromkeys(self.prompts):
+        for prompt in dict.fromkeys(self.prompts + self.calibration_prompts):
             if cut := encoder.cut(prompt):
-                log.warning(
-                    "the text encoder takes %d tokens; of the prompt %r this was cut: %r",
-                    encoder.max_length,
-                    prompt,
-                    cut,
+                self.notes.append(
+                    f"the text encoder takes {encoder.max_length} tokens; of the prompt {prompt!r} this was cut: {cut!r}"
                 )
 
     def conditions(self, indices: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
         prompts = self.calibration_prompts if calibration else self.prompts
         return self._contexts([prompts[i % len(prompts)] for i in indices])
-
-
-def find_checkpoint(path: str | Path) -> Path:
-    """Return the checkpoint that ``-r`` names: a file, or the model file in a folder.
-
-    Raises:
-        UserError: no config.yaml beside it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
-        path = found[0] if found else path / CHECKPOINTS[0]
-    if not path.with_name("config.yaml").is_file():
-        raise UserError(
-            f"there is no config.yaml beside {path}; -r names a model's checkpoint or folder, e.g. "
-            "models/ldm/lsun_beds256/model.ckpt"
-        )
-    return path
-
-
-def _big_or_bundled(args: Namespace, config: str, ckpt: str, bundled: Path) -> tuple[str | Path, str | Path]:
-    """Return config and checkpoint: the given ones, else the big model where it is, else the bundled one."""
-    if args.ckpt and not args.config:
-        beside = Path(args.ckpt).with_name("config.yaml")
-        return (beside if beside.is_file() else config), args.ckpt
-    if args.config:
-        beside = load_config(args.config).get("pretrained", {}).get("file", ckpt)
-        return args.config, args.ckpt or beside
-    if Path(ckpt).is_file():
-        return config, ckpt
-    log.info("%s is not there: taking the bundled model %s", ckpt, bundled)
-    return bundled / "config.yaml", bundled / "model.safetensors"
-
-
-def _latent_shape(args: Namespace, config: str | Path) -> tuple[int, int, int]:
-    """Return (C, H/f, W/f) of the options, checked against the model."""
-    params = load_config(config).model.params
-    channels, size = params.get("channels", 3), params.get("image_size", 256)
-    factor = 2 ** (len(params.first_stage_config.params.ddconfig.ch_mult) - 1)
-    if args.C not in (None, channels) or args.f not in (None, factor):
-        raise UserError(f"this model has --C {channels} and --f {factor}; leave these options out")
-    height, width = args.H or size * factor, args.W or size * factor
-    # The UNet halves the latent once a level, and its skips must fit on the way back.
-    unit = factor * 2 ** (len(params.unet_config.params.channel_mult) - 1)
-    for name, value in (("H", height), ("W", width)):
-        if value < 1 or value % unit:
-            raise UserError(
-                f"--{name} is {value}; give a positive multiple of {unit} (this model's --f {factor} times what its "
-                "UNet halves)"
-            )
-    return channels, height // factor, width // factor
-
-
-def _how_to_get(config: Any) -> str:
-    pretrained = config.get("pretrained") or {}
-    if "url" in pretrained:
-        return f"download {pretrained['url']} and put it there ({pretrained.get('note', 'a checkpoint file')})"
-    return "check the path"

@@ -75,6 +75,8 @@ class QuantModule(nn.Module):
         """Take over quantized weights (any dtype, whole numbers in range, weight's shape)."""
         self.weight_int.copy_(integers)
         self.baked = None
+        if self.released:
+            self.weight.copy_(self.dequantized_weight())
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:

@@ -92,6 +92,8 @@ class QuantModel(nn.Module):
     def release_float_weights(self) -> None:
         """Give up the float weights: from now on only ``quantized(weights=True)`` works, at the memory cost of float.
 
+        Neither a state dict nor the published format can be loaded or written afterwards; native files can.
+
         Raises:
             UserError: a weight quantizer was never set.
         """

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,15 @@ def is_pickle(path: Path) -> bool:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a ``torch.save``d state dict without running code from it; large files are mapped into memory.
 
-    Objects of a training framework that stand beside the weights (Lightning keeps its callbacks there) become
-    inert stand-ins.
+    Objects of a training framework that stand beside the weights (Lightning keeps callbacks and hyperparameters
+    there) become inert stand-ins.
 
     Raises:
         UserError: damaged, truncated, or holding anything but a dict of tensors.
     """
     try:
         state = _load_inert(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # bytes that are no pickle can stop its reader in any way
         reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise UserError(
             f"checkpoint {path} is damaged, truncated or not a plain dict of tensors ({reason}); get the file anew"
@@ -80,17 +80,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class _Inert:
-    """Stands for an object of a class that is not loaded."""
+    """Stands for a class that is not loaded. Its objects are empty mappings, because PyTorch's reader lets only these
+    take the items and attributes that a pickle gives to objects."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
+        return OrderedDict()
 
 
 def _load_inert(path: Path) -> Any:
-    names: list[str] = []
-    if zipfile.is_zipfile(path) and hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    mapped = zipfile.is_zipfile(path) and path.stat().st_size >= MAPPED_FROM
+    zipped = zipfile.is_zipfile(path)
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+    mapped = zipped and path.stat().st_size >= MAPPED_FROM
     with torch.serialization.safe_globals([(_Inert, name) for name in names]):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
 

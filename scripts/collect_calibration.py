@@ -62,6 +62,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
     check_writable(args.out)
     model.load(choose_device(args.device))
+    for note in model.notes:
+        print(note, file=sys.stderr)
     save_recording(model.record(args.cali_st, args.cali_n), args.out)
     print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")
 

@@ -113,10 +113,23 @@ def select_samples(
 
     x, t = rows(xs).float(), rows(ts)
     if not conditional:
+        if "cs" in recording:
+            raise UserError(
+                f"{source} holds conditions (cs) and the network takes none; give a file recorded with this model"
+            )
         return CalibrationSet((x, t))
     if "cs" not in recording:
         raise UserError(f"{source} holds no conditions (cs, ucs); record it with the conditional model")
     halves = [rows(recording[key]).float() for key in ("cs", "ucs") if key in recording]
-    if any(half.dim() != 3 or len(half) != len(x) for half in halves):
+    if any(half.dim() != 3 or len(half) != len(x) or half.shape != halves[0].shape for half in halves):
         raise UserError(f"{source} is malformed: cs and ucs do not give one [L, D] condition a sample; {FIX}")
     return CalibrationSet((x.repeat(len(halves), 1, 1, 1), t.repeat(len(halves)), torch.cat(halves)))
+
+
+def check_context(data: CalibrationSet, expected: tuple[int, ...] | None, source: str | Path) -> None:
+    """Raise a `UserError` where the samples' contexts are not of the shape [L, D] that the network is fed."""
+    if expected is not None and (found := tuple(data.inputs[2].shape[1:])) != tuple(expected):
+        raise UserError(
+            f"{source} holds conditions of shape {found}, the network is fed {tuple(expected)}; give the file of this "
+            "model"
+        )

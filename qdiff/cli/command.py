@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdiff.calibration.collect import OnCall, record_calls
-from qdiff.calibration.samples import select_samples
+from qdiff.calibration.samples import check_context, select_samples
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error
@@ -54,6 +54,8 @@ class FloatModel:
         weight_range, act_range: what the family's scripts take by default.
         conditional: the network takes a context.
         labels: the class that each image was asked for, where that is known.
+        runs: folder of the default run folders.
+        notes: sentences that the user should read; `load` may add some.
         network, weights, device: after `load`.
     """
 
@@ -65,12 +67,14 @@ class FloatModel:
     act_range = RangeMethod.MSE
     conditional = False
     labels: list[int] | None = None
+    runs = Path("runs")
     network: SteppedNetwork
     weights: Path
     device: torch.device
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
+        self.notes: list[str] = []
         if args.seed < 0:
             raise UserError(f"--seed is {args.seed}; give 0 or more")
         if getattr(args, "batch_size", None) is not None and args.batch_size < 1:
@@ -85,6 +89,11 @@ class FloatModel:
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of the network's input."""
         raise NotImplementedError
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """[L, D] of the context that the network is fed, after `load`; None where it takes none."""
+        return None
 
     def load(self, device: torch.device) -> None:
         """Load the float weights onto a device."""
@@ -159,19 +168,19 @@ class SampleCommand:
         if self.args.logdir not in (None, "none"):
             return Path(self.args.logdir)
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:8]
-        return Path("runs") / f"{self.model.name}-{self.config['method']}-{digest}"
+        return self.model.runs / f"{self.model.name}-{self.config['method']}-{digest}"
 
     def run(self) -> None:
         """Quantize as planned, then sample what the run folder lacks."""
         args, model = self.args, self.model
         start_logging(args.verbose)
         run = RunFolder(self._folder(), self.config, model.count)
-        if run.is_complete:
+        if run.is_complete and getattr(args, "skip_save", False):
             log.info("%s is finished already", run.path)
             return
         model.load(choose_device(args.device))
         if args.cond and not model.conditional:
-            log.warning("--cond is ignored: this network is unconditional")
+            model.notes.append("--cond is ignored: this network is unconditional")
         processes = Processes(model.device)
         model.move_to(processes.device)
         # Only the first process calibrates; the others read what it wrote.
@@ -180,6 +189,8 @@ class SampleCommand:
             if processes.is_first:
                 run.open()
                 stack.enter_context(run.logged())
+                for note in model.notes:
+                    log.warning(note)
                 run.add_file("float weights", model.weights)
                 run.manifest["network_bytes"] = sum(p.numel() * 4 for p in model.network.parameters())
                 if model.labels is not None:
@@ -209,7 +220,10 @@ class SampleCommand:
         if self.plan is None:
             return None
         model = self.model
-        return Quantization(model.network, self.plan, run, model.input_shape, model.conditional)
+        made = Quantization(model.network, self.plan, run, model.input_shape, model.conditional)
+        if made.data is not None:
+            check_context(made.data, model.context_shape, made.recording)
+        return made
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if need be, and measure once how far ε is from float on inputs that calibration never saw."""

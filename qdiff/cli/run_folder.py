@@ -26,6 +26,7 @@ log = logging.getLogger("qdiff")
 
 PACKAGES = ("torch", "torchvision", "numpy", "pytorch-lightning", "safetensors", "torch-fidelity")
 PREVIEW_IMAGES = 64
+LONGEST_VALUE = 80  # characters of an option's value in an error
 
 
 class RunFolder:
@@ -47,7 +48,7 @@ class RunFolder:
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
         self.manifest: dict[str, Any] = self._previous()
-        # A run that kept its grid alone has nothing left to show what it made; any other is seen by its images.
+        # Finished, and its images deleted as asked; any other run is seen by its images.
         self.is_complete = self.manifest.get("status") == "finished" and not self.manifest.get("images_kept", True)
         self.manifest |= {
             "config": self.config,
@@ -195,4 +196,10 @@ def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
         for key in a.keys() | b.keys():
             yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
     elif a != b:
-        yield f"{name}: {a} there, {b} here"
+        yield f"{name}: {_short(a)} there, {_short(b)} here"
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it: a list of 10,000 prompts by its beginning."""
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

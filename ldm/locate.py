@@ -1,0 +1,100 @@
+"""Find the files of a latent diffusion model, and what its config says about sizes."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ldm.config import REPOSITORY, load_config
+from qdiff.errors import UserError
+
+CHECKPOINTS = ("model.ckpt", "model.safetensors")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return the checkpoint that ``-r`` names: a file, or the model file in a folder.
+
+    Raises:
+        UserError: no config.yaml beside it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in CHECKPOINTS if (path / name).is_file()]
+        path = found[0] if found else path / CHECKPOINTS[0]
+    if not path.with_name("config.yaml").is_file():
+        raise UserError(
+            f"there is no config.yaml beside {path}; -r names a model's checkpoint or folder, e.g. "
+            "models/ldm/lsun_beds256/model.ckpt"
+        )
+    return path
+
+
+def big_or_bundled(args: Namespace, config: str, ckpt: str, bundled: Path) -> tuple[Path, Path, str | None]:
+    """Return config and checkpoint: the given ones, else the big model where it is, else the bundled one.
+
+    Relative defaults are looked for here, then in the repository.
+
+    Args:
+        config, ckpt: of the big model.
+        bundled: folder of the bundled one.
+
+    Returns:
+        The third value is a sentence for the user where the bundled model stands in for the big one.
+    """
+    if args.config:
+        pretrained = load_config(args.config).get("pretrained") or {}
+        return Path(args.config), Path(args.ckpt or _here_or_in_repository(pretrained.get("file", ckpt))), None
+    if args.ckpt:
+        beside = Path(args.ckpt).with_name("config.yaml")
+        return beside if beside.is_file() else _here_or_in_repository(config), Path(args.ckpt), None
+    if (weights := _here_or_in_repository(ckpt)).is_file():
+        return _here_or_in_repository(config), weights, None
+    note = f"{ckpt} is not there: the bundled model {bundled} takes its place"
+    return bundled / "config.yaml", bundled / "model.safetensors", note
+
+
+def _here_or_in_repository(path: str) -> Path:
+    inside = REPOSITORY / path
+    return inside if inside.is_file() and not Path(path).is_file() else Path(path)
+
+
+def latent_shape(config: Any, args: Namespace | None = None) -> tuple[int, int, int]:
+    """Return (C, h, w) of a model's latents, or what ``--H`` and ``--W`` make of it.
+
+    Raises:
+        UserError: ``--C`` or ``--f`` are not the model's, or its UNet cannot halve ``--H`` or ``--W``.
+    """
+    params = config.model.params
+    channels, size = params.get("channels", 3), params.get("image_size", 256)
+    if args is None or (args.H, args.W, args.C, args.f) == (None,) * 4:
+        return channels, size, size
+    ddconfig = params.first_stage_config.params.get("ddconfig") or {}
+    if "ch_mult" not in ddconfig:
+        raise UserError(
+            "the model's config lacks first_stage_config.params.ddconfig.ch_mult; leave out --H, --W and --f"
+        )
+    factor = 2 ** (len(ddconfig.ch_mult) - 1)
+    for name, value, own in (("C", args.C, channels), ("f", args.f, factor)):
+        if value not in (None, own):
+            raise UserError(f"--{name} is {value} and this model's is {own}; leave --{name} out")
+    # The UNet halves the latent once a level, and its skips must fit on the way back.
+    unit = factor * 2 ** (len(params.unet_config.params.get("channel_mult", (1, 2, 4, 8))) - 1)
+    sides = []
+    for name, value in (("H", args.H), ("W", args.W)):
+        value = size * factor if value is None else value
+        if value < 1 or value % unit:
+            raise UserError(
+                f"--{name} is {value}; give a positive multiple of {unit} (this model's --f {factor} times what its "
+                "UNet halves)"
+            )
+        sides.append(value // factor)
+    return channels, sides[0], sides[1]
+
+
+def how_to_get(config: Any) -> str:
+    """Return what to do about a checkpoint that is not there."""
+    pretrained = config.get("pretrained") or {}
+    if "url" in pretrained:
+        return f"download {pretrained['url']} and put it there ({pretrained.get('note', 'a checkpoint file')})"
+    return "check the path"
