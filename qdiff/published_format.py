@@ -187,10 +187,15 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
 
     Raises:
         UserError: weights stay in float, or the float weights are not those that were quantized (a native file does
-            not hold them).
+            not hold them) or were released.
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
+    if any(layer.released for layer in qnn.layers().values()):
+        raise UserError(
+            "the published format holds the float weights, which this network has released; save it before "
+            "release_float_weights, or save the native format"
+        )
     state = {n: p.detach().cpu() for n, p in qnn.named_parameters() if not n.endswith(".delta")}
     for prefix, quantizer in _quantizers(qnn).items():
         delta, zero_point = quantizer.delta.detach().cpu(), quantizer.zero_point.cpu().float()

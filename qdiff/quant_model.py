@@ -92,7 +92,7 @@ class QuantModel(nn.Module):
     def release_float_weights(self) -> None:
         """Give up the float weights: from now on only ``quantized(weights=True)`` works, at the memory cost of float.
 
-        Neither a state dict nor the published format can be loaded or written afterwards; native files can.
+        Native files can be written and loaded afterwards, published ones only loaded, and a state dict not at all.
 
         Raises:
             UserError: a weight quantizer was never set.
@@ -111,6 +111,8 @@ class QuantModel(nn.Module):
         return [name for name, quantizer in self.act_quantizers().items() if quantizer.fired == 0]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if any(layer.released for layer in self.layers().values()):
+            raise RuntimeError("the float weights of this network were released; build it anew to load a state dict")
         super()._load_from_state_dict(*args, **kwargs)
         for layer in self.layers().values():  # dequantized weights of before are stale
             layer.baked = None
