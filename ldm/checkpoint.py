@@ -66,13 +66,13 @@ def load_latent_diffusion(config: Any, path: str | Path) -> LatentDiffusion:
     """
     path = Path(path)
     state = read_float_tensors(path)
-    model = build_without_weights(config)
     prefix = "model.diffusion_model."
     if not any(name.startswith(prefix) for name in state):
         raise UserError(
             f"{path} is not a latent diffusion checkpoint (it has no {prefix}*); give a released model.ckpt or a "
             "model.safetensors of models/ldm"
         )
+    model = build_without_weights(config)
     if model.use_ema:
         _take_averages(state, path)
     expected = model.state_dict()
@@ -87,7 +87,9 @@ def load_latent_diffusion(config: Any, path: str | Path) -> LatentDiffusion:
         state["scale_factor"] = expected["scale_factor"]
     _ignore_leftovers(state, expected, path)
     check_state(state, expected, path)
-    model.load_state_dict({k: v.to(torch.float32) for k, v in state.items()}, strict=True, assign=True)
+    # One tensor at a time: no half-precision copy of the whole file stays beside the float32 one.
+    tensors = {name: state.pop(name).to(torch.float32) for name in list(state)}
+    model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -130,7 +130,8 @@ class UnconditionalModel(LatentModel):
     """What scripts/sample_diffusion_ldm.py samples."""
 
     def __init__(self, args: Namespace) -> None:
-        weights = find_checkpoint(args.resume_base or BUNDLED["vq"])
+        bundled = BUNDLED["vq"] / "model.safetensors"
+        weights = find_checkpoint(args.resume_base) if args.resume_base else bundled
         if args.dpm and args.vanilla_sample:
             raise UserError("--dpm and --vanilla_sample contradict each other; leave one of them out")
         if args.a_min_max and getattr(args, "a_range", None) not in (None, RangeMethod.MIN_MAX.value):
@@ -252,9 +253,8 @@ class TextModel(GuidedModel):
         encoder: FrozenCLIPEmbedder = self.model.cond_stage_model
         for prompt in dict.fromkeys(self.prompts + self.calibration_prompts):
             if cut := encoder.cut(prompt):
-                self.notes.append(
-                    f"the text encoder takes {encoder.max_length} tokens; of the prompt {prompt!r} this was cut: {cut!r}"
-                )
+                limit = f"the text encoder takes {encoder.max_length} tokens"
+                self.notes.append(f"{limit}; of the prompt {prompt!r} this was cut: {cut!r}")
 
     def conditions(self, indices: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
         prompts = self.calibration_prompts if calibration else self.prompts

@@ -24,7 +24,7 @@ def load_config(path: str | Path) -> Any:
 
     config = _read(Path(path))
     if "base" in config:
-        config = OmegaConf.merge(_read(REPOSITORY / config.base), config)
+        config = OmegaConf.merge(_read(REPOSITORY / str(config.base)), config)
     model = config.get("model")
     if not OmegaConf.is_dict(model) or model.get("target") != HOLDER:
         named = model.get("target") if OmegaConf.is_dict(model) else None
@@ -33,7 +33,7 @@ def load_config(path: str | Path) -> Any:
             "one of configs/latent-diffusion or configs/stable-diffusion"
         )
     for part in ("unet_config", "first_stage_config"):
-        stage = model.get("params", {}).get(part)
+        stage = (model.get("params") or {}).get(part)
         if not OmegaConf.is_dict(stage) or "target" not in stage or not OmegaConf.is_dict(stage.get("params")):
             raise UserError(f"config file {path} lacks model.params.{part} with target and params; add it")
         if stage.target not in ALLOWED_TARGETS:

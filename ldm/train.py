@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,25 +22,43 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.training import FirstStageTask, LatentDenoisingTask, latent_moments
 from ldm.util import instantiate_from_config
+from qdiff.errors import UserError
 from qdiff.files import written_whole
+from qdiff.tensor_files import check_state, read_float_tensors
 
 PREFIX = "first_stage_model."
 
 
 def train_first_stage(args: Namespace) -> dict[str, Any]:
     """Train the autoencoder of a config and write it under ``first_stage_model.*``."""
-    config = load_config(args.config)
-    stage = config.training.first_stage
+    config, stage, epochs = _plan(args, "first_stage")
     model = instantiate_from_config(config.model.params.first_stage_config)
     images = load_training_images(config.data)
     loader = _loader(stage.batch_size, images)
-    epochs = args.epochs or stage.n_epochs
     task = FirstStageTask(model, stage, epochs * len(loader))
     notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip)
-    _save({PREFIX + k: v for k, v in model.state_dict().items()}, args.out, notes)
+    _save({PREFIX + k: v for k, v in model.eval().state_dict().items()}, args.out, notes)
     with torch.no_grad():
         decoded = torch.cat([model.decode(m) for m in _latents(model, images).split(256)])
     return notes | {"mean_absolute_error": round(float((decoded - images).abs().mean()), 5)}
+
+
+def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
+    """Return config, its section of a stage, and the number of epochs.
+
+    Raises:
+        UserError: the config does not say how to train, or there is no epoch to train.
+    """
+    config = load_config(args.config)
+    section = (config.get("training") or {}).get(stage)
+    if not section or not config.get("data"):
+        raise UserError(
+            f"config file {args.config} lacks data or training.{stage}; see models/ldm/digits_vq/config.yaml"
+        )
+    epochs = section.n_epochs if args.epochs is None else args.epochs
+    if epochs < 1:
+        raise UserError(f"--epochs is {epochs}; give at least 1")
+    return config, section, epochs
 
 
 def _latents(model: Any, images: Tensor) -> Tensor:
@@ -49,19 +67,24 @@ def _latents(model: Any, images: Tensor) -> Tensor:
 
 
 def train_diffusion(args: Namespace) -> dict[str, Any]:
-    """Train the denoiser of a config (and its condition encoder) and write the whole model, averaged weights."""
-    config = load_config(args.config)
-    stage, captions = config.training.diffusion, config.data.get("captions")
-    if captions:
-        write_tokenizer(Path(config.model.params.cond_stage_config.params.version), all_captions(), **captions)
+    """Train the denoiser of a config (and its condition encoder) and write the whole model, averaged weights.
+
+    A tokenizer that is there is kept: weights that were trained with it know its tokens by their numbers.
+    """
+    config, stage, epochs = _plan(args, "diffusion")
+    if captions := config.data.get("captions"):
+        folder = Path(config.model.params.cond_stage_config.params.version)
+        if not (folder / "vocab.json").is_file():
+            write_tokenizer(folder, all_captions(), **captions)
     model: LatentDiffusion = instantiate_from_config(config.model)
-    first = load_file(args.first_stage)
-    model.first_stage_model.load_state_dict({k.removeprefix(PREFIX): v.float() for k, v in first.items()})
+    first = {k.removeprefix(PREFIX): v for k, v in read_float_tensors(Path(args.first_stage)).items()}
+    check_state(first, model.first_stage_model.state_dict(), args.first_stage)
+    model.first_stage_model.load_state_dict(first)
+    model.first_stage_model.eval()
     mean, std = latent_moments(model, load_training_images(config.data))
     if model.scale_by_std:
         model.scale_factor.fill_(1.0 / (mean + std * torch.randn_like(std)).std())
     loader = _loader(stage.batch_size, mean, std, load_training_labels(config.data))
-    epochs = args.epochs or stage.n_epochs
     task = LatentDenoisingTask(model, stage, epochs * len(loader), _describer(model, args.seed), args.seed)
     notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip)
     averaged = task.ema.module

@@ -43,5 +43,7 @@ def instantiate_from_config(config: Any) -> Any:
     params = config.get("params") or {}
     try:
         return getattr(importlib.import_module(module), name)(**params)
-    except (TypeError, KeyError) as error:
+    except UserError:
+        raise
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"the config's parameters of {target} do not fit ({error}); correct them") from error

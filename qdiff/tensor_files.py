@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections import OrderedDict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class _Inert:
-    """Stands for a class that is not loaded. Its objects are empty mappings, because PyTorch's reader lets only these
-    take the items and attributes that a pickle gives to objects."""
+    """Stands for a class that is not loaded. Its objects are counters: of the types that PyTorch's reader knows, this one
+    takes all that a pickle may give to an object, be it items, attributes or slots."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> OrderedDict:
-        return OrderedDict()
+    def __new__(cls, *args: Any, **kwargs: Any) -> Counter:
+        return Counter()
 
 
 def _load_inert(path: Path) -> Any:

@@ -43,6 +43,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--cali_n", type=int, default=256, help="samples a step")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
     parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    parser.add_argument("--cond", action="store_true", help="accepted: a conditional model is known by its config")
     parser.add_argument("--out", required=True, help="the file to write (.pt)")
     return parser.parse_args(arguments)
 

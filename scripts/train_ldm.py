@@ -42,6 +42,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if (args.stage == "diffusion") != bool(args.first_stage):
         raise UserError("--stage diffusion needs --first_stage PATH, and --stage first takes none")
+    if args.threads < 1:
+        raise UserError(f"--threads is {args.threads}; give at least 1")
     check_writable(args.out)
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)

@@ -98,7 +98,7 @@ def walk(
         weights, activations: what counts as quantized in the advancing state.
 
     Yields:
-        index, step, unit, and the quantized state before the step.
+        index, step, unit, and the quantized state before the step. A unit is empty once the walk goes on.
     """
     with torch.no_grad():
         float_state = network.start(*inputs)
@@ -108,11 +108,16 @@ def walk(
         with leaf_modes([step.module], weights=False, activations=False):
             target = walker.run(step.module, float_inputs)
         quant_inputs = walker.step_inputs(step, quant_state)
-        yield index, step, Unit(step.name, step.module, quant_inputs, target, float_inputs), quant_state
+        unit = Unit(step.name, step.module, quant_inputs, target, float_inputs)
+        yield index, step, unit, quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):
             output = walker.run(step.module, quant_inputs)
         step.output(float_state, target)
         step.output(quant_state, output)
+        # Whoever fitted the unit may still hold it: its activations must not outlive it.
+        unit.inputs = unit.float_inputs = ()
+        unit.target = torch.empty(0)
+        del float_inputs, quant_inputs, target, output
 
 
 def leaves_in_execution_order(

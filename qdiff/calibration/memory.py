@@ -103,6 +103,12 @@ def _counted(module: nn.Module):
             handle.remove()
 
 
+def resident_memory() -> int:
+    """Return the bytes of RAM that this process holds now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def available_memory() -> int:
     """Return the bytes of RAM that are free now."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -113,13 +119,13 @@ class MemoryPlan:
     """How a calibration's memory is spent; all in bytes.
 
     Attributes:
-        weights: float weights and their integers.
-        unit: variables of the largest unit while its rounding is learned.
+        held: what the process holds before it begins, weights included.
+        unit: dequantized weights and rounding variables of the largest unit.
         in_pass: what one forward and backward may hold.
         in_ram, on_disk: stored activations.
     """
 
-    weights: int
+    held: int
     unit: int
     in_pass: int
     in_ram: int
@@ -127,11 +133,11 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Peak memory beside what Python and its libraries take."""
-        return self.weights + self.unit + self.in_pass + self.in_ram
+        """Peak memory of the process."""
+        return self.held + self.unit + self.in_pass + self.in_ram
 
     def __str__(self) -> str:
-        parts = f"weights {_gib(self.weights)}, the unit in work {_gib(self.unit + self.in_pass)}"
+        parts = f"{_gib(self.held)} held already, the unit in work {_gib(self.unit + self.in_pass)}"
         disk = f", and {_gib(self.on_disk)} on disk" if self.on_disk else ""
         return f"about {_gib(self.peak)} ({parts}, stored activations {_gib(self.in_ram)}{disk})"
 
@@ -148,7 +154,7 @@ def plan_memory(
     Args:
         samples: size of the calibration set.
         batch_size: of reconstruction.
-        budget: bytes beside the weights; None takes half of the RAM that is free now.
+        budget: bytes beside what is held already; None takes half of the RAM that is free now.
 
     Returns:
         The plan, the bytes that a pass may take, and the bytes of RAM for stored activations.
@@ -169,7 +175,6 @@ def plan_memory(
             f"stay in RAM, and {folder} has {_gib(free)} free; lower --cali_n or --cali_st, raise --memory_budget, or "
             "set TMPDIR to a larger disk"
         )
-    layers = qnn.layers().values()
     largest = max(
         (
             sum(m.weight.numel() for m in step.module.modules() if isinstance(m, QuantModule))
@@ -177,12 +182,10 @@ def plan_memory(
         ),
         default=0,
     )
-    weights = sum(p.numel() * p.element_size() for p in qnn.parameters())
-    integers = sum(m.weight.numel() for m in layers) if qnn.config.weight_bits is not None else 0
     needed = max((size * GRADIENT_COPIES for size in footprint.inside.values()), default=0) * min(batch_size, samples)
     plan = MemoryPlan(
-        weights=weights + integers,
-        unit=largest * FLOAT * ROUNDING_COPIES,
+        held=resident_memory(),
+        unit=largest * FLOAT * (ROUNDING_COPIES + 1),
         in_pass=min(needed, max(allowed_pass, needed // max(1, min(batch_size, samples)))),
         in_ram=min(stored, for_storage),
         on_disk=on_disk,

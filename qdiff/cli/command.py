@@ -177,6 +177,7 @@ class SampleCommand:
         run = RunFolder(self._folder(), self.config, model.count)
         if run.is_complete and getattr(args, "skip_save", False):
             log.info("%s is finished already", run.path)
+            run.discard_images()  # a kill may have come before all were deleted
             return
         model.load(choose_device(args.device))
         if args.cond and not model.conditional:

@@ -49,7 +49,7 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
     """Return the plan of the options in ``args``, or None where the float model samples.
 
     Args:
-        weight_range, act_range: the script's defaults.
+        weight_range, act_range: the script's defaults; the linear method always starts from min-max.
 
     Raises:
         UserError: options that contradict each other (both are named) or are out of range.
@@ -62,6 +62,8 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
     method = args.method or args.quant_mode
     if args.method == "qdiff" and args.quant_mode == "linear":
         raise UserError("--method qdiff contradicts --quant_mode linear; leave one of them out")
+    if method == "linear":  # the papers' baseline, whatever family
+        weight_range = act_range = RangeMethod.MIN_MAX
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,

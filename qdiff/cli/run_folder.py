@@ -170,7 +170,10 @@ class RunFolder:
         self.manifest["images_kept"] = keep_images
         self.save_manifest()
         if not keep_images:
-            shutil.rmtree(self.images)
+            self.discard_images()
+
+    def discard_images(self) -> None:
+        shutil.rmtree(self.images, ignore_errors=True)
 
 
 def start_logging(verbose: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.errors import UserError
 from qdiff.files import sha256
+from qdiff.images import load_png
 
 CONFIG = {"seed": 1, "sampler": {"eta": 0.0, "steps": 4}, "ptq": None}
 
@@ -75,6 +76,33 @@ def test_finish_writes_grid_array_and_state(tmp_path):
     np.testing.assert_array_equal(run.load_images(2), images[:2])
     assert json.loads((run.path / "run.json").read_text())["status"] == "finished"
     assert not list(run.path.rglob("*.part"))
+
+
+def test_finish_without_grid_or_without_images(tmp_path):
+    run, images = opened(tmp_path / "run", count=5), some_images(5)
+    run.save_images([0, 1, 2, 3, 4], images)
+    run.finish(save_npz=False, write_grid=False)
+    assert not (run.path / "grid.png").exists() and not RunFolder(run.path, CONFIG, 5).is_complete
+    run.finish(save_npz=False, columns=5, keep_images=False)
+    assert load_png(run.path / "grid.png").shape[:2] == (64, 5 * 65 - 1)
+    assert not run.images.exists()
+    again = RunFolder(run.path, CONFIG, 5)
+    assert again.is_complete and again.pending() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("columns", [3, 9])
+def test_no_more_columns_than_images(columns, tmp_path):
+    run = opened(tmp_path / "run")
+    run.save_images([0, 1, 2], some_images())
+    run.finish(save_npz=False, columns=columns)
+    assert load_png(run.path / "grid.png").shape[:2] == (64, 3 * 65 - 1)
+
+
+def test_long_values_are_named_by_their_beginning(tmp_path):
+    opened(tmp_path / "run", {"prompts": ["a dog"] * 10_000})
+    with pytest.raises(UserError, match=r"prompts: \['a dog'") as caught:
+        RunFolder(tmp_path / "run", {"prompts": ["a cat"] * 10_000}, 3)
+    assert len(str(caught.value)) < 600
 
 
 def test_same_config_continues_and_keeps_what_was_measured(tmp_path):

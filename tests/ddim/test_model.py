@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from golden_cases import DDIM_CASES, GOLDEN, GoldenCase
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
 from ddim.models.layers import Downsample, ResnetBlock, timestep_embedding
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 REPOSITORY = Path(__file__).parents[2]
-CASES = ["ddim_w4a8_split", "ddim_w8_nosplit"]
 
 # Relative L2 error of float outputs against the published code's: float32 rounding in another order gives about 1e-6.
 GOLDEN_TOLERANCE = 1e-5
@@ -28,18 +26,17 @@ EMBEDDING_TOLERANCE = 1e-4
 
 def golden_network(case: str) -> tuple[Model, dict[str, torch.Tensor]]:
     """Return the float network of a published case and its reference outputs."""
-    config = OmegaConf.create(json.loads((GOLDEN / case / "case.json").read_text())["config"])
-    published = torch.load(GOLDEN / case / "ckpt.pth", weights_only=True)
-    network = Model(config).eval()
-    network.load_state_dict({name: published[f"model.{name}"] for name in network.state_dict()})
-    return network, torch.load(GOLDEN / case / "golden.pth", weights_only=True)
+    golden = GoldenCase(case)
+    network = golden.network().eval()
+    network.load_state_dict(golden.float_weights())
+    return network, golden.values
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DDIM_CASES)
 @torch.no_grad()
 def test_float_output_is_the_published_one(case):
     network, golden = golden_network(case)
@@ -59,7 +56,7 @@ PLANTED = {
 @pytest.mark.parametrize("error", PLANTED)
 @torch.no_grad()
 def test_planted_errors_are_beyond_the_tolerance(error):
-    network, golden = golden_network(CASES[0])
+    network, golden = golden_network(DDIM_CASES[0])
     PLANTED[error](network)
     assert relative_error(network(golden["x"], golden["t"]), golden["fp"]) > GOLDEN_TOLERANCE
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ddim.datasets import load_training_images
+from ddim.datasets import load_training_images, load_training_labels
 from ddim.training import NoisePredictionTask
 from qdiff.errors import UserError
 
@@ -113,6 +113,30 @@ def test_digits_fill_the_range(size):
     assert float(images.min()) == -1 and float(images.max()) == 1
     corners = images[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
     assert float(np.median(corners)) == -1  # background is black
+
+
+def test_digits_may_have_several_equal_channels():
+    grey = load_training_images(OmegaConf.create({"dataset": "DIGITS", "image_size": 8}))
+    colour = load_training_images(OmegaConf.create({"dataset": "DIGITS", "image_size": 8, "channels": 3}))
+    assert colour.shape == (1797, 3, 8, 8)
+    assert all(torch.equal(colour[:, i : i + 1], grey) for i in range(3))
+
+
+def test_labels_belong_to_their_images():
+    data = OmegaConf.create({"dataset": "DIGITS", "image_size": 8})
+    images, labels = load_training_images(data), load_training_labels(data)
+    assert labels.shape == (1797,) and labels.dtype == torch.int64
+    assert sorted(labels.unique().tolist()) == list(range(10))
+    means = torch.stack([images[labels == d].mean(0) for d in range(10)])
+
+    def share_nearest_to_the_mean_of(classes):
+        distances = (images[:, None] - means).flatten(2).norm(dim=2)
+        return float((distances.argmin(1) == classes).float().mean())
+
+    assert share_nearest_to_the_mean_of(labels) > 0.8
+    assert share_nearest_to_the_mean_of(labels.roll(1)) < 0.2  # planted: the labels of other images
+    with pytest.raises(UserError, match=r"CATS.*DIGITS"):
+        load_training_labels(OmegaConf.create({"dataset": "CATS", "image_size": 8}))
 
 
 def test_unknown_dataset_names_the_known():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden_cases import ACTIVATION_TOLERANCE, FLOAT_TOLERANCE, GoldenCase
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -21,40 +22,10 @@ from qdiff.native_format import counted_bytes, read_metadata
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import load_tensors
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-# Relative L2, from the golden files' own description: float32 summation order without quantized activations, …
-FLOAT_TOLERANCE = 1e-5
-# … and with them, where a value on a rounding edge may fall to the other side.
-ACTIVATION_TOLERANCE = 2e-3
-
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
 
-
-class GoldenCase:
-    def __init__(self, name: str) -> None:
-        self.folder = GOLDEN / name
-        self.path = self.folder / "ckpt.pth"
-        self.case = json.loads((self.folder / "case.json").read_text())
-        self.values = torch.load(self.folder / "golden.pth", weights_only=True)
-        self.inputs = self.values["x"], self.values["t"]
-        self.options = {
-            "weight_bits": self.case["weight_bit"],
-            "act_bits": self.case["act_bit"] if self.case["quant_act"] else None,
-            "act_symmetric": self.case["a_sym"],
-            "softmax_bits": self.case["sm_abit"],
-            "split_shortcut": self.case["split"],
-        }
-
-    def network(self) -> Model:
-        torch.manual_seed(0)
-        return Model(OmegaConf.create(self.case["config"]))
-
-    def wrapped(self, **changes) -> QuantModel:
-        return QuantModel(self.network(), QuantConfig(**{**self.options, **changes}))
-
-
 W4A8_SPLIT, W8 = GoldenCase("ddim_w4a8_split"), GoldenCase("ddim_w8_nosplit")
-BOTH = pytest.mark.parametrize("golden", [W4A8_SPLIT, W8], ids=lambda g: g.folder.name)
+BOTH = pytest.mark.parametrize("golden", [W4A8_SPLIT, W8], ids=lambda g: g.name)
 
 
 @pytest.fixture

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from ddim_runs import DATA, FEW, SAMPLER, SCRIPT, W4A8
+from latent_models import LatentModelFiles, write_latent_model
+from run_checks import succeeded
 from safetensors.torch import save_file
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -102,3 +107,46 @@ def tiny(tmp_path_factory) -> TinyModel:
     network = Model(load_config(folder / "tiny.yml"))
     save_file(network.state_dict(), folder / "tiny.safetensors")
     return TinyModel(folder / "tiny.yml", folder / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def latent(tmp_path_factory) -> Callable[[str], LatentModelFiles]:
+    """``latent(kind)``: a tiny latent model on disk; see `latent_models.CHANNELS` for the kinds."""
+    folder = tmp_path_factory.mktemp("latent")
+    return functools.cache(lambda kind: write_latent_model(kind, folder / kind))
+
+
+# --- Runs of the DDIM script; tests that change one copy it first
+
+
+@pytest.fixture(scope="session")
+def ddim_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("ddim-ddim_folder")
+
+
+@pytest.fixture(scope="session")
+def float_run(call, tiny, ddim_folder):
+    succeeded(call(SCRIPT, *tiny.options, *SAMPLER, "--save-npz", "-l", ddim_folder / "float"))
+    return ddim_folder / "float"
+
+
+@pytest.fixture(scope="session")
+def linear_run(call, tiny, ddim_folder):
+    succeeded(
+        call(SCRIPT, *tiny.options, *SAMPLER, *W4A8, *DATA, "--quant_mode", "linear", "-l", ddim_folder / "linear")
+    )
+    return ddim_folder / "linear"
+
+
+@pytest.fixture(scope="session")
+def calibrated_run(call, tiny, ddim_folder):
+    options = (*tiny.options, *SAMPLER, *W4A8, "--a_sym", *FEW)
+    succeeded(call(SCRIPT, *options, "--save-npz", "-l", ddim_folder / "w4a8"))
+    return ddim_folder / "w4a8", options
+
+
+@pytest.fixture(scope="session")
+def weights_only_run(call, tiny, ddim_folder):
+    options = ("--ptq", "--weight_bit", 4, "--split", *FEW)
+    succeeded(call(SCRIPT, *tiny.options, *SAMPLER, *options, "-l", ddim_folder / "w4"))
+    return ddim_folder / "w4"

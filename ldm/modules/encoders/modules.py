@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +87,10 @@ class FrozenCLIPEmbedder(nn.Module):
             return CLIPTextConfig(**_CLIP_VIT_L_14_TEXT)
         return self._from_hub(CLIPTextConfig)
 
-    def _from_hub(self, kind: Any) -> Any:
+    def _from_hub(self, kind: Any, check: Callable[[str], None] | None = None) -> Any:
         try:
+            if check is not None:
+                check(self.version)
             return kind.from_pretrained(self.version)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -110,12 +112,12 @@ class FrozenCLIPEmbedder(nn.Module):
         from transformers import CLIPTokenizer
 
         if self._tokenizer is None:
-            self._tokenizer = self._from_hub(CLIPTokenizer)
+            self._tokenizer = self._from_hub(CLIPTokenizer, check=_require_tokenizer_files)
         return self._tokenizer
 
     def cut(self, text: str) -> str:
         """Return the end of a text that does not fit into ``max_length`` tokens ("" if all does)."""
-        tokens = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         kept = self.max_length - 2  # start and end
         return self.tokenizer.decode(tokens[kept:]).strip() if len(tokens) > kept else ""
 
@@ -126,6 +128,17 @@ class FrozenCLIPEmbedder(nn.Module):
         )["input_ids"]
         encoder = self.transformer.text_model
         return encoder(input_ids=tokens.to(next(encoder.parameters()).device)).last_hidden_state
+
+
+def _require_tokenizer_files(version: str) -> None:
+    """Raise an OSError where there are none: transformers 5 would make a tokenizer that knows no word."""
+    from transformers.utils import cached_file
+
+    try:
+        cached_file(version, "tokenizer.json")
+    except OSError:
+        for name in ("vocab.json", "merges.txt"):
+            cached_file(version, name)
 
 
 def _local(version: str) -> str:

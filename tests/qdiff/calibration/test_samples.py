@@ -54,6 +54,29 @@ def test_conditional_selection_doubles_the_data():
     assert bool((context[:6] == 1).all()) and bool((context[6:] == 0).all())
 
 
+def test_conditional_selection_without_guidance_takes_what_there_is():
+    made = recording(conditional=True)
+    del made["ucs"]
+    x, t, context = select_samples(made, 2, 3, SHAPE, conditional=True).inputs
+    assert len(x) == len(t) == len(context) == 6
+    assert bool((context == 1).all())
+    assert torch.equal(x, select_samples(recording(), 2, 3, SHAPE).inputs[0])
+
+
+@pytest.mark.parametrize("key", ["cs", "ucs"])
+@pytest.mark.parametrize("damage", [lambda v: v[:, :, 0], lambda v: v[:, :2]])
+def test_conditions_must_match_the_samples(key, damage):
+    made = recording(conditional=True)
+    made[key] = damage(made[key])
+    with pytest.raises(UserError, match=r"one \[L, D\] condition a sample"):
+        select_samples(made, 2, 3, SHAPE, conditional=True)
+
+
+def test_conditions_are_refused_where_the_network_takes_none():
+    with pytest.raises(UserError, match="takes none"):
+        select_samples(recording(conditional=True), 2, 3, SHAPE)
+
+
 def test_steps_may_hold_different_counts():
     """A list of tensors, as the published files are."""
     made = recording()

@@ -1,0 +1,117 @@
+"""What a calibration will take: counted from one sample, divided by a budget, refused where no disk could hold it."""
+
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from qdiff.calibration.capture import Walker, walk
+from qdiff.calibration.memory import (
+    DEFAULT_PASS,
+    GRADIENT_COPIES,
+    SMALLEST_PASS,
+    Footprint,
+    MemoryPlan,
+    measure_footprint,
+    plan_memory,
+    resident_memory,
+)
+from qdiff.calibration.storage import ActivationStorage
+from qdiff.errors import UserError
+from qdiff.methods import qdiffusion
+from qdiff.methods.common import CalibrationRun
+from qdiff.methods.qdiffusion import QDiffusionConfig
+
+MIB = 1 << 20
+# Relative: gradients of a batch that went through in parts differ in float32 summation order alone.
+PARTS_TOLERANCE = 1e-4
+
+
+def test_footprint_is_what_a_walk_really_stores(wrap, data):
+    qnn = wrap(weight_bits=4)
+    one = tuple(i[:1] for i in data.inputs)
+    footprint = measure_footprint(qnn.model, one)
+    storage = ActivationStorage()
+    for layer in qnn.layers().values():
+        layer.init_weight_ranges(qnn.config.weight_range)
+    for _ in walk(qnn.model, data.inputs, Walker(storage, torch.device("cpu")), weights=True, activations=False):
+        pass
+    stored = footprint.stored * len(data)
+    assert 0.5 * stored < storage.peak <= stored
+    assert set(footprint.inside) == {step.name for step in qnn.model.steps()}
+
+
+def test_inside_counts_what_attention_multiplies(wrap, data):
+    inside = measure_footprint(wrap(weight_bits=4).model, tuple(i[:1] for i in data.inputs)).inside
+    twice = measure_footprint(wrap(weight_bits=4).model, tuple(torch.cat([i[:1]] * 2) for i in data.inputs)).inside
+    assert all(twice[name] == 2 * size for name, size in inside.items())
+    assert min(inside.values()) > 0
+
+
+def test_batches_follow_from_a_pass():
+    footprint = Footprint(stored=100, inside={"a": 10 * MIB, "b": 40 * MIB})
+    assert footprint.forward_batch(400 * MIB, limit=64) == 10
+    assert footprint.forward_batch(4000 * MIB, limit=64) == 64
+    assert footprint.forward_batch(MIB, limit=64) == 1  # never none
+    assert footprint.training_batch("a", 800 * MIB, limit=32) == 10
+    assert footprint.training_batch("b", 800 * MIB, limit=32) == 800 // (40 * GRADIENT_COPIES)
+
+
+def test_a_budget_is_divided_and_the_rest_goes_to_disk(wrap):
+    qnn, footprint = wrap(weight_bits=4), Footprint(stored=10 * MIB, inside={"conv_in": MIB})
+    plan, in_pass, for_storage = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=600 * MIB)
+    assert (in_pass, for_storage) == (300 * MIB, 300 * MIB)
+    assert (plan.in_ram, plan.on_disk) == (300 * MIB, 700 * MIB)
+    assert plan.in_pass == 32 * GRADIENT_COPIES * MIB
+    assert plan.peak == plan.held + plan.unit + plan.in_pass + plan.in_ram
+    roomy, in_pass, _ = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=100 << 30)
+    assert in_pass == DEFAULT_PASS and roomy.on_disk == 0 and roomy.in_ram == 1000 * MIB
+    none, in_pass, for_storage = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=0)
+    assert (in_pass, for_storage, none.in_ram) == (SMALLEST_PASS, 0, 0)
+
+
+def test_what_fits_on_no_disk_is_an_error(wrap, monkeypatch):
+    usage = namedtuple("usage", "total used free")(0, 0, 200 * MIB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    footprint = Footprint(stored=10 * MIB, inside={"conv_in": MIB})
+    with pytest.raises(UserError, match=r"stores 0\.98 GiB.*--cali_n or --cali_st, raise --memory_budget"):
+        plan_memory(wrap(weight_bits=4), footprint, samples=100, batch_size=32, budget=600 * MIB)
+    plan_memory(wrap(weight_bits=4), footprint, samples=50, batch_size=32, budget=600 * MIB)
+
+
+def test_sentence_names_the_parts():
+    text = str(MemoryPlan(held=3 << 30, unit=1 << 30, in_pass=0, in_ram=512 * MIB, on_disk=2 << 30))
+    assert text == (
+        "about 4.50 GiB (3.00 GiB held already, the unit in work 1.00 GiB, stored activations 0.50 GiB, and 2.00 GiB "
+        "on disk)"
+    )
+
+
+def test_resident_memory_grows_with_what_is_held():
+    before = resident_memory()
+    block = torch.ones(64 * MIB // 4)
+    assert resident_memory() - before > 32 * MIB
+    del block
+
+
+def test_a_batch_in_parts_learns_the_same(wrap, data):
+    config = QDiffusionConfig(iterations=4, act_iterations=4, batch_size=6, lr_rounding=0.05)
+
+    def learned(footprint, pass_bytes):
+        qnn = wrap(weight_bits=4, act_bits=8)
+        run = CalibrationRun(seed=3, show_progress=False, footprint=footprint, pass_bytes=pass_bytes)
+        qdiffusion.calibrate(qnn, data, config, run)
+        return run.errors
+
+    footprint = measure_footprint(wrap(weight_bits=4, act_bits=8).model, tuple(i[:1] for i in data.inputs))
+    whole = learned(None, DEFAULT_PASS)
+    tight = max(footprint.inside.values()) * GRADIENT_COPIES * 2
+    assert footprint.training_batch(max(footprint.inside, key=footprint.inside.get), tight, 6) == 2
+    parts = learned(footprint, tight)
+    first = next(iter(whole))
+    assert parts[first] == pytest.approx(whole[first], rel=PARTS_TOLERANCE)
+    # Planted: a weighting of parts by their number instead of their size is far outside the tolerance.
+    assert parts[first] != pytest.approx(whole[first] * 1.01, rel=PARTS_TOLERANCE)
