@@ -80,8 +80,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 class _Inert:
-    """Stands for a class that is not loaded. Its objects are counters: of the types that PyTorch's reader knows, this one
-    takes all that a pickle may give to an object, be it items, attributes or slots."""
+    """Stands for a class that is not loaded.
+
+    Its objects are counters: of the types that PyTorch's reader knows, this one takes all that a pickle may give to an
+    object, be it items, attributes or slots.
+    """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Counter:
         return Counter()

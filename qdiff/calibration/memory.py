@@ -115,14 +115,16 @@ def available_memory() -> int:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
-    """How a calibration's memory is spent; all in bytes.
+class MemoryUse:
+    """How a calibration's memory is spent; sizes in bytes.
 
     Attributes:
         held: what the process holds before it begins, weights included.
         unit: dequantized weights and rounding variables of the largest unit.
         in_pass: what one forward and backward may hold.
         in_ram, on_disk: stored activations.
+        pass_bytes, for_storage: what the budget allows a pass and stored activations in RAM.
+        footprint: what one sample takes.
     """
 
     held: int
@@ -130,6 +132,9 @@ class MemoryPlan:
     in_pass: int
     in_ram: int
     on_disk: int
+    pass_bytes: int
+    for_storage: int
+    footprint: Footprint
 
     @property
     def peak(self) -> int:
@@ -146,18 +151,13 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
-def plan_memory(
-    qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None
-) -> tuple[MemoryPlan, int, int]:
+def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None) -> MemoryUse:
     """Divide a budget between passes and stored activations.
 
     Args:
         samples: size of the calibration set.
         batch_size: of reconstruction.
         budget: bytes beside what is held already; None takes half of the RAM that is free now.
-
-    Returns:
-        The plan, the bytes that a pass may take, and the bytes of RAM for stored activations.
 
     Raises:
         UserError: what goes to disk does not fit there.
@@ -183,11 +183,13 @@ def plan_memory(
         default=0,
     )
     needed = max((size * GRADIENT_COPIES for size in footprint.inside.values()), default=0) * min(batch_size, samples)
-    plan = MemoryPlan(
+    return MemoryUse(
         held=resident_memory(),
         unit=largest * FLOAT * (ROUNDING_COPIES + 1),
         in_pass=min(needed, max(allowed_pass, needed // max(1, min(batch_size, samples)))),
         in_ram=min(stored, for_storage),
         on_disk=on_disk,
+        pass_bytes=allowed_pass,
+        for_storage=for_storage,
+        footprint=footprint,
     )
-    return plan, allowed_pass, for_storage

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qdiff.calibration.collect import OnCall, record_calls
-from qdiff.calibration.samples import check_context, select_samples
+from qdiff.calibration.samples import select_samples
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error
@@ -221,10 +221,7 @@ class SampleCommand:
         if self.plan is None:
             return None
         model = self.model
-        made = Quantization(model.network, self.plan, run, model.input_shape, model.conditional)
-        if made.data is not None:
-            check_context(made.data, model.context_shape, made.recording)
-        return made
+        return Quantization(model.network, self.plan, run, model.input_shape, model.context_shape)
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if need be, and measure once how far ε is from float on inputs that calibration never saw."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qdiff.calibration.journal import CalibrationJournal
-from qdiff.calibration.memory import Footprint, MemoryPlan, measure_footprint, plan_memory
-from qdiff.calibration.samples import CalibrationSet, load_recording, save_recording, select_samples
+from qdiff.calibration.memory import MemoryUse, measure_footprint, plan_memory
+from qdiff.calibration.samples import CalibrationSet, check_context, load_recording, save_recording, select_samples
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.ptq import PtqPlan
@@ -40,7 +40,7 @@ class Quantization:
         plan: what to do.
         run: where the calibrated checkpoint, its recording and unfinished work are kept; may not exist yet.
         image_shape: (C, H, W) of the network's input.
-        conditional: the network takes a context.
+        context_shape: (L, D) of the context that a conditional network takes, else None.
 
     Attributes:
         qnn: the wrapped network.
@@ -55,9 +55,9 @@ class Quantization:
         plan: PtqPlan,
         run: RunFolder,
         image_shape: tuple[int, ...],
-        conditional: bool = False,
+        context_shape: tuple[int, ...] | None = None,
     ) -> None:
-        self.plan, self.run, self.image_shape, self.conditional = plan, run, image_shape, conditional
+        self.plan, self.run, self.image_shape, self.context_shape = plan, run, image_shape, context_shape
         self.finished = run.path / CHECKPOINT
         self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
         self.data: CalibrationSet | None = None
@@ -78,9 +78,11 @@ class Quantization:
     def _read_recording(self) -> None:
         plan = self.plan
         recording = load_recording(self.recording)
+        conditional = self.context_shape is not None
         self.data = select_samples(
-            recording, plan.steps, plan.per_step, self.image_shape, self.conditional, source=self.recording
+            recording, plan.steps, plan.per_step, self.image_shape, conditional, source=self.recording
         )
+        check_context(self.data, self.context_shape, self.recording)
 
     def complete(
         self, seed: int, record: Callable[[int, int], dict[str, Tensor]], show_progress: bool = True
@@ -96,6 +98,8 @@ class Quantization:
             self.run.add_file(role, self._source)
             log.info("loaded %s", self._source)
             return self.qnn
+        memory = self._memory()
+        log.info("calibration needs %s", memory)
         if self.data is None:
             log.info("recording %d samples at %d steps from the float model", self.plan.per_step, self.plan.steps)
             with self.run.timed("recording"):
@@ -107,22 +111,29 @@ class Quantization:
             weights = sha256(self.plan.checkpoint)
             self.run.add_file("quantized checkpoint", self.plan.checkpoint)
         settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights}
-        self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), seed, show_progress)
+        self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), memory, seed, show_progress)
         return self.qnn
 
-    def _memory(self) -> tuple[MemoryPlan, int, int, Footprint]:
-        sample = tuple(i[:1].to(self.qnn.device) for i in self.data.inputs)
-        footprint = measure_footprint(self.qnn.model, sample)
-        budget = None if self.plan.memory_budget is None else int(self.plan.memory_budget * 2**30)
-        batch_size = self.plan.recipe.batch_size if self.plan.recipe is not None else 1
-        return *plan_memory(self.qnn, footprint, len(self.data), batch_size, budget), footprint
+    def _memory(self) -> MemoryUse:
+        """Plan the memory of the calibration; before a recording is there, for the size that it will have."""
+        shapes = [self.image_shape, (), *([] if self.context_shape is None else [self.context_shape])]
+        footprint = measure_footprint(self.qnn.model, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
+        plan = self.plan
+        halves = 1 if self.context_shape is None else 2  # without guidance it is one, which is not known here
+        samples = plan.steps * plan.per_step * halves if self.data is None else len(self.data)
+        budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
+        batch_size = plan.recipe.batch_size if plan.recipe is not None else 1
+        return plan_memory(self.qnn, footprint, samples, batch_size, budget)
 
-    def _calibrate(self, journal: CalibrationJournal, seed: int, show_progress: bool) -> None:
+    def _calibrate(self, journal: CalibrationJournal, memory: MemoryUse, seed: int, show_progress: bool) -> None:
         plan, run = self.plan, self.run
-        memory, pass_bytes, for_storage, footprint = self._memory()
-        log.info("calibration needs %s", memory)
         calibration = CalibrationRun(
-            seed, ActivationStorage(for_storage), journal, show_progress, footprint=footprint, pass_bytes=pass_bytes
+            seed,
+            ActivationStorage(memory.for_storage),
+            journal,
+            show_progress,
+            footprint=memory.footprint,
+            pass_bytes=memory.pass_bytes,
         )
         log.info("calibrating with %s on %d samples", plan.method, len(self.data))
         with run.timed("calibration"):

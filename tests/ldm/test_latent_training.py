@@ -49,7 +49,7 @@ def test_first_stage_loss(kind, first_stage_task):
     torch.manual_seed(3)
     reconstruction, regulariser = task.model.reconstruct_with_loss(x)
     expected = ((reconstruction - x).abs().mean() + 0.5 * regulariser).item()
-    assert float(loss) == pytest.approx(expected, rel=SAME_TOLERANCE) == task.logged["loss"]
+    assert loss.item() == pytest.approx(expected, rel=SAME_TOLERANCE) == task.logged["loss"]
     assert float(regulariser) > SAME_TOLERANCE
     loss.backward()
     assert all(p.grad is not None for p in task.parameters())

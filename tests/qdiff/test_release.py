@@ -49,6 +49,7 @@ def test_one_float_copy_of_the_weights_is_held(calibrated, held_out):
     with qnn.quantized(), torch.no_grad():
         qnn(*held_out)
         assert float_bytes(qnn) == before
+        assert all(layer.bake() is layer.weight for layer in qnn.layers().values()), "no copies in passing"
     with qnn.quantized(activations=False):
         assert float_bytes(qnn) == before
 

@@ -73,9 +73,11 @@ def test_walk_equals_the_full_network(calibrated, data, relative, budget, batch_
         assert relative(unit.target, in_float[step.name][1]) < ACTIVATION_TOLERANCE
         for got, expected in zip(unit.inputs, in_quantized[step.name][0], strict=True):
             assert relative(got, expected) < ACTIVATION_TOLERANCE
+        last, target = unit.inputs[0], unit.target
     assert names == [step.name for step in qnn.model.steps()]
-    assert relative(unit.inputs[0], in_float[names[-1]][0][0]) > ACTIVATION_TOLERANCE, "quantization left no trace"
-    assert relative(unit.target * 1.01, in_float[names[-1]][1]) > ACTIVATION_TOLERANCE
+    assert relative(last, in_float[names[-1]][0][0]) > ACTIVATION_TOLERANCE, "quantization left no trace"
+    assert unit.inputs == () and len(unit.target) == 0, "the walk went on and its last unit holds activations"
+    assert relative(target * 1.01, in_float[names[-1]][1]) > ACTIVATION_TOLERANCE
 
 
 def test_walk_costs_one_forward_of_each_block(calibrated, data, walker):

@@ -14,7 +14,7 @@ from qdiff.calibration.memory import (
     GRADIENT_COPIES,
     SMALLEST_PASS,
     Footprint,
-    MemoryPlan,
+    MemoryUse,
     measure_footprint,
     plan_memory,
     resident_memory,
@@ -62,15 +62,15 @@ def test_batches_follow_from_a_pass():
 
 def test_a_budget_is_divided_and_the_rest_goes_to_disk(wrap):
     qnn, footprint = wrap(weight_bits=4), Footprint(stored=10 * MIB, inside={"conv_in": MIB})
-    plan, in_pass, for_storage = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=600 * MIB)
-    assert (in_pass, for_storage) == (300 * MIB, 300 * MIB)
+    plan = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=600 * MIB)
+    assert (plan.pass_bytes, plan.for_storage) == (300 * MIB, 300 * MIB)
     assert (plan.in_ram, plan.on_disk) == (300 * MIB, 700 * MIB)
     assert plan.in_pass == 32 * GRADIENT_COPIES * MIB
     assert plan.peak == plan.held + plan.unit + plan.in_pass + plan.in_ram
-    roomy, in_pass, _ = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=100 << 30)
-    assert in_pass == DEFAULT_PASS and roomy.on_disk == 0 and roomy.in_ram == 1000 * MIB
-    none, in_pass, for_storage = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=0)
-    assert (in_pass, for_storage, none.in_ram) == (SMALLEST_PASS, 0, 0)
+    roomy = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=100 << 30)
+    assert roomy.pass_bytes == DEFAULT_PASS and roomy.on_disk == 0 and roomy.in_ram == 1000 * MIB
+    none = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=0)
+    assert (none.pass_bytes, none.for_storage, none.in_ram) == (SMALLEST_PASS, 0, 0)
 
 
 def test_what_fits_on_no_disk_is_an_error(wrap, monkeypatch):
@@ -83,8 +83,8 @@ def test_what_fits_on_no_disk_is_an_error(wrap, monkeypatch):
 
 
 def test_sentence_names_the_parts():
-    text = str(MemoryPlan(held=3 << 30, unit=1 << 30, in_pass=0, in_ram=512 * MIB, on_disk=2 << 30))
-    assert text == (
+    use = MemoryUse(3 << 30, 1 << 30, 0, 512 * MIB, 2 << 30, 0, 0, Footprint(0))
+    assert str(use) == (
         "about 4.50 GiB (3.00 GiB held already, the unit in work 1.00 GiB, stored activations 0.50 GiB, and 2.00 GiB "
         "on disk)"
     )
