@@ -18,9 +18,9 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
 FLOAT = 4  # bytes
-# What autograd keeps of a quantized unit, in multiples of its leaves' outputs: each leaf's input, the quantizer's
-# intermediate values, and their gradients. Measured on the bundled models (docs/results.md).
-GRADIENT_COPIES = 8
+# What a forward and backward of a quantized unit holds, in multiples of its leaves' inputs and outputs: autograd keeps
+# 0.1 to 1.9 of them (counted by its saved-tensor hooks on the bundled class-conditional model), gradients come on top.
+GRADIENT_COPIES = 4
 # A rounding variable, its gradient, Adam's two moments, the soft weight and its gradient.
 ROUNDING_COPIES = 6
 # Bytes inside one forward or backward pass: at most, where the budget allows them, and at least.
@@ -33,7 +33,7 @@ class Footprint:
 
     Attributes:
         stored: the largest amount of activations that a walk keeps at a time (two states, inputs, outputs).
-        inside: for every step, what its leaves put out during one forward.
+        inside: for every step, what goes into its leaves and comes out of them during one forward.
     """
 
     stored: int
@@ -88,7 +88,7 @@ def _counted(module: nn.Module):
     count = [0]
 
     def add(leaf: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        count[0] += _bytes(output)
+        count[0] += _bytes(inputs) + _bytes(output)
         if isinstance(leaf, AttentionCore | QuantAttention):
             # Quantized attention holds the logits, the softmax output and its quantized form.
             q, k, _ = inputs
