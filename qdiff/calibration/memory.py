@@ -19,7 +19,7 @@ from qdiff.quant_model import QuantModel
 
 FLOAT = 4  # bytes
 # What a forward and backward of a quantized unit holds, in multiples of its leaves' inputs and outputs: autograd keeps
-# 0.1 to 1.9 of them (counted by its saved-tensor hooks on the bundled class-conditional model), gradients come on top.
+# 0.1 to 2.1 of them (counted by its saved-tensor hooks on the bundled class-conditional model), gradients come on top.
 GRADIENT_COPIES = 4
 # A rounding variable, its gradient, Adam's two moments, the soft weight and its gradient.
 ROUNDING_COPIES = 6
