@@ -90,8 +90,8 @@ def test_weights_alone(name, loaded, relative):
 
 
 # A value that float32 leaves undecided: quantizer, element of its input, and the rounding edge that x/δ lies on. In
-# float64 it is 7.49999; which side it falls to depends on the order in which the CPU's matrix library sums one linear layer
-# (MKL on Intel: above; on AMD: below), and all that follows depends on it: 8.5e-3 of the output.
+# float64 it is 7.49999; which side it falls to depends on the order in which the CPU's matrix library sums one linear
+# layer (MKL on Intel: above; on AMD: below), and all that follows depends on it: 8.5e-3 of the output.
 TIES = {"sd_w4a8_sm16_split": ("middle_block.0.out_layers.3.act_quantizers.0", 844, 7.5)}
 TIE_WIDTH = 1e-4
 
