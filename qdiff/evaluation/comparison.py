@@ -11,6 +11,7 @@ from qdiff.images import grid, load_png
 
 SHOWN = 24
 COLUMNS = 8
+PANELS_ACROSS = 4
 _HEADER = ("", "FID ↓", "IS ↑", "KID ↓", "asked ↑", "ε error ↓", "size", "calibration", "sampling")
 _ASKED = _HEADER.index("asked ↑")
 
@@ -53,9 +54,13 @@ def comparison_picture(folders: list[tuple[str, Path]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(folders), figsize=(4 * len(folders), 2.0), squeeze=False)
+    across = min(len(folders), PANELS_ACROSS)
+    down = -(-len(folders) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(4 * across, 2.0 * down), squeeze=False)
     try:
-        for axis, (label, folder) in zip(axes[0], folders, strict=True):
+        for axis in axes.flat[len(folders) :]:
+            axis.axis("off")
+        for axis, (label, folder) in zip(axes.flat, folders, strict=False):
             files = sorted(folder.glob("*.png"))[:SHOWN]
             picture = grid(np.stack([load_png(f) for f in files]), columns=COLUMNS)
             axis.imshow(picture.squeeze(), cmap="gray" if picture.shape[-1] == 1 else None, vmin=0, vmax=255)
