@@ -87,8 +87,8 @@ def load_latent_diffusion(config: Any, path: str | Path) -> LatentDiffusion:
         state["scale_factor"] = expected["scale_factor"]
     _ignore_leftovers(state, expected, path)
     check_state(state, expected, path)
-    # One tensor at a time: no half-precision copy of the whole file stays beside the float32 one.
-    tensors = {name: state.pop(name).to(torch.float32) for name in list(state)}
+    # Copied one at a time, so that nothing hangs on the mapped file and no half-precision copy of it stays.
+    tensors = {name: state.pop(name).to(torch.float32, copy=True) for name in list(state)}
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 

@@ -21,8 +21,9 @@ FLOAT = 4  # bytes
 # What a forward and backward of a quantized unit holds, in multiples of its leaves' inputs and outputs: autograd keeps
 # 0.1 to 2.1 of them (counted by its saved-tensor hooks on the bundled class-conditional model), gradients come on top.
 GRADIENT_COPIES = 4
-# A rounding variable, its gradient, Adam's two moments, the soft weight and its gradient.
-ROUNDING_COPIES = 6
+# A rounding variable, its gradient and Adam's two moments, the soft weight, and what autograd keeps on the way to it:
+# what full-size Stable Diffusion took (docs/results.md).
+ROUNDING_COPIES = 16
 # Bytes inside one forward or backward pass: at most, where the budget allows them, and at least.
 DEFAULT_PASS, SMALLEST_PASS = 2 << 30, 1 << 26
 
