@@ -258,7 +258,7 @@ class TableRun:
         return (
             f"Protocol: {results[0]['images']} images a row, seed {manifest['config']['seed']}, sampler "
             f"{manifest['config']['sampler']}, features {self.extractor}, reference {self.reference}; "
-            f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} threads, device "
+            f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} thread(s), device "
             f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}, {time.strftime('%Y-%m-%d')}. "
             "ε error: mean squared difference from float on held-out network inputs. Size: bytes of the "
             "quantized file; of float, the denoising network's weights in float32."
