@@ -6,9 +6,16 @@ import argparse
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Model and sampler of scripts/sample_diffusion_ddim.py."""
+    """Model and sampler of a DDIM model."""
     add_model_options(parser)
     add_sampler_options(parser)
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """The same, and what is sampled."""
+    add_options(parser)
+    parser.add_argument("--sequence", action="store_true", help="write x_0 predicted at every step of 8 images")
+    parser.add_argument("--max_images", type=int, default=50000)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:

@@ -11,11 +11,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser
+from qdiff.cli.script import load_object
 
 # script → (options, model class); both are imported when they are needed
 LIKE = {
@@ -26,11 +26,6 @@ LIKE = {
 }
 
 
-def _load(name: str):
-    module, attribute = name.split(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--like", nargs="?", default="sample_diffusion_ddim")
@@ -38,7 +33,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--like", choices=list(LIKE), default="sample_diffusion_ddim", help="a sampling script")
     if like in LIKE:
-        _load(LIKE[like][0])(parser)
+        load_object(LIKE[like][0])(parser)
     parser.add_argument("--cali_st", type=int, default=20, help="how many evenly spaced steps to record")
     parser.add_argument("--cali_n", type=int, default=256, help="samples a step")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
@@ -57,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.errors import UserError
     from qdiff.files import check_writable
 
-    model = _load(LIKE[args.like][1])(args)
+    model = load_object(LIKE[args.like][1])(args)
     evenly_spaced(model.calls, args.cali_st)  # checks --cali_st
     if args.cali_n < 1:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")

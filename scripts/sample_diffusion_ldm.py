@@ -9,34 +9,10 @@ Repeating a command continues its run folder.
 
 from __future__ import annotations
 
-import json
-
 from ldm.options import add_unconditional_options
-from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
+from qdiff.cli.script import sampling_script
 
-
-def parse_args(arguments: list[str] | None = None):
-    parser = Parser(__doc__)
-    add_unconditional_options(parser)
-    add_quantization_options(parser)
-    add_calibration_options(parser)
-    add_run_options(parser)
-    return parser.parse_args(arguments)
-
-
-@exits_cleanly
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    from ldm.command import UnconditionalModel
-    from qdiff.cli.command import SampleCommand
-
-    command = SampleCommand("sample_diffusion_ldm", UnconditionalModel(args))
-    if args.dry_run:
-        print(json.dumps(command.config, indent=1))
-        return
-    command.run()
-
+main = sampling_script("sample_diffusion_ldm", __doc__, add_unconditional_options, "ldm.command:UnconditionalModel")
 
 if __name__ == "__main__":
     main()

@@ -10,34 +10,10 @@ continues its run folder.
 
 from __future__ import annotations
 
-import json
-
 from ldm.options import add_class_options
-from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
+from qdiff.cli.script import sampling_script
 
-
-def parse_args(arguments: list[str] | None = None):
-    parser = Parser(__doc__)
-    add_class_options(parser)
-    add_quantization_options(parser)
-    add_calibration_options(parser)
-    add_run_options(parser)
-    return parser.parse_args(arguments)
-
-
-@exits_cleanly
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_args(arguments)
-    from ldm.command import ClassModel
-    from qdiff.cli.command import SampleCommand
-
-    command = SampleCommand("sample_diffusion_ldm_imagenet", ClassModel(args))
-    if args.dry_run:
-        print(json.dumps(command.config, indent=1))
-        return
-    command.run()
-
+main = sampling_script("sample_diffusion_ldm_imagenet", __doc__, add_class_options, "ldm.command:ClassModel")
 
 if __name__ == "__main__":
     main()

@@ -1,0 +1,54 @@
+"""What a sampling script is: its options, its model, and the flow that all of them share."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
+
+
+def load_object(name: str) -> Any:
+    """Import ``module:attribute``."""
+    module, attribute = name.split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def sampling_script(
+    name: str,
+    about: str | None,
+    add_options: Callable[[argparse.ArgumentParser], None],
+    model: str,
+    folder: tuple[str, ...] = ("-l", "--logdir"),
+) -> Callable[..., None]:
+    """Return the ``main`` of a sampling script.
+
+    Args:
+        name: of the script, for the manifest.
+        about: its help text.
+        add_options: adds the options of its model and sampler.
+        model: ``module:class`` of its `qdiff.cli.command.FloatModel`, imported when it is needed.
+        folder: what the option for the run folder is called.
+    """
+
+    @exits_cleanly
+    def main(arguments: list[str] | None = None) -> None:
+        parser = Parser(about)
+        add_options(parser)
+        add_quantization_options(parser)
+        add_calibration_options(parser)
+        add_run_options(parser, folder)
+        args = parser.parse_args(arguments)
+        from qdiff.cli.command import SampleCommand
+
+        command = SampleCommand(name, load_object(model)(args))
+        if args.dry_run:
+            print(json.dumps(command.config, indent=1))
+            return
+        command.run()
+
+    return main
