@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+PRODUCTS_AT_A_TIME = 1 << 20
+
 
 def max_level(bits: int) -> int:
     """Return 2^b − 1, the largest integer of a b-bit quantizer."""
@@ -68,3 +70,22 @@ def fake_quantize_inference(x: Tensor, delta: Tensor, zero_point: Tensor, bits: 
     """
     q = (x / delta).round_().add_(zero_point).clamp_(0, max_level(bits))
     return q.sub_(zero_point).mul_(delta)
+
+
+def linear_in_fixed_order(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b with every sum in the same order, whatever the batch size and whoever made the CPU.
+
+    Matrix libraries choose the order by both, and a value that lies on a rounding edge of the next quantizer then falls
+    to one side here and to the other there: with the published Stable Diffusion test case the outputs of two CPUs
+    differ by 0.85 % for one such value behind the time embedding. For the few rows of an embedding this costs nothing.
+
+    Args:
+        x: [N, in].
+        weight: [out, in]; bias: [out].
+
+    Returns:
+        [N, out].
+    """
+    at_a_time = max(1, PRODUCTS_AT_A_TIME // weight.numel())
+    out = torch.cat([(part[:, None, :] * weight).sum(dim=-1) for part in x.split(at_a_time)])
+    return out if bias is None else out + bias

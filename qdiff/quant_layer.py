@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
-from qdiff.functional import dequantize, quantize
+from qdiff.functional import dequantize, linear_in_fixed_order, quantize
 from qdiff.quantizer import ActQuantizer, WeightQuantizer
 from qdiff.range_estimators import estimate
 
@@ -107,6 +107,8 @@ class QuantModule(nn.Module):
         weight = self.weight
         if self.weights_quantized:
             weight = self.soft_weight() if self.soft_weight is not None else self.bake()
+        if self.acts_quantized and x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return linear_in_fixed_order(x, weight, self.bias)
         return self._operation(x, weight, self.bias)
 
     def _quantized_input(self, x: Tensor) -> Tensor:

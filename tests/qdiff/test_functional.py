@@ -5,10 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.functional import dequantize, fake_quantize, fake_quantize_inference, max_level, quantize
+from qdiff.functional import (
+    dequantize,
+    fake_quantize,
+    fake_quantize_inference,
+    linear_in_fixed_order,
+    max_level,
+    quantize,
+)
 
 # Relative L2. Sums of 200 float32 terms in another order differ by at most 200·2^−24 ≈ 1e-5.
 GRADIENT_TOLERANCE = 1e-5
+# Relative L2 of float32 sums against float64 ones.
+SUM_TOLERANCE = 1e-6
 
 
 def reference_levels(values, delta, zero_point, bits):
@@ -86,3 +95,16 @@ def test_fake_quantize_gives_the_inference_values_and_leaves_its_input():
     assert torch.equal(values, fake_quantize_inference(x, delta, zero_point, 4))
     assert torch.equal(values, dequantize(quantize(x, delta, zero_point, 4), delta, zero_point))
     assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (128, 64), (1280, 320)])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_in_fixed_order_does_not_see_the_batch(inputs, outputs, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if with_bias else None
+    whole = linear_in_fixed_order(x, weight, bias)
+    for count in (1, 2, 3, 17, 63):
+        assert torch.equal(linear_in_fixed_order(x[:count], weight, bias), whole[:count])
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert relative(whole.double(), exact) < SUM_TOLERANCE < relative(whole.double() * 1.0001, exact)
