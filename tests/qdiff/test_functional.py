@@ -99,7 +99,7 @@ def test_fake_quantize_gives_the_inference_values_and_leaves_its_input():
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (128, 64), (1280, 320)])
 @pytest.mark.parametrize("with_bias", [True, False])
-def test_linear_in_fixed_order_does_not_see_the_batch(inputs, outputs, with_bias):
+def test_linear_in_fixed_order_does_not_see_the_batch(inputs, outputs, with_bias, relative):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, inputs, generator=generator), torch.randn(outputs, inputs, generator=generator)
     bias = torch.randn(outputs, generator=generator) if with_bias else None
