@@ -77,7 +77,8 @@ def linear_in_fixed_order(x: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
     Matrix libraries choose the order by both, and a value that lies on a rounding edge of the next quantizer then falls
     to one side here and to the other there: in the published Stable Diffusion test case MKL's paths for Intel and for
-    other CPUs differ by 0.85 % for one such value behind the time embedding. For an embedding's few rows it costs nothing.
+    other CPUs differ by 0.85 % for one such value behind the time embedding. For the few rows of an embedding it
+    costs nothing.
 
     Args:
         x: [N, in].
