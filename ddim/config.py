@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ddim.samplers.schedule import DiffusionSchedule, make_beta_schedule
+from qdiff.config_files import read_config
 from qdiff.errors import UserError
 
 REQUIRED = {
@@ -30,19 +31,10 @@ def load_config(path: str | Path) -> Any:
     Raises:
         UserError: the file is missing, is not YAML, or lacks a key that a DDIM model needs.
     """
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf import DictConfig
 
-    path = Path(path)
-    if not path.is_file():
-        known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yml"))) or "configs/*.yml"
-        raise UserError(f"config file {path} does not exist; give --config one of: {known}")
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"config file {path} is not readable YAML ({reason}); correct it") from error
+    known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yml"))) or "configs/*.yml"
+    config = read_config(Path(path), missing=f"give --config one of: {known}")
     for section, keys in REQUIRED.items():
         part = config.get(section) if isinstance(config, DictConfig) else None
         for key in keys:

@@ -35,23 +35,17 @@ class LatentModel(FloatModel):
     Args:
         config_path, weights: of the model.
         options: of the sampler.
-        shape: (C, h, w) where options ask for another than the config's.
     """
 
     def __init__(
-        self,
-        args: Namespace,
-        config_path: str | Path,
-        weights: str | Path,
-        options: LatentSamplerOptions,
-        shape: tuple[int, int, int] | None = None,
+        self, args: Namespace, config_path: str | Path, weights: str | Path, options: LatentSamplerOptions
     ) -> None:
         from omegaconf import OmegaConf
 
         super().__init__(args)
         self.model_config = load_config(config_path)
         self.weights, self.options = Path(weights), options
-        self.latent_shape = shape or latent_shape(self.model_config)
+        self.latent_shape = latent_shape(self.model_config, args)
         self.schedule = build_schedule(self.model_config.model.params)
         self.sampler = self._sampler(torch.device("cpu"))
         self.name = Path(config_path).parent.name if Path(config_path).stem == "config" else Path(config_path).stem
@@ -163,18 +157,13 @@ class GuidedModel(LatentModel):
     conditional = True
 
     def __init__(
-        self,
-        args: Namespace,
-        config_path: str | Path,
-        weights: str | Path,
-        options: LatentSamplerOptions,
-        shape: tuple[int, int, int] | None = None,
+        self, args: Namespace, config_path: str | Path, weights: str | Path, options: LatentSamplerOptions
     ) -> None:
         if args.n_rows < 0:
             raise UserError(f"--n_rows is {args.n_rows}; give 0 or more")
         if args.skip_grid and args.skip_save and not getattr(args, "save_npz", True):
             raise UserError("--skip_grid and --skip_save together leave nothing; leave one of them out")
-        super().__init__(args, config_path, weights, options, shape)
+        super().__init__(args, config_path, weights, options)
         self.config["precision"] = args.precision
 
 
@@ -227,7 +216,7 @@ class TextModel(GuidedModel):
         options = LatentSamplerOptions(
             kind, args.ddim_steps, args.ddim_eta, args.scale, args.n_samples if args.fixed_code else None
         )
-        super().__init__(args, config, weights, options, latent_shape(load_config(config), args))
+        super().__init__(args, config, weights, options)
         self.notes += [note] if note else []
         if args.from_file and args.prompt:
             self.notes.append("--from-file takes the place of --prompt")

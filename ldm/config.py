@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm.util import ALLOWED_TARGETS
+from qdiff.config_files import read_config
 from qdiff.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -42,18 +43,9 @@ def load_config(path: str | Path) -> Any:
 
 
 def _read(path: Path) -> Any:
-    import yaml
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist; see configs/latent-diffusion and configs/stable-diffusion")
-    try:
-        config = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            f"config file {path} is not readable YAML ({str(error).splitlines()[0]}); correct it"
-        ) from error
+    config = read_config(path, missing="see configs/latent-diffusion and configs/stable-diffusion")
     if not OmegaConf.is_dict(config):
         raise UserError(f"config file {path} is not a YAML mapping; correct it")
     return config

@@ -59,15 +59,15 @@ def _here_or_in_repository(path: str) -> Path:
     return inside if inside.is_file() and not Path(path).is_file() else Path(path)
 
 
-def latent_shape(config: Any, args: Namespace | None = None) -> tuple[int, int, int]:
-    """Return (C, h, w) of a model's latents, or what ``--H`` and ``--W`` make of it.
+def latent_shape(config: Any, args: Namespace) -> tuple[int, int, int]:
+    """Return (C, h, w) of a model's latents, or what ``--H`` and ``--W`` make of it where a script has them.
 
     Raises:
         UserError: ``--C`` or ``--f`` are not the model's, or its UNet cannot halve ``--H`` or ``--W``.
     """
     params = config.model.params
     channels, size = params.get("channels", 3), params.get("image_size", 256)
-    if args is None or (args.H, args.W, args.C, args.f) == (None,) * 4:
+    if all(getattr(args, name, None) is None for name in "HWCf"):
         return channels, size, size
     ddconfig = params.first_stage_config.params.get("ddconfig") or {}
     if "ch_mult" not in ddconfig:

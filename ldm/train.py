@@ -38,8 +38,9 @@ def train_first_stage(args: Namespace) -> dict[str, Any]:
     task = FirstStageTask(model, stage, epochs * len(loader))
     notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip)
     _save({PREFIX + k: v for k, v in model.eval().state_dict().items()}, args.out, notes)
+    latents, _ = latent_moments(model, images)
     with torch.no_grad():
-        decoded = torch.cat([model.decode(m) for m in _latents(model, images).split(256)])
+        decoded = torch.cat([model.decode(m) for m in latents.split(256)])
     return notes | {"mean_absolute_error": round(float((decoded - images).abs().mean()), 5)}
 
 
@@ -61,11 +62,6 @@ def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
     return config, section, epochs
 
 
-def _latents(model: Any, images: Tensor) -> Tensor:
-    holder = Namespace(first_stage_model=model)
-    return latent_moments(holder, images)[0]
-
-
 def train_diffusion(args: Namespace) -> dict[str, Any]:
     """Train the denoiser of a config (and its condition encoder) and write the whole model, averaged weights.
 
@@ -81,7 +77,7 @@ def train_diffusion(args: Namespace) -> dict[str, Any]:
     check_state(first, model.first_stage_model.state_dict(), args.first_stage)
     model.first_stage_model.load_state_dict(first)
     model.first_stage_model.eval()
-    mean, std = latent_moments(model, load_training_images(config.data))
+    mean, std = latent_moments(model.first_stage_model, load_training_images(config.data))
     if model.scale_by_std:
         model.scale_factor.fill_(1.0 / (mean + std * torch.randn_like(std)).std())
     loader = _loader(stage.batch_size, mean, std, load_training_labels(config.data))

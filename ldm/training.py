@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddim.training import DenoisingTask, OptimisedTask
-from ldm.models.autoencoder import VQModelInterface
+from ldm.models.autoencoder import FirstStage, VQModelInterface
 from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
@@ -99,11 +99,11 @@ class LatentDenoisingTask(DenoisingTask):
 
 
 @torch.no_grad()
-def latent_moments(model: LatentDiffusion, images: Tensor, batch_size: int = 128) -> tuple[Tensor, Tensor]:
+def latent_moments(first_stage: FirstStage, images: Tensor, batch_size: int = 128) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of every image's unscaled latent, each [N, C, h, w]; std is 0 for VQ."""
     means, stds = [], []
     for batch in images.split(batch_size):
-        latent = model.first_stage_model.encode(batch)
+        latent = first_stage.encode(batch)
         if isinstance(latent, Tensor):
             means.append(latent)
             stds.append(torch.zeros_like(latent))

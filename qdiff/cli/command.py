@@ -200,7 +200,7 @@ class SampleCommand:
                 self._complete(prepared, run)
             processes.wait()
             if prepared is None and (prepared := self._prepare(run)) is not None:
-                _release(prepared.qnn)
+                prepared.qnn.release_float_weights()
             self._sample(run, None if prepared is None else prepared.qnn, processes)
 
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
@@ -237,10 +237,10 @@ class SampleCommand:
                 model.input_shape,
                 model.conditional,
             )
-            run.manifest["noise_error"] = measure_noise_error(qnn, held_out, release=_can_release(qnn))
+            run.manifest["noise_error"] = measure_noise_error(qnn, held_out, release=True)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
-        _release(qnn)
+        qnn.release_float_weights()  # sampling needs one copy of the weights, not two
         qnn.reset_fired()
 
     @torch.no_grad()
@@ -281,13 +281,3 @@ class SampleCommand:
             keep_images=not getattr(args, "skip_save", False),
         )
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)
-
-
-def _can_release(qnn: QuantModel) -> bool:
-    return qnn.config.weight_bits is not None
-
-
-def _release(qnn: QuantModel) -> None:
-    """Sampling needs no float weights any more: hold one copy of the weights, not two."""
-    if _can_release(qnn):
-        qnn.release_float_weights()

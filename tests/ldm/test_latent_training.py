@@ -98,7 +98,7 @@ def test_latent_moments(kind, model_config, first_stages, fill):
     model = instantiate_from_config(model_config(first_stage=first_stages[kind]).model)
     fill(model.first_stage_model)
     x = images(5)
-    mean, std = latent_moments(model, x, batch_size=2)
+    mean, std = latent_moments(model.first_stage_model, x, batch_size=2)
     encoded = model.first_stage_model.encode(x)
     if kind == "vq":
         torch.testing.assert_close(mean, encoded, rtol=1e-4, atol=1e-5)

@@ -27,6 +27,17 @@ def _run_middle(mid: nn.Module, h: Tensor) -> Tensor:
     return mid.block_2(mid.attn_1(mid.block_1(h)).contiguous())
 
 
+def _level(channels: int, width: int, blocks: int, with_attention: bool, dropout: float) -> nn.Module:
+    level = nn.Module()
+    level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+    for _ in range(blocks):
+        level.block.append(ResnetBlock(channels, width, None, dropout))
+        channels = width
+        if with_attention:
+            level.attn.append(AttnBlock(channels))
+    return level
+
+
 def _run_level(level: nn.Module, h: Tensor) -> Tensor:
     for j, block in enumerate(level.block):
         h = block(h)
@@ -63,13 +74,8 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         channels = ch
         for i, factor in enumerate(ch_mult):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(num_res_blocks):
-                level.block.append(ResnetBlock(channels, ch * factor, None, dropout))
-                channels = ch * factor
-                if resolution in attn_resolutions:
-                    level.attn.append(AttnBlock(channels))
+            level = _level(channels, ch * factor, num_res_blocks, resolution in attn_resolutions, dropout)
+            channels = ch * factor
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(channels, with_conv=True)
                 resolution //= 2
@@ -112,13 +118,8 @@ class Decoder(nn.Module):
         self.mid = _middle(channels, dropout)
         levels = []
         for i, factor in reversed(list(enumerate(ch_mult))):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(num_res_blocks + 1):
-                level.block.append(ResnetBlock(channels, ch * factor, None, dropout))
-                channels = ch * factor
-                if resolution in attn_resolutions:
-                    level.attn.append(AttnBlock(channels))
+            level = _level(channels, ch * factor, num_res_blocks + 1, resolution in attn_resolutions, dropout)
+            channels = ch * factor
             if i > 0:
                 level.upsample = Upsample(channels, with_conv=True)
                 resolution *= 2

@@ -1,0 +1,30 @@
+"""Read a model family's YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qdiff.errors import UserError
+
+
+def read_config(path: Path, missing: str) -> Any:
+    """Return the YAML file as an attribute-style tree (OmegaConf).
+
+    Args:
+        missing: what to do where the file does not exist, for the error.
+
+    Raises:
+        UserError: the file is missing or is not YAML.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist; {missing}")
+    try:
+        return OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"config file {path} is not readable YAML ({reason}); correct it") from error
