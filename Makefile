@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-ldm demo-txt2img test lint format clean
+.PHONY: demo demo-ldm demo-txt2img tables test lint format clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: set PYTHON=/path/to/python3')"
@@ -19,6 +19,13 @@ demo-ldm: $(READY)
 
 demo-txt2img: $(READY)
 	$(BIN)/python scripts/reproduce.py configs/tables/digits-text-demo.yaml
+
+# All of docs/results.md: more than an hour on two cores; repeat it to continue.
+TABLES := digits digits-vq digits-kl digits-class digits-text
+
+tables: $(READY)
+	for table in $(TABLES); do \
+		$(BIN)/python scripts/reproduce.py configs/tables/$$table.yaml --document docs/results.md || exit; done
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2

@@ -9,6 +9,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["qdiff*", "ddim*", "ldm*"]),
+    package_data={"qdiff.evaluation": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",
@@ -19,11 +20,16 @@ setup(
         "transformers>=4.44",
         "tqdm>=4.66",
         "torch-fidelity>=0.3.0",
+        "torchmetrics>=1.4",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
         "pillow>=10.0",
     ],
-    extras_require={"dev": ["pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"]},
+    extras_require={
+        "lmdb": ["lmdb>=1.4"],  # scripts/prepare_reference.py --lmdb: LSUN as it is published
+        "dev": ["lmdb>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"],
+    },
 )

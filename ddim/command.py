@@ -57,6 +57,11 @@ class DdimModel(FloatModel):
     def input_shape(self) -> tuple[int, int, int]:
         return self.sampler.shape
 
+    def build_network(self) -> tuple[Model, None]:
+        """Return the network without weights, on the meta device, and None for the context that it does not take."""
+        with torch.device("meta"):
+            return Model(self.model_config), None
+
     def load(self, device: torch.device) -> None:
         self.weights = Path(self.args.ckpt) if self.args.ckpt else pretrained_path(self.model_config)
         self.network = Model(self.model_config)

@@ -21,10 +21,12 @@ from ldm.options import CLASS_CKPT, CLASS_CONFIG, TEXT_CKPT, TEXT_CONFIG
 from ldm.prompts import asked_classes, read_prompts
 from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind
 from ldm.schedule import build_schedule
+from ldm.util import instantiate_from_config
 from qdiff.calibration.collect import OnCall
 from qdiff.cli.command import FloatModel, Network, OnStep
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
+from qdiff.interface import SteppedNetwork
 
 BUNDLED = {name: REPOSITORY / "models" / "ldm" / f"digits_{name}" for name in ("vq", "class", "text")}
 
@@ -66,6 +68,17 @@ class LatentModel(FloatModel):
     @property
     def input_shape(self) -> tuple[int, int, int]:
         return self.latent_shape
+
+    def build_network(self) -> tuple[SteppedNetwork, tuple[int, int] | None]:
+        """Return the UNet without weights, on the meta device, and (L, D) of the context that it takes, or None."""
+        params = self.model_config.model.params
+        with torch.device("meta"):
+            network = instantiate_from_config(params.unet_config)
+            encoder = instantiate_from_config(params.get("cond_stage_config", "__is_unconditional__"))
+        if encoder is None:
+            return network, None
+        # A text is padded to the encoder's length; a class is one token.
+        return network, (getattr(encoder, "max_length", 1), network.context_dim)
 
     def load(self, device: torch.device) -> None:
         if not self.weights.is_file():

@@ -14,26 +14,11 @@ import argparse
 import sys
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser
-from qdiff.cli.script import load_object
-
-# script → (options, model class); both are imported when they are needed
-LIKE = {
-    "sample_diffusion_ddim": ("ddim.options:add_options", "ddim.command:DdimModel"),
-    "sample_diffusion_ldm": ("ldm.options:add_unconditional_options", "ldm.command:UnconditionalModel"),
-    "sample_diffusion_ldm_imagenet": ("ldm.options:add_class_options", "ldm.command:ClassModel"),
-    "txt2img": ("ldm.options:add_text_options", "ldm.command:TextModel"),
-}
+from qdiff.cli.script import LIKE, load_object, parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--like", nargs="?", default="sample_diffusion_ddim")
-    like = first.parse_known_args(arguments)[0].like
-    parser = Parser(__doc__)
-    parser.add_argument("--like", choices=list(LIKE), default="sample_diffusion_ddim", help="a sampling script")
-    if like in LIKE:
-        load_object(LIKE[like][0])(parser)
+    parser = parser_like(__doc__, arguments)
     parser.add_argument("--cali_st", type=int, default=20, help="how many evenly spaced steps to record")
     parser.add_argument("--cali_n", type=int, default=256, help="samples a step")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")

@@ -1,8 +1,9 @@
-"""Run the rows of a table, measure them by one protocol, and write the table with a picture.
+"""Run the rows of a table, measure them by one protocol, and write the table: .md, .json, .html and a picture.
 
     python scripts/reproduce.py configs/tables/digits-demo.yaml --out runs/digits-demo
 
-Float comes first. Every row is a run folder of its own; repeating the command continues where it stopped.
+Float comes first; where it misses its published value by more than 5 %, the command stops (--force goes on and flags
+it). Every row is a run folder of its own; repeating the command continues where it stopped.
 ``--rows 'float,linear W4A8'`` runs only these rows; the table then shows them and the rows finished before.
 """
 
@@ -21,16 +22,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--extractor", help="feature extractor (default: the model config's)")
     parser.add_argument("--extractor-weights", help="weights file of the extractor")
     parser.add_argument("--rows", help="labels of the rows to run, separated by commas (default: all)")
+    parser.add_argument("--document", help="markdown file whose block '<!-- table NAME -->' becomes the table")
+    parser.add_argument("--force", action="store_true", help="go on where the float row misses its published value")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the rows as JSON and stop")
     args = parser.parse_args(arguments)
 
+    from qdiff.cli.document import DocumentBlock
     from qdiff.cli.table import TableRun
+    from qdiff.cli.table_file import TableFile
 
-    table = TableRun(args.table, args.out, args.device, args.extractor, args.extractor_weights, args.rows)
+    file = TableFile(args.table, args.out)
+    block = None if args.document is None else DocumentBlock(args.document, file.path.stem)
+    table = TableRun(file, args.device, args.extractor, args.extractor_weights, args.rows, args.force)
     if args.dry_run:
         table.print_commands()
         return
-    table.run()
+    text = table.run()
+    if block is not None:
+        block.replace(text)
 
 
 if __name__ == "__main__":

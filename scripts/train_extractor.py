@@ -31,8 +31,7 @@ from qdiff.cli.parser import Parser
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
 from qdiff.evaluation.extractors import REPOSITORY, create_extractor
-from qdiff.evaluation.metrics import compute_reference
-from qdiff.evaluation.reference import save_reference
+from qdiff.evaluation.reference import compute_reference, save_reference
 from qdiff.files import written_whole
 
 NAME = "digits-classifier"

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from qdiff.accounting import account
 from qdiff.calibration.collect import OnCall, record_calls
 from qdiff.calibration.samples import select_samples
 from qdiff.calibration.schedules import evenly_spaced
@@ -94,6 +95,10 @@ class FloatModel:
     def context_shape(self) -> tuple[int, ...] | None:
         """[L, D] of the context that the network is fed, after `load`; None where it takes none."""
         return None
+
+    def build_network(self) -> tuple[SteppedNetwork, tuple[int, ...] | None]:
+        """Return the network on the meta device, and the [L, D] of its context: shapes without files."""
+        raise NotImplementedError
 
     def load(self, device: torch.device) -> None:
         """Load the float weights onto a device."""
@@ -197,6 +202,8 @@ class SampleCommand:
                 if model.labels is not None:
                     run.manifest["labels"] = model.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], model.device)
+                counted = model.network if prepared is None else prepared.qnn
+                run.manifest["cost"] = account(counted, model.input_shape, model.context_shape).summary()
                 self._complete(prepared, run)
             processes.wait()
             if prepared is None and (prepared := self._prepare(run)) is not None:

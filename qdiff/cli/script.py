@@ -11,11 +11,31 @@ from typing import Any
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
 
+# script → (options, model class); both are imported when they are needed
+LIKE = {
+    "sample_diffusion_ddim": ("ddim.options:add_options", "ddim.command:DdimModel"),
+    "sample_diffusion_ldm": ("ldm.options:add_unconditional_options", "ldm.command:UnconditionalModel"),
+    "sample_diffusion_ldm_imagenet": ("ldm.options:add_class_options", "ldm.command:ClassModel"),
+    "txt2img": ("ldm.options:add_text_options", "ldm.command:TextModel"),
+}
+
 
 def load_object(name: str) -> Any:
     """Import ``module:attribute``."""
     module, attribute = name.split(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def parser_like(about: str | None, arguments: list[str]) -> Parser:
+    """Return a parser with ``--like SCRIPT`` and the model and sampler options of the script that it names."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--like", nargs="?", default="sample_diffusion_ddim")
+    like = first.parse_known_args(arguments)[0].like
+    parser = Parser(about)
+    parser.add_argument("--like", choices=list(LIKE), default="sample_diffusion_ddim", help="a sampling script")
+    if like in LIKE:
+        load_object(LIKE[like][0])(parser)
+    return parser
 
 
 def sampling_script(

@@ -1,4 +1,4 @@
-"""A table of runs: one row a sampling command, all measured by the same protocol."""
+"""A table of runs: one row a sampling command, the float model first, all measured by the same protocol."""
 
 from __future__ import annotations
 
@@ -7,289 +7,251 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qdiff.cli.table_file import REPOSITORY, Row, TableFile, without
 from qdiff.errors import UserError
-from qdiff.evaluation.comparison import comparison_picture, markdown
+from qdiff.evaluation.columns import METRICS, markdown
+from qdiff.evaluation.comparison import comparison_picture
 from qdiff.files import written_whole
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SHOWN_METRICS = ("fid", "isc", "isc_std", "kid", "kid_std", "asked_share")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: its label, what it adds to the common options, and a row whose weights it starts from."""
-
-    label: str
-    options: str = ""
-    weights_from: str | None = None
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The recording that all calibrated rows share.
-
-    Attributes:
-        script: the command that records.
-        options: for the recording and for every quantized row.
-        skip: common options, of one value each, that the recording command does not know.
-    """
-
-    script: str
-    options: str = ""
-    skip: tuple[str, ...] = ("--max_images",)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.skip, str) or not all(isinstance(o, str) and o.startswith("-") for o in self.skip):
-            raise UserError(f"calibration: skip is {self.skip!r}; give a list of options, e.g. [--max_images]")
+TOLERANCE = 0.05  # how far the float model may be from its published number
+FLOAT_BITS = 32
 
 
 class TableRun:
-    """Carries out a table file (YAML; see configs/tables).
+    """Carries out a table.
 
     Args:
-        file: the table.
-        out: folder of the runs; default ``runs/<name of the file>``.
-        device: passed on to the runs.
-        extractor, extractor_weights: override the model config's choice.
-        rows: labels of the rows to run, separated by commas; default all.
+        table: the rows.
+        device: passed on to the runs, and where features are computed; None leaves the choice to them.
+        extractor, extractor_weights: override the table's choice.
+        rows: labels of the rows to run, separated by commas; default all. The float row is added where it is not
+            finished.
+        force: go on where the float model misses its published numbers, and flag them.
     """
 
     def __init__(
         self,
-        file: str,
-        out: str | None,
-        device: str | None,
-        extractor: str | None,
-        extractor_weights: str | None,
+        table: TableFile,
+        device: str | None = None,
+        extractor: str | None = None,
+        extractor_weights: str | None = None,
         rows: str | None = None,
+        force: bool = False,
     ) -> None:
-        path = Path(file)
-        self.spec = _read_yaml(path)
-        try:
-            self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in self.spec["rows"]]
-            self.common = shlex.split(self.spec["options"])
-            given = self.spec.get("calibration")
-            self.calibration = (
-                None if given is None else Calibration(**{**given, "options": given.get("options") or ""})
-            )
-            config = _read_yaml(REPOSITORY / self.spec["config"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"table {path} is incomplete ({error}); see configs/tables/digits-demo.yaml") from None
-        self.out = Path(out or f"runs/{path.stem}")
-        self.device = [] if device is None else ["--device", device]
-        pretrained = config.get("pretrained")
-        if not isinstance(pretrained, dict) or not (extractor or pretrained.get("extractor")):
-            raise UserError(f"{self.spec['config']} names no pretrained.extractor; add it beside the model's section")
-        self.extractor = extractor or pretrained["extractor"]
+        self.table, self.device, self.force, self.named = table, device, force, rows is not None
+        self.extractor = extractor or table.extractor
+        if not self.extractor:
+            raise UserError(f"{table.config} names no pretrained.extractor; add it beside the model's section")
         self.extractor_weights = extractor_weights
-        self.reference = pretrained.get("reference")
-        if not self.rows:
-            raise UserError(f"table {path} has no rows; see configs/tables/digits-demo.yaml")
-        above: dict[str, Path] = {}
-        for row in self.rows:
-            if row.weights_from is not None and row.weights_from not in above:
-                raise UserError(
-                    f"table {path}: row {row.label} takes weights from {row.weights_from}, which is no row above it"
-                )
-            if self.folder(row.label) in above.values():
-                raise UserError(f"table {path}: two rows have the folder {self.folder(row.label)}; rename {row.label}")
-            above[row.label] = self.folder(row.label)
-        self.chosen = self.rows if rows is None else self._named(rows)
-
-    def _named(self, text: str) -> list[Row]:
-        """Return the rows whose labels stand in ``text``, in the table's order."""
-        labels = [row.label for row in self.rows]
-        # A label with a comma in it can be named alone.
-        wanted = {text} if text in labels else {part.strip() for part in text.split(",")}
-        unknown = sorted(wanted.difference(labels))
-        if unknown:
-            raise UserError(f"the table has no row {unknown[0]!r}; --rows takes labels out of: {', '.join(labels)}")
-        return [row for row in self.rows if row.label in wanted]
-
-    def folder(self, label: str) -> Path:
-        """Return the run folder of a row."""
-        return self.out / label.lower().replace(" ", "-").replace("/", "-").replace(",", "")
-
-    def command(self, row: Row) -> list[str]:
-        """Return the sampling command of a row."""
-        words = [*self.common, *shlex.split(row.options), *self.device, "-l", str(self.folder(row.label))]
-        if "--ptq" in words and self.calibration is not None:
-            words += ["--cali_data_path", str(self._recording), *shlex.split(self.calibration.options)]
-        if row.weights_from is not None:
-            words += [
-                "--resume_w",
-                "--cali_ckpt",
-                str(self.folder(row.weights_from) / "quantized.safetensors"),
-            ]
-        return [self.spec["script"], *words]
-
-    @property
-    def _recording(self) -> Path:
-        return self.out / "calibration_data.pt"
-
-    def _collect_command(self) -> list[str]:
-        words = [*_without(self.common, self.calibration.skip), *shlex.split(self.calibration.options)]
-        like = ["--like", Path(self.spec["script"]).stem]
-        return [self.calibration.script, *like, *words, *self.device, "--out", str(self._recording)]
+        self.chosen = table.rows if rows is None else table.named(rows)
+        if table.float_row not in self.chosen and not self._is_finished(table.float_row):
+            # A quantized number says nothing but beside the float one of the same command.
+            self.chosen = [table.float_row, *self.chosen]
 
     def print_commands(self) -> None:
         """Print the commands as JSON."""
-        commands = {row.label: shlex.join(["python", *self.command(row)]) for row in self.chosen}
+        commands = {row.label: shlex.join(["python", *self.table.command(row, self.device)]) for row in self.chosen}
         print(json.dumps({"extractor": self.extractor, "commands": commands}, indent=1))
 
-    def run(self) -> None:
-        """Run and measure the chosen rows, then write ``table.md``, ``table.json`` and ``comparison.png``.
+    def run(self) -> str:
+        """Run and measure the chosen rows, then write the table as .md, .json and .html, and a picture.
 
         These show the chosen rows and those that earlier calls finished.
-        """
-        from qdiff.evaluation.extractors import create_extractor
-        from qdiff.evaluation.reference import load_reference
 
-        extractor = create_extractor(self.extractor, self.extractor_weights)
-        if self.reference is None:
-            raise UserError(f"{self.spec['config']} names no reference statistics (pretrained.reference); add them")
-        reference = load_reference(REPOSITORY / self.reference, extractor)
+        Returns:
+            What was measured and by which protocol, as markdown without a title.
+
+        Raises:
+            UserError: something is missing, a row's command fails, or the float model misses a published number.
+        """
+        from qdiff.cli.measure import Measuring
+
+        table = self.table
+        if table.reference is None:
+            raise UserError(f"{table.config} names no reference statistics (pretrained.reference); add them")
+        self._measuring = Measuring(
+            self.extractor, self.extractor_weights, table.reference, table.metrics, table.clip_model, self.device
+        )
+        self._leave_out_rows_without_files()
         for row in self.chosen:
-            base = self._base(row)
+            base = table.base(row)
             if base is not None and base not in self.chosen and not self._is_finished(base):
                 raise UserError(
                     f"row {row.label} takes weights from {base.label}, which is not finished; add it to --rows"
                 )
-        calibrated = self.calibration is not None and any("--ptq" in self.command(row) for row in self.chosen)
-        if calibrated and not self._recording.is_file():
-            _call(self._collect_command())
+        if table.float_row not in self.chosen:
+            self._check_baseline(self._measured(table.float_row))
         for number, row in enumerate(self.chosen, 1):
             print(f"[{number}/{len(self.chosen)}] {row.label}", file=sys.stderr, flush=True)
-            _call(self.command(row))
-            measured = self._measured(row, extractor, reference)
+            if row.quantizes and table.calibration is not None and not table.recording.is_file():
+                _call(table.recording_command(self.device))
+            _call(table.command(row, self.device))
+            measured = self._measured(row)
             print(markdown([measured], header=False), file=sys.stderr, flush=True)
-        shown = [row for row in self.rows if row in self.chosen or self._is_finished(row)]
-        self._write([self._measured(row, extractor, reference) for row in shown])
+            if row is table.float_row:
+                self._check_baseline(measured)
+        shown = [row for row in table.rows if row in self.chosen or self._is_finished(row)]
+        return self._write([self._measured(row) for row in shown])
 
-    def _write(self, results: list[dict[str, Any]]) -> None:
-        text = f"# {self.spec['title']}\n\n{markdown(results)}\n\n{self._protocol(results)}\n"
+    def _leave_out_rows_without_files(self) -> None:
+        """Go without the rows whose calibrated checkpoint is missing; one that was asked for by name is an error."""
+        lacking = {row.label: path for row in self.chosen if (path := self.table.missing_checkpoint(row)) is not None}
+        for label, path in lacking.items():
+            sentence = (
+                f"row {label} needs the calibrated checkpoint {path}, which is not there (the head of "
+                f"{self.table.path} says where to get it)"
+            )
+            if self.named:
+                raise UserError(f"{sentence}; put it there, or choose other --rows")
+            print(f"left out: {sentence}", file=sys.stderr, flush=True)
+        self.chosen = [row for row in self.chosen if row.label not in lacking]
+
+    def _check_baseline(self, measured: dict[str, Any]) -> None:
+        """Stop where the float model is not the published one's equal: nothing behind it would mean anything."""
+        if measured["flags"] and not self.force:
+            raise UserError(
+                f"the float baseline is off: {'; '.join(measured['flags'])}; correct the protocol (see "
+                f"{self.table.path} and {self.table.folder(self.table.float_row.label) / 'run.json'}), or give --force "
+                "to go on with the row flagged"
+            )
+
+    def _write(self, results: list[dict[str, Any]]) -> str:
+        from qdiff.evaluation.page import write_page
+
+        table, protocol = self.table, self._protocol(results)
+        notes = list(table.notes)
+        if any(row.unverified for row in table.rows):
+            marked = ", ".join(row.label for row in table.rows if row.unverified)
+            notes.append(f"Published numbers quoted from memory of the paper, to be verified: {marked}.")
         shown = [row["label"] for row in results]
-        missing = [row.label for row in self.rows if row.label not in shown]
+        missing = [row.label for row in table.rows if row.label not in shown]
         if missing:
-            text += f"\nRows not yet run, or not with the table's present options: {', '.join(missing)}.\n"
-        with written_whole(self.out / "table.md") as path:
-            path.write_text(text)
-        with written_whole(self.out / "table.json") as path:
-            path.write_text(json.dumps({"title": self.spec["title"], "rows": results}, indent=1))
-        with written_whole(self.out / "comparison.png") as path:
-            comparison_picture([(label, self.folder(label) / "img") for label in shown], path)
-        print(text)
-        print(f"Picture: {self.out / 'comparison.png'}   Table: {self.out / 'table.md'}")
-
-    def _base(self, row: Row) -> Row | None:
-        """Return the row whose weights ``row`` starts from."""
-        return next((base for base in self.rows if base.label == row.weights_from), None)
+            notes.append(f"Rows not yet run, or not with the table's present options: {', '.join(missing)}.")
+        flags = [f"{row['label']}: {flag}" for row in results for flag in row["flags"]]
+        text = "".join(f"**{flag}.**\n\n" for flag in flags)
+        text += f"{markdown(results)}\n\nProtocol: {'; '.join(f'{k} {v}' for k, v in protocol)}.\n"
+        text += "".join(f"\n{note}\n" for note in notes)
+        about = {"title": table.title, "source": table.source, "protocol": dict(protocol), "notes": notes}
+        folders = {label: table.folder(label) / "img" for label in shown}
+        with written_whole(table.out / "table.md") as path:
+            path.write_text(f"# {table.title}\n\n{text}")
+        with written_whole(table.out / "table.json") as path:
+            path.write_text(json.dumps({**about, "rows": results}, indent=1))
+        write_page(table.out / "table.html", table.title, protocol, results, folders, notes)
+        with written_whole(table.out / "comparison.png") as path:
+            comparison_picture(list(folders.items()), path)
+        print(f"# {table.title}\n\n{text}")
+        print(f"Page: {table.out / 'table.html'}   Picture: {table.out / 'comparison.png'}")
+        return text
 
     def _is_finished(self, row: Row) -> bool:
         """Whether the row's folder holds all its images, made with the options that the table has now."""
-        folder, base = self.folder(row.label), self._base(row)
+        folder, base = self.table.folder(row.label), self.table.base(row)
         try:
-            manifest = json.loads((folder / "run.json").read_text())
+            manifest = self._manifest(row)
             made = shlex.split(manifest["command"])[2:]  # past the interpreter and the script
             images = len(list((folder / "img").glob("*.png")))
             complete = manifest["status"] == "finished" and images == manifest["num_images"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
         device = ["--device"]
-        current = _without(made, device) == _without(self.command(row)[1:], device)
+        current = without(made, device) == without(self.table.command(row, self.device)[1:], device)
         return complete and current and (base is None or self._is_finished(base))
 
-    def _measured(self, row: Row, extractor: Any, reference: Any) -> dict[str, Any]:
-        folder = self.folder(row.label)
-        manifest = json.loads((folder / "run.json").read_text())
-        metrics = self._metrics(folder, manifest.get("labels"), extractor, reference)
-        calibrated, files = folder / "quantized.safetensors", manifest["files"]
-        # A float latent model's file also holds an autoencoder: what counts is the quantized network alone.
-        size = manifest.get("network_bytes") or Path(files["float weights"]["path"]).stat().st_size
-        if "quantized checkpoint" in files or calibrated.is_file():
-            file = calibrated if calibrated.is_file() else Path(files["quantized checkpoint"]["path"])
-            size = file.stat().st_size
+    def _manifest(self, row: Row) -> dict[str, Any]:
+        return json.loads((self.table.folder(row.label) / "run.json").read_text())
+
+    def _measured(self, row: Row) -> dict[str, Any]:
+        """Return a row of results, see `qdiff.evaluation.columns`."""
+        table, folder, manifest = self.table, self.table.folder(row.label), self._manifest(row)
+        float_folder = None if row is table.float_row else table.folder(table.float_row.label)
+        metrics = self._measuring.run(folder, manifest, float_folder)
         calibration = manifest["seconds"].get("calibration", 0.0)
-        if row.weights_from is not None:  # the time of its weights counts too
-            base = json.loads((self.folder(row.weights_from) / "run.json").read_text())
-            calibration += base["seconds"].get("calibration", 0.0)
-        return {
+        base = table.base(row)
+        if base is not None:  # the time of its weights counts too
+            calibration += self._manifest(base)["seconds"].get("calibration", 0.0)
+        quant = (manifest["config"].get("ptq") or {}).get("quant", {})
+        cost = manifest.get("cost", {})
+        keys = [column.key for column in METRICS]
+        result = {
             "label": row.label,
+            "method": manifest["config"].get("method", "float"),
+            "weight_bits": quant.get("weight_bits") or FLOAT_BITS,
+            "act_bits": quant.get("act_bits") or FLOAT_BITS,
+            "split": quant.get("split_shortcut", False),
             "images": manifest["num_images"],
+            **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
+            "published": dict(row.published),
             "noise_mse": manifest.get("noise_error", {}).get("mse"),
-            **{k: float(metrics[k]) for k in SHOWN_METRICS if k in metrics},
-            "bytes": size,
+            "bytes": _file_bytes(folder, manifest),
+            "counted_bytes": cost.get("size_bytes"),
+            "gbops": cost["bops"] / 1e9 if cost else None,
             "calibration_s": calibration,
             "sampling_s": manifest["seconds"]["sampling"],
-            "command": shlex.join(["python", *self.command(row)]),
+            "command": shlex.join(["python", *table.command(row, self.device)]),
         }
+        return {**result, "flags": [] if row.quantizes else misses(result)}
 
-    def _metrics(self, folder: Path, labels: list[int] | None, extractor: Any, reference: Any) -> dict[str, Any]:
-        """Return a row's metrics, out of ``metrics.json`` where they are of these images, by this extractor."""
-        from qdiff.evaluation.conditions import asked_share
-        from qdiff.evaluation.extractors import extractor_spec
-        from qdiff.evaluation.metrics import compute_metrics
-
-        cache, images = folder / "metrics.json", folder / "img"
-        # A retrained extractor, or digits of another size, would otherwise go unnoticed.
-        by = {"weights_hash": reference.weights_hash, "reference_hash": reference.images_hash}
-        metrics: dict[str, Any] = {}
-        if cache.is_file() and cache.stat().st_mtime >= images.stat().st_mtime:
-            cached = json.loads(cache.read_text())
-            metrics = cached if cached.get("by") == by else {}
-        known = set(metrics)
-        if not metrics:
-            metrics = {"by": by, **compute_metrics(images, reference, extractor, progress=False)}
-        # An extractor of other classes than the model's has nothing to say here.
-        if labels is not None and "asked_share" not in metrics and extractor_spec(self.extractor).classes is not None:
-            metrics["asked_share"] = asked_share(images, labels, self.extractor, self.extractor_weights)
-        if set(metrics) != known:
-            with written_whole(cache) as path:
-                path.write_text(json.dumps(metrics, indent=1))
-        return metrics
-
-    def _protocol(self, results: list[dict[str, Any]]) -> str:
-        manifest = json.loads((self.folder(results[0]["label"]) / "run.json").read_text())
-        return (
-            f"Protocol: {results[0]['images']} images a row, seed {manifest['config']['seed']}, sampler "
-            f"{manifest['config']['sampler']}, features {self.extractor}, reference {self.reference}; "
-            f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} thread(s), device "
-            f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}, {time.strftime('%Y-%m-%d')}. "
-            "ε error: mean squared difference from float on held-out network inputs. Size: bytes of the "
-            "quantized file; of float, the denoising network's weights in float32."
-            + (" Asked: images that show what was asked for." if any("asked_share" in r for r in results) else "")
-        )
+    def _protocol(self, results: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        """Return what a reader must know to compare these numbers with others, as (name, value)."""
+        manifest, reference = self._manifest(self.table.float_row), self._measuring.reference
+        counts = sorted({row["images"] for row in results})
+        protocol = [
+            ("images a row", " or ".join(f"{count:,}" for count in counts)),
+            ("seed", str(manifest["config"]["seed"])),
+            ("sampler", _shown(manifest["config"]["sampler"])),
+            ("pixels", "clamped, scaled to 0–255, rounded"),
+            ("features", f"{self.extractor} ({(reference.weights_hash or 'weights not known')[:12]})"),
+            ("reference", f"{reference.name} ({reference.count:,} images)" if reference.count else reference.name),
+            ("float weights", manifest["files"].get("float weights", {}).get("sha256", "")[:12]),
+            ("PSNR, SSIM", f"against the float row, image by image, first {self._measuring.compared} images"),
+            ("ε error", "mean squared difference from the float network on held-out inputs"),
+            ("file", "bytes of the quantized checkpoint; float: the denoising network in float32"),
+            ("counted, GBops", "parameters and bit operations by qdiff/accounting.py; one sample, one network call"),
+            ("calibration", "without the recording of the calibration set, which all rows share"),
+            ("machine", f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} thread(s), device "
+                        f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}"),
+            ("date", time.strftime("%Y-%m-%d")),
+        ]  # fmt: skip
+        if any("asked_share" in row for row in results):
+            protocol.insert(-2, ("asked", "images in which the classifier sees what was asked for"))
+        if self.table.source is not None:
+            protocol.insert(0, ("published numbers", self.table.source))
+        return protocol
 
 
-def _without(words: list[str], options: Collection[str]) -> list[str]:
-    """Return command-line words less ``options`` and the one value that each has (``--a 1`` or ``--a=1``)."""
-    kept, rest = [], iter(words)
-    for word in rest:
-        name, equals, _ = word.partition("=")
-        if name not in options:
-            kept.append(word)
-        elif not equals:
-            next(rest, None)
-    return kept
+def misses(row: dict[str, Any]) -> list[str]:
+    """Return a sentence for every published number that the row is more than 5 % away from."""
+    sentences = []
+    for column in METRICS:
+        wanted, found = row["published"].get(column.key), row.get(column.key)
+        if wanted and found is not None and abs(found - wanted) > TOLERANCE * abs(wanted):
+            off = abs(found - wanted) / abs(wanted)
+            sentences.append(
+                f"{column.title} {column.write(found)} misses the published {column.write(wanted)} by {100 * off:.0f} %"
+            )
+    return sentences
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+def _file_bytes(folder: Path, manifest: dict[str, Any]) -> int:
+    """Return the bytes of the quantized checkpoint, or what float weights of the network take in float32."""
+    calibrated, files = folder / "quantized.safetensors", manifest["files"]
+    if calibrated.is_file():
+        return calibrated.stat().st_size
+    if "quantized checkpoint" in files:
+        return Path(files["quantized checkpoint"]["path"]).stat().st_size
+    # A float latent model's file also holds an autoencoder: what counts is the quantized network alone.
+    return manifest.get("network_bytes") or Path(files["float weights"]["path"]).stat().st_size
 
-    try:
-        value = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"table or config {path} does not exist; see configs/tables") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a YAML mapping; correct it")
-    return value
+
+def _shown(sampler: Any) -> str:
+    """Return a sampler's configuration as a reader would write it."""
+    if not isinstance(sampler, dict):
+        return str(sampler)
+    return ", ".join(f"{k} {v}" for k, v in sampler.items() if v is not None)
 
 
 def _call(command: list[str]) -> None:

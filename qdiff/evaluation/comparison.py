@@ -1,9 +1,8 @@
-"""Show results beside each other: a markdown table and a picture of the same images from every run."""
+"""A picture of the same images from every run, beside each other."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -12,39 +11,6 @@ from qdiff.images import grid, load_png
 SHOWN = 24
 COLUMNS = 8
 PANELS_ACROSS = 4
-_HEADER = ("", "FID ↓", "IS ↑", "KID ↓", "asked ↑", "ε error ↓", "size", "calibration", "sampling")
-_ASKED = _HEADER.index("asked ↑")
-
-
-def markdown(rows: list[dict[str, Any]], header: bool = True) -> str:
-    """Return table rows as markdown.
-
-    Args:
-        rows: as `qdiff.cli.table.TableRun` measures them. The column "asked" (in percent) is there if any of
-            them has an ``asked_share``.
-        header: put the header line above.
-    """
-    conditional = any(row.get("asked_share") is not None for row in rows)
-
-    def cells(row: dict[str, Any]) -> tuple[str, ...]:
-        return (
-            row["label"],
-            f"{row['fid']:.2f}",
-            f"{row['isc']:.2f} ± {row['isc_std']:.2f}",
-            f"{row['kid']:.4f}",
-            "–" if row.get("asked_share") is None else f"{100 * row['asked_share']:.1f} %",
-            "–" if row["noise_mse"] is None else f"{row['noise_mse']:.2e}",
-            f"{row['bytes'] / 1e6:.2f} MB",
-            f"{row['calibration_s']:.0f} s" if row["calibration_s"] else "–",
-            f"{row['sampling_s']:.0f} s",
-        )
-
-    lines = [cells(row) for row in rows]
-    if header:
-        lines = [_HEADER, tuple("---" for _ in _HEADER), *lines]
-    if not conditional:
-        lines = [line[:_ASKED] + line[_ASKED + 1 :] for line in lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def comparison_picture(folders: list[tuple[str, Path]], path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import EXTRACTORS, create_extractor, extractor_spec
-from qdiff.evaluation.metrics import ImageSet, extract_features
+from qdiff.evaluation.features import extract_features
+from qdiff.evaluation.image_sets import open_images
 
 
 def asked_share(
@@ -43,7 +44,7 @@ def asked_share(
             f"The extractor {extractor_name} has no class names, so it cannot tell whether images are what was "
             f"asked for: choose {able}."
         )
-    images, asked = ImageSet(folder), np.asarray(labels)
+    images, asked = open_images(folder), np.asarray(labels)
     if asked.ndim != 1 or not np.issubdtype(asked.dtype, np.integer):
         raise UserError(f"Labels must be a list of integers, one an image, not {asked.dtype} {list(asked.shape)}.")
     if len(asked) != len(images):
@@ -57,6 +58,5 @@ def asked_share(
             f"({', '.join(classes)})."
         )
     extractor = create_extractor(extractor_name, extractor_weights)
-    layer = EXTRACTORS[extractor_name].logits_layer
-    seen = extract_features(images, extractor, batch_size, progress=False)[layer].argmax(dim=1)
+    seen = extract_features(images, extractor, batch_size, progress=False).logits.argmax(dim=1)
     return (seen == torch.from_numpy(asked.astype(np.int64))).double().mean().item()

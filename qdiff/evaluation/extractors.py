@@ -28,6 +28,7 @@ class ExtractorSpec:
     Attributes:
         feature_layer: torch-fidelity's name of the features that FID, KID and precision/recall use.
         logits_layer: its name of the logits that IS uses.
+        spatial_module: name of the submodule whose map [N, C, h, w] sFID uses.
         classifier: network class with ``prepare(uint8 [N, 3, H, W])`` and ``forward`` returning (features,
             logits); None for an extractor that torch-fidelity has itself.
         weights: bundled safetensors file, relative to the repository; None if none is bundled.
@@ -38,6 +39,7 @@ class ExtractorSpec:
 
     feature_layer: str
     logits_layer: str
+    spatial_module: str
     classifier: type[nn.Module] | None = None
     weights: str | None = None
     reference: str | None = None
@@ -54,6 +56,7 @@ EXTRACTORS: dict[str, ExtractorSpec] = {
     "digits-classifier": ExtractorSpec(
         feature_layer="64",
         logits_layer="logits_unbiased",
+        spatial_module="classifier.convolutions",
         classifier=DigitClassifier,
         weights="models/digits_classifier.safetensors",
         reference="models/digits_reference.npz",
@@ -61,7 +64,10 @@ EXTRACTORS: dict[str, ExtractorSpec] = {
         classes=tuple("0123456789"),
     ),
     # Its 1,008 logits are in an order of their own, not ImageNet's 1,000 classes: no class names.
-    "inception-v3-compat": ExtractorSpec(feature_layer="2048", logits_layer="logits_unbiased"),
+    # ADM's sFID reads the TF graph's "mixed_6/conv:0": the 1×1 branch of the block that torch calls Mixed_6d.
+    "inception-v3-compat": ExtractorSpec(
+        feature_layer="2048", logits_layer="logits_unbiased", spatial_module="Mixed_6d.branch1x1"
+    ),
 }
 
 

@@ -220,7 +220,7 @@ def test_interrupted_download_leaves_nothing(cache, tmp_path, monkeypatch):
             except StopIteration:
                 raise ConnectionResetError("connection reset") from None
 
-    monkeypatch.setattr(pretrained.urllib.request, "urlopen", lambda *a, **k: Interrupted())
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: Interrupted())
     with pytest.raises(UserError, match="connection reset"):
         pretrained_path(entry(tmp_path))
     assert files(cache) == []

@@ -1,4 +1,6 @@
-"""FID, IS, KID and precision/recall against independent computations, and the forms images come in."""
+"""FID, sFID, IS, KID and precision/recall of digits against independent computations."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +10,16 @@ from scipy.linalg import sqrtm
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
-from qdiff.evaluation.metrics import ImageSet, compute_metrics, compute_reference, extract_features
-from qdiff.evaluation.reference import ReferenceStatistics, bundled_reference
+from qdiff.evaluation import metrics as module
+from qdiff.evaluation.features import SPATIAL_CHANNELS, extract_features
+from qdiff.evaluation.gaussians import Gaussian
+from qdiff.evaluation.metrics import LEAST_IMAGES, compute_metrics, possible_metrics
+from qdiff.evaluation.reference import bundled_reference, compute_reference
 
 DIGITS = "digits-classifier"
 EXACT = 1e-6  # relative: the same float64 arithmetic by another route
 SELF_FID = 1e-3  # bundled features come from another CPU or batch size; half of the digits are at 0.1
+CROSS_MACHINE = 1e-4  # relative: the bundled statistics' float32 features come from another CPU
 ROUNDING = 1e-3  # relative: float32 features or means instead of float64
 
 
@@ -64,7 +70,7 @@ def inception_score(logits: np.ndarray, splits: int) -> float:
 
 
 def test_fid_equals_the_definition(extractor, reference, noisy):
-    features = extract_features(noisy, extractor, progress=False)["64"].numpy()
+    features = extract_features(noisy, extractor, progress=False).features.numpy()
     fid = compute_metrics(noisy, reference, extractor, ["fid"], progress=False)["fid"]
     expected = frechet(features, reference.features)
     assert fid == pytest.approx(expected, rel=EXACT)
@@ -73,8 +79,30 @@ def test_fid_equals_the_definition(extractor, reference, noisy):
     assert frechet(features[:198], reference.features) != pytest.approx(expected, rel=EXACT)
 
 
+def spatial_features(extractor, images: np.ndarray, channels: int = SPATIAL_CHANNELS) -> np.ndarray:
+    """The first channels of the map that the digits classifier ends its convolutions with, rows first."""
+    classifier = extractor.classifier
+    rgb = torch.from_numpy(images).permute(0, 3, 1, 2).expand(-1, 3, -1, -1)
+    maps = classifier.convolutions(classifier.prepare(rgb)).numpy()
+    return np.moveaxis(maps[:, :channels], 1, 3).reshape(len(images), -1)
+
+
+def test_sfid_equals_the_definition(extractor, reference, digits, noisy):
+    result = compute_metrics(noisy, reference, extractor, ["sfid"], progress=False)
+    assert set(result) == {"num_images", "num_reference", "sfid"}
+    ours, real = (spatial_features(extractor, images) for images in (noisy, digits))
+    assert ours.shape == (200, 4 * 4 * 7)
+    expected = frechet(ours, real)
+    assert result["sfid"] == pytest.approx(expected, rel=CROSS_MACHINE)
+    # The planted errors: eight channels, and another order on one side.
+    eight = frechet(*(spatial_features(extractor, images, 8) for images in (noisy, digits)))
+    assert eight != pytest.approx(expected, rel=CROSS_MACHINE)
+    turned = real.reshape(-1, 16, 7).transpose(0, 2, 1).reshape(-1, 112)
+    assert frechet(ours, turned) != pytest.approx(expected, rel=CROSS_MACHINE)
+
+
 def test_kid_equals_the_definition_on_the_same_subsets(extractor, reference, noisy):
-    features = extract_features(noisy, extractor, progress=False)["64"].double().numpy()
+    features = extract_features(noisy, extractor, progress=False).features.double().numpy()
     result = compute_metrics(noisy, reference, extractor, ["kid"], progress=False)
     assert result["kid_subset_size"] == 200
     draw = np.random.RandomState(2020)
@@ -91,7 +119,7 @@ def test_kid_equals_the_definition_on_the_same_subsets(extractor, reference, noi
 
 
 def test_is_equals_the_definition(extractor, noisy):
-    logits = extract_features(noisy, extractor, progress=False)["logits_unbiased"].numpy()
+    logits = extract_features(noisy, extractor, progress=False).logits.numpy()
     result = compute_metrics(noisy, None, extractor, ["isc"], progress=False)
     shuffled = logits[np.random.RandomState(2020).permutation(200)]
     assert result["isc"] == pytest.approx(inception_score(shuffled, 10), rel=EXACT)
@@ -99,6 +127,24 @@ def test_is_equals_the_definition(extractor, noisy):
     assert inception_score(shuffled, 5) != pytest.approx(result["isc"], rel=EXACT)
     shuffled[:, 3] += 0.01
     assert inception_score(shuffled, 10) != pytest.approx(result["isc"], rel=EXACT)
+
+
+def test_is_by_adms_protocol_takes_parts_in_order(extractor, noisy, monkeypatch):
+    logits = extract_features(noisy, extractor, progress=False).logits.numpy()
+
+    def found() -> dict[str, float]:
+        return compute_metrics(noisy, None, extractor, ["isc"], progress=False, adm_protocol=True)
+
+    assert found()["isc"] == pytest.approx(inception_score(logits, 1), rel=EXACT) and found()["isc_std"] == 0
+    monkeypatch.setattr(module, "ADM_ISC_SPLIT", 80)  # 200 images: two parts of 80 and one of 40
+    parts = [inception_score(part, 1) for part in (logits[:80], logits[80:160], logits[160:])]
+    assert found()["isc"] == pytest.approx(np.mean(parts), rel=EXACT)
+    assert found()["isc_std"] == pytest.approx(np.std(parts), rel=EXACT)
+    # The planted errors: shuffled images, and the last part left out.
+    shuffled = logits[np.random.RandomState(2020).permutation(200)]
+    parts_of_shuffled = [inception_score(part, 1) for part in (shuffled[:80], shuffled[80:160], shuffled[160:])]
+    for wrong in (parts_of_shuffled, parts[:2]):
+        assert found()["isc"] != pytest.approx(np.mean(wrong), rel=EXACT)
 
 
 def test_agrees_with_torch_fidelity_from_end_to_end(extractor, reference, digits, noisy, tmp_path):
@@ -137,12 +183,13 @@ def test_agrees_with_torch_fidelity_from_end_to_end(extractor, reference, digits
 
 
 def test_the_digits_are_at_no_distance_from_themselves_and_noise_is_far(extractor, reference, digits):
-    every = ("fid", "isc", "kid", "prc")
+    every = ("fid", "sfid", "isc", "kid", "prc")
     same = compute_metrics(digits, reference, extractor, every, progress=False)
-    half = compute_metrics(digits[::2], reference, extractor, progress=False)
+    half = compute_metrics(digits[::2], reference, extractor, ("fid", "sfid", "kid"), progress=False)
     noise = np.random.default_rng(0).integers(0, 256, digits.shape, dtype=np.uint8)
     far = compute_metrics(noise, reference, extractor, every, progress=False)
     assert abs(same["fid"]) < SELF_FID < half["fid"] < 1 < 50 < far["fid"]
+    assert abs(same["sfid"]) < SELF_FID < half["sfid"] < 1 < far["sfid"]
     assert same["isc"] > 9 > 2 > far["isc"]
     assert same["kid"] < 0.01 < 1 < far["kid"]
     assert same["precision"] == same["recall"] == 1 and far["precision"] < 0.2 and far["recall"] < 0.01
@@ -163,29 +210,39 @@ def write_folder(folder, images):
 def test_every_form_of_the_same_images_gives_the_same_numbers(extractor, reference, noisy, tmp_path):
     write_folder(tmp_path / "grey", noisy)
     write_folder(tmp_path / "rgb", noisy.repeat(3, axis=-1))
-    (tmp_path / "grey" / "deeper").mkdir()
-    Image.new("L", (16, 16)).save(tmp_path / "grey" / "deeper" / "0.png")
-    (tmp_path / "grey" / "run.json").write_text("{}")
+    np.savez(tmp_path / "samples.npz", noisy)
     forms = {
-        "HWC": noisy,
         "CHW": noisy.transpose(0, 3, 1, 2),
         "tensor": torch.from_numpy(noisy).permute(0, 3, 1, 2),
         "three channels": noisy.repeat(3, axis=-1),
         "grey PNG": tmp_path / "grey",
         "RGB PNG": str(tmp_path / "rgb"),
+        "npz": tmp_path / "samples.npz",
     }
-    expected = compute_metrics(noisy, reference, extractor, progress=False)
+    every = ("fid", "sfid", "isc", "kid")
+    expected = compute_metrics(noisy, reference, extractor, every, progress=False)
     for form, images in forms.items():
-        assert compute_metrics(images, reference, extractor, progress=False) == expected, form
-        assert ImageSet(images).sha256() == ImageSet(noisy).sha256(), form
-    assert ImageSet(noisy[:199]).sha256() != ImageSet(noisy).sha256()
+        assert compute_metrics(images, reference, extractor, every, progress=False) == expected, form
 
 
-def test_colour_channels_keep_their_order(tmp_path):
-    colour = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
-    write_folder(tmp_path / "images", colour)
-    (batch,) = ImageSet(tmp_path / "images").batches(10)
-    assert torch.equal(batch, torch.from_numpy(colour).permute(0, 3, 1, 2))
+def test_metrics_of_cached_features_are_the_same_and_need_no_forward(
+    extractor, reference, noisy, tmp_path, monkeypatch
+):
+    every = ("fid", "sfid", "isc", "kid", "prc")
+    expected = compute_metrics(noisy, reference, extractor, every, progress=False)
+    first = compute_metrics(noisy, reference, extractor, every, progress=False, cache=tmp_path)
+    monkeypatch.setattr(extractor, "forward", None)
+    again = compute_metrics(noisy, reference, extractor, every, progress=False, cache=tmp_path)
+    assert first == again == expected
+
+
+def test_a_metric_is_the_same_alone_and_beside_others(extractor, reference, noisy):
+    every = ("prc", "kid", "isc", "sfid", "fid")
+    together = compute_metrics(noisy, reference, extractor, every, progress=False)
+    apart = {}
+    for metric in every:
+        apart |= compute_metrics(noisy, reference, extractor, [metric], progress=False)
+    assert together == apart
 
 
 def test_batch_size_does_not_matter(extractor, reference, noisy):
@@ -194,19 +251,66 @@ def test_batch_size_does_not_matter(extractor, reference, noisy):
     assert parts == pytest.approx(whole, rel=ROUNDING)
 
 
-def test_a_reference_of_other_weights_is_refused_before_any_work(extractor, reference, noisy):
-    other = ReferenceStatistics("old", reference.features, DIGITS, "0" * 64, reference.images_hash)
+def test_a_reference_of_other_weights_is_refused_before_any_work(extractor, reference, noisy, monkeypatch):
+    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
+    other = replace(reference, name="old", weights_hash="0" * 64)
     with pytest.raises(UserError, match="'old' were made with other weights"):
         compute_metrics(noisy, other, extractor, progress=False)
 
 
 @pytest.mark.parametrize(
+    ("missing", "refused", "says"),
+    [
+        ("spatial", {"sfid"}, "sfid needs spatial statistics"),
+        ("features", {"kid", "prc"}, "needs features of single images"),
+    ],
+)
+def test_what_a_reference_lacks_is_told_before_any_work(
+    missing, refused, says, extractor, reference, noisy, monkeypatch
+):
+    partial = replace(reference, name="part", **{missing: None})
+    possible = possible_metrics(200, partial)
+    assert set(LEAST_IMAGES) - set(possible) == refused
+    assert {"fid", "isc"} < set(compute_metrics(noisy, partial, extractor, possible, progress=False))
+    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
+    for metric in refused:
+        with pytest.raises(UserError, match=rf"{says}.*'part'.*prepare_reference.py, or leave {metric} out"):
+            compute_metrics(noisy, partial, extractor, ["fid", metric], progress=False)
+
+
+def test_possible_metrics(reference):
+    assert possible_metrics(1, reference) == []
+    assert possible_metrics(2, reference) == ["fid", "sfid", "kid"]
+    assert possible_metrics(4, reference) == ["fid", "sfid", "kid", "prc"]
+    assert possible_metrics(10, reference) == list(LEAST_IMAGES)
+    assert possible_metrics(10, None) == ["isc"] and possible_metrics(9, None) == []
+
+
+@pytest.mark.parametrize("metric", LEAST_IMAGES)
+def test_the_least_images_give_a_finite_number(metric, extractor, reference, noisy):
+    least = LEAST_IMAGES[metric]
+    found = compute_metrics(noisy[:least], reference, extractor, [metric], progress=False)
+    assert all(np.isfinite(value) for value in found.values())
+    with pytest.raises(UserError, match=f"{metric} needs {least} or more images, here are {least - 1}"):
+        compute_metrics(noisy[: least - 1], reference, extractor, [metric], progress=False)
+
+
+def test_a_reference_without_single_images_gives_the_same_fid(extractor, reference, noisy):
+    bare = replace(reference, features=None, spatial=None, weights_hash=None, images_hash=None)
+    bare = replace(bare, gaussian=Gaussian(reference.gaussian.mu, reference.gaussian.sigma))
+    full = compute_metrics(noisy, reference, extractor, ["fid"], progress=False)
+    found = compute_metrics(noisy, bare, extractor, ["fid"], progress=False)
+    assert found["fid"] == full["fid"]
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ("fid", "ssim")}, "list out of fid, isc, kid, prc"),
+        ({"metrics": ("fid", "ssim")}, "list out of fid, sfid, isc, kid, prc"),
         ({"metrics": "fid"}, "list out of"),
         ({"metrics": ()}, "list out of"),
         ({"reference": None}, "name the reference statistics"),
+        ({"reference": None, "metrics": ("isc", "sfid")}, "name the reference statistics"),
         ({"batch_size": 0}, "batch size must be 1 or more"),
         ({"images": np.zeros((20, 16, 16, 1), np.float32)}, "must be uint8, not torch.float32"),
         ({"images": np.zeros((20, 16, 16), np.uint8)}, r"\[N, H, W, C\] or \[N, C, H, W\]"),
@@ -219,24 +323,3 @@ def test_unusable_input_is_refused(extractor, reference, noisy, change, message)
     arguments = {"images": noisy, "reference": reference, "metrics": ("fid", "isc", "kid")} | change
     with pytest.raises(UserError, match=message):
         compute_metrics(extractor=extractor, progress=False, **arguments)
-
-
-def test_unusable_folders_are_refused(extractor, tmp_path, noisy):
-    with pytest.raises(UserError, match=r"no folder of images at .*none"):
-        ImageSet(tmp_path / "none")
-    with pytest.raises(UserError, match="holds no PNG file"):
-        ImageSet(tmp_path)
-    write_folder(tmp_path / "images", noisy[:12])
-    last = tmp_path / "images" / "00011.png"
-    for spoil, message in (
-        (lambda: Image.new("L", (8, 16)).save(last), "00011.png is 8×16 pixels but 00000.png .* is 16×16"),
-        (lambda: Image.new("I;16", (16, 16)).save(last), "00011.png has 16 bits"),
-        (lambda: last.write_bytes(b"no image"), "00011.png is no readable image"),
-        (
-            lambda: last.write_bytes((tmp_path / "images" / "00000.png").read_bytes()[:90]),
-            "no readable image",
-        ),
-    ):
-        spoil()
-        with pytest.raises(UserError, match=message):
-            compute_metrics(tmp_path / "images", None, extractor, ["isc"], progress=False)

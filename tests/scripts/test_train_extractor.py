@@ -11,12 +11,13 @@ from threadpoolctl import threadpool_limits
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.evaluation.extractors import create_extractor
-from qdiff.evaluation.metrics import compute_metrics, compute_reference
-from qdiff.evaluation.reference import load_reference
+from qdiff.evaluation.metrics import compute_metrics
+from qdiff.evaluation.reference import compute_reference, load_reference
 
 MODELS = Path(__file__).parents[2] / "models"
 WEIGHTS = "digits_classifier.safetensors"
 FEATURE_TOLERANCE = 1e-3  # the bundled features on another CPU; they have variance 1
+SELF_FID = 1e-4  # of the digits with their own statistics; float32 features of another CPU
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,6 +52,9 @@ def test_only_the_reference_is_written_and_is_the_bundled_one(words, file, size,
     assert made.name == bundled.name == f"scikit-learn digits, all 1797, bicubic to {size}×{size}"
     assert (made.images_hash, made.weights_hash) == (bundled.images_hash, bundled.weights_hash)
     assert np.abs(made.features - bundled.features).max() < FEATURE_TOLERANCE
+    for ours, theirs in ((made.gaussian, bundled.gaussian), (made.spatial, bundled.spatial)):
+        assert ours.count == theirs.count == 1797
+        assert np.abs(ours.sigma - theirs.sigma).max() < FEATURE_TOLERANCE
 
 
 def test_reference_of_32_is_of_rgb_digits_of_32_and_not_of_16():
@@ -64,8 +68,10 @@ def test_reference_of_32_is_of_rgb_digits_of_32_and_not_of_16():
     assert np.abs(made.features - bundled.features).max() < FEATURE_TOLERANCE
     # A reference of the wrong size has a distance of its own.
     other = load_reference(MODELS / "digits_reference.npz", extractor)
-    assert compute_metrics(rgb, bundled, extractor, ("fid",), progress=False)["fid"] == pytest.approx(0, abs=1e-4)
-    assert compute_metrics(rgb, other, extractor, ("fid",), progress=False)["fid"] > 0.1
+    both = ("fid", "sfid")
+    near, far = (compute_metrics(rgb, real, extractor, both, progress=False) for real in (bundled, other))
+    for metric in both:
+        assert near[metric] == pytest.approx(0, abs=SELF_FID) and far[metric] > 100 * SELF_FID, (near, far)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,244 @@
+"""What a network costs: bytes as stored, and bit operations of one forward. Only shapes are needed, no weights.
+
+The size is the bits of every parameter as our checkpoint stores it (`qdiff.native_format`). The BOPs of a layer are
+MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.interface import AttentionCore
+from qdiff.packing import packed_bytes
+from qdiff.quant_attention import QuantAttention
+from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.quant_model import QuantModel
+from qdiff.quantizer import ActQuantizer
+
+FLOAT_BITS = 32
+FLOAT_BYTES = 4
+# What a quantizer's values take in our checkpoint: δ is float32 everywhere, z follows from the kind of quantizer.
+WEIGHT_ZERO_POINT_BYTES = 1
+ACT_ZERO_POINT_BYTES = 4
+
+_LAYERS = (*QUANTIZABLE, QuantModule)
+_ATTENTION = (AttentionCore, QuantAttention)
+_KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}  # by the dimensions of the weight
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """Cost of one layer, of one matrix product of an attention, or of the parameters that a module holds itself.
+
+    Attributes:
+        name: dotted path in the float network. An attention has two entries, ``NAME.qk`` for q·kᵀ and ``NAME.wv`` for
+            softmax·v; a layer split into slices of different widths one a slice, ``NAME[0]`` and ``NAME[1]``.
+        kind: ``Conv1d``, ``Conv2d``, ``Linear``, ``Attention``, or the class of another module with parameters.
+        parameters: how many weights and biases, δ and z not counted.
+        size_bytes: what they take as stored, δ and z of the weight and of the layer's inputs included.
+        macs: multiply-accumulate operations of one sample.
+        weight_bits, act_bits: widths of the two factors. Of q·kᵀ they are those of k and q, of softmax·v those of the
+            softmax output and v.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    size_bytes: int
+    macs: int = 0
+    weight_bits: int = FLOAT_BITS
+    act_bits: int = FLOAT_BITS
+
+    @property
+    def bops(self) -> int:
+        """Bit operations of one sample: MACs · weight bits · activation bits."""
+        return self.macs * self.weight_bits * self.act_bits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for JSON."""
+        return {**vars(self), "bops": self.bops}
+
+
+@dataclass(frozen=True)
+class Account:
+    """Cost of a network for one sample and one call, i.e. one step of a sampler without guidance.
+
+    Attributes:
+        layers: in registration order; every parameter is in exactly one of them.
+        image_shape: (C, H, W) of the network's input.
+        context_shape: (L, D) of its context, or None.
+    """
+
+    layers: tuple[LayerCost, ...]
+    image_shape: tuple[int, ...]
+    context_shape: tuple[int, ...] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the network as stored."""
+        return sum(layer.size_bytes for layer in self.layers)
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulate operations of convolutions, linear layers and attention products."""
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def bops(self) -> int:
+        """Bit operations, summed over the layers."""
+        return sum(layer.bops for layer in self.layers)
+
+    @property
+    def gbops(self) -> float:
+        """Bit operations / 10⁹."""
+        return self.bops / 1e9
+
+    def heaviest(self, count: int = 10, by: Literal["size", "bops"] = "size") -> list[LayerCost]:
+        """Return the ``count`` layers of largest size or most bit operations, largest first."""
+        key = {"size": lambda layer: layer.size_bytes, "bops": lambda layer: layer.bops}[by]
+        return sorted(self.layers, key=key, reverse=True)[:count]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the totals and what they were counted for, for JSON."""
+        return {
+            "size_bytes": self.size_bytes,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "bops": self.bops,
+            "image_shape": list(self.image_shape),
+            "context_shape": None if self.context_shape is None else list(self.context_shape),
+            "batch": 1,
+        }
+
+
+def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tuple[int, ...] | None = None) -> Account:
+    """Count the size and the bit operations of a denoising network.
+
+    Widths are those of the quantizers that a `QuantModel` has, calibrated or not, whatever its modes are now; a side
+    without quantizers counts as float, and so does a float network. The network is not touched and nothing is
+    computed: a copy without values, on the meta device, shows the shapes.
+
+    Args:
+        network: called with x [N, C, H, W], t [N] and, where there is one, the context [N, L, D]; on any device.
+        image_shape: (C, H, W).
+        context_shape: (L, D), or None.
+
+    Returns:
+        Counts for one sample (N = 1) and one call.
+    """
+    network = _unwrapped(network)
+    shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
+    macs = _count_macs(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
+    return Account(tuple(_costs(network, macs)), image_shape, context_shape)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Return the bytes of any module's parameters as stored, e.g. of a first stage, float or in a `QuantModel`."""
+    return sum(cost.size_bytes for cost in _costs(_unwrapped(module), {}))
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    return network.model if isinstance(network, QuantModel) else network
+
+
+@torch.no_grad()
+def _count_macs(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
+    """Return the MACs by name: (macs,) of a layer, (q·kᵀ, softmax·v) of an attention."""
+    # The copy takes its tensors from the memo, so that none is copied and float16 needs no inputs of its own.
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    for module in network.modules():  # whoever hooked the network does not want to hear of this forward
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    shadow = copy.deepcopy(network, memo)
+    counts: dict[str, tuple[int, ...]] = {}
+
+    def counting(name: str):
+        def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            now = _attention_macs(*given) if isinstance(module, _ATTENTION) else (_layer_macs(module, out),)
+            counts[name] = tuple(a + b for a, b in zip(counts.get(name, (0,) * len(now)), now, strict=True))
+
+        return add
+
+    for name, module in shadow.named_modules():
+        if isinstance(module, QuantModule):
+            module.acts_quantized = module.weights_quantized = module.released = False
+        elif isinstance(module, QuantAttention):
+            module.acts_quantized = False
+        if isinstance(module, (*_LAYERS, *_ATTENTION)):
+            module.register_forward_hook(counting(name))
+    shadow.eval()(*inputs)
+    return counts
+
+
+def _layer_macs(layer: nn.Module, out: Tensor) -> int:
+    """Every output value is a sum over C_in / groups channels times the kernel."""
+    return out.numel() * layer.weight[0].numel()
+
+
+def _attention_macs(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """q [N, heads, L, d], k and v [N, heads, S, d]: L·S products of length d, then L·d sums of length S."""
+    return q.numel() * k.shape[-2], q.numel() // q.shape[-1] * v.shape[-2] * v.shape[-1]
+
+
+def _costs(module: nn.Module, macs: dict[str, tuple[int, ...]], name: str = "") -> Iterator[LayerCost]:
+    if isinstance(module, _LAYERS):
+        yield from _layer_costs(name, module, macs.get(name, (0,))[0])
+        return
+    if isinstance(module, _ATTENTION):
+        yield from _attention_costs(name, module, macs.get(name, (0, 0)))
+        return
+    if own := sum(p.numel() for p in module.parameters(recurse=False)):
+        yield LayerCost(name, type(module).__name__, own, own * FLOAT_BYTES)
+    for child, part in module.named_children():
+        yield from _costs(part, macs, f"{name}.{child}" if name else child)
+
+
+def _layer_costs(name: str, layer: nn.Module, macs: int) -> Iterator[LayerCost]:
+    weight, bias = layer.weight, 0 if layer.bias is None else layer.bias.numel()
+    kind, channels = _KINDS[weight.dim()], weight.shape[1]
+    slices, weights, acts = [channels], [], []
+    if isinstance(layer, QuantModule):
+        slices, weights, acts = layer.slices, list(layer.weight_quantizers), list(layer.act_quantizers)
+    widths = [(_bits(weights, i), _bits(acts, i)) for i in range(len(slices))]
+    groups = [range(len(slices))] if len(set(widths)) == 1 else [range(i, i + 1) for i in range(len(slices))]
+    for i, group in enumerate(groups):
+        weight_bits, act_bits = widths[group[0]]
+        share = sum(slices[j] for j in group)
+        count = weight.numel() * share // channels
+        own_bias = bias if i == 0 else 0
+        size = packed_bytes(count, weight_bits) if weights else count * FLOAT_BYTES
+        size += own_bias * FLOAT_BYTES + _act_range_bytes(acts[j] for j in group if acts)
+        for quantizer in (weights[j] for j in group if weights):
+            size += quantizer.delta.numel() * FLOAT_BYTES + quantizer.zero_point.numel() * WEIGHT_ZERO_POINT_BYTES
+        label = name if len(groups) == 1 else f"{name}[{i}]"
+        yield LayerCost(label, kind, count + own_bias, size, macs * share // channels, weight_bits, act_bits)
+
+
+def _attention_costs(name: str, attention: nn.Module, macs: tuple[int, ...]) -> Iterator[LayerCost]:
+    for product, (first, second), count in zip(("qk", "wv"), ("kq", "wv"), macs, strict=True):
+        found = [getattr(attention, f"act_quantizer_{operand}", None) for operand in (first, second)]
+        bits = [FLOAT_BITS if quantizer is None else quantizer.bits for quantizer in found]
+        size = _act_range_bytes(q for q in found if q is not None)
+        yield LayerCost(f"{name}.{product}", "Attention", 0, size, count, *bits)
+
+
+def _bits(quantizers: list[nn.Module], index: int) -> int:
+    return quantizers[index].bits if quantizers else FLOAT_BITS
+
+
+def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:
+    return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in quantizers)

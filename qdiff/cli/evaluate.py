@@ -1,0 +1,249 @@
+"""Compare samples with real images, with prompts, and with a float run of the same seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from qdiff.cli.runtime import choose_device
+from qdiff.downloads import cache_folder
+from qdiff.errors import UserError
+from qdiff.evaluation.clip_score import clip_scores, load_clip
+from qdiff.evaluation.columns import METRICS
+from qdiff.evaluation.conditions import asked_share
+from qdiff.evaluation.extractors import create_extractor, extractor_spec
+from qdiff.evaluation.features import cached_features
+from qdiff.evaluation.fidelity import compare_runs
+from qdiff.evaluation.image_sets import ImageSet, NpzImages, holds_images, open_images
+from qdiff.evaluation.metrics import LEAST_IMAGES, check_metrics, compute_metrics, possible_metrics
+from qdiff.evaluation.reference import (
+    BUNDLED,
+    FOREIGN_EXTRACTOR,
+    ReferenceStatistics,
+    find_reference,
+    holds_statistics,
+    load_reference,
+    reference_of,
+)
+
+PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
+
+
+class Samples:
+    """Images that were given by a path: a folder, the folder of a run, or a .npz file.
+
+    Attributes:
+        path: as given.
+        images: what they are.
+        manifest: run.json of a run's folder, else empty.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        inside = self.path / "img"
+        self.images: ImageSet = open_images(inside if inside.is_dir() else self.path)
+        self.manifest: dict[str, Any] = {}
+        file = (self.path if inside.is_dir() else self.path.parent) / "run.json"
+        if file.is_file() and (inside.is_dir() or self.path.name in ("img", "samples.npz")):
+            try:
+                self.manifest = json.loads(file.read_text())
+            except ValueError as error:
+                raise UserError(f"{file} is not a run's manifest ({error}); remove it or restore it") from error
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.manifest.get("config", {})
+
+    def about(self) -> dict[str, Any]:
+        """Return what is known of them, for the JSON."""
+        kept = {k: self.config[k] for k in ("script", "method", "seed", "sampler", "ptq") if k in self.config}
+        return {"path": str(self.path), "images": len(self.images), **({"run": kept} if kept else {})}
+
+
+class Evaluation:
+    """What `scripts/evaluate.py` does.
+
+    Args:
+        args: its options.
+
+    Attributes:
+        result: what was found; there after `run`.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.reference_name, sample_path = (None, *args.paths)[-2:]
+        self.samples = Samples(sample_path)
+        self.against = None if args.against is None else Samples(args.against)
+        self.wanted = None if args.metrics is None else _names(args.metrics)
+        self.cache = None if args.no_cache else Path(args.cache or cache_folder() / "features")
+        self.prompts = self._prompts()
+        self._check()
+        # What lacks should show now, not after the features of 50,000 images.
+        self.clip = None if self.prompts is None else load_clip(args.clip_model, args.download)
+
+    def _prompts(self) -> list[str] | None:
+        file = self.args.prompts
+        if file is None:
+            if self.args.clip and "prompts" not in self.samples.config:
+                raise UserError(f"{self.samples.path} has no prompts in a run.json; name a file with --prompts")
+            return self.samples.config["prompts"] if self.args.clip else None
+        try:
+            return Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompts {file} cannot be read ({error}); give a text file, a prompt a line") from None
+
+    def _check(self) -> None:
+        """Refuse what cannot be done, before any work."""
+        args, samples = self.args, self.samples
+        if self.reference_name is None and self.against is None and self.prompts is None and self.wanted is None:
+            raise UserError(
+                "there is nothing to compare with; name a reference before the samples, or give --against, --prompts "
+                "or --metrics isc"
+            )
+        if self.prompts is not None and len(self.prompts) != len(samples.images):
+            raise UserError(
+                f"there are {len(self.prompts)} prompts for the {len(samples.images)} images of {samples.path}; give "
+                "one an image"
+            )
+        if args.lpips_weights is not None and self.against is None:
+            raise UserError("--lpips-weights is for --against; name the float run that images are compared with")
+        if self.against is not None:
+            ours, theirs = (s.config.get("seed") for s in (samples, self.against))
+            if None not in (ours, theirs) and ours != theirs:
+                raise UserError(
+                    f"{samples.path} has seed {ours} and {self.against.path} has {theirs}, so image i of one has not "
+                    "the noise of image i of the other; sample the float run with the same seed"
+                )
+            if len(samples.images) != len(self.against.images):
+                raise UserError(
+                    f"{samples.path} has {len(samples.images)} images and {self.against.path} has "
+                    f"{len(self.against.images)}; compare runs of as many images"
+                )
+
+    def run(self) -> dict[str, Any]:
+        """Return the metrics, and all that a reader must know to compare them with others'."""
+        self.result: dict[str, Any] = {"samples": self.samples.about(), "metrics": {}}
+        # Missing weights and statistics show before any work.
+        extractor = None
+        if self.reference_name is not None or self.wanted:
+            weights, device = self.args.extractor_weights, choose_device(self.args.device)
+            extractor = create_extractor(self._extractor_name(), weights, device)
+        if self.against is not None:
+            self._compare_with_float()
+        if extractor is not None:
+            self._compare_features(extractor, None if self.reference_name is None else self._reference(extractor))
+        if self.prompts is not None:
+            self._compare_with_prompts()
+        self.result["packages"] = {name: _version(name) for name in PACKAGES}
+        return self.result
+
+    def _compare_features(self, extractor: nn.Module, reference: ReferenceStatistics | None) -> None:
+        args, images = self.args, self.samples.images
+        metrics = possible_metrics(len(images), reference) if self.wanted is None else self.wanted
+        if not metrics:
+            raise UserError(f"{len(images)} images are too few for any metric; sample more")
+        check_metrics(metrics, len(images), reference, extractor)
+        features = cached_features(images, extractor, self.cache, args.batch_size)
+        found = compute_metrics(features, reference, extractor, metrics, adm_protocol=self._is_adm)
+        labels = self.samples.manifest.get("labels")
+        if labels is not None and extractor_spec(extractor.get_name()).classes is not None and self.wanted is None:
+            found["asked_share"] = asked_share(
+                self.samples.path / "img", labels, extractor.get_name(), args.extractor_weights
+            )
+        self.result["metrics"] |= found
+        self.result["samples"]["pixels_hash"] = features.pixels_hash
+        self.result["protocol"] = {
+            "extractor": extractor.get_name(),
+            "inception_score": "parts of 5,000, in order" if self._is_adm else "10 parts, shuffled",
+            "left_out": [m for m in LEAST_IMAGES if m not in metrics],
+        }
+        if reference is not None:
+            names = ("name", "count", "extractor", "weights_hash", "images_hash")
+            self.result["reference"] = {"given": str(self.reference_name)} | {n: getattr(reference, n) for n in names}
+
+    @property
+    def _is_adm(self) -> bool:
+        """Two .npz files: guided-diffusion's evaluate.py, whose inception score goes over images in order."""
+        if self.args.protocol is not None:
+            return self.args.protocol == "adm"
+        return all(str(path).endswith(".npz") for path in self.args.paths) and len(self.args.paths) == 2
+
+    def _extractor_name(self) -> str:
+        """Return the network to use: the one asked for, or the one that made the statistics."""
+        if self.args.extractor is not None:
+            return self.args.extractor
+        path = BUNDLED.get(str(self.reference_name), self.reference_name)
+        if path is not None and Path(path).suffix == ".npz" and holds_statistics(path):
+            return load_reference(path).extractor
+        return FOREIGN_EXTRACTOR
+
+    def _reference(self, extractor: nn.Module) -> ReferenceStatistics:
+        """Return the statistics that were named, or make them of the images that were named."""
+        path = Path(self.reference_name)
+        if not path.is_dir() and (path.suffix != ".npz" or holds_statistics(path)):
+            reference = find_reference(self.reference_name, extractor)
+            if reference.features is None and holds_images(path) and self._wants_features():
+                # ADM's files hold images beside the statistics of the whole set; its precision and recall use them.
+                found = cached_features(NpzImages(path), extractor, self.cache, self.args.batch_size)
+                reference = dataclasses.replace(reference, features=found.features.numpy())
+            return reference
+        images = Samples(path).images
+        found = cached_features(images, extractor, self.cache, self.args.batch_size)
+        return reference_of(found, str(self.reference_name))
+
+    def _wants_features(self) -> bool:
+        return self.wanted is None or bool({"kid", "prc"} & set(self.wanted))
+
+    def _compare_with_float(self) -> None:
+        args = self.args
+        self.result["metrics"] |= compare_runs(
+            self.samples.images,
+            self.against.images,
+            lpips_weights=args.lpips_weights,
+            lpips_net=args.lpips_net,
+            device=choose_device(args.device),
+        )
+        self.result["against"] = self.against.about()
+
+    def _compare_with_prompts(self) -> None:
+        device = choose_device(self.args.device)
+        self.result["metrics"] |= clip_scores(self.samples.images, self.prompts, self.clip, device=device)
+
+
+def table(result: dict[str, Any]) -> str:
+    """Return the metrics of an evaluation as a markdown table, one a line."""
+    row = result["metrics"]
+    shown = [(column.heading, column.text(row)) for column in METRICS if column.value(row) is not None]
+    reference = result.get("reference")
+    head = f"{result['samples']['images']} images of {result['samples']['path']}"
+    if reference is not None:
+        count = f" ({reference['count']} images)" if reference["count"] else ""
+        head += f", reference {reference['name']}{count}, features of {reference['extractor']}"
+    if "against" in result:
+        head += f"; PSNR, SSIM and LPIPS against {result['against']['path']}, image by image"
+    return "\n".join(
+        [head, "", "| metric | value |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in shown)]
+    )
+
+
+def _names(text: str) -> Sequence[str]:
+    names = [part.strip() for part in text.split(",")]
+    unknown = [name for name in names if name not in LEAST_IMAGES]
+    if unknown:
+        raise UserError(f"--metrics {unknown[0]!r} is none of {', '.join(LEAST_IMAGES)}; correct it")
+    return names
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

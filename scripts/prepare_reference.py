@@ -1,0 +1,85 @@
+"""Make the statistics of a data set that published numbers are measured against, for evaluate.py.
+
+    python scripts/prepare_reference.py cifar10 --images ~/data/cifar-10-python.tar.gz
+    python scripts/prepare_reference.py lsun_church --lmdb ~/data/church_outdoor_train_lmdb
+    python scripts/prepare_reference.py imagenet256 --npz VIRTUAL_imagenet256_labeled.npz
+    python scripts/prepare_reference.py coco2014val --download
+
+writes one .npz below $QDIFF_CACHE (by default ~/.cache/qdiff), where evaluate.py finds it by the data set's name.
+Images are cropped and resized as the papers' loaders do it. Nothing is fetched without --download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.parser import Parser
+from qdiff.errors import UserError
+from qdiff.evaluation.datasets import DATASETS, find_dataset
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("name", metavar="NAME", help=f"the data set: {', '.join(DATASETS)}")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--images", type=Path, help="folder of images (folders below count); CIFAR-10 also as .tar.gz")
+    source.add_argument("--lmdb", type=Path, help="folder of an LSUN LMDB (needs the package lmdb)")
+    source.add_argument("--npz", type=Path, help="file with the images as arr_0, uint8 [N, H, W, 3]")
+    source.add_argument("--download", action="store_true", help="fetch the data set into $QDIFF_CACHE/datasets")
+    parser.add_argument("--extractor", default="inception-v3-compat", help="default: inception-v3-compat")
+    parser.add_argument("--extractor-weights", type=Path, help="its weights file")
+    parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    parser.add_argument("--batch_size", type=int, help="images a forward; default: what fits in memory")
+    parser.add_argument("--max_images", type=int, help="take the first so many alone")
+    parser.add_argument("--out", type=Path, help="the file to write (.npz); default: below $QDIFF_CACHE/references")
+    args = parser.parse_args(arguments)
+    for option, least in (("batch_size", 1), ("max_images", 2)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise UserError(f"--{option} is {value}; give at least {least}")
+    if args.out is not None and args.out.suffix != ".npz":
+        raise UserError(f"--out is {args.out}; give a name that ends in .npz")
+    if args.max_images is not None and find_dataset(args.name).brings_statistics:
+        raise UserError(f"--max_images is not for {args.name}: its published statistics are of all images")
+    return args
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    from qdiff.cli.runtime import choose_device
+    from qdiff.evaluation.dataset_images import dataset_reference, locate, open_dataset
+    from qdiff.evaluation.extractors import create_extractor
+    from qdiff.evaluation.image_sets import FirstImages
+    from qdiff.evaluation.reference import cached_reference_path, save_reference
+    from qdiff.files import check_writable
+
+    dataset = find_dataset(args.name)
+    extractor = create_extractor(args.extractor, args.extractor_weights, choose_device(args.device))
+    check_writable(args.out or cached_reference_path(args.name, extractor))
+    option = next((o for o in ("images", "lmdb", "npz") if getattr(args, o) is not None), None)
+    option, path = locate(args.name, option, option and getattr(args, option), args.download)
+    images = open_dataset(args.name, option, path, args.max_images)
+    first = isinstance(images, FirstImages)
+    # Statistics of other numbers of images must not pass for the published ones.
+    suffix = f"-first{len(images)}" if first else "" if len(images) == dataset.count else f"-{len(images)}"
+    kept_as = args.name + suffix
+    out = args.out or cached_reference_path(kept_as, extractor)
+    if args.out is None and out.exists():
+        print(f"{out} is there already; delete it to make it anew")
+        return
+    title = dataset.describe(len(images), first)
+    if suffix and not first:
+        print(f"warning: {path} holds {title}", file=sys.stderr)
+    reference = dataset_reference(args.name, path, images, title, extractor, args.batch_size)
+    save_reference(reference, out)
+    print(f"{out}: {reference.name}; by {args.extractor}")
+    if args.out is None:
+        print(f"evaluate.py finds it as {kept_as}")
+
+
+if __name__ == "__main__":
+    main()
