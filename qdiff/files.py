@@ -6,10 +6,25 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from qdiff.errors import UserError
+
+# What reading a damaged .npz file, or one of another kind, raises: zipfile, zlib, np.load and json each have their own.
+DAMAGED_NPZ = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @contextlib.contextmanager

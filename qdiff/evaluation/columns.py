@@ -85,7 +85,7 @@ def columns_of(rows: list[Row]) -> list[Column]:
     columns: list[Column] = []
     for metric in METRICS:
         columns += [metric, replace(metric, title=f"{metric.title} (paper)", published=True)]
-    return [column for column in (*columns, *COSTS) if any(column.value(row) is not None for row in rows)]
+    return [column for column in (*columns, *COSTS) if any(column.text(row) != NOTHING for row in rows)]
 
 
 def markdown(rows: list[Row], header: bool = True) -> str:

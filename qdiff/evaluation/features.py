@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +18,13 @@ from qdiff.errors import UserError
 from qdiff.evaluation.extractors import EXTRACTORS, weights_hash
 from qdiff.evaluation.gaussians import Gaussian, RunningGaussian
 from qdiff.evaluation.image_sets import Images, ImageSet, add_pixels, open_images
-from qdiff.files import written_whole
+from qdiff.files import DAMAGED_NPZ, written_whole
 
 # sFID takes the first 7 channels of a map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
 SPATIAL_CHANNELS = 7
 LARGEST_BATCH = 256
 # Of the memory that is free, for what a forward holds; the rest is for features and their covariances.
 MEMORY_SHARE = 0.25
-# What reading a damaged .npz file, or one of another kind, raises: np.load, zipfile, zlib and json have each their own.
-DAMAGED = (OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +161,7 @@ def cached_features(
         return extract_features(images, extractor, batch_size, progress)
     weights = weights_hash(extractor)
     path = folder / f"{images.fingerprint()[:20]}-{extractor.get_name()}-{weights[:12]}.npz"
-    with contextlib.suppress(*DAMAGED):  # absent or damaged: make it
+    with contextlib.suppress(*DAMAGED_NPZ):  # absent or damaged: make it
         return _load(path)
     features = extract_features(images, extractor, batch_size, progress)
     _save(features, path)

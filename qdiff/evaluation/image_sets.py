@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from qdiff.errors import UserError
+from qdiff.files import DAMAGED_NPZ
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = "arr_0"  # what NumPy calls an unnamed array; ADM's files and our samples.npz have it
@@ -109,7 +110,10 @@ class NpzImages(ImageSet):
         with _opened_array(self.path) as (file, (count, *shape)):
             for start in range(0, count, batch_size):
                 size = min(batch_size, count - start)
-                data = bytearray(file.read(size * math.prod(shape)))
+                try:
+                    data = bytearray(file.read(size * math.prod(shape)))
+                except DAMAGED_NPZ as error:
+                    raise UserError(f"{self.path} is damaged ({error}); fetch or make it again.") from error
                 if len(data) != size * math.prod(shape):
                     raise UserError(f"{self.path} ends in the middle of its images; fetch or make it again.")
                 yield _channels_first(torch.frombuffer(data, dtype=torch.uint8).view(size, *shape)).expand(
@@ -138,7 +142,7 @@ def _opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             version = np.lib.format.read_magic(file)
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, by_columns, dtype = read(file)
-        except (zipfile.BadZipFile, OSError, EOFError, KeyError, ValueError) as error:
+        except DAMAGED_NPZ as error:
             raise UserError(
                 f"{path} holds no array {ARRAY} of images ({error}): name a file written by numpy.savez "
                 "with uint8 [N, H, W, 3]."

@@ -56,9 +56,10 @@ def compute_metrics(
             shuffled images, as torch-fidelity does.
 
     Returns:
-        ``num_images``, ``num_reference`` (with a reference), and for the metrics asked for ``fid`` | ``sfid`` |
-        ``isc``, ``isc_std`` (over the parts) | ``kid``, ``kid_std`` (over 100 subsets), ``kid_subset_size`` (1,000,
-        or the smaller of the two image counts) | ``precision``, ``recall``, ``f_score`` (3 neighbours).
+        ``num_images``, ``num_reference`` (with a reference; None where its file does not tell), and for the metrics
+        asked for ``fid`` | ``sfid`` | ``isc``, ``isc_std`` (over the parts) | ``kid``, ``kid_std`` (over 100 subsets),
+        ``kid_subset_size`` (1,000, or the smaller of the two image counts) | ``precision``, ``recall``, ``f_score`` (3
+        neighbours).
 
         KID is an unbiased estimate for independent sets only: images that are in the reference too pull it
         below zero.
@@ -79,7 +80,7 @@ def compute_metrics(
         found = cached_features(images, extractor, cache, batch_size, progress)
     result: dict[str, float] = {"num_images": found.count}
     if reference is not None:
-        result["num_reference"] = reference.count
+        result["num_reference"] = reference.count or None
     for metric in metrics:
         if metric == "isc":
             result |= _inception_score(found.logits, adm_protocol)

@@ -18,10 +18,10 @@ from torch import nn
 from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import REPOSITORY, extractor_spec, weights_hash
-from qdiff.evaluation.features import DAMAGED, ImageFeatures, extract_features
+from qdiff.evaluation.features import ImageFeatures, extract_features
 from qdiff.evaluation.gaussians import Gaussian
 from qdiff.evaluation.image_sets import Images
-from qdiff.files import written_whole
+from qdiff.files import DAMAGED_NPZ, written_whole
 
 FORMAT = "qdiff reference statistics 2"
 MOST_FEATURES = 50_000
@@ -150,7 +150,7 @@ def load_reference(path: str | Path, extractor: nn.Module | None = None) -> Refe
         with np.load(path, allow_pickle=False) as archive:
             reference = _read(archive, path)
     # np.load gives an array, not an archive, for a .npy file: hence AttributeError.
-    except (*DAMAGED, AttributeError) as error:
+    except DAMAGED_NPZ as error:
         raise UserError(
             f"{path} does not hold reference statistics ({error}): name a file that scripts/prepare_reference.py "
             "wrote, or make it anew from the images."

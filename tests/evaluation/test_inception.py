@@ -22,9 +22,10 @@ from qdiff.evaluation.reference import load_reference
 
 INCEPTION = "inception-v3-compat"
 COUNT, REAL_COUNT = 16, 12
-FORWARD = 1e-4  # the same layers on batches of another size; features have variance near 1
-DISTANCE = 1e-4  # relative: float32 features of another batch size, and 2,000 roots of eigenvalues that should be 0
-SCORE = 1e-5  # relative: the same for IS
+# Resizing in float32 is off by 2e-6 of what NumPy gives, and random weights make a hundred times that of it.
+FORWARD = 1e-3  # maps and features, which go up to 10
+DISTANCE = 1e-5  # relative
+SCORE = 1e-4  # relative; the exponential of logits up to 40
 
 
 def small_images(count: int, seed: int) -> torch.Tensor:
@@ -195,24 +196,21 @@ def test_spatial_features_are_seven_channels_in_adms_order(network, images, ours
     assert np.abs(outputs["2048"].numpy() - ours.features[:3]).max() < FORWARD
     # The planted errors: torch's order, rows and columns swapped, and the block before.
     for wrong in (torchs_order(ours.maps), spatial(ours.maps.swapaxes(2, 3)), spatial(ours.before)):
-        assert np.abs(middle.numpy() - wrong[:3]).max() > 1000 * FORWARD
+        assert np.abs(middle.numpy() - wrong[:3]).max() > 100 * FORWARD
 
 
 def test_logits_have_no_bias(network, images, ours):
     logits = forward(network, images[:3])[0]["logits_unbiased"].numpy()
-    scale = np.abs(ours.logits).max()
-    assert np.abs(logits - ours.logits[:3]).max() < FORWARD * scale
-    assert np.abs(logits - ours.biased[:3]).max() > 100 * FORWARD * scale  # the planted error
+    assert np.abs(logits - ours.logits[:3]).max() < 10 * FORWARD  # sums of 2,048 features
+    assert np.abs(logits - ours.biased[:3]).max() > 1000 * FORWARD  # the planted error
 
 
-def test_sfid_and_fid_with_adms_statistics_equal_the_definition(network, images, ours, real, folder, cache):
+def test_sfid_with_adms_statistics_equals_the_definition(network, images, ours, real, folder, cache):
     reference = load_reference(folder / "adm.npz", network)
-    found = compute_metrics(images, reference, network, ("fid", "sfid"), progress=False, cache=cache)
-    assert found["num_images"] == COUNT
+    found = compute_metrics(images, reference, network, ["sfid"], progress=False, cache=cache)
     expected = frechet(spatial(ours.maps), spatial(real.maps))
     assert expected == pytest.approx(frechet_of_few(spatial(ours.maps), spatial(real.maps)), rel=1e-9)
     assert found["sfid"] == pytest.approx(expected, rel=DISTANCE)
-    assert found["fid"] == pytest.approx(frechet_of_few(ours.features, real.features), rel=DISTANCE)
     # The planted errors: eight channels, the next seven, the block before, and one image left out.
     for wrong in (
         (spatial(ours.maps, 8), spatial(real.maps, 8)),
@@ -283,6 +281,10 @@ def test_pytorch_fids_statistics_give_fid_and_nothing_else(network, images, ours
     assert reference.spatial is None and possible_metrics(COUNT, reference) == ["fid", "isc"]
     found = compute_metrics(images, reference, network, ["fid"], progress=False, cache=cache)
     assert found["fid"] == pytest.approx(frechet_of_few(ours.features, real.features), rel=DISTANCE)
+    # The planted error: one image left out. ADM's files say the same of these features.
+    assert found["fid"] != pytest.approx(frechet_of_few(ours.features[1:], real.features), rel=100 * DISTANCE)
+    same = load_reference(folder / "adm.npz").gaussian
+    assert np.array_equal(reference.gaussian.mu, same.mu) and np.array_equal(reference.gaussian.sigma, same.sigma)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from qdiff.evaluation.reference import bundled_reference, compute_reference
 DIGITS = "digits-classifier"
 EXACT = 1e-6  # relative: the same float64 arithmetic by another route
 SELF_FID = 1e-3  # bundled features come from another CPU or batch size; half of the digits are at 0.1
+KID_NEAR_ZERO = 1e-12  # float64 sums of 40,000 terms near 1, in another order
 CROSS_MACHINE = 1e-4  # relative: the bundled statistics' float32 features come from another CPU
 ROUNDING = 1e-3  # relative: float32 features or means instead of float64
 
@@ -116,6 +117,22 @@ def test_kid_equals_the_definition_on_the_same_subsets(extractor, reference, noi
     assert result["kid_std"] == pytest.approx(np.std(values), rel=EXACT)
     # The planted error: the biased estimate.
     assert result["kid"] != pytest.approx(np.mean(biased), rel=EXACT)
+
+
+def test_kid_near_zero_keeps_its_digits(extractor, reference, digits):
+    """There it is a small difference of large sums."""
+    from torch_fidelity import metric_kid
+
+    ours = compute_metrics(digits[:200], reference, extractor, ["kid"], progress=False)
+    draw = np.random.RandomState(2020)
+    features, real, values = extract_features(digits[:200], extractor, progress=False).features, reference.features, []
+    for _ in range(100):
+        subsets = features.double().numpy()[draw.choice(200, 200, replace=False)], real[draw.choice(1797, 200, False)]
+        values.append(mmd(*(subset.astype(np.float64) for subset in subsets)))
+    assert ours["kid"] == pytest.approx(np.mean(values), abs=KID_NEAR_ZERO)
+    # The planted error: features in float32.
+    coarse = metric_kid.kid_features_to_metric(features, torch.from_numpy(real), kid_subset_size=200, verbose=False)
+    assert coarse[metric_kid.KEY_METRIC_KID_MEAN] != pytest.approx(np.mean(values), abs=KID_NEAR_ZERO)
 
 
 def test_is_equals_the_definition(extractor, noisy):
