@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qdiff.errors import UserError
-from qdiff.files import written_whole
+from qdiff.files import check_writable, written_whole
 
 
 class DocumentBlock:
@@ -19,6 +19,7 @@ class DocumentBlock:
         self.file = Path(file)
         self.begin, self.end = f"<!-- table {name} -->", f"<!-- end of table {name} -->"
         self._parts()
+        check_writable(self.file)
 
     def _parts(self) -> tuple[str, str]:
         try:
@@ -27,7 +28,7 @@ class DocumentBlock:
             raise UserError(f"{self.file} cannot be read ({error}); name a markdown file") from error
         before, begin, rest = text.partition(self.begin)
         _, end, after = rest.partition(self.end)
-        if not (begin and end) or self.begin in rest or self.end in after:
+        if not (begin and end) or self.begin in rest or self.end in before + after:
             raise UserError(f"{self.file} needs the lines '{self.begin}' and '{self.end}', once each; add them")
         return before, after
 

@@ -18,11 +18,11 @@ from qdiff.errors import UserError
 from qdiff.evaluation.clip_score import clip_scores, load_clip
 from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.conditions import asked_share
-from qdiff.evaluation.extractors import create_extractor, extractor_spec
+from qdiff.evaluation.extractors import REPOSITORY, create_extractor, extractor_spec
 from qdiff.evaluation.features import cached_features
-from qdiff.evaluation.fidelity import compare_runs
+from qdiff.evaluation.fidelity import LPIPS_NETS, compare_runs, require_torchmetrics
 from qdiff.evaluation.image_sets import ImageSet, NpzImages, holds_images, open_images
-from qdiff.evaluation.metrics import LEAST_IMAGES, check_metrics, compute_metrics, possible_metrics
+from qdiff.evaluation.metrics import LEAST_IMAGES, NEEDS, check_metrics, compute_metrics, possible_metrics
 from qdiff.evaluation.reference import (
     BUNDLED,
     FOREIGN_EXTRACTOR,
@@ -32,6 +32,7 @@ from qdiff.evaluation.reference import (
     load_reference,
     reference_of,
 )
+from qdiff.files import check_writable
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
 
@@ -54,7 +55,8 @@ class Samples:
         if file.is_file() and (inside.is_dir() or self.path.name in ("img", "samples.npz")):
             try:
                 self.manifest = json.loads(file.read_text())
-            except ValueError as error:
+                self.config.get("seed")  # a mapping
+            except (ValueError, AttributeError) as error:
                 raise UserError(f"{file} is not a run's manifest ({error}); remove it or restore it") from error
 
     @property
@@ -81,13 +83,29 @@ class Evaluation:
         self.args = args
         self.reference_name, sample_path = (None, *args.paths)[-2:]
         self.samples = Samples(sample_path)
+        self.real = self._real_images()
         self.against = None if args.against is None else Samples(args.against)
         self.wanted = None if args.metrics is None else _names(args.metrics)
+        self.device = choose_device(args.device)
         self.cache = None if args.no_cache else Path(args.cache or cache_folder() / "features")
         self.prompts = self._prompts()
         self._check()
         # What lacks should show now, not after the features of 50,000 images.
         self.clip = None if self.prompts is None else load_clip(args.clip_model, args.download)
+
+    @property
+    def _uses_features(self) -> bool:
+        return self.reference_name is not None or self.wanted is not None
+
+    def _real_images(self) -> ImageSet | None:
+        """Return the reference's images; None of statistics that hold none, or without a reference."""
+        if self.reference_name is None:
+            return None
+        path = Path(self.reference_name)
+        if path.is_dir() or (path.suffix == ".npz" and not holds_statistics(path)):
+            return Samples(path).images
+        # ADM's files hold images beside the statistics of the whole set; its precision and recall use them.
+        return NpzImages(path) if holds_images(path) else None
 
     def _prompts(self) -> list[str] | None:
         file = self.args.prompts
@@ -96,14 +114,16 @@ class Evaluation:
                 raise UserError(f"{self.samples.path} has no prompts in a run.json; name a file with --prompts")
             return self.samples.config["prompts"] if self.args.clip else None
         try:
-            return Path(file).read_text(encoding="utf-8").splitlines()
+            # As txt2img.py reads them: without empty lines, and without the mark that editors on Windows begin with.
+            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {file} cannot be read ({error}); give a text file, a prompt a line") from None
+        return [line for line in lines if line]
 
     def _check(self) -> None:
         """Refuse what cannot be done, before any work."""
         args, samples = self.args, self.samples
-        if self.reference_name is None and self.against is None and self.prompts is None and self.wanted is None:
+        if not self._uses_features and self.against is None and self.prompts is None:
             raise UserError(
                 "there is nothing to compare with; name a reference before the samples, or give --against, --prompts "
                 "or --metrics isc"
@@ -115,55 +135,111 @@ class Evaluation:
             )
         if args.lpips_weights is not None and self.against is None:
             raise UserError("--lpips-weights is for --against; name the float run that images are compared with")
+        if args.lpips_weights is not None and not args.lpips_weights.is_file():
+            url = LPIPS_NETS[args.lpips_net][0]
+            raise UserError(f"--lpips-weights {args.lpips_weights} is no file; fetch {url} and name it")
         if self.against is not None:
-            ours, theirs = (s.config.get("seed") for s in (samples, self.against))
-            if None not in (ours, theirs) and ours != theirs:
+            self._check_pairs()
+        if self._uses_features:
+            self._check_counts()
+            if self.cache is not None:
+                check_writable(self.cache / "features.npz")
+
+    def _check_pairs(self) -> None:
+        require_torchmetrics()
+        samples, against = self.samples, self.against
+        ours, theirs = (s.config.get("seed") for s in (samples, against))
+        if None not in (ours, theirs) and ours != theirs:
+            raise UserError(
+                f"{samples.path} has seed {ours} and {against.path} has {theirs}, so image i of one has not "
+                "the noise of image i of the other; sample the float run with the same seed"
+            )
+        if len(samples.images) != len(against.images):
+            raise UserError(
+                f"{samples.path} has {len(samples.images)} images and {against.path} has "
+                f"{len(against.images)}; compare runs of as many images"
+            )
+        ours, theirs = (next(s.images.batches(1)).shape[-2:] for s in (samples, against))
+        if ours != theirs:
+            sizes = [f"{width}×{height}" for height, width in (ours, theirs)]
+            raise UserError(
+                f"images of {samples.path} are {sizes[0]}, of {against.path} {sizes[1]}; sample both with one model"
+            )
+
+    def _check_counts(self) -> None:
+        count, few = len(self.samples.images), LEAST_IMAGES["prc"]
+        for metric in self.wanted or ["fid"]:
+            if count < LEAST_IMAGES[metric]:
                 raise UserError(
-                    f"{samples.path} has seed {ours} and {self.against.path} has {theirs}, so image i of one has not "
-                    "the noise of image i of the other; sample the float run with the same seed"
+                    f"{metric} needs {LEAST_IMAGES[metric]} or more images; {self.samples.path} has {count}"
                 )
-            if len(samples.images) != len(self.against.images):
-                raise UserError(
-                    f"{samples.path} has {len(samples.images)} images and {self.against.path} has "
-                    f"{len(self.against.images)}; compare runs of as many images"
-                )
+        if self.real is not None and len(self.real) < few:
+            raise UserError(f"the reference {self.reference_name} has {len(self.real)} images; give it {few} or more")
 
     def run(self) -> dict[str, Any]:
         """Return the metrics, and all that a reader must know to compare them with others'."""
         self.result: dict[str, Any] = {"samples": self.samples.about(), "metrics": {}}
-        # Missing weights and statistics show before any work.
-        extractor = None
-        if self.reference_name is not None or self.wanted:
-            weights, device = self.args.extractor_weights, choose_device(self.args.device)
-            extractor = create_extractor(self._extractor_name(), weights, device)
+        extractor = statistics = None
+        if self._uses_features:
+            # Missing weights and statistics show before any work.
+            extractor = create_extractor(self._extractor_name(), self.args.extractor_weights, self.device)
+            statistics = self._statistics(extractor)
         if self.against is not None:
             self._compare_with_float()
         if extractor is not None:
-            self._compare_features(extractor, None if self.reference_name is None else self._reference(extractor))
+            self._compare_features(extractor, self._reference(extractor, statistics))
         if self.prompts is not None:
             self._compare_with_prompts()
         self.result["packages"] = {name: _version(name) for name in PACKAGES}
         return self.result
 
+    def _extractor_name(self) -> str:
+        """Return the network to use: the one asked for, or the one that made the statistics."""
+        if self.args.extractor is not None:
+            return self.args.extractor
+        name = str(self.reference_name)
+        path = REPOSITORY / BUNDLED[name] if name in BUNDLED and self.real is None else Path(name)
+        return load_reference(path).extractor if holds_statistics(path) else FOREIGN_EXTRACTOR
+
+    def _statistics(self, extractor: nn.Module) -> ReferenceStatistics | None:
+        """Return the statistics that were named, fit for the metrics that were asked for; None where images were."""
+        count, wanted = len(self.samples.images), self.wanted or ["fid"]
+        if self.reference_name is None:
+            check_metrics(wanted, count, None, extractor)
+            return None
+        if self.real is not None and not holds_statistics(self.reference_name):
+            return None
+        statistics = find_reference(self.reference_name, extractor)
+        # What needs features of single images can have them of the images in the file.
+        rest = [m for m in wanted if self.real is None or NEEDS.get(m) != "features"]
+        if rest:
+            check_metrics(rest, count, statistics, extractor)
+        return statistics
+
+    def _reference(self, extractor: nn.Module, statistics: ReferenceStatistics | None) -> ReferenceStatistics | None:
+        """Return the statistics with what lacks, or made of the images that were named."""
+        needed = self.wanted is None or any(NEEDS.get(m) == "features" for m in self.wanted)
+        if self.real is None or (statistics is not None and (statistics.features is not None or not needed)):
+            return statistics
+        found = cached_features(self.real, extractor, self.cache, self.args.batch_size)
+        if statistics is None:
+            return reference_of(found, str(self.reference_name))
+        return dataclasses.replace(statistics, features=found.features.numpy())
+
     def _compare_features(self, extractor: nn.Module, reference: ReferenceStatistics | None) -> None:
         args, images = self.args, self.samples.images
         metrics = possible_metrics(len(images), reference) if self.wanted is None else self.wanted
-        if not metrics:
-            raise UserError(f"{len(images)} images are too few for any metric; sample more")
-        check_metrics(metrics, len(images), reference, extractor)
         features = cached_features(images, extractor, self.cache, args.batch_size)
         found = compute_metrics(features, reference, extractor, metrics, adm_protocol=self._is_adm)
         labels = self.samples.manifest.get("labels")
         if labels is not None and extractor_spec(extractor.get_name()).classes is not None and self.wanted is None:
-            found["asked_share"] = asked_share(
-                self.samples.path / "img", labels, extractor.get_name(), args.extractor_weights
-            )
+            found["asked_share"] = asked_share(images, labels, extractor.get_name(), args.extractor_weights)
         self.result["metrics"] |= found
         self.result["samples"]["pixels_hash"] = features.pixels_hash
         self.result["protocol"] = {
             "extractor": extractor.get_name(),
             "inception_score": "parts of 5,000, in order" if self._is_adm else "10 parts, shuffled",
-            "left_out": [m for m in LEAST_IMAGES if m not in metrics],
+            "left_out": [m for m in LEAST_IMAGES if m not in metrics and self.wanted is None],
         }
         if reference is not None:
             names = ("name", "count", "extractor", "weights_hash", "images_hash")
@@ -176,32 +252,6 @@ class Evaluation:
             return self.args.protocol == "adm"
         return all(str(path).endswith(".npz") for path in self.args.paths) and len(self.args.paths) == 2
 
-    def _extractor_name(self) -> str:
-        """Return the network to use: the one asked for, or the one that made the statistics."""
-        if self.args.extractor is not None:
-            return self.args.extractor
-        path = BUNDLED.get(str(self.reference_name), self.reference_name)
-        if path is not None and Path(path).suffix == ".npz" and holds_statistics(path):
-            return load_reference(path).extractor
-        return FOREIGN_EXTRACTOR
-
-    def _reference(self, extractor: nn.Module) -> ReferenceStatistics:
-        """Return the statistics that were named, or make them of the images that were named."""
-        path = Path(self.reference_name)
-        if not path.is_dir() and (path.suffix != ".npz" or holds_statistics(path)):
-            reference = find_reference(self.reference_name, extractor)
-            if reference.features is None and holds_images(path) and self._wants_features():
-                # ADM's files hold images beside the statistics of the whole set; its precision and recall use them.
-                found = cached_features(NpzImages(path), extractor, self.cache, self.args.batch_size)
-                reference = dataclasses.replace(reference, features=found.features.numpy())
-            return reference
-        images = Samples(path).images
-        found = cached_features(images, extractor, self.cache, self.args.batch_size)
-        return reference_of(found, str(self.reference_name))
-
-    def _wants_features(self) -> bool:
-        return self.wanted is None or bool({"kid", "prc"} & set(self.wanted))
-
     def _compare_with_float(self) -> None:
         args = self.args
         self.result["metrics"] |= compare_runs(
@@ -209,13 +259,12 @@ class Evaluation:
             self.against.images,
             lpips_weights=args.lpips_weights,
             lpips_net=args.lpips_net,
-            device=choose_device(args.device),
+            device=self.device,
         )
         self.result["against"] = self.against.about()
 
     def _compare_with_prompts(self) -> None:
-        device = choose_device(self.args.device)
-        self.result["metrics"] |= clip_scores(self.samples.images, self.prompts, self.clip, device=device)
+        self.result["metrics"] |= clip_scores(self.samples.images, self.prompts, self.clip, device=self.device)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -229,9 +278,10 @@ def table(result: dict[str, Any]) -> str:
         head += f", reference {reference['name']}{count}, features of {reference['extractor']}"
     if "against" in result:
         head += f"; PSNR, SSIM and LPIPS against {result['against']['path']}, image by image"
-    return "\n".join(
-        [head, "", "| metric | value |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in shown)]
-    )
+    lines = [head, "", "| metric | value |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in shown)]
+    if left_out := result.get("protocol", {}).get("left_out"):
+        lines += ["", f"Left out, for too few images or for what the reference lacks: {', '.join(left_out)}."]
+    return "\n".join(lines)
 
 
 def _names(text: str) -> Sequence[str]:

@@ -11,7 +11,7 @@ from qdiff.cli.runtime import choose_device
 from qdiff.errors import UserError
 from qdiff.evaluation.clip_score import clip_scores, load_clip
 from qdiff.evaluation.conditions import asked_share
-from qdiff.evaluation.extractors import create_extractor, extractor_spec
+from qdiff.evaluation.extractors import create_extractor, extractor_spec, weights_hash
 from qdiff.evaluation.fidelity import compare_runs, require_torchmetrics
 from qdiff.evaluation.image_sets import FirstImages, open_images
 from qdiff.evaluation.metrics import LEAST_IMAGES, compute_metrics, possible_metrics
@@ -56,7 +56,15 @@ class Measuring:
         self.extractor_weights = extractor_weights
         self.classes = extractor_spec(extractor).classes
         self.reference = find_reference(reference, self.extractor)
-        self.metrics, self.clip_model, self.compared = tuple(metrics), clip_model, COMPARED
+        self.metrics, self.compared = tuple(metrics), COMPARED
+        # A retrained extractor, or digits of another size, would otherwise go unnoticed in the cache.
+        self.by = {
+            "weights_hash": weights_hash(self.extractor),
+            "reference_hash": self.reference.images_hash,
+            "reference": self.reference.name,
+            "clip_model": clip_model,
+            "compared": COMPARED,
+        }
         # What lacks should show now, not after hours of sampling.
         self.clip = load_clip(*([] if clip_model is None else [clip_model])) if "clip" in self.metrics else None
         if "fidelity" in self.metrics:
@@ -81,19 +89,13 @@ class Measuring:
             float_folder: run of the float model from the same noise; None for that run itself.
         """
         images, file = folder / "img", folder / CACHE
-        # A retrained extractor, or digits of another size, would otherwise go unnoticed.
-        by = {
-            "weights_hash": self.reference.weights_hash,
-            "reference_hash": self.reference.images_hash,
-            "reference": self.reference.name,
-            "clip_model": self.clip_model,
-            "compared": self.compared,
-        }
         known: dict[str, Any] = {}
         if file.is_file() and file.stat().st_mtime >= images.stat().st_mtime:
             cached = json.loads(file.read_text())
-            known = cached if cached.get("by") == by else {}
-        found = {"by": by, **known}
+            known = cached if cached.get("by") == self.by else {}
+            if float_folder is not None and file.stat().st_mtime < (float_folder / "img").stat().st_mtime:
+                known = {k: v for k, v in known.items() if k != KEYS["fidelity"]}
+        found = {"by": self.by, **known}
         lacking = [m for m in self._wanted(manifest, float_folder) if KEYS.get(m, m) not in known]
         for measure in self._measures(lacking):
             found |= measure(images, manifest, float_folder)

@@ -86,7 +86,7 @@ class TableRun:
             self._check_baseline(self._measured(table.float_row))
         for number, row in enumerate(self.chosen, 1):
             print(f"[{number}/{len(self.chosen)}] {row.label}", file=sys.stderr, flush=True)
-            if row.quantizes and table.calibration is not None and not table.recording.is_file():
+            if row.calibrates and table.calibration is not None and not table.recording.is_file():
                 _call(table.recording_command(self.device))
             _call(table.command(row, self.device))
             measured = self._measured(row)

@@ -39,6 +39,8 @@ class Row:
     unverified: bool = False
 
     def __post_init__(self) -> None:
+        for value in (self.label, self.options):
+            _check_text(value)
         known = [column.key for column in METRICS]
         bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not isinstance(v, int | float)]
         if bad:
@@ -48,6 +50,12 @@ class Row:
     def quantizes(self) -> bool:
         """Whether it is a quantized row; any other is float."""
         return "--ptq" in shlex.split(self.options)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether it needs calibration data; a finished checkpoint needs none."""
+        words = shlex.split(self.options)
+        return self.quantizes and ("--cali_ckpt" not in words or "--resume_w" in words)
 
 
 @dataclass(frozen=True)
@@ -94,12 +102,14 @@ class TableFile:
         spec = read_yaml(path)
         try:
             self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in spec["rows"]]
-            self.title, self.script, self.config = spec["title"], spec["script"], spec["config"]
-            self.common = shlex.split(spec["options"])
+            self.title, self.script, self.config = (_check_text(spec[k]) for k in ("title", "script", "config"))
+            self.common = shlex.split(_check_text(spec["options"]))
             given = spec.get("calibration")
             self.calibration = (
                 None if given is None else Calibration(**{**given, "options": given.get("options") or ""})
             )
+            self.metrics = tuple(_check_list(spec.get("metrics") or DEFAULT_METRICS))
+            self.notes = list(_check_list(spec.get("notes") or []))
             config = read_yaml(REPOSITORY / self.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"table {path} is incomplete ({error}); {EXAMPLE}") from None
@@ -107,9 +117,7 @@ class TableFile:
         pretrained = pretrained if isinstance(pretrained, dict) else {}
         self.extractor = spec.get("extractor") or pretrained.get("extractor")
         self.reference = spec.get("reference") or pretrained.get("reference")
-        self.metrics = tuple(spec.get("metrics") or DEFAULT_METRICS)
         self.clip_model, self.source = spec.get("clip_model"), spec.get("source")
-        self.notes = list(spec.get("notes") or [])
         self.out = Path(out or f"runs/{path.stem}")
         self._check()
 
@@ -177,7 +185,7 @@ class TableFile:
     def command(self, row: Row, device: str | None) -> list[str]:
         """Return the sampling command of a row: script and options."""
         words = [*self.common, *shlex.split(row.options), *_device(device), "-l", str(self.folder(row.label))]
-        if row.quantizes and self.calibration is not None:
+        if row.calibrates and self.calibration is not None:
             words += ["--cali_data_path", str(self.recording), *shlex.split(self.calibration.options)]
         if row.weights_from is not None:
             words += ["--resume_w", "--cali_ckpt", str(self.folder(row.weights_from) / "quantized.safetensors")]
@@ -192,6 +200,23 @@ class TableFile:
 
 def _device(name: str | None) -> list[str]:
     return [] if name is None else ["--device", name]
+
+
+def _check_text(value: Any) -> str:
+    """Return a text that the shell's rules take apart into words; anything else is a TypeError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    try:
+        shlex.split(value)
+    except ValueError as error:
+        raise TypeError(f"{value!r}: {error}") from None
+    return value
+
+
+def _check_list(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):  # a text would be taken for a list of letters
+        raise TypeError(f"{value!r} is no list")
+    return value
 
 
 def without(words: list[str], options: Collection[str]) -> list[str]:

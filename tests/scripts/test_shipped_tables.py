@@ -1,0 +1,68 @@
+"""The tables that come with the repository: every command that they stand for is accepted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qdiff.cli.script import LIKE, load_object
+from qdiff.cli.table import REPOSITORY
+from qdiff.cli.table_file import TableFile
+
+TABLES = sorted((REPOSITORY / "configs" / "tables").glob("*.yaml"))
+CAPTIONS = "annotations/captions_val2014.json"
+
+
+@pytest.fixture(params=TABLES, ids=lambda path: path.name)
+def shipped(request, tmp_path, monkeypatch):
+    """A table file; captions, which do not come with the repository, are others."""
+    monkeypatch.chdir(REPOSITORY)
+    captions = [{"image_id": i, "id": i, "caption": f"caption {i}"} for i in range(3)]
+    (tmp_path / "captions.json").write_text(json.dumps({"annotations": captions}))
+    text = request.param.read_text()
+    assert (CAPTIONS in text) == ("txt2img" in text and "-sd" in request.param.name)
+    path = tmp_path / request.param.name
+    path.write_text(text.replace(CAPTIONS, str(tmp_path / "captions.json")))
+    return path
+
+
+def test_rows_resolve(shipped, call):
+    shown = json.loads(call("reproduce", shipped, "--out", "never-made", "--dry-run").out)
+    assert "float" in next(iter(shown["commands"])).lower()  # float comes first
+    for label, command in shown["commands"].items():
+        python, script, *words = shlex.split(command)
+        outcome = call(Path(script).stem, *words, "--dry-run")
+        assert python == "python" and outcome.code == 0, (label, outcome.err)
+        quantized = json.loads(outcome.out).get("ptq")
+        assert (quantized is not None) == ("--ptq" in words), label
+        if label.startswith("released"):
+            assert quantized["action"] == "load" and quantized["checkpoint"].startswith("models/quantized/"), label
+        if "linear" in label:
+            assert quantized["method"] == "linear", label
+    assert not (REPOSITORY / "never-made").exists()
+
+
+def test_recording_resolves(shipped):
+    """The recording command has no dry run: its options and its model are taken as it would take them."""
+    script, *words = TableFile(shipped, "never-made").recording_command("cpu")
+    spec = importlib.util.spec_from_file_location("recording_script", REPOSITORY / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    args = module.parse_args(words)
+    assert load_object(LIKE[args.like][1])(args).calls >= args.cali_st
+
+
+def test_published_numbers_have_a_source(shipped):
+    table = TableFile(shipped)
+    assert (table.source is not None) == any(row.published for row in table.rows)
+    for row in table.rows:  # widths in the label are those of the options
+        bits = re.search(r"W(\d+)A(\d+)", row.label)
+        words = shlex.split(row.options)
+        if bits:
+            assert words[words.index("--weight_bit") + 1] == bits[1], row.label
+            assert (words[words.index("--act_bit") + 1] if "--quant_act" in words else "32") == bits[2], row.label
