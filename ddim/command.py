@@ -14,7 +14,7 @@ from ddim.models.diffusion import Model
 from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sampling import DdimSampler, SamplerOptions
 from qdiff.calibration.collect import OnCall
-from qdiff.cli.command import FloatModel, Network, OnStep
+from qdiff.cli.float_model import FloatModel, Network, OnStep
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 
@@ -41,8 +41,10 @@ class DdimModel(FloatModel):
         self.count = getattr(args, "max_images", 1)
         if self.count < 1:
             raise UserError(f"--max_images is {self.count}; give at least 1")
+        model = OmegaConf.to_container(self.model_config, resolve=True)
+        self.eda_dm = model.pop("eda_dm", None) or {}
         self.config = {
-            "model": OmegaConf.to_container(self.model_config, resolve=True),
+            "model": model,
             "weights": args.ckpt or "pretrained",
             "sampler": vars(self.options),
             "max_images": self.count,

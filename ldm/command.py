@@ -23,7 +23,7 @@ from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind
 from ldm.schedule import build_schedule
 from ldm.util import instantiate_from_config
 from qdiff.calibration.collect import OnCall
-from qdiff.cli.command import FloatModel, Network, OnStep
+from qdiff.cli.float_model import FloatModel, Network, OnStep
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork
@@ -51,6 +51,7 @@ class LatentModel(FloatModel):
         self.schedule = build_schedule(self.model_config.model.params)
         self.sampler = self._sampler(torch.device("cpu"))
         self.name = Path(config_path).parent.name if Path(config_path).stem == "config" else Path(config_path).stem
+        self.eda_dm = OmegaConf.to_container(self.model_config.get("eda_dm") or OmegaConf.create({}), resolve=True)
         self.config = {
             "model": OmegaConf.to_container(self.model_config.model, resolve=True),
             "weights": str(weights),
@@ -221,13 +222,14 @@ class TextModel(GuidedModel):
                 raise UserError(
                     f"--{option} adds no noise, so --ddim_eta {args.ddim_eta} contradicts it; leave one out"
                 )
-        for name in ("n_samples", "n_iter"):
-            if getattr(args, name) < 1:
+        together = getattr(args, "n_batch", args.n_samples)
+        for name in ("n_samples", "n_iter", "n_batch"):
+            if getattr(args, name, 1) < 1:
                 raise UserError(f"--{name} is {getattr(args, name)}; give at least 1")
         config, weights, note = big_or_bundled(args, TEXT_CONFIG, TEXT_CKPT, BUNDLED["text"])
         kind = SamplerKind.PLMS if args.plms else SamplerKind.DPM_SOLVER if args.dpm else SamplerKind.DDIM
         options = LatentSamplerOptions(
-            kind, args.ddim_steps, args.ddim_eta, args.scale, args.n_samples if args.fixed_code else None
+            kind, args.ddim_steps, args.ddim_eta, args.scale, together if args.fixed_code else None
         )
         super().__init__(args, config, weights, options)
         self.notes += [note] if note else []
@@ -246,7 +248,7 @@ class TextModel(GuidedModel):
             self.prompts = self.prompts[: args.max_images]
         self.calibration_prompts = read_prompts(args.cali_prompts, "--cali_prompts") if args.cali_prompts else lines
         self.count = len(self.prompts)
-        self.batch_size = args.batch_size or args.n_samples
+        self.batch_size = args.batch_size or together
         self.labels = asked_classes(self.prompts, pretrained.get("class_words", []))
         self.config |= {"prompts": self.prompts, "calibration_prompts": self.calibration_prompts}
 
@@ -261,3 +263,14 @@ class TextModel(GuidedModel):
     def conditions(self, indices: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
         prompts = self.calibration_prompts if calibration else self.prompts
         return self._contexts([prompts[i % len(prompts)] for i in indices])
+
+
+class CaptionModel(TextModel):
+    """What EDA-DM's scripts/sample_txt2img.py samples: ``--n_samples`` images, ``--n_batch`` at a time."""
+
+    runs = Path("runs")
+
+    def __init__(self, args: Namespace) -> None:
+        if args.max_images is None or args.max_images > args.n_samples:
+            args.max_images = args.n_samples
+        super().__init__(args)

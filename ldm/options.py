@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 
 
-def add_unconditional_options(parser: argparse.ArgumentParser) -> None:
-    """Model and sampler of scripts/sample_diffusion_ldm.py."""
+def add_unconditional_options(
+    parser: argparse.ArgumentParser, checkpoint: str = "--resume_base", seed: int | None = None, count: int = 50000
+) -> None:
+    """Model and sampler of the unconditional scripts.
+
+    Args:
+        checkpoint: what the option for the float checkpoint is called, beside ``-r``.
+        seed: its default; None makes it required.
+        count: how many images by default.
+    """
     group = parser.add_argument_group("model")
     group.add_argument(
         "-r",
-        "--resume_base",
+        checkpoint,
+        dest="resume_base",
         nargs="?",
         help="checkpoint, or its folder; config.yaml lies beside it (default: the bundled digits model)",
     )
-    group.add_argument("--seed", type=int, required=True)
-    group.add_argument("-n", "--n_samples", type=int, nargs="?", const=50000, default=50000, help="how many images")
+    group.add_argument("--seed", type=int, default=seed, required=seed is None)
+    group.add_argument("-n", "--n_samples", type=int, nargs="?", const=count, default=count, help="how many images")
     group = parser.add_argument_group("sampler")
     group.add_argument("-c", "--custom_steps", type=int, nargs="?", const=50, default=50, help="steps of the sampler")
     group.add_argument("-e", "--eta", type=float, nargs="?", const=1.0, default=1.0, help="η of DDIM")
@@ -58,14 +67,24 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
-    """Model and sampler of scripts/txt2img.py."""
-    add_guided_options(parser, TEXT_CONFIG, TEXT_CKPT, 50, 7.5, 42, "images of the prompt, and images at a time")
+def add_lsun_options(parser: argparse.ArgumentParser) -> None:
+    """Model and sampler of EDA-DM's scripts for LSUN."""
+    add_unconditional_options(parser, checkpoint="--resume", seed=1234, count=10000)
+    parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
+
+
+def add_text_options(parser: argparse.ArgumentParser, seed: int = 42, n_iter: int = 2) -> None:
+    """Model and sampler of the text-conditional scripts.
+
+    Args:
+        seed, n_iter: defaults.
+    """
+    add_guided_options(parser, TEXT_CONFIG, TEXT_CKPT, 50, 7.5, seed, "images of the prompt, and images at a time")
     group = parser.add_argument_group("prompts and sizes")
     group.add_argument("--prompt", nargs="?", help="(default: a virus monster playing guitar, or a digit)")
     group.add_argument("--from-file", help="prompts, one a line; or COCO's captions_val2014.json")
     group.add_argument("--cali_prompts", help="prompts of the recorded calibration set (default: the run's)")
-    group.add_argument("--n_iter", type=int, default=2, help="how often the prompts are gone through")
+    group.add_argument("--n_iter", type=int, default=n_iter, help="how often the prompts are gone through")
     group.add_argument("--max_images", type=int, help="stop after so many images")
     group.add_argument("--fixed_code", action="store_true", help="the same starting noises in every batch")
     group.add_argument("--plms", action="store_true")
@@ -75,6 +94,13 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--W", type=int, help="image width in pixels (default: the model's)")
     group.add_argument("--C", type=int, help="latent channels (default: the model's)")
     group.add_argument("--f", type=int, help="downsampling factor (default: the model's)")
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Model and sampler of EDA-DM's scripts/sample_txt2img.py, where ``--n_samples`` counts the images."""
+    add_text_options(parser, seed=1234, n_iter=1)
+    parser.add_argument("--n_batch", type=int, default=2, help="images at a time")
+    parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
 
 
 CLASS_CONFIG, CLASS_CKPT = "configs/latent-diffusion/cin256-v2.yaml", "models/ldm/cin256/model.ckpt"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
 
 from qdiff.errors import UserError
+
+END_BITS = 8
 
 
 class RangeMethod(str, Enum):
@@ -14,6 +16,7 @@ class RangeMethod(str, Enum):
 
     MIN_MAX = "max"  # the extremes
     MSE = "mse"  # the shrunken extremes with the least L2.4 error, 80 steps of 1 %
+    SEARCH = "search"  # EDA-DM's: the width and zero point with the least L2.4 error, 100 steps of 1 %
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class QuantConfig:
         split_shortcut: layers that consume a concatenation get quantizers for each part (``--split``).
         weight_symmetric: likewise for weights.
         weight_range, act_range: range methods.
+        keep_ends: the first and the last layer's weights get 8 bits whatever ``weight_bits`` says, and the last layer's
+            input stays in float (EDA-DM).
 
     Raises:
         UserError: a width out of range, or no such range method.
@@ -41,6 +46,7 @@ class QuantConfig:
     weight_symmetric: bool = False
     weight_range: RangeMethod = RangeMethod.MIN_MAX
     act_range: RangeMethod = RangeMethod.MIN_MAX
+    keep_ends: bool = False
 
     def __post_init__(self) -> None:
         for name, low, high, option in (
@@ -64,6 +70,20 @@ class QuantConfig:
         """Return plain values, for JSON."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
+
+    def of_layer(self, name: str, ends: tuple[str, str] | None) -> QuantConfig:
+        """Return what holds for one layer.
+
+        Args:
+            ends: names of the network's first and last layer.
+        """
+        if not self.keep_ends or ends is None or name not in ends:
+            return self
+        return replace(
+            self,
+            weight_bits=None if self.weight_bits is None else END_BITS,
+            act_bits=None if name == ends[1] else self.act_bits,
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:

@@ -97,11 +97,15 @@ class Family:
             checkpoint files, tried in order with ``re.sub``; only attention quantizers differ.
         symmetric_softmax: the family's published checkpoints give the softmax quantizer the symmetric range too
             when activations are symmetric.
+        ends: names of the layer that takes the network's input and of the one that gives its output.
+        middle: name of the module whose output is the input of the middle attention block.
     """
 
     network: type[nn.Module]
     published_names: tuple[tuple[str, str], ...] = ()
     symmetric_softmax: bool = False
+    ends: tuple[str, str] | None = None
+    middle: str | None = None
 
     def published_name(self, name: str) -> str:
         for pattern, replacement in self.published_names:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.config import QuantConfig
+from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.functional import max_level
@@ -29,7 +29,12 @@ from qdiff.tensor_files import read_safetensors
 
 FORMAT = "qdiff-1"
 # Config fields that a file and the options of a run must agree on, and the option that sets each.
-_WEIGHT_OPTIONS = {"weight_bits": "--weight_bit", "split_shortcut": "--split", "weight_symmetric": "--w_sym"}
+_WEIGHT_OPTIONS = {
+    "weight_bits": "--weight_bit",
+    "split_shortcut": "--split",
+    "weight_symmetric": "--w_sym",
+    "keep_ends": "--keep_ends",
+}
 _ACT_OPTIONS = {"act_bits": "--act_bit", "act_symmetric": "--a_sym", "softmax_bits": "--sm_abit"}
 
 
@@ -68,7 +73,7 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     tensors = {
         f"{name}.weight": layer.weight.detach().float().cpu().contiguous()
         if bits is None
-        else pack(layer.weight_int, bits)
+        else pack(layer.weight_int, layer.weight_quantizers[0].bits)
         for name, layer in qnn.layers().items()
     }
     tensors["float"] = _concatenated(list(_float_tensors(qnn).values()), torch.float32)
@@ -123,7 +128,7 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
         for name, layer in qnn.layers().items():
             stored, weight = tensors[f"{name}.weight"], layer.weight
             if qnn.config.weight_bits is not None:
-                stored = unpack(stored, qnn.config.weight_bits, weight.numel())
+                stored = unpack(stored, layer.weight_quantizers[0].bits, weight.numel())
             integers[name] = stored.reshape(weight.shape)
         weight_quantizers = sorted(_weight_quantizers(qnn).items())
         if weight_quantizers:
@@ -179,6 +184,8 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
         a, b = getattr(there, field), getattr(here, field)
         if a != b:
             change = ("add " if a else "leave out ") + option if isinstance(a, bool) else f"give {option} {a}"
+            if field == "act_symmetric" and RangeMethod.SEARCH in (there.act_range, here.act_range):
+                change = f"EDA-DM means the opposite by {option}: give the --method that it was made by"
             raise UserError(f"checkpoint {path} was made with {field} {a}, this run asks for {b}; {change}")
     if metadata.get("layout") != _layout(qnn):
         raise UserError(
@@ -189,9 +196,9 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
 
 def counted_bytes(qnn: QuantModel) -> int:
     """Return the bytes of what `save_native` stores, without the file's header."""
-    bits = qnn.config.weight_bits
     weights = sum(
-        m.weight.numel() * 4 if bits is None else packed_bytes(m.weight.numel(), bits) for m in qnn.layers().values()
+        packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if m.weight_quantizers else m.weight.numel() * 4
+        for m in qnn.layers().values()
     )
     floats = sum(t.numel() * 4 for t in _float_tensors(qnn).values())
     zero_points = sum(q.zero_point.numel() for q in _weight_quantizers(qnn).values())

@@ -212,8 +212,8 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
             prefix = f"model.{name}.weight_quantizer{'_0' if i else ''}"
             floor = (weight.cpu() / state[f"{prefix}.delta"]).floor() + state[f"{prefix}.zero_point"]
             # Where clamping decided, either sign of α gives the same clamped integer.
-            up = integers.cpu() - floor >= 1
-            if not torch.equal((floor + up).clamp(0, max_level(qnn.config.weight_bits)), integers.float().cpu()):
+            up, top = integers.cpu() - floor >= 1, max_level(layer.weight_quantizers[i].bits)
+            if not torch.equal((floor + up).clamp(0, top), integers.float().cpu()):
                 raise UserError(
                     f"the float weights of {name} are not those that were quantized, and the published format holds "
                     "them; load the float checkpoint before the quantized one, or save the native format"

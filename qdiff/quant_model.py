@@ -38,10 +38,14 @@ class QuantModel(nn.Module):
         self.config = config
         self.family = family_of(network)
         self.model = network
-        for parent in list(network.modules()):
+        ends = self.family.ends
+        if config.keep_ends and ends is None:
+            raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
+        for path, parent in list(network.named_modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, QUANTIZABLE):
-                    setattr(parent, name, QuantModule(child, config))
+                    full_name = f"{path}.{name}" if path else name
+                    setattr(parent, name, QuantModule(child, config.of_layer(full_name, ends)))
                 elif isinstance(child, AttentionCore):
                     setattr(parent, name, QuantAttention(child, config))
         if not leaves(network):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -47,12 +49,14 @@ class ActQuantizer(Quantizer):
     Attributes:
         fired: how often it quantized (not state: counts since construction or the last reset).
         observer: while set, values pass unchanged and are recorded.
+        dropping: while set, decides which elements stay in float (QDrop); only while something is learned.
     """
 
     def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
         super().__init__(bits, symmetric, unsigned)
         self.fired = 0
         self.observer: RangeObserver | None = None
+        self.dropping: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.observer is not None:
@@ -60,7 +64,8 @@ class ActQuantizer(Quantizer):
             return x
         self.fired += 1
         if torch.is_grad_enabled() and (self.delta.requires_grad or x.requires_grad):
-            return fake_quantize(x, self.delta, self.zero_point, self.bits)
+            y = fake_quantize(x, self.delta, self.zero_point, self.bits)
+            return y if self.dropping is None else self.dropping(y, x)
         return fake_quantize_inference(x, self.delta, self.zero_point, self.bits)
 
     def settle(self) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from qdiff.config import RangeMethod
 from qdiff.functional import dequantize, max_level, quantize
+from qdiff.range_search import ERROR_NORM, TINY, Side, affine, search_range
 
 SHRINK_STEPS = 80  # Q-Diffusion and BRECQ shrink the range by 1 % at a time, down to 20 %
-ERROR_NORM = 2.4
-TINY = 1e-8  # smallest step size: a constant 0 input has no range
+SEARCH_MOMENTUM = 0.9  # EDA-DM averages the ranges of batches, whatever --running_stat says
 
 
 def qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool = False) -> tuple[Tensor, Tensor]:
@@ -37,8 +39,7 @@ def qparams(low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: boo
         positive = max(2 ** (bits - 1) - 1, 1)
         delta = (torch.maximum(-low, high) / positive).clamp(min=TINY)
         return delta, torch.full_like(delta, 2 ** (bits - 1), dtype=torch.int32)
-    delta = ((high - low) / max_level(bits)).clamp(min=TINY)
-    return delta, torch.round(-low / delta).clamp(0, max_level(bits)).to(torch.int32)
+    return affine(low, high, bits)
 
 
 def estimate(
@@ -54,16 +55,19 @@ def estimate(
     Args:
         x: the values; with ``per_channel`` every index of dimension 0 gets a range of its own.
         bits, symmetric, unsigned: see `qparams`.
-        method: extremes, or the least L2.4 error over 80 shrunken ranges.
+        method: extremes, the least L2.4 error over 80 shrunken ranges, or `qdiff.range_search`.
 
     Returns:
         δ and z of shape () or, per channel, [C, 1, …] to broadcast against x.
     """
     rows = x.detach().reshape(x.shape[0] if per_channel else 1, -1).float()
-    low, high = rows.amin(dim=1), rows.amax(dim=1)
-    delta, zero_point = qparams(low, high, bits, symmetric, unsigned)
-    if method is RangeMethod.MSE:
-        delta, zero_point = _search(rows, low, high, bits, symmetric, unsigned)
+    if method is RangeMethod.SEARCH:
+        side = Side.POSITIVE if unsigned else Side.of(rows)
+        delta, zero_point = affine(*search_range(rows, bits, symmetric, side), bits)
+    else:
+        low, high = rows.amin(dim=1), rows.amax(dim=1)
+        find = qparams if method is RangeMethod.MIN_MAX else partial(_search, rows)
+        delta, zero_point = find(low, high, bits, symmetric, unsigned)
     shape = [-1] + [1] * (x.dim() - 1) if per_channel else []
     return delta.reshape(shape), zero_point.reshape(shape)
 
@@ -94,11 +98,14 @@ class RangeObserver:
     """Collects what one activation quantizer sees over several batches and settles on a range.
 
     Args:
-        method: extremes over everything seen, or the search on a bounded sample of the values.
+        method: extremes over everything seen; the least error on a bounded sample of all values; or
+            `qdiff.range_search` on a sample of each batch and a running average of the ranges found, all on the side of
+            0 where the first batch lies.
         running_momentum: with a number m, the extremes are an exponential average: new = m·old + (1 − m)·batch
-            (the papers' ``--running_stat``, m = 0.95).
+            (the papers' ``--running_stat``, m = 0.95). SEARCH does not look at it.
     """
 
+    SEARCH_SAMPLE = 1 << 15  # values of a batch that are searched, up to twice as many where a stride would halve them
     SAMPLE = 1 << 18  # values kept for the search: enough for a 16-bit tail, small enough for any layer
 
     def __init__(self, method: RangeMethod, running_momentum: float | None = None) -> None:
@@ -121,14 +128,32 @@ class RangeObserver:
         if self.method is RangeMethod.MSE:
             flat = x.detach().reshape(-1)
             self._kept.append(flat[:: _stride(flat.numel() * 4, self.SAMPLE)].clone())
+        elif self.method is RangeMethod.SEARCH:
+            flat = x.detach().reshape(-1)
+            stride = _stride(flat.numel(), self.SEARCH_SAMPLE)
+            sample = flat[::stride].clone() if stride == 1 else torch.cat([flat[::stride], low[None], high[None]])
+            self._kept.append(sample)
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         """Return δ and z, both of shape ()."""
         if self.method is RangeMethod.MIN_MAX:
             return qparams(self.low, self.high, bits, symmetric, unsigned)
+        if self.method is RangeMethod.SEARCH:
+            return self._searched(bits, symmetric, unsigned)
         kept = torch.cat(self._kept)
         kept = kept[:: _stride(kept.numel(), self.SAMPLE)]
         # The extremes start the search, also those that the sample missed.
         rows = torch.cat([kept.clamp(self.low, self.high), self.low[None], self.high[None]])[None].float()
         delta, zero_point = _search(rows, self.low[None], self.high[None], bits, symmetric, unsigned)
+        return delta[0], zero_point[0]
+
+    def _searched(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
+        side = Side.POSITIVE if unsigned else Side.of(self._kept[0])
+        average = None
+        for kept in self._kept:
+            found = search_range(kept[None].float(), bits, symmetric, side)
+            # The first is averaged with itself: that moves a last bit, and 2^b/2 − ½ then rounds as published.
+            old = found if average is None else average
+            average = [SEARCH_MOMENTUM * a + (1 - SEARCH_MOMENTUM) * b for a, b in zip(old, found, strict=True)]
+        delta, zero_point = affine(*average, bits)
         return delta[0], zero_point[0]

@@ -12,7 +12,13 @@ from __future__ import annotations
 from ldm.options import add_unconditional_options
 from qdiff.cli.script import sampling_script
 
-main = sampling_script("sample_diffusion_ldm", __doc__, add_unconditional_options, "ldm.command:UnconditionalModel")
+main = sampling_script(
+    "sample_diffusion_ldm",
+    __doc__,
+    add_unconditional_options,
+    "ldm.command:UnconditionalModel",
+    preset="configs/eda-dm/bedroom.yaml",
+)
 
 if __name__ == "__main__":
     main()

@@ -13,7 +13,13 @@ from __future__ import annotations
 from ldm.options import add_class_options
 from qdiff.cli.script import sampling_script
 
-main = sampling_script("sample_diffusion_ldm_imagenet", __doc__, add_class_options, "ldm.command:ClassModel")
+main = sampling_script(
+    "sample_diffusion_ldm_imagenet",
+    __doc__,
+    add_class_options,
+    "ldm.command:ClassModel",
+    preset="configs/eda-dm/imagenet.yaml",
+)
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,12 @@ from ldm.options import add_text_options
 from qdiff.cli.script import sampling_script
 
 main = sampling_script(
-    "txt2img", __doc__, add_text_options, "ldm.command:TextModel", folder=("--outdir", "-l", "--logdir")
+    "txt2img",
+    __doc__,
+    add_text_options,
+    "ldm.command:TextModel",
+    folder=("--outdir", "-l", "--logdir"),
+    preset="configs/eda-dm/stable-diffusion.yaml",
 )
 
 if __name__ == "__main__":

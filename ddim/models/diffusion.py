@@ -145,4 +145,12 @@ def _pop(state: State, out: Tensor) -> None:
     state["h"] = out
 
 
-register_family(Family(network=Model, published_names=((r"\.core\.(act_quantizer_)", r".\1"),), symmetric_softmax=True))
+register_family(
+    Family(
+        network=Model,
+        published_names=((r"\.core\.(act_quantizer_)", r".\1"),),
+        symmetric_softmax=True,
+        ends=("conv_in", "conv_out"),
+        middle="mid.block_1",
+    )
+)

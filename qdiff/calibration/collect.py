@@ -1,12 +1,13 @@
-"""Record what a sampler feeds the denoising network: the calibration set of a float model."""
+"""Record what a sampler feeds the denoising network, and what a module in it gives: calibration of a float model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class OnCall(Protocol):
@@ -18,8 +19,12 @@ class OnCall(Protocol):
         """x [N, C, H, W], t [N]; where conditional [N, L, D], and the same where guidance uses "no condition"."""
 
 
+Sample = Callable[[OnCall, Sequence[int]], object]
+"""``sample(on_call, indices)`` runs the whole sampler for the images numbered ``indices``."""
+
+
 def record_calls(
-    sample: Callable[[OnCall, Sequence[int]], object],
+    sample: Sample,
     count: int,
     batch_size: int,
     keep: Sequence[int],
@@ -28,7 +33,7 @@ def record_calls(
     """Run a sampler batch by batch and keep the network inputs of chosen calls.
 
     Args:
-        sample: ``sample(on_call, indices)`` runs the whole sampler for the images numbered ``indices``.
+        sample: see `Sample`.
         count: how many images to sample.
         batch_size: images at a time.
         keep: which calls of a run to keep, counted from 0 (the noisiest).
@@ -37,24 +42,134 @@ def record_calls(
     Returns:
         ``xs`` float32 [len(keep), count, C, H, W], ``ts`` [len(keep), count] and, where there are conditions, ``cs``
         and ``ucs`` [len(keep), count, L, D], on the CPU.
+
+    Raises:
+        ValueError: a call that the sampler does not make.
     """
-    place = {call: row for row, call in enumerate(keep)}
-    kept: dict[str, list[list[Tensor]]] = {}
+
+    def rows(call: int, indices: Sequence[int]) -> slice | None:
+        return slice(None) if call in keep else None
+
+    recorded = _record(sample, count, batch_size, keep, rows, on_batch)
+    return {key: torch.stack(calls) for key, calls in recorded.items()}
+
+
+def record_assigned(
+    sample: Sample,
+    assignment: Tensor,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, list[Tensor]]:
+    """Run a sampler batch by batch and keep ONE network input of every image.
+
+    Args:
+        sample: see `Sample`.
+        assignment: int64 [N]: image i gives what the network is fed at call ``assignment[i]`` of its run, counted
+            from 0 (the noisiest); see `assign`.
+        batch_size: images at a time; it has no influence on what is recorded.
+        on_batch: told the number of images of each finished batch.
+
+    Returns:
+        The published format with steps of different sizes, on the CPU: ``xs`` a list over the calls that images are
+        assigned to, in sampling order, of float32 [n_i, C, H, W]; ``ts`` likewise [n_i] and, where there are
+        conditions, ``cs`` and ``ucs`` [n_i, L, D]. Images of a call are in the order of their numbers.
+
+    Raises:
+        ValueError: a call that the sampler does not make.
+    """
+
+    def rows(call: int, indices: Sequence[int]) -> Tensor | None:
+        mine = (assignment[indices[0] : indices[-1] + 1] == call).nonzero().flatten()
+        return mine if len(mine) else None
+
+    return _record(sample, len(assignment), batch_size, assignment.unique().tolist(), rows, on_batch)
+
+
+def assign(counts: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a call for each of Σ counts images, int64 [N]: ``counts[i]`` images, chosen by chance, get call i."""
+    calls = torch.arange(len(counts)).repeat_interleave(counts)
+    return calls[torch.randperm(len(calls), generator=generator)]
+
+
+def _record(
+    sample: Sample,
+    count: int,
+    batch_size: int,
+    calls: Sequence[int],
+    wanted: Callable[[int, Sequence[int]], slice | Tensor | None],
+    on_batch: Callable[[int], None] | None,
+) -> dict[str, list[Tensor]]:
+    """Run a sampler batch by batch and return wanted network inputs by kind, for each of ``calls`` a tensor [n, …].
+
+    Args:
+        wanted: ``wanted(call, indices)`` returns which rows of a batch, the images ``indices``, to keep at a call.
+    """
+    kept: dict[str, dict[int, list[Tensor]]] = {}
     for start in range(0, count, batch_size):
         indices = range(start, min(start + batch_size, count))
         call = 0
 
-        def on_call(x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None) -> None:
+        def on_call(
+            x: Tensor,
+            t: Tensor,
+            condition: Tensor | None = None,
+            unconditional: Tensor | None = None,
+            indices: Sequence[int] = indices,
+        ) -> None:
             nonlocal call
-            if call in place:
+            if (rows := wanted(call, indices)) is not None:
                 given = {"xs": x.float(), "ts": t, "cs": condition, "ucs": unconditional}
                 for key, value in given.items():
                     if value is not None:
-                        rows = kept.setdefault(key, [[] for _ in keep])
-                        rows[place[call]].append(value.detach().cpu().clone())
+                        # A clone: samplers reuse their memory.
+                        part = value.detach()[rows].cpu().clone()
+                        kept.setdefault(key, {}).setdefault(call, []).append(part)
             call += 1
 
         sample(on_call, indices)
         if on_batch is not None:
             on_batch(len(indices))
-    return {key: torch.stack([torch.cat(parts) for parts in rows]) for key, rows in kept.items()}
+    if missing := set(calls) - set(kept.get("xs", ())):
+        raise ValueError(f"call {min(missing)} is to be recorded, and the sampler does not make it")
+    return {key: [torch.cat(parts[call]) for call in calls] for key, parts in kept.items()}
+
+
+@torch.no_grad()
+def record_features(sample: Sample, network: nn.Module, module_name: str, indices: Sequence[int]) -> list[Tensor]:
+    """Run the sampler once and keep what a module of the network gives at every network call.
+
+    For EDA-DM's TDAC the module is `Family.middle`, whose output is the input of the middle attention block.
+
+    Args:
+        sample: see `Sample`; it must call ``network``.
+        network: the float network.
+        module_name: dotted path of the module in it.
+        indices: numbers of the images to sample, as one batch.
+
+    Returns:
+        T tensors float32 [N, C, H, W] on the CPU, in sampling order (a list: stacking would take the memory twice).
+        With guidance N is twice the number of images, as the network sees them: the unconditional half first.
+
+    Raises:
+        ValueError: the network has no such module, or it did not run.
+    """
+    if module_name not in dict(network.named_modules()):
+        raise ValueError(f"{type(network).__name__} has no module {module_name!r}")
+    with _outputs(network.get_submodule(module_name)) as features:
+        sample(lambda *_: None, indices)
+    if not features:
+        raise ValueError(f"{module_name} of {type(network).__name__} did not run while sampling")
+    return features
+
+
+@contextlib.contextmanager
+def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield the list to which every output of the module is appended inside the block, float32 on the CPU."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_hook(
+        lambda _, args, out: seen.append(out.detach().to("cpu", torch.float32, copy=True))
+    )
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration.dropping import Dropping
+from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import Objective
 
 
@@ -68,10 +71,15 @@ def optimise(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     on_iteration: Callable[[], None] = lambda: None,
     pass_size: int | None = None,
+    drop: float = 0.0,
+    layer_weight: float = 0.0,
 ) -> float:
-    """Minimise ``objective + penalty`` over random batches.
+    """Minimise ``objective + layer_weight · the layers' own errors + penalty`` over random batches.
 
     Args:
+        drop: probability that an element of the inputs, and of what activation quantizers pass on, is the float one
+            (QDrop).
+        layer_weight: γ of EDA-DM's fine-grained reconstruction, see `LayerErrors`.
         penalty: extra loss at a given share of the iterations (the rounding regulariser).
         after_step: called after each optimiser step (to keep step sizes positive).
         generator: decides the batches.
@@ -82,7 +90,9 @@ def optimise(
     """
     batches = _batches(len(unit.target), batch_size, generator)
     tail: list[Tensor] = []
-    with torch.enable_grad():
+    with torch.enable_grad(), contextlib.ExitStack() as stack:
+        dropping = stack.enter_context(Dropping(unit.module, drop, generator, device)) if drop > 0 else None
+        layers = LayerErrors(unit.module) if layer_weight > 0 else None
         for iteration in range(iterations):
             rows = next(batches)
             optimiser.zero_grad(set_to_none=True)
@@ -90,8 +100,17 @@ def optimise(
             for part in rows.split(pass_size or len(rows)):
                 inputs = tuple(i[part].to(device, non_blocking=True) for i in unit.inputs)
                 target = unit.target[part].to(device, non_blocking=True)
+                float_inputs = ()
+                if dropping is not None or layers is not None:
+                    float_inputs = tuple(i[part].to(device, non_blocking=True) for i in unit.float_inputs)
+                if dropping is not None:
+                    inputs = dropping.feed(inputs, float_inputs)
+                with layers.watch(float_inputs) if layers is not None else contextlib.nullcontext():
+                    output = unit.module(*inputs)
                 # Objectives are means over samples.
-                share = objective(unit.module(*inputs), target, part) * (len(part) / len(rows))
+                share = objective(output, target, part) * (len(part) / len(rows))
+                if layers is not None:
+                    share = share + layer_weight * layers.error() * (len(part) / len(rows))
                 (share + extra).backward()
                 error, extra = error + share.detach(), 0.0
             optimiser.step()

@@ -1,13 +1,14 @@
 """The calibration set: what the denoising network is fed while the float model samples.
 
 Files have the published format: ``torch.save`` of a dict with ``xs`` [steps][n, C, H, W] and ``ts`` [steps][n], and
-``cs``, ``ucs`` [steps][n, L, D] for conditional models; steps are in sampling order, noisiest first.
+``cs``, ``ucs`` [steps][n, L, D] for conditional models; steps are in sampling order, noisiest first. Steps may hold
+different numbers of samples.
 """
 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class CalibrationSet:
         return len(self.inputs[0])
 
 
-def save_recording(recording: dict[str, Tensor], path: str | Path) -> None:
+def save_recording(recording: Mapping[str, Sequence[Tensor]], path: str | Path) -> None:
     """Write a recording ({"xs": …, "ts": …}) in the published format, whole or not at all."""
     with written_whole(path) as temporary:
         torch.save(recording, temporary)
@@ -67,18 +68,19 @@ def load_recording(path: str | Path) -> dict[str, Sequence[Tensor]]:
 
 
 def select_samples(
-    recording: dict[str, Sequence[Tensor]],
-    steps: int,
-    per_step: int,
+    recording: Mapping[str, Sequence[Tensor]],
+    steps: int | None,
+    per_step: int | None,
     image_shape: tuple[int, ...],
     conditional: bool = False,
     source: str | Path = "the recording",
 ) -> CalibrationSet:
-    """Take ``per_step`` samples at ``steps`` evenly spaced recorded steps.
+    """Take ``per_step`` samples at ``steps`` evenly spaced recorded steps; None takes all that are recorded.
 
     Args:
         recording: as from `load_recording`.
-        steps, per_step: ``--cali_st`` and ``--cali_n``.
+        steps: ``--cali_st``; None: every recorded step.
+        per_step: ``--cali_n``; None: every sample of a step, however many each has.
         image_shape: (C, H, W) that the network takes.
         conditional: take the conditional and the unconditional half, twice the data; where the file has only the first
             (sampled without guidance), that.
@@ -88,15 +90,17 @@ def select_samples(
         UserError: fewer steps or samples recorded than asked for, or samples of another shape.
     """
     xs, ts = recording["xs"], recording["ts"]
+    if steps is None:
+        steps = len(xs)
     if steps > len(xs):
         raise UserError(
             f"--cali_st {steps} goes beyond the {len(xs)} steps recorded in {source}; give --cali_st {len(xs)} or less"
         )
     chosen = evenly_spaced(len(xs), steps)
-    if per_step < 1:
+    if per_step is not None and per_step < 1:
         raise UserError(f"--cali_n is {per_step}; give at least 1")
     fewest = min(len(xs[i]) for i in chosen)
-    if per_step > fewest:
+    if per_step is not None and per_step > fewest:
         raise UserError(
             f"--cali_n {per_step} is more than the {fewest} samples a step in {source}; give --cali_n {fewest} or less"
         )

@@ -1,8 +1,18 @@
-"""How many calibration samples each timestep gives."""
+"""How many calibration samples each step gives.
+
+A schedule is either a list of chosen steps that give equally many (`evenly_spaced`) or counts, int64 [T] with the
+sum N: what step i of a sampling run gives. Steps are in sampling order, so step 0 is the noisiest.
+"""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from qdiff.errors import UserError
+
+# PTQ4DM's distribution of timesteps, in units of T.
+NORMAL_MEAN, NORMAL_STD = 0.4, 0.4
 
 
 def evenly_spaced(recorded: int, count: int) -> list[int]:
@@ -16,3 +26,45 @@ def evenly_spaced(recorded: int, count: int) -> list[int]:
             f"{count} calibration steps were asked for and {recorded} are recorded; give --cali_st 1 to {recorded}"
         )
     return list(range(0, recorded, recorded // count))[:count]
+
+
+def uniform_counts(steps: int, count: int) -> Tensor:
+    """Return equal counts, int64 [steps], with the sum ``count``; a remainder is spread over the whole run.
+
+    Raises:
+        UserError: fewer than one sample.
+    """
+    _check(steps, count)
+    return (torch.arange(steps + 1) * count // steps).diff()
+
+
+def normal_counts(steps: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return counts, int64 [steps], of timesteps drawn from a normal distribution (PTQ4DM), with the sum ``count``.
+
+    Timesteps are drawn with mean 0.4·T and standard deviation 0.4·T, T = ``steps``; then the drawn values' own range
+    is stretched to [0, T − 1] and rounded. Timestep 0 is the CLEAN end there and the last of a sampling run, so drawn
+    timestep t counts for step T − 1 − t. (Stretching undoes any mean and deviation: the bell ends up between the two
+    extremes that were drawn, around the middle of the run on average.)
+
+    Args:
+        generator: decides the draw.
+
+    Raises:
+        UserError: fewer than one sample.
+
+    Source: Shang et al. 2023, "Post-training Quantization on Diffusion Models", as EDA-DM runs it for comparison.
+    """
+    _check(steps, count)
+    drawn = NORMAL_MEAN * steps + NORMAL_STD * steps * torch.randn(count, generator=generator, dtype=torch.float64)
+    spread = drawn.max() - drawn.min()
+    if spread > 0:
+        drawn = (drawn - drawn.min()) / spread * (steps - 1)
+    timestep = drawn.round().long().clamp(0, steps - 1)  # a single draw has no range to stretch
+    return (steps - 1 - timestep).bincount(minlength=steps)
+
+
+def _check(steps: int, count: int) -> None:
+    if steps < 1:
+        raise ValueError(f"a sampling run of {steps} steps")
+    if count < 1:
+        raise UserError(f"the number of calibration samples is {count}; give at least 1")

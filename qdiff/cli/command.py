@@ -7,142 +7,38 @@ import hashlib
 import json
 import logging
 import time
-from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qdiff.accounting import account
-from qdiff.calibration.collect import OnCall, record_calls
 from qdiff.calibration.samples import select_samples
 from qdiff.calibration.schedules import evenly_spaced
+from qdiff.cli.float_model import FloatModel
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
-from qdiff.config import RangeMethod
-from qdiff.errors import UserError
+from qdiff.config_files import read_config
+from qdiff.evaluation.allocation_plot import allocation_picture
 from qdiff.images import save_png, to_uint8
-from qdiff.interface import SteppedNetwork
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 SEQUENCE_IMAGES = 8
 # The ε error against float is measured on this many held-out trajectories at this many steps.
 HELD_OUT_IMAGES, HELD_OUT_STEPS = 16, 10
-
-Network = Callable[..., Tensor]
-OnStep = Callable[[int, float, Tensor, Tensor], None]
-
-
-class FloatModel:
-    """A float diffusion model and its sampler, as a command's options name them: what a family offers the commands.
-
-    Construction reads configs and checks numbers; weights, data and device are touched by `load`.
-
-    Attributes:
-        args: the options.
-        name: of the default run folder.
-        config: what decides the images besides quantization, JSON values.
-        count: how many images the command makes.
-        batch_size: images at a time.
-        weight_range, act_range: what the family's scripts take by default.
-        conditional: the network takes a context.
-        labels: the class that each image was asked for, where that is known.
-        runs: folder of the default run folders.
-        notes: sentences that the user should read; `load` may add some.
-        network, weights, device: after `load`.
-    """
-
-    name: str
-    config: dict[str, Any]
-    count: int
-    batch_size: int
-    weight_range = RangeMethod.MSE
-    act_range = RangeMethod.MSE
-    conditional = False
-    labels: list[int] | None = None
-    runs = Path("runs")
-    network: SteppedNetwork
-    weights: Path
-    device: torch.device
-
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
-        self.notes: list[str] = []
-        if args.seed < 0:
-            raise UserError(f"--seed is {args.seed}; give 0 or more")
-        if getattr(args, "batch_size", None) is not None and args.batch_size < 1:
-            raise UserError(f"--batch_size is {args.batch_size}; give at least 1")
-
-    @property
-    def calls(self) -> int:
-        """How often one image's sampling calls the network."""
-        raise NotImplementedError
-
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the network's input."""
-        raise NotImplementedError
-
-    @property
-    def context_shape(self) -> tuple[int, ...] | None:
-        """[L, D] of the context that the network is fed, after `load`; None where it takes none."""
-        return None
-
-    def build_network(self) -> tuple[SteppedNetwork, tuple[int, ...] | None]:
-        """Return the network on the meta device, and the [L, D] of its context: shapes without files."""
-        raise NotImplementedError
-
-    def load(self, device: torch.device) -> None:
-        """Load the float weights onto a device."""
-        raise NotImplementedError
-
-    def move_to(self, device: torch.device) -> None:
-        """Move what was loaded to another device."""
-        raise NotImplementedError
-
-    def trajectory(
-        self,
-        network: Network,
-        indices: Sequence[int],
-        calibration: bool = False,
-        on_call: OnCall | None = None,
-        on_step: OnStep | None = None,
-    ) -> Tensor:
-        """Run the sampler for the images numbered ``indices`` and return x_0 as the network knows it, [N, C, H, W].
-
-        Args:
-            network: ε(x, t[, context]), float or quantized.
-            calibration: draw from the calibration streams instead of the run's.
-            on_call: told of every network call.
-            on_step: told of every sampler step: (i, t, x, predicted x_0).
-        """
-        raise NotImplementedError
-
-    def to_images(self, x_0: Tensor) -> Tensor:
-        """Turn what `trajectory` returns into images [N, C, H, W] in [−1, 1]."""
-        return x_0
-
-    @torch.no_grad()
-    def record(self, steps: int, per_step: int, first: int = 0, show_progress: bool = True) -> dict[str, Tensor]:
-        """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams."""
-        with tqdm(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
-            return record_calls(
-                lambda on_call, rows: self.trajectory(
-                    self.network, [first + i for i in rows], calibration=True, on_call=on_call
-                ),
-                per_step,
-                self.batch_size,
-                evenly_spaced(self.calls, steps),
-                on_batch=bar.update,
-            )
+# Beyond every calibration set, and the same for all of them, so that errors can be compared.
+HELD_OUT_FROM = 1 << 20
+# Images of the calibration streams that belong to --cali_seed 0, and how many each such seed has.
+SEEDED_FROM, SEEDED_IMAGES = 1 << 24, 1 << 20
 
 
 class SampleCommand:
@@ -151,15 +47,18 @@ class SampleCommand:
     Args:
         script: its name.
         model: the family's part; ``model.args`` are the options.
+        preset: EDA-DM's values for the family, a YAML file of configs/eda-dm; the model's own come before them.
 
     Attributes:
         config: the resolved configuration, JSON values; there after construction.
     """
 
-    def __init__(self, script: str, model: FloatModel) -> None:
+    def __init__(self, script: str, model: FloatModel, preset: str | None = None) -> None:
         self.model, self.args = model, model.args
-        self.plan = resolve_ptq(self.args, model.weight_range, model.act_range)
-        if self.plan is not None and self.plan.data is None and self.plan.action != "load":
+        values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
+        self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, {**values, **model.eda_dm})
+        records_steps = self.plan is not None and self.plan.draw is None
+        if records_steps and self.plan.data is None and self.plan.action != "load":
             evenly_spaced(model.calls, self.plan.steps)  # checks --cali_st
         self.config = {
             "script": script,
@@ -230,15 +129,39 @@ class SampleCommand:
         model = self.model
         return Quantization(model.network, self.plan, run, model.input_shape, model.context_shape)
 
+    @property
+    def _calibration_seed(self) -> int:
+        return self.args.seed if self.plan.seed is None else self.plan.seed
+
+    @property
+    def _first_image(self) -> int:
+        """Where the recording begins in the calibration streams: another calibration seed sees other images."""
+        return 0 if self.plan.seed is None else SEEDED_FROM + self.plan.seed * SEEDED_IMAGES
+
+    def _record(self, run: RunFolder) -> dict[str, Tensor]:
+        """Record the calibration set of the plan, and keep how its samples fell on the steps."""
+        plan, model = self.plan, self.model
+        if plan.draw is None:
+            log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
+            return model.record(plan.steps, plan.per_step, first=self._first_image)
+        log.info("recording %d samples, one an image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
+        recording, allocation, timesteps = model.record_draw(plan.draw, self._calibration_seed, self._first_image)
+        if allocation is not None:
+            values = {f.name: getattr(allocation, f.name).tolist() for f in fields(allocation)}
+            run.manifest["allocation"] = {"timesteps": timesteps, **values}
+            allocation_picture(allocation, run.path / "allocation.png", timesteps)
+            run.save_manifest()  # whoever continues a killed calibration does not record again
+        return recording
+
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if need be, and measure once how far ε is from float on inputs that calibration never saw."""
         if prepared is None:
             return
-        model, qnn = self.model, prepared.complete(self.args.seed, self.model.record)
+        model, qnn = self.model, prepared.complete(self._calibration_seed, lambda: self._record(run))
         if "noise_error" not in run.manifest:
             steps = min(HELD_OUT_STEPS, model.calls)
             held_out = select_samples(
-                model.record(steps, HELD_OUT_IMAGES, first=self.plan.per_step, show_progress=False),
+                model.record(steps, HELD_OUT_IMAGES, first=HELD_OUT_FROM, show_progress=False),
                 steps,
                 HELD_OUT_IMAGES,
                 model.input_shape,

@@ -27,7 +27,8 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
-    group.add_argument("--method", choices=["linear", "qdiff"], help="default: as the other options imply")
+    methods = ["linear", "qdiff", "ptq4dm", "eda-dm"]
+    group.add_argument("--method", choices=methods, help="default: as the other options imply")
     group.add_argument(
         "--quant_mode", choices=["linear", "qdiff"], default="qdiff", help="linear: round to nearest, min-max"
     )
@@ -37,27 +38,42 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sm_abit", type=int, default=8, help="width of the softmax output, 2-16")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation ranges")
     group.add_argument("--split", action="store_true", help="split shortcut layers at the h|skip boundary")
-    group.add_argument("--w_range", choices=["max", "mse"], help="how weight ranges are chosen")
-    group.add_argument("--a_range", choices=["max", "mse"], help="how activation ranges are chosen")
+    group.add_argument(
+        "--keep_ends",
+        action=argparse.BooleanOptionalAction,
+        help="8-bit weights in the first and last layer, float input of the last (default with EDA-DM)",
+    )
+    group.add_argument("--w_range", choices=["max", "mse", "search"], help="how weight ranges are chosen")
+    group.add_argument("--a_range", choices=["max", "mse", "search"], help="how activation ranges are chosen")
 
 
-def add_calibration_options(parser: argparse.ArgumentParser) -> None:
-    """Calibration by the names of Q-Diffusion's scripts."""
+def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
+    """Calibration by the names of Q-Diffusion's scripts.
+
+    Args:
+        resume: with ``--resume``, which some of EDA-DM's scripts give another meaning.
+    """
     group = parser.add_argument_group("calibration")
     group.add_argument("--cali_ckpt", help="quantized checkpoint (ours or a published .pth) to load")
-    group.add_argument("--resume", action="store_true", help="take everything from --cali_ckpt")
+    if resume:
+        group.add_argument("--resume", action="store_true", help="take everything from --cali_ckpt")
     group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations")
     group.add_argument("--cali_data_path", help="calibration file; without it the float model records one")
     group.add_argument("--cali_st", type=int, default=1, help="how many timesteps to calibrate on")
     group.add_argument("--cali_n", type=int, default=1024, help="samples a timestep")
-    group.add_argument("--cali_batch_size", type=int, default=32)
-    group.add_argument("--cali_iters", type=int, default=20000, help="iterations a block for weights")
+    group.add_argument("--cali_batch_size", type=int, help="samples an iteration (default: 32)")
+    group.add_argument(
+        "--cali_iters", type=int, help="iterations a block for weights (default: 20000; EDA-DM: 5000, for both sides)"
+    )
     group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations a block for activations")
     group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of activation step sizes")
     group.add_argument(
         "--cali_lr_w", type=float, help="learning rate of rounding (default: 1e-3, more for few iterations)"
     )
     group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation error")
+    group.add_argument(
+        "--cali_seed", type=int, help="which images calibration is recorded from, and its batches (default: --seed's)"
+    )
     group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
     group.add_argument("--rs_sm_only", action="store_true", help="--running_stat for softmax outputs alone")
     group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")

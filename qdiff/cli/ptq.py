@@ -7,8 +7,11 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qdiff.calibration.draws import Draw
+from qdiff.cli import eda_dm
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
+from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
 
 
@@ -17,26 +20,35 @@ class PtqPlan:
     """What a run does about quantization.
 
     Attributes:
-        method: ``linear`` or ``qdiff``.
+        method: ``linear``, ``qdiff``, ``eda-dm`` or ``ptq4dm``.
         quant: widths and ranges.
         action: ``calibrate`` everything, ``load`` a finished checkpoint, or load its weights and calibrate
             ``activations``.
         checkpoint: file to load, where there is one.
         data: calibration file; None records one.
         steps, per_step: ``--cali_st`` and ``--cali_n``.
-        recipe: numbers of the Q-Diffusion recipe; None for ``linear``.
+        draw: EDA-DM's and PTQ4DM's calibration set, in the place of ``steps`` and ``per_step``; else None.
+        recipe: numbers of the method's recipe; None for ``linear``.
         memory_budget: GiB of RAM for activations; None has no limit.
+        seed: of the calibration; None takes the run's.
     """
 
-    method: Literal["linear", "qdiff"]
+    method: str
     quant: QuantConfig
     action: Literal["calibrate", "load", "activations"]
     checkpoint: str | None
     data: str | None
     steps: int
     per_step: int
-    recipe: QDiffusionConfig | None
+    recipe: QDiffusionConfig | EdaDmConfig | None
     memory_budget: float | None
+    draw: Draw | None = None
+    seed: int | None = None
+
+    @property
+    def images(self) -> int:
+        """How many images the calibration set is sampled from."""
+        return self.per_step if self.draw is None else self.draw.count
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for the manifest: all that decides the result, so not the memory budget."""
@@ -45,40 +57,49 @@ class PtqPlan:
         return values
 
 
-def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMethod) -> PtqPlan | None:
+def resolve_ptq(
+    args: Namespace, weight_range: RangeMethod, act_range: RangeMethod, preset: dict[str, Any] | None = None
+) -> PtqPlan | None:
     """Return the plan of the options in ``args``, or None where the float model samples.
 
     Args:
-        weight_range, act_range: the script's defaults; the linear method always starts from min-max.
+        weight_range, act_range: the script's defaults; the linear method always starts from min-max, EDA-DM and PTQ4DM
+            from their search.
+        preset: EDA-DM's values by option name, for options that were not given.
 
     Raises:
         UserError: options that contradict each other (both are named) or are out of range.
     """
     if not args.ptq:
         for option in ("quant_act", "resume", "resume_w", "cali_ckpt", "cali_data_path"):
-            if getattr(args, option):
+            if getattr(args, option, None):
                 raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
         return None
-    method = args.method or args.quant_mode
-    if args.method == "qdiff" and args.quant_mode == "linear":
-        raise UserError("--method qdiff contradicts --quant_mode linear; leave one of them out")
+    method = _method(args)
+    searches = method in eda_dm.METHODS
     if method == "linear":  # the papers' baseline, whatever family
         weight_range = act_range = RangeMethod.MIN_MAX
+    elif searches:
+        weight_range = act_range = RangeMethod.SEARCH
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,
-        act_symmetric=args.a_sym,
+        # EDA-DM's scripts mean the opposite by it: absent is the symmetric search.
+        act_symmetric=args.a_sym != searches,
         softmax_bits=args.sm_abit,
         split_shortcut=args.split,
         weight_range=RangeMethod(args.w_range or weight_range),
         act_range=RangeMethod(args.a_range or act_range),
+        keep_ends=searches if args.keep_ends is None else args.keep_ends,
     )
-    recipe = None
+    recipe, draw = None, None
+    if searches:
+        draw, recipe = (f(args, method, preset or {}) for f in (eda_dm.resolve_draw, eda_dm.resolve_recipe))
     if method == "qdiff":
         recipe = QDiffusionConfig(
-            iterations=args.cali_iters,
+            iterations=QDiffusionConfig.iterations if args.cali_iters is None else args.cali_iters,
             act_iterations=args.cali_iters_a,
-            batch_size=args.cali_batch_size,
+            batch_size=QDiffusionConfig.batch_size if args.cali_batch_size is None else args.cali_batch_size,
             lr_rounding=args.cali_lr_w,
             lr_act=args.cali_lr,
             p=args.cali_p,
@@ -90,6 +111,8 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
     for option in ("cali_st", "cali_n"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; give at least 1")
+    if args.cali_seed is not None and args.cali_seed < 0:
+        raise UserError(f"--cali_seed is {args.cali_seed}; give 0 or more")
     if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
         raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
     return PtqPlan(
@@ -102,14 +125,29 @@ def resolve_ptq(args: Namespace, weight_range: RangeMethod, act_range: RangeMeth
         per_step=args.cali_n,
         recipe=recipe,
         memory_budget=args.memory_budget,
+        draw=draw,
+        seed=args.cali_seed,
     )
 
 
+def _method(args: Namespace) -> str:
+    """Return the method that was named, or that the other options imply."""
+    implying = eda_dm.implied_by(args)
+    linear = args.quant_mode == "linear"
+    if args.method is not None and args.method != "linear" and linear:
+        raise UserError(f"--method {args.method} contradicts --quant_mode linear; leave one of them out")
+    if implying and (args.method in ("linear", "qdiff") or (args.method is None and linear)):
+        named = f"--method {args.method}" if args.method else "--quant_mode linear"
+        raise UserError(f"--{implying[0]} is EDA-DM's and contradicts {named}; leave one of them out")
+    return args.method or ("eda-dm" if implying else args.quant_mode)
+
+
 def _action(args: Namespace, method: str) -> Literal["calibrate", "load", "activations"]:
-    if args.resume and args.resume_w:
+    resume = getattr(args, "resume", None) is True  # EDA-DM's LSUN scripts name the float checkpoint by it
+    if resume and args.resume_w:
         raise UserError("--resume and --resume_w contradict each other; leave one of them out")
-    for option in ("resume", "resume_w"):
-        if getattr(args, option) and not args.cali_ckpt:
+    for option, given in (("resume", resume), ("resume_w", args.resume_w)):
+        if given and not args.cali_ckpt:
             raise UserError(f"--{option} needs a checkpoint; add --cali_ckpt PATH")
     if args.resume_w:
         if not args.quant_act:
@@ -120,7 +158,7 @@ def _action(args: Namespace, method: str) -> Literal["calibrate", "load", "activ
                 "--resume_w or --quant_mode linear (--method linear)"
             )
         return "activations"
-    if args.resume:
+    if resume:
         return "load"
     if args.cali_ckpt and args.cali_data_path:
         raise UserError(

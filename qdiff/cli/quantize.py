@@ -18,8 +18,9 @@ from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.run_folder import RunFolder
 from qdiff.files import sha256
 from qdiff.interface import SteppedNetwork
-from qdiff.methods import linear, qdiffusion
+from qdiff.methods import eda_dm, linear, qdiffusion
 from qdiff.methods.common import CalibrationRun
+from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -79,19 +80,17 @@ class Quantization:
         plan = self.plan
         recording = load_recording(self.recording)
         conditional = self.context_shape is not None
-        self.data = select_samples(
-            recording, plan.steps, plan.per_step, self.image_shape, conditional, source=self.recording
-        )
+        # A draw has samples where its schedule put them: all are taken.
+        steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)
+        self.data = select_samples(recording, steps, per_step, self.image_shape, conditional, source=self.recording)
         check_context(self.data, self.context_shape, self.recording)
 
-    def complete(
-        self, seed: int, record: Callable[[int, int], dict[str, Tensor]], show_progress: bool = True
-    ) -> QuantModel:
+    def complete(self, seed: int, record: Callable[[], dict[str, Tensor]], show_progress: bool = True) -> QuantModel:
         """Record and calibrate where that is still to be done, and return the quantized network.
 
         Args:
             seed: fixes the calibration.
-            record: ``record(steps, per_step)`` samples from the float network and returns a recording.
+            record: samples from the float network and returns the recording that the plan asks for.
         """
         if self.is_complete:
             role = "quantized checkpoint" if self.plan.action == "load" else "calibrated checkpoint"
@@ -101,9 +100,8 @@ class Quantization:
         memory = self._memory()
         log.info("calibration needs %s", memory)
         if self.data is None:
-            log.info("recording %d samples at %d steps from the float model", self.plan.per_step, self.plan.steps)
             with self.run.timed("recording"):
-                save_recording(record(self.plan.steps, self.plan.per_step), self.recording)
+                save_recording(record(), self.recording)
             self._read_recording()
         self.run.add_file("calibration data", self.recording)
         weights = None
@@ -120,7 +118,8 @@ class Quantization:
         footprint = measure_footprint(self.qnn.model, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
         plan = self.plan
         halves = 1 if self.context_shape is None else 2  # without guidance it is one, which is not known here
-        samples = plan.steps * plan.per_step * halves if self.data is None else len(self.data)
+        planned = plan.images * (plan.steps if plan.draw is None else 1)
+        samples = planned * halves if self.data is None else len(self.data)
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
         batch_size = plan.recipe.batch_size if plan.recipe is not None else 1
         return plan_memory(self.qnn, footprint, samples, batch_size, budget)
@@ -137,11 +136,12 @@ class Quantization:
         )
         log.info("calibrating with %s on %d samples", plan.method, len(self.data))
         with run.timed("calibration"):
-            if plan.method == "linear":
+            if plan.recipe is None:
                 linear.calibrate(self.qnn, self.data, calibration)
             else:
+                method = eda_dm if isinstance(plan.recipe, EdaDmConfig) else qdiffusion
                 weights = plan.action == "calibrate"
-                qdiffusion.calibrate(self.qnn, self.data, plan.recipe, calibration, weights=weights)
+                method.calibrate(self.qnn, self.data, plan.recipe, calibration, weights=weights)
         run.manifest["estimated_peak_bytes"] = memory.peak
         run.manifest["reconstruction_errors"] = calibration.errors
         run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak

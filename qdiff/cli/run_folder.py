@@ -194,10 +194,14 @@ def _versions() -> dict[str, str]:
 
 
 def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names of entries that differ."""
+    """Yield the dotted names of entries that differ.
+
+    An entry that only one side has counts as equal where it is off: a later version may have brought it.
+    """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a.keys() | b.keys():
-            yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
+            if (key in a and key in b) or a.get(key) or b.get(key):
+                yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
     elif a != b:
         yield f"{name}: {_short(a)} there, {_short(b)} here"
 

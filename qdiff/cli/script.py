@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from qdiff.cli.eda_dm import add_eda_dm_options
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
 
@@ -16,7 +17,10 @@ LIKE = {
     "sample_diffusion_ddim": ("ddim.options:add_options", "ddim.command:DdimModel"),
     "sample_diffusion_ldm": ("ldm.options:add_unconditional_options", "ldm.command:UnconditionalModel"),
     "sample_diffusion_ldm_imagenet": ("ldm.options:add_class_options", "ldm.command:ClassModel"),
+    "sample_diffusion_ldm_bedroom": ("ldm.options:add_lsun_options", "ldm.command:UnconditionalModel"),
+    "sample_diffusion_ldm_church": ("ldm.options:add_lsun_options", "ldm.command:UnconditionalModel"),
     "txt2img": ("ldm.options:add_text_options", "ldm.command:TextModel"),
+    "sample_txt2img": ("ldm.options:add_caption_options", "ldm.command:CaptionModel"),
 }
 
 
@@ -44,6 +48,8 @@ def sampling_script(
     add_options: Callable[[argparse.ArgumentParser], None],
     model: str,
     folder: tuple[str, ...] = ("-l", "--logdir"),
+    preset: str | None = None,
+    resume: bool = True,
 ) -> Callable[..., None]:
     """Return the ``main`` of a sampling script.
 
@@ -53,6 +59,8 @@ def sampling_script(
         add_options: adds the options of its model and sampler.
         model: ``module:class`` of its `qdiff.cli.command.FloatModel`, imported when it is needed.
         folder: what the option for the run folder is called.
+        preset: EDA-DM's values for this family, a file of configs/eda-dm.
+        resume: see `add_calibration_options`.
     """
 
     @exits_cleanly
@@ -60,12 +68,13 @@ def sampling_script(
         parser = Parser(about)
         add_options(parser)
         add_quantization_options(parser)
-        add_calibration_options(parser)
+        add_calibration_options(parser, resume)
+        add_eda_dm_options(parser)
         add_run_options(parser, folder)
         args = parser.parse_args(arguments)
         from qdiff.cli.command import SampleCommand
 
-        command = SampleCommand(name, load_object(model)(args))
+        command = SampleCommand(name, load_object(model)(args), preset)
         if args.dry_run:
             print(json.dumps(command.config, indent=1))
             return

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qdiff.cli.eda_dm import METHODS
 from qdiff.errors import UserError
 from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.metrics import LEAST_IMAGES
@@ -29,6 +30,7 @@ class Row:
         options: what it adds to the common options.
         weights_from: label of the row whose calibrated weights it starts from.
         published: what a paper reports, by metric (keys of `qdiff.evaluation.columns.METRICS`).
+        own_recording: it records a calibration set of its own (with another ``--cali_seed``), not the shared one.
         unverified: the published numbers were quoted from memory of the paper.
     """
 
@@ -37,6 +39,7 @@ class Row:
     weights_from: str | None = None
     published: dict[str, float] = field(default_factory=dict)
     unverified: bool = False
+    own_recording: bool = False
 
     def __post_init__(self) -> None:
         for value in (self.label, self.options):
@@ -53,9 +56,14 @@ class Row:
 
     @property
     def calibrates(self) -> bool:
-        """Whether it needs calibration data; a finished checkpoint needs none."""
+        """Whether it takes the shared recording: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
         words = shlex.split(self.options)
-        return self.quantizes and ("--cali_ckpt" not in words or "--resume_w" in words)
+        draws = any(name == "--method" and value in METHODS for name, value in itertools.pairwise(words))
+        return (
+            self.quantizes
+            and not (draws or self.own_recording)
+            and ("--cali_ckpt" not in words or "--resume_w" in words)
+        )
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,9 @@ class TableFile:
         """Return the sampling command of a row: script and options."""
         words = [*self.common, *shlex.split(row.options), *_device(device), "-l", str(self.folder(row.label))]
         if row.calibrates and self.calibration is not None:
-            words += ["--cali_data_path", str(self.recording), *shlex.split(self.calibration.options)]
+            words += ["--cali_data_path", str(self.recording)]
+        if (row.calibrates or row.own_recording) and self.calibration is not None:
+            words += shlex.split(self.calibration.options)
         if row.weights_from is not None:
             words += ["--resume_w", "--cali_ckpt", str(self.folder(row.weights_from) / "quantized.safetensors")]
         return [self.script, *words]

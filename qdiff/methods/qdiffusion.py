@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,29 +9,23 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from qdiff.adaptive_rounding import LearnedRounding
-from qdiff.calibration.capture import Walker, leaf_inputs_and_output, leaves_in_execution_order, walk
+from qdiff.calibration.capture import walk
 from qdiff.calibration.fisher import output_gradients
-from qdiff.calibration.objectives import Objective, fisher_error, lp_error
-from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
+from qdiff.calibration.objectives import fisher_error, lp_error
+from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
 from qdiff.interface import State
 from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
+from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
 from qdiff.methods.ranges import observe_unit
-from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
-from qdiff.range_estimators import TINY
 
 RUNNING_MOMENTUM = 0.95
-# Adam moves a step size by about its learning rate an iteration, whatever the step size: never by more than this
-# share of it, or small ones (softmax outputs) end where the noise of the batches left them.
-MAX_STEP_CHANGE = 0.003
 ALPHA_REACH = 20.0  # learning rate × iterations of the paper's recipe: how far Adam can move α
 FASTEST_ROUNDING = 0.1  # beyond it a handful of iterations would throw roundings about
 
@@ -42,13 +35,6 @@ class WeightObjective(str, Enum):
 
     MSE = "mse"
     FISHER = "fisher"
-
-
-class UnitKind(str, Enum):
-    """What is reconstructed at a time."""
-
-    BLOCK = "block"
-    LAYER = "layer"
 
 
 @dataclass(frozen=True)
@@ -175,19 +161,18 @@ def _fit_weights(
 ) -> None:
     walker = run.walker(qnn)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
+    settings = FitSettings(
+        config.iterations, config.batch_size, lr_rounding=config.rounding_rate, regulariser=config.regulariser
+    )
     for index, unit, state in _unfinished("weights", qnn, data, config, run, bar):
-        for part, (small, share) in enumerate(_parts(unit, config, walker)):
-            layers = [m for m in small.module.modules() if isinstance(m, QuantModule)]
-            if not layers:  # an attention core has no weights
+        for part, (small, share) in enumerate(parts_of(unit, config.unit, walker)):
+            if not any(isinstance(m, QuantModule) for m in small.module.modules()):  # attention cores have no weights
                 continue
             objective = lp_error(2.0)
             if final is not None:
                 objective = fisher_error(output_gradients(qnn.model, index, state, final, walker))
-            tick = partial(bar.update, share)
-            size = run.training_batch(unit.name, config.batch_size)
-            error = _learn_rounding(
-                small, layers, objective, config, run.generator(0, index, part), walker.device, tick, size
-            )
+            tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
+            error = fit_unit(small, objective, settings, run.generator(0, index, part), walker.device, tick, size)
             run.errors[f"weights {small.name}"] = error
 
 
@@ -199,103 +184,14 @@ def _fit_activations(
     order = torch.randperm(len(data), generator=run.generator(2))
     first = order[: config.range_samples].sort().values
     softmax_only = config.running_stat_softmax_only
+    settings = FitSettings(config.act_iterations, config.batch_size, lr_act=config.lr_act, decays=True)
     for index, unit, _ in _unfinished("activations", qnn, data, config, run, bar):
         if softmax_only or not config.running_stat:
             observe_unit(unit, walker, qnn.config.act_range, first)
         if config.running_stat:
             observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
-        for part, (small, share) in enumerate(_parts(unit, config, walker, activations=True)):
-            tick = partial(bar.update, share)
-            size = run.training_batch(unit.name, config.batch_size)
-            error = _learn_step_sizes(small, config, run.generator(1, index, part), walker.device, tick, size)
+        for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=True)):
+            tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
+            generator = run.generator(1, index, part)
+            error = fit_unit(small, lp_error(config.p), settings, generator, walker.device, tick, size)
             run.errors[f"activations {small.name}"] = error
-
-
-def _parts(
-    unit: Unit, config: QDiffusionConfig, walker: Walker, activations: bool = False
-) -> Iterator[tuple[Unit, float]]:
-    """Yield what is fitted at a time inside a step, and its share of the step's iterations on the progress bar."""
-    if config.unit is UnitKind.BLOCK:
-        yield unit, 1.0
-        return
-    leaves = leaves_in_execution_order(unit.module, unit.inputs, walker)
-    for name, leaf in leaves:
-        # Earlier leaves of the block are fitted by now, so what this one gets is what it will get.
-        with leaf_modes([unit.module], weights=True, activations=activations):
-            *inputs, _ = leaf_inputs_and_output(unit.module, leaf, unit.inputs, walker)
-        with leaf_modes([unit.module], weights=False, activations=False):
-            *float_inputs, target = leaf_inputs_and_output(unit.module, leaf, unit.float_inputs, walker)
-        path = ".".join(filter(None, (unit.name, name)))
-        yield Unit(path, leaf, tuple(inputs), target, tuple(float_inputs)), 1 / len(leaves)
-
-
-def _learn_rounding(
-    unit: Unit,
-    layers: list[QuantModule],
-    objective: Objective,
-    config: QDiffusionConfig,
-    generator: torch.Generator,
-    device: torch.device,
-    on_iteration,
-    pass_size: int,
-) -> float:
-    roundings = [LearnedRounding(layer) for layer in layers]
-    with contextlib.ExitStack() as stack:
-        for rounding in roundings:
-            stack.enter_context(rounding)
-        stack.enter_context(leaf_modes([unit.module], weights=True, activations=False))
-        error = optimise(
-            unit,
-            torch.optim.Adam([r.alpha for r in roundings], lr=config.rounding_rate),
-            objective,
-            iterations=config.iterations,
-            batch_size=config.batch_size,
-            generator=generator,
-            device=device,
-            penalty=lambda progress: config.regulariser(roundings, progress),
-            on_iteration=on_iteration,
-            pass_size=pass_size,
-        )
-    for rounding in roundings:
-        rounding.harden()
-    return error
-
-
-def _learn_step_sizes(
-    unit: Unit,
-    config: QDiffusionConfig,
-    generator: torch.Generator,
-    device: torch.device,
-    on_iteration,
-    pass_size: int,
-) -> float:
-    deltas = [m.delta for m in unit.module.modules() if isinstance(m, ActQuantizer)]
-    optimiser = torch.optim.Adam(
-        [{"params": [d], "lr": min(config.lr_act, MAX_STEP_CHANGE * d.item())} for d in deltas]
-    )
-    for delta in deltas:
-        delta.requires_grad_(True)
-    try:
-        with leaf_modes([unit.module], weights=True, activations=True):
-            return optimise(
-                unit,
-                optimiser,
-                lp_error(config.p),
-                iterations=config.act_iterations,
-                batch_size=config.batch_size,
-                generator=generator,
-                device=device,
-                after_step=lambda: _keep_positive(deltas),
-                scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=config.act_iterations),
-                on_iteration=on_iteration,
-                pass_size=pass_size,
-            )
-    finally:
-        for delta in deltas:
-            delta.requires_grad_(False)
-
-
-@torch.no_grad()
-def _keep_positive(deltas: list[Tensor]) -> None:
-    for delta in deltas:
-        delta.clamp_(min=TINY)

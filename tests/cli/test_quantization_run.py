@@ -46,9 +46,9 @@ class Recorder:
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, steps: int, per_step: int) -> dict[str, torch.Tensor]:
-        self.asked.append((steps, per_step))
-        return recording(steps, per_step)
+    def __call__(self) -> dict[str, torch.Tensor]:
+        self.asked.append((2, 3))
+        return recording(2, 3)
 
 
 def prepared(network, folder, *words) -> Quantization:

@@ -131,6 +131,28 @@ def test_other_config_is_refused_and_named(change, says, tmp_path):
     assert (tmp_path / "run" / "run.json").read_text() == before
 
 
+OFF = [None, False, 0, 0.0, "", [], {}]
+
+
+@pytest.mark.parametrize("off", OFF, ids=repr)
+def test_an_option_that_one_side_lacks_and_that_is_off_is_the_same(off, tmp_path):
+    """A later version may have brought it: runs of before go on."""
+    without, with_ = {"ptq": {"bits": 4}}, {"ptq": {"bits": 4, "keep_ends": off}, "draw": off}
+    opened(tmp_path / "old", without)
+    assert RunFolder(tmp_path / "old", with_, 3).config == with_
+    opened(tmp_path / "new", with_)
+    assert RunFolder(tmp_path / "new", without, 3).config == without
+    for there, here in ((without, {"ptq": {"bits": 4, "keep_ends": True}}), (with_, {"ptq": {"bits": 5}})):
+        with pytest.raises(UserError, match="ptq"):
+            RunFolder(opened(tmp_path / f"{len(here)}{'draw' in there}", there).path, here, 3)
+
+
+def test_an_option_that_both_sides_have_differs_even_when_off(tmp_path):
+    opened(tmp_path / "run", {"count": 0, "name": None})
+    with pytest.raises(UserError, match="count: 0 there, None here"):
+        RunFolder(tmp_path / "run", {"count": None, "name": None}, 3)
+
+
 def test_tuples_and_lists_are_the_same_config(tmp_path):
     opened(tmp_path / "run", {"shape": (1, 2)})
     assert RunFolder(tmp_path / "run", {"shape": [1, 2]}, 3).config == {"shape": [1, 2]}

@@ -20,7 +20,7 @@ from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.functional import fake_quantize_inference
 from qdiff.interface import Step, SteppedNetwork, split_input
-from qdiff.methods import linear, qdiffusion
+from qdiff.methods import fitting, linear, qdiffusion
 from qdiff.methods.common import CalibrationRun
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_layer import QuantModule
@@ -106,7 +106,7 @@ def test_dropout_is_off_during_reconstruction(tiny_network, data):
 def test_running_statistics_cover_attention_quantizers(wrap, data, monkeypatch, recipe):
     """Over three batches the average must have moved the ranges of q, k, v and the softmax output."""
     monkeypatch.setattr(CalibrationRun, "walker", lambda run, qnn: Walker(run.storage, qnn.device, batch_size=4))
-    monkeypatch.setattr(qdiffusion, "_learn_step_sizes", lambda *_: 0.0)
+    monkeypatch.setattr(qdiffusion, "fit_unit", lambda *_: 0.0)
     deltas = []
     for running in (False, True):
         qnn = wrap(**W4A8)
@@ -199,7 +199,7 @@ def test_symmetric_adaround_keeps_negative_weights(wrap, data, relative):
 def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
     """12 samples in batches of 5, for observing (64 a batch there, so 70 samples) and for fitting."""
     rows_fitted = Counter()
-    original = qdiffusion.optimise
+    original = fitting.optimise
 
     def optimise(unit, optimiser, objective, **options):
         def counting(output, target, rows):
@@ -208,7 +208,7 @@ def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
 
         return original(unit, optimiser, counting, **options)
 
-    monkeypatch.setattr(qdiffusion, "optimise", optimise)
+    monkeypatch.setattr(fitting, "optimise", optimise)
     qdiffusion.calibrate(wrap(weight_bits=4), data, quick(), quiet())  # 3 batches of 5 a unit
     assert set(rows_fitted) == set(range(12))
 

@@ -47,7 +47,7 @@ def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp
     from qdiff.methods import qdiffusion
 
     folder, options = calibrated_run
-    finished, record, fit = [], journal.CalibrationJournal.record, qdiffusion._learn_rounding
+    finished, record, fit = [], journal.CalibrationJournal.record, qdiffusion.fit_unit
 
     def killed_at_the_fourth(self, phase, index, module):
         if len(finished) == 3:
@@ -62,8 +62,13 @@ def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp
     assert not (tmp_path / "run" / "quantized.safetensors").exists()
 
     fitted = []
+
+    def counted(unit, objective, settings, *rest):
+        fitted.extend([unit.name] if settings.lr_rounding is not None else [])
+        return fit(unit, objective, settings, *rest)
+
     with monkeypatch.context() as patch:
-        patch.setattr(qdiffusion, "_learn_rounding", lambda unit, *a, **k: (fitted.append(unit.name), fit(unit, *a))[1])
+        patch.setattr(qdiffusion, "fit_unit", counted)
         succeeded(call(SCRIPT, *options, "-l", tmp_path / "run"))
     everything = [n for n in manifest(folder)["reconstruction_errors"] if n.startswith("weights ")]
     assert len(fitted) == len(everything) - 3

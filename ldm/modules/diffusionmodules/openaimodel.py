@@ -221,5 +221,7 @@ register_family(
             (r"\.attention\.(act_quantizer_[vw])", r".attention.smv_matmul.\1"),
             (r"\.core\.(act_quantizer_)", r".\1"),
         ),
+        ends=("input_blocks.0.0", "out.2"),
+        middle="middle_block.0",
     )
 )

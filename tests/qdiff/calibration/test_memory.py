@@ -91,10 +91,13 @@ def test_sentence_names_the_parts():
 
 
 def test_resident_memory_grows_with_what_is_held():
-    before = resident_memory()
-    block = torch.ones(64 * MIB // 4)
-    assert resident_memory() - before > 32 * MIB
-    del block
+    growths = []
+    for _ in range(5):  # the kernel may take idle pages of ours away in the very moment
+        before = resident_memory()
+        block = torch.ones(64 * MIB // 4)
+        growths.append(resident_memory() - before)
+        del block
+    assert max(growths) > 32 * MIB
 
 
 def test_a_batch_in_parts_learns_the_same(wrap, data):

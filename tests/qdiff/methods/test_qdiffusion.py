@@ -10,7 +10,7 @@ from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.errors import UserError
-from qdiff.methods import qdiffusion
+from qdiff.methods import fitting, qdiffusion
 from qdiff.methods.common import CalibrationRun
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.methods.ranges import observe_unit
@@ -82,7 +82,7 @@ def test_both_phases_change_something(wrap, calibrated, data):
 
 def interrupted_at(monkeypatch, call):
     """Let ``call`` units be fitted; at the next, Ctrl-C comes after its last iteration and before it is kept."""
-    original, calls = qdiffusion.optimise, []
+    original, calls = fitting.optimise, []
 
     def optimise(*args, **kwargs):
         error = original(*args, **kwargs)
@@ -91,7 +91,7 @@ def interrupted_at(monkeypatch, call):
             raise KeyboardInterrupt
         return error
 
-    monkeypatch.setattr(qdiffusion, "optimise", optimise)
+    monkeypatch.setattr(fitting, "optimise", optimise)
     return calls
 
 
@@ -191,7 +191,7 @@ def test_numbers_out_of_range_name_the_option(values, option):
 
 def observed_deltas(wrap, data, recipe, monkeypatch):
     """Step sizes right after observing, before they are learned."""
-    monkeypatch.setattr(qdiffusion, "_learn_step_sizes", lambda *_: 0.0)
+    monkeypatch.setattr(qdiffusion, "fit_unit", lambda *_: 0.0)
     qnn = wrap(**W4A8)
     qdiffusion.calibrate(qnn, data, recipe, quiet())
     return {n: float(q.delta.detach()) for n, q in qnn.act_quantizers().items()}

@@ -1,0 +1,173 @@
+"""What a model family offers the commands: a float network, its sampler, and recordings of what that feeds it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from qdiff.calibration.allocation import Allocation, tdac
+from qdiff.calibration.collect import OnCall, assign, record_assigned, record_calls, record_features
+from qdiff.calibration.draws import Draw, Schedule
+from qdiff.calibration.schedules import evenly_spaced, normal_counts, uniform_counts
+from qdiff.config import RangeMethod
+from qdiff.errors import UserError
+from qdiff.interface import SteppedNetwork, family_of
+
+# TDAC compares features of one batch; those of more images than this say the same and fill the memory.
+LOOKED_AT = 64
+
+Network = Callable[..., Tensor]
+OnStep = Callable[[int, float, Tensor, Tensor], None]
+
+
+class FloatModel:
+    """A float diffusion model and its sampler, as a command's options name them: what a family offers the commands.
+
+    Construction reads configs and checks numbers; weights, data and device are touched by `load`.
+
+    Attributes:
+        args: the options.
+        name: of the default run folder.
+        config: what decides the images besides quantization, JSON values.
+        count: how many images the command makes.
+        batch_size: images at a time.
+        weight_range, act_range: what the family's scripts take by default.
+        conditional: the network takes a context.
+        labels: the class that each image was asked for, where that is known.
+        runs: folder of the default run folders.
+        eda_dm: EDA-DM's values for this model by option name, of its config's section of that name.
+        notes: sentences that the user should read; `load` may add some.
+        network, weights, device: after `load`.
+    """
+
+    name: str
+    config: dict[str, Any]
+    count: int
+    batch_size: int
+    weight_range = RangeMethod.MSE
+    act_range = RangeMethod.MSE
+    conditional = False
+    labels: list[int] | None = None
+    runs = Path("runs")
+    eda_dm: Mapping[str, Any] = MappingProxyType({})
+    network: SteppedNetwork
+    weights: Path
+    device: torch.device
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.notes: list[str] = []
+        if args.seed < 0:
+            raise UserError(f"--seed is {args.seed}; give 0 or more")
+        if getattr(args, "batch_size", None) is not None and args.batch_size < 1:
+            raise UserError(f"--batch_size is {args.batch_size}; give at least 1")
+
+    @property
+    def calls(self) -> int:
+        """How often one image's sampling calls the network."""
+        raise NotImplementedError
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the network's input."""
+        raise NotImplementedError
+
+    @property
+    def context_shape(self) -> tuple[int, ...] | None:
+        """[L, D] of the context that the network is fed, after `load`; None where it takes none."""
+        return None
+
+    def build_network(self) -> tuple[SteppedNetwork, tuple[int, ...] | None]:
+        """Return the network on the meta device, and the [L, D] of its context: shapes without files."""
+        raise NotImplementedError
+
+    def load(self, device: torch.device) -> None:
+        """Load the float weights onto a device."""
+        raise NotImplementedError
+
+    def move_to(self, device: torch.device) -> None:
+        """Move what was loaded to another device."""
+        raise NotImplementedError
+
+    def trajectory(
+        self,
+        network: Network,
+        indices: Sequence[int],
+        calibration: bool = False,
+        on_call: OnCall | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Run the sampler for the images numbered ``indices`` and return x_0 as the network knows it, [N, C, H, W].
+
+        Args:
+            network: ε(x, t[, context]), float or quantized.
+            calibration: draw from the calibration streams instead of the run's.
+            on_call: told of every network call.
+            on_step: told of every sampler step: (i, t, x, predicted x_0).
+        """
+        raise NotImplementedError
+
+    def to_images(self, x_0: Tensor) -> Tensor:
+        """Turn what `trajectory` returns into images [N, C, H, W] in [−1, 1]."""
+        return x_0
+
+    @torch.no_grad()
+    def record(self, steps: int, per_step: int, first: int = 0, show_progress: bool = True) -> dict[str, Tensor]:
+        """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams."""
+        with tqdm(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
+            return record_calls(
+                lambda on_call, rows: self.trajectory(
+                    self.network, [first + i for i in rows], calibration=True, on_call=on_call
+                ),
+                per_step,
+                self.batch_size,
+                evenly_spaced(self.calls, steps),
+                on_batch=bar.update,
+            )
+
+    @torch.no_grad()
+    def record_draw(
+        self, draw: Draw, seed: int, first: int = 0
+    ) -> tuple[dict[str, list[Tensor]], Allocation | None, list[float]]:
+        """Record one network input an image, at the step that a draw's schedule chooses for it.
+
+        Args:
+            seed: decides which image gives its sample at which step.
+            first: image of the calibration streams to begin at.
+
+        Returns:
+            The recording; TDAC's allocation, or None with another schedule; and the timesteps of the sampler's calls.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        timesteps: list[float] = []
+
+        def sample(on_call: OnCall, rows: Sequence[int]) -> Tensor:
+            def listen(x: Tensor, t: Tensor, *conditions: Tensor | None) -> None:
+                timesteps.append(float(t[0]))
+                on_call(x, t, *conditions)
+
+            timesteps.clear()
+            return self.trajectory(self.network, [first + i for i in rows], calibration=True, on_call=listen)
+
+        allocation = None
+        if draw.schedule is Schedule.TDAC:
+            middle = family_of(self.network).middle
+            if middle is None:
+                raise UserError(f"the middle of {type(self.network).__name__} is not known, which TDAC looks at")
+            features = record_features(sample, self.network, middle, range(min(draw.batch_size, draw.count, LOOKED_AT)))
+            allocation = tdac(features, draw.radius, draw.lamda, draw.count)
+            counts = allocation.counts
+        elif draw.schedule is Schedule.NORMAL:
+            counts = normal_counts(self.calls, draw.count, generator)
+        else:
+            counts = uniform_counts(self.calls, draw.count)
+        with tqdm(total=draw.count, desc="recording", unit="img") as bar:
+            recording = record_assigned(sample, assign(counts, generator), draw.batch_size, on_batch=bar.update)
+        return recording, allocation, list(timesteps)

@@ -1,0 +1,108 @@
+"""EDA-DM (Liu et al., arXiv 2401.04585): samples where the network changes most, fine-grained reconstruction.
+
+PTQ4DM (Shang et al., CVPR 2023) is the same recipe here with its own choice of timesteps and without the layers'
+errors, so that the two differ in what their papers say and in nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from tqdm import tqdm
+
+from qdiff.calibration.capture import walk
+from qdiff.calibration.objectives import lp_error
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.errors import UserError
+from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
+from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
+from qdiff.methods.ranges import observe_unit
+from qdiff.quant_model import QuantModel
+
+
+@dataclass(frozen=True)
+class EdaDmConfig:
+    """The recipe's numbers; defaults are the paper's for CIFAR-10.
+
+    Attributes:
+        reconstruct: False leaves everything at its first range and nearest rounding.
+        iterations, batch_size: a unit; weights and step sizes are learned together.
+        lr_rounding, lr_act: Adam's learning rates for α and for step sizes; both fall to 0 as a cosine.
+        layer_weight: γ, weight of the layers' own errors (FBR); 0 is plain block reconstruction.
+        drop: probability of an element to stay in float while a unit is fitted (QDrop).
+        unit: block or layer.
+    """
+
+    reconstruct: bool = True
+    iterations: int = 5_000
+    batch_size: int = 32
+    lr_rounding: float = 0.5
+    lr_act: float = 1e-3
+    layer_weight: float = 0.0
+    drop: float = 0.5
+    unit: UnitKind = UnitKind.BLOCK
+
+    def __post_init__(self) -> None:
+        for name, option in (("iterations", "--cali_iters"), ("batch_size", "--cali_batch_size")):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; give {option} at least 1")
+        for name, option in (("lr_rounding", "--lr_w"), ("lr_act", "--lr_a")):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} is {getattr(self, name)}; give {option} a finite number above 0")
+        if not 0 <= self.layer_weight < math.inf:
+            raise UserError(f"layer_weight is {self.layer_weight}; give --add_loss a finite number from 0")
+        if not 0 <= self.drop < 1:
+            raise UserError(f"drop is {self.drop}; give --qdrop from 0 to below 1")
+        object.__setattr__(self, "unit", UnitKind(self.unit))
+
+
+def calibrate(
+    qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: CalibrationRun, weights: bool = True
+) -> None:
+    """Fit all quantizers, unit by unit: ranges first, then roundings and step sizes together.
+
+    Args:
+        qnn: built with the widths wanted.
+        data: recorded from the float model.
+        config: the recipe.
+        run: seed, storage, journal, progress.
+        weights: False keeps the weights as they are (loaded: ``--resume_w``).
+    """
+    weights = weights and qnn.config.weight_bits is not None
+    activations = qnn.config.act_bits is not None
+    if weights:
+        init_weights(qnn)
+    walker = run.walker(qnn)
+    settings = FitSettings(
+        config.iterations,
+        config.batch_size,
+        lr_rounding=config.lr_rounding if weights else None,
+        lr_act=config.lr_act if activations else None,
+        decays=True,
+        drop=config.drop,
+        layer_weight=config.layer_weight,
+    )
+    # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
+    order = torch.randperm(len(data), generator=run.generator(2))
+    count = sum(1 for _ in qnn.model.steps())
+    with tqdm(total=count * config.iterations, desc="calibrating", unit="it", disable=not run.show_progress) as bar:
+        for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):
+            bar.set_postfix_str(unit.name, refresh=False)
+            before = bar.n
+            if not (run.journal is not None and run.journal.restore("joint", index, unit.module)):
+                if activations:
+                    observe_unit(unit, walker, qnn.config.act_range, order)
+                for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=activations)):
+                    if not config.reconstruct:
+                        break
+                    tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
+                    generator = run.generator(3, index, part)
+                    error = fit_unit(small, lp_error(2.0), settings, generator, walker.device, tick, size)
+                    run.errors[small.name] = error
+                if run.journal is not None:
+                    run.journal.record("joint", index, unit.module)
+            bar.update(config.iterations - (bar.n - before))  # whatever was not counted one by one
+    assert_all_fired(qnn, data)

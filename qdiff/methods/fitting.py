@@ -1,0 +1,156 @@
+"""Fit a unit: its rounding variables, its activation step sizes, or both at once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration.capture import Walker, leaf_inputs_and_output, leaves_in_execution_order
+from qdiff.calibration.objectives import Objective
+from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
+from qdiff.modes import leaf_modes
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizer import ActQuantizer
+from qdiff.range_estimators import TINY
+
+# Adam moves a step size by about its learning rate an iteration, whatever the step size: never by more than this
+# share of it, or small ones (softmax outputs) end where the noise of the batches left them.
+MAX_STEP_CHANGE = 0.003
+
+
+class UnitKind(str, Enum):
+    """What is reconstructed at a time."""
+
+    BLOCK = "block"
+    LAYER = "layer"
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How a unit is fitted.
+
+    Attributes:
+        iterations, batch_size: of the loop.
+        lr_rounding: Adam's learning rate for α; None leaves the weights as they are.
+        lr_act: Adam's learning rate for activation step sizes, at most `MAX_STEP_CHANGE` of each; None leaves
+            activations in float.
+        regulariser: pushes α to a decision; None decides at the end alone.
+        decays: learning rates fall to 0 as a cosine.
+        drop: probability that an element of the unit's input, and of what an activation quantizer passes on, stays
+            in float during an iteration (QDrop, Wei et al. 2022).
+        layer_weight: γ of the layers' own errors beside the unit's (EDA-DM's fine-grained reconstruction).
+    """
+
+    iterations: int
+    batch_size: int
+    lr_rounding: float | None = None
+    lr_act: float | None = None
+    regulariser: RoundingRegulariser | None = None
+    decays: bool = False
+    drop: float = 0.0
+    layer_weight: float = 0.0
+
+
+def fit_unit(
+    unit: Unit,
+    objective: Objective,
+    settings: FitSettings,
+    generator: torch.Generator,
+    device: torch.device,
+    on_iteration: Callable[[], None],
+    pass_size: int,
+) -> float:
+    """Fit a unit in place and return its final error; nothing to learn in it is 0.
+
+    Args:
+        generator: decides batches and what is dropped.
+        pass_size: samples that go forward and backward at a time.
+    """
+    layers = [m for m in unit.module.modules() if isinstance(m, QuantModule)]
+    if settings.lr_rounding is None or not any(len(layer.weight_quantizers) for layer in layers):
+        layers = []
+    deltas = [m.delta for m in unit.module.modules() if isinstance(m, ActQuantizer)]
+    if settings.lr_act is None:
+        deltas = []
+    with contextlib.ExitStack() as stack:
+        roundings = [stack.enter_context(LearnedRounding(layer)) for layer in layers]
+        groups = [{"params": [d], "lr": min(settings.lr_act, MAX_STEP_CHANGE * d.item())} for d in deltas]
+        if roundings:
+            groups.append({"params": [r.alpha for r in roundings], "lr": settings.lr_rounding})
+        if not groups:
+            return 0.0
+        optimiser = torch.optim.Adam(groups)
+        stack.enter_context(_learning(deltas))
+        stack.enter_context(leaf_modes([unit.module], weights=True, activations=settings.lr_act is not None))
+        error = optimise(
+            unit,
+            optimiser,
+            objective,
+            iterations=settings.iterations,
+            batch_size=settings.batch_size,
+            generator=generator,
+            device=device,
+            penalty=_penalty(settings.regulariser, roundings),
+            after_step=lambda: _keep_positive(deltas),
+            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=settings.iterations)
+            if settings.decays
+            else None,
+            on_iteration=on_iteration,
+            pass_size=pass_size,
+            drop=settings.drop,
+            layer_weight=settings.layer_weight,
+        )
+    for rounding in roundings:
+        rounding.harden()
+    return error
+
+
+def parts_of(unit: Unit, kind: UnitKind, walker: Walker, activations: bool = False) -> Iterator[tuple[Unit, float]]:
+    """Yield what is fitted at a time inside a step, and its share of the step's iterations on the progress bar.
+
+    Args:
+        activations: activations are quantized (beside the weights) in what feeds a layer.
+    """
+    if kind is UnitKind.BLOCK:
+        yield unit, 1.0
+        return
+    leaves = leaves_in_execution_order(unit.module, unit.inputs, walker)
+    for name, leaf in leaves:
+        # Earlier leaves of the block are fitted by now, so what this one gets is what it will get.
+        with leaf_modes([unit.module], weights=True, activations=activations):
+            *inputs, _ = leaf_inputs_and_output(unit.module, leaf, unit.inputs, walker)
+        with leaf_modes([unit.module], weights=False, activations=False):
+            *float_inputs, target = leaf_inputs_and_output(unit.module, leaf, unit.float_inputs, walker)
+        path = ".".join(filter(None, (unit.name, name)))
+        yield Unit(path, leaf, tuple(inputs), target, tuple(float_inputs)), 1 / len(leaves)
+
+
+def _penalty(
+    regulariser: RoundingRegulariser | None, roundings: list[LearnedRounding]
+) -> Callable[[float], Tensor | float]:
+    if regulariser is None or not roundings:
+        return lambda progress: 0.0
+    return lambda progress: regulariser(roundings, progress)
+
+
+@contextlib.contextmanager
+def _learning(deltas: list[Tensor]) -> Iterator[None]:
+    for delta in deltas:
+        delta.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for delta in deltas:
+            delta.requires_grad_(False)
+
+
+@torch.no_grad()
+def _keep_positive(deltas: list[Tensor]) -> None:
+    for delta in deltas:
+        delta.clamp_(min=TINY)

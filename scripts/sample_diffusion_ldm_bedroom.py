@@ -1,0 +1,25 @@
+"""EDA-DM's script for LSUN-Bedroom: an unconditional latent diffusion model, in float or quantized with --ptq.
+
+    python scripts/sample_diffusion_ldm_bedroom.py -r models/ldm/digits_vq -n 64 --batch_size 32 -c 25 -e 1.0 --ptq \\
+        --weight_bit 4 --quant_act --act_bit 8 --a_sym --recon --calib_num_samples 256 --cali_iters 200 -l runs/bedroom
+
+-r (--resume) names the float checkpoint. Values that are not given are those of configs/eda-dm/bedroom.yaml. Repeating
+a command continues its run folder.
+"""
+
+from __future__ import annotations
+
+from ldm.options import add_lsun_options
+from qdiff.cli.script import sampling_script
+
+main = sampling_script(
+    "sample_diffusion_ldm_bedroom",
+    __doc__,
+    add_lsun_options,
+    "ldm.command:UnconditionalModel",
+    preset="configs/eda-dm/bedroom.yaml",
+    resume=False,
+)
+
+if __name__ == "__main__":
+    main()
