@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     if args.layers < 0:
         raise UserError(f"--layers is {args.layers}; give 0 or more")
+    if not getattr(args, "ckpt", True):
+        args.use_pretrained = True  # costs are of shapes: whose weights they would be does not matter
     model = load_object(LIKE[args.like][1])(args)
     plan = resolve_ptq(args, model.weight_range, model.act_range)
     network, context_shape = model.build_network()

@@ -277,7 +277,7 @@ def table(result: dict[str, Any]) -> str:
         count = f" ({reference['count']} images)" if reference["count"] else ""
         head += f", reference {reference['name']}{count}, features of {reference['extractor']}"
     if "against" in result:
-        head += f"; PSNR, SSIM and LPIPS against {result['against']['path']}, image by image"
+        head += f"; fidelity to {result['against']['path']}, image by image"
     lines = [head, "", "| metric | value |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in shown)]
     if left_out := result.get("protocol", {}).get("left_out"):
         lines += ["", f"Left out, for too few images or for what the reference lacks: {', '.join(left_out)}."]

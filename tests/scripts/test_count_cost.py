@@ -9,7 +9,7 @@ import pytest
 
 SCRIPT = "count_cost"
 REPOSITORY = Path(__file__).parents[2]
-CIFAR10 = ("--config", REPOSITORY / "configs" / "cifar10.yml", "--use_pretrained")
+CIFAR10 = ("--config", REPOSITORY / "configs" / "cifar10.yml")
 LDM = REPOSITORY / "models" / "ldm"
 W4A8 = ("--ptq", "--weight_bit", 4, "--quant_act", "--split")
 # options, input, context, parameters of the UNet
