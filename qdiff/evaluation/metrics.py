@@ -172,3 +172,8 @@ def check_metrics(
                 f"{metric} needs {kind}, which the reference statistics {reference.name!r} do not hold: make them anew "
                 f"with scripts/prepare_reference.py, or leave {metric} out of the metrics."
             )
+        if NEEDS.get(metric) == "features" and len(reference.features) < LEAST_IMAGES[metric]:
+            raise UserError(
+                f"{metric} needs features of {LEAST_IMAGES[metric]} or more images, and the reference statistics "
+                f"{reference.name!r} hold {len(reference.features)}: make them of more images."
+            )
