@@ -345,5 +345,5 @@ def test_unusable_input_is_refused(extractor, reference, noisy, change, message)
 def test_precision_needs_a_reference_of_more_images_than_neighbours(extractor, reference, noisy, monkeypatch):
     monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
     few = replace(reference, name="few", features=reference.features[:3])
-    with pytest.raises(UserError, match="prc needs features of 4 or more images.*'few' hold 3"):
+    with pytest.raises(UserError, match=r"prc needs features of 4 or more images.*'few' hold 3"):
         compute_metrics(noisy, few, extractor, ["prc"], progress=False)
