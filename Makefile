@@ -21,7 +21,7 @@ demo-txt2img: $(READY)
 	$(BIN)/python scripts/reproduce.py configs/tables/digits-text-demo.yaml
 
 # All of docs/results.md: more than an hour on two cores; repeat it to continue.
-TABLES := digits digits-vq digits-kl digits-class digits-text
+TABLES := digits digits-methods digits-vq digits-kl digits-class digits-text
 
 tables: $(READY)
 	for table in $(TABLES); do \

@@ -140,3 +140,17 @@ def test_options_are_taken_out_with_their_values():
     words = ["--a", "1", "--b=2", "--c", "--a=3", "4", "--a"]
     assert without(words, ["--a"]) == ["--b=2", "--c", "4"]
     assert without(words, ["--b", "--c"]) == ["--a", "1", "4", "--a"]
+
+
+def test_methods_that_draw_their_own_samples_take_no_recording(file):
+    rows = [
+        {"label": "float"},
+        {"label": "EDA-DM", "options": f"{QUANTIZED} --method eda-dm"},
+        {"label": "seed 7", "options": f"{QUANTIZED} --cali_seed 7", "own_recording": True},
+    ]
+    table = TableFile(file(rows=rows))
+    drawn, own = (table.command(row, None) for row in table.rows[1:])
+    assert not {"--cali_data_path", "--cali_st"} & set(drawn)
+    # Its recording is another one, of as many steps and samples.
+    assert "--cali_data_path" not in own and own[own.index("--cali_st") + 1] == "2"
+    assert not any(row.calibrates for row in table.rows)

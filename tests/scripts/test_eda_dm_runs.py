@@ -242,3 +242,17 @@ def test_gradient_checkpointing_does_not_change_the_calibration(run_of):
     ]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+
+
+@pytest.mark.parametrize("method", ["eda-dm", "qdiff"])
+def test_another_calibration_seed_sees_other_images_and_draws_the_same(method, call, ddim, tmp_path):
+    """The calibration set and its batches change, what is sampled from (x_T) does not."""
+    recorded, drawn = [], FEW if method == "eda-dm" else ("--cali_st", 2, "--cali_n", 3, "--cali_iters", 2)
+    for seed in (None, 3, 3):
+        folder = tmp_path / f"{len(recorded)}"
+        words = () if seed is None else ("--cali_seed", seed)
+        succeeded(call(DDIM, *ddim, *PTQ[:-3], *drawn, *QUICK, "--method", method, *words, "-l", folder))
+        recorded.append(torch.cat(list(torch.load(folder / "calibration_data.pt", weights_only=True)["xs"])))
+    assert recorded[1].shape == recorded[2].shape and torch.equal(recorded[1], recorded[2])
+    assert not torch.isin(recorded[0], recorded[1]).any()
+    assert manifest(tmp_path / "1")["config"]["seed"] == manifest(tmp_path / "0")["config"]["seed"]
