@@ -27,6 +27,7 @@ def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True)
             names the option to change.
     """
     path = Path(path)
+    activations = activations and not qnn.config.act_dynamic  # ranges of a file have no place to go
     if is_pickle(path):
         load_published(qnn, load_tensors(path), path, activations)
     else:

@@ -19,6 +19,14 @@ class RangeMethod(str, Enum):
     SEARCH = "search"  # EDA-DM's: the width and zero point with the least L2.4 error, 100 steps of 1 %
 
 
+class ScalePer(str, Enum):
+    """What shares one dynamic range."""
+
+    TENSOR = "tensor"  # the whole batch
+    SAMPLE = "sample"
+    CHANNEL = "channel"  # of all samples
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """Widths and ranges of a quantized network.
@@ -33,6 +41,11 @@ class QuantConfig:
         weight_range, act_range: range methods.
         keep_ends: the first and the last layer's weights get 8 bits whatever ``weight_bits`` says, and the last layer's
             input stays in float (EDA-DM).
+        act_dynamic: activation ranges are those of the tensor at hand at every call, so there is nothing to calibrate.
+        act_scale_per: what shares a dynamic range.
+        modulate: layers quantize the change of their input since the last step of the trajectory (MoDiff), inside
+            ``QuantModel.trajectory``.
+        attention_matmuls: quantize the operands of attention's two products too.
 
     Raises:
         UserError: a width out of range, or no such range method.
@@ -47,6 +60,10 @@ class QuantConfig:
     weight_range: RangeMethod = RangeMethod.MIN_MAX
     act_range: RangeMethod = RangeMethod.MIN_MAX
     keep_ends: bool = False
+    act_dynamic: bool = False
+    act_scale_per: ScalePer = ScalePer.TENSOR
+    modulate: bool = False
+    attention_matmuls: bool = True
 
     def __post_init__(self) -> None:
         for name, low, high, option in (
@@ -65,6 +82,14 @@ class QuantConfig:
             except ValueError:
                 methods = " or ".join(m.value for m in RangeMethod)
                 raise UserError(f"{name} is {getattr(self, name)}; give it {methods}") from None
+
+        try:
+            object.__setattr__(self, "act_scale_per", ScalePer(self.act_scale_per))
+        except ValueError:
+            kinds = ", ".join(s.value for s in ScalePer)
+            raise UserError(f"act_scale_per is {self.act_scale_per}; give it one of {kinds}") from None
+        if self.modulate and self.act_bits is None:
+            raise UserError("modulation is of quantized activations; add --quant_act, or leave out --modulate")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON."""

@@ -80,7 +80,7 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     if bits is not None:
         zero_points = [q.zero_point for _, q in sorted(weight_quantizers.items())]
         tensors["weight_zero_point"] = _concatenated(zero_points, torch.uint8)
-    act = [q for _, q in sorted(qnn.act_quantizers().items())]
+    act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())]
     if act:
         tensors["act_delta"] = _concatenated([q.delta for q in act], torch.float32)
         tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
@@ -118,7 +118,7 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
         activations: False leaves activation quantizers alone.
     """
     metadata = read_metadata(path)
-    act = [q for _, q in sorted(qnn.act_quantizers().items())] if activations else []
+    act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())] if activations else []
     _check(qnn, metadata, path, bool(act))
     tensors = read_safetensors(path)
     try:
@@ -202,4 +202,4 @@ def counted_bytes(qnn: QuantModel) -> int:
     )
     floats = sum(t.numel() * 4 for t in _float_tensors(qnn).values())
     zero_points = sum(q.zero_point.numel() for q in _weight_quantizers(qnn).values())
-    return weights + floats + zero_points + 8 * len(qnn.act_quantizers())
+    return weights + floats + zero_points + 8 * len(qnn.calibrated_act_quantizers())

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
 from qdiff.interface import AttentionCore
-from qdiff.quantizer import ActQuantizer
+from qdiff.quantizer import act_quantizer
 
 
 class QuantAttention(nn.Module):
@@ -22,11 +22,11 @@ class QuantAttention(nn.Module):
         super().__init__()
         self.prescale = core.prescale
         self._float_core = core.forward
-        if config.act_bits is not None:
-            for operand in "qkv":
-                quantizer = ActQuantizer(config.act_bits, config.act_symmetric)
+        if config.act_bits is not None and config.attention_matmuls:
+            for operand in "qkv":  # [N, heads, L, d]
+                quantizer = act_quantizer(config, config.act_bits, config.act_symmetric, False, channel_dim=-1)
                 self.add_module(f"act_quantizer_{operand}", quantizer)
-            self.act_quantizer_w = ActQuantizer(config.softmax_bits, unsigned=True)
+            self.act_quantizer_w = act_quantizer(config, config.softmax_bits, False, True, channel_dim=-1)
         self.acts_quantized = False  # set by `qdiff.modes.leaf_modes`
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

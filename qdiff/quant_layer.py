@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.functional import dequantize, linear_in_fixed_order, quantize
-from qdiff.quantizer import ActQuantizer, WeightQuantizer
+from qdiff.modulation import LayerMemory
+from qdiff.quantizer import WeightQuantizer, act_quantizer
 from qdiff.range_estimators import estimate
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -47,7 +48,13 @@ class QuantModule(nn.Module):
             )
             self.register_buffer("weight_int", torch.zeros_like(self.weight, dtype=torch.uint8))
         if config.act_bits is not None:
-            self.act_quantizers.extend(ActQuantizer(config.act_bits, config.act_symmetric) for _ in self.slices)
+            self.act_quantizers.extend(
+                act_quantizer(config, config.act_bits, config.act_symmetric, False, self._channel_dim)
+                for _ in self.slices
+            )
+        self.modulates = config.modulate and config.act_bits is not None
+        # Inside a trajectory: what the layer remembers of the step before.
+        self.memory: LayerMemory | None = None
         # Modes, set by `qdiff.modes.leaf_modes`.
         self.weights_quantized = False
         self.acts_quantized = False
@@ -102,20 +109,37 @@ class QuantModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.released and not self.weights_quantized:
             raise RuntimeError("the float weights of this network were released; load it anew to run it in float")
-        if self.acts_quantized:
-            x = self._quantized_input(x)
         weight = self.weight
         if self.weights_quantized:
             weight = self.soft_weight() if self.soft_weight is not None else self.bake()
-        if self.acts_quantized and x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return linear_in_fixed_order(x, weight, self.bias)
-        return self._operation(x, weight, self.bias)
+        if not self.acts_quantized:
+            return self._operation(x, weight, self.bias)
+        if self.modulates:
+            return self._modulated(x, weight)
+        return self._operate(self._quantized_input(x), weight, self.bias)
+
+    def _modulated(self, x: Tensor, weight: Tensor) -> Tensor:
+        """o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b in float."""
+        if self.memory is None:
+            raise RuntimeError("a modulated layer runs inside `with qnn.trajectory():`, opened once for every batch")
+        if self.memory.is_empty:
+            return self.memory.begin(x, self._operation(x, weight, self.bias))
+        change = self._quantized_input(self.memory.difference(x))
+        return self.memory.advance(change, self._operation(change, weight, None))
+
+    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
+            return linear_in_fixed_order(x, weight, bias)
+        return self._operation(x, weight, bias)
+
+    @property
+    def _channel_dim(self) -> int:
+        return -1 if self._operation is F.linear else 1  # linear layers keep channels last
 
     def _quantized_input(self, x: Tensor) -> Tensor:
         if len(self.slices) == 1:
             return self.act_quantizers[0](x)
-        # Linear layers keep channels last.
-        dim = -1 if self._operation is F.linear else 1
+        dim = self._channel_dim
         parts = x.split(self.slices, dim=dim)
         return torch.cat([q(part) for q, part in zip(self.act_quantizers, parts, strict=True)], dim=dim)
 

@@ -12,9 +12,10 @@ from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.interface import AttentionCore, family_of
 from qdiff.modes import leaf_modes, leaves
+from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
-from qdiff.quantizer import ActQuantizer, Quantizer
+from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, Quantizer
 
 
 class QuantModel(nn.Module):
@@ -70,6 +71,10 @@ class QuantModel(nn.Module):
         """Return all activation quantizers by name."""
         return {n: m for n, m in self.model.named_modules() if isinstance(m, ActQuantizer)}
 
+    def calibrated_act_quantizers(self) -> dict[str, ActQuantizer]:
+        """Return those whose range is state, not taken from the tensor at hand."""
+        return {n: m for n, m in self.act_quantizers().items() if not isinstance(m, DynamicActQuantizer)}
+
     @contextlib.contextmanager
     def quantized(self, weights: bool = True, activations: bool = True) -> Iterator[QuantModel]:
         """Quantize inside the block; a side whose width is None stays in float.
@@ -80,6 +85,28 @@ class QuantModel(nn.Module):
         self.assert_initialised(weights, activations)
         with leaf_modes([self.model], weights=weights, activations=activations):
             yield self
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[QuantModel]:
+        """Run one batch through a sampling trajectory: modulated layers remember the step before inside the block.
+
+        A new batch needs a new block. What is remembered is given up at the end, also on an exception. Without
+        modulation it does nothing.
+
+        Raises:
+            RuntimeError: a trajectory is open already.
+        """
+        layers = [layer for layer in self.layers().values() if layer.modulates]
+        if any(layer.memory is not None for layer in layers):
+            raise RuntimeError("a trajectory is open already; close it before the next batch")
+        try:
+            for name, layer in self.layers().items():
+                if layer.modulates:
+                    layer.memory = LayerMemory(name)
+            yield self
+        finally:
+            for layer in layers:
+                layer.memory = None
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:
         """Raise a `UserError` naming the first quantizer of the kinds asked for that was never set."""

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from qdiff.config import QuantConfig, ScalePer
 from qdiff.functional import fake_quantize, fake_quantize_inference
-from qdiff.range_estimators import RangeObserver
+from qdiff.range_estimators import RangeObserver, qparams
 
 
 class Quantizer(nn.Module):
@@ -74,8 +75,46 @@ class ActQuantizer(Quantizer):
         self.observer = None
 
 
+class DynamicActQuantizer(ActQuantizer):
+    """Takes its range from the tensor at hand, at every call; gradients do not flow.
+
+    Args:
+        scale_per: what shares a range.
+        channel_dim: dimension of the channels in the tensors that come.
+    """
+
+    def __init__(self, bits: int, symmetric: bool, unsigned: bool, scale_per: ScalePer, channel_dim: int) -> None:
+        super().__init__(bits, symmetric, unsigned)
+        self.scale_per, self.channel_dim = scale_per, channel_dim
+        self.initialised.fill_(True)  # there is nothing to set
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fired += 1
+        low, high = torch.aminmax(x) if self.scale_per is ScalePer.TENSOR else self._extremes(x)
+        if self.scale_per is ScalePer.TENSOR:
+            low, high = low.double(), high.double()  # as published, where one range is a pair of Python's numbers
+        delta, zero_point = qparams(low, high, self.bits, self.symmetric, self.unsigned)
+        return fake_quantize_inference(x, delta.to(x.dtype), zero_point, self.bits)
+
+    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = 0 if self.scale_per is ScalePer.SAMPLE else self.channel_dim % x.dim()
+        over = [d for d in range(x.dim()) if d != kept]
+        return x.amin(over, keepdim=True), x.amax(over, keepdim=True)
+
+
 class WeightQuantizer(Quantizer):
     """Per-output-channel δ and z [C, 1, …] of a weight or of one slice of it."""
 
     def __init__(self, bits: int, symmetric: bool, weight: Tensor) -> None:
         super().__init__(bits, symmetric, shape=(weight.shape[0], *[1] * (weight.dim() - 1)))
+
+
+def act_quantizer(config: QuantConfig, bits: int, symmetric: bool, unsigned: bool, channel_dim: int) -> ActQuantizer:
+    """Return a quantizer of the kind that a config asks for.
+
+    Args:
+        channel_dim: see `DynamicActQuantizer`.
+    """
+    if config.act_dynamic:
+        return DynamicActQuantizer(bits, symmetric, unsigned, config.act_scale_per, channel_dim)
+    return ActQuantizer(bits, symmetric, unsigned)
