@@ -9,6 +9,7 @@ from typing import Any
 from qdiff.errors import UserError
 
 END_BITS = 8
+_LATER = ("keep_ends", "act_dynamic", "act_scale_per", "modulate", "attention_matmuls")
 
 
 class RangeMethod(str, Enum):
@@ -92,8 +93,14 @@ class QuantConfig:
             raise UserError("modulation is of quantized activations; add --quant_act, or leave out --modulate")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
+        """Return plain values, for JSON.
+
+        Fields that came later are left out at their defaults: what was written before them means the same.
+        """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        for f in fields(self):
+            if f.name in _LATER and values[f.name] == f.default:
+                del values[f.name]
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
     def of_layer(self, name: str, ends: tuple[str, str] | None) -> QuantConfig:
