@@ -21,9 +21,9 @@ CASES = sorted(path.name for path in GOLDEN.glob("modiff_*"))
 PLAIN = [name for name in CASES if name.endswith("_plain")]
 MODULATED = [name for name in CASES if name.endswith("_mod")]
 SCALES = {"batch": "tensor", "sample": "sample"}
-# Differences of 4 bits from step to step: a value that the order of sums moves over a rounding edge (README of the golden
-# files) moves every later step. How many steps are equal on any machine, and how far the rest may be. With MKL's path
-# for Intel's CPUs, two threads, and SiLU and attention written as in the published code, all six steps of the four
+# Differences of 4 bits from step to step: a value that the order of sums moves over a rounding edge (README of the
+# golden files) moves every later step. How many steps are equal on any machine, and how far the rest may be. With MKL's
+# path for Intel's CPUs, two threads, and SiLU and attention written as in the published code, all six steps of the four
 # bedroom and DDIM cases but one are equal to the last bit.
 EQUAL_STEPS, LATER = 1, 6e-2
 
