@@ -25,7 +25,6 @@ from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
 from qdiff.config_files import read_config
-from qdiff.evaluation.allocation_plot import allocation_picture
 from qdiff.images import save_png, to_uint8
 from qdiff.quant_model import QuantModel
 
@@ -147,6 +146,8 @@ class SampleCommand:
         log.info("recording %d samples, one an image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
         recording, allocation, timesteps = model.record_draw(plan.draw, self._calibration_seed, self._first_image)
         if allocation is not None:
+            from qdiff.evaluation.allocation_plot import allocation_picture  # matplotlib, which sampling does not need
+
             values = {f.name: getattr(allocation, f.name).tolist() for f in fields(allocation)}
             run.manifest["allocation"] = {"timesteps": timesteps, **values}
             allocation_picture(allocation, run.path / "allocation.png", timesteps)

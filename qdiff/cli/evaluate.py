@@ -6,12 +6,12 @@ import dataclasses
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from qdiff.cli.run_folder import installed_versions
 from qdiff.cli.runtime import choose_device
 from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
@@ -190,7 +190,8 @@ class Evaluation:
             self._compare_features(extractor, self._reference(extractor, statistics))
         if self.prompts is not None:
             self._compare_with_prompts()
-        self.result["packages"] = {name: _version(name) for name in PACKAGES}
+        versions = installed_versions(PACKAGES)
+        self.result["packages"] = {name: versions.get(name) for name in PACKAGES}
         return self.result
 
     def _extractor_name(self) -> str:
@@ -290,10 +291,3 @@ def _names(text: str) -> Sequence[str]:
     if unknown:
         raise UserError(f"--metrics {unknown[0]!r} is none of {', '.join(LEAST_IMAGES)}; correct it")
     return names
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

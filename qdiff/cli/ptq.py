@@ -46,9 +46,9 @@ class PtqPlan:
     seed: int | None = None
 
     @property
-    def images(self) -> int:
-        """How many images the calibration set is sampled from."""
-        return self.per_step if self.draw is None else self.draw.count
+    def samples(self) -> int:
+        """How many samples the plan asks for."""
+        return self.steps * self.per_step if self.draw is None else self.draw.count
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for the manifest: all that decides the result, so not the memory budget."""

@@ -118,8 +118,7 @@ class Quantization:
         footprint = measure_footprint(self.qnn.model, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
         plan = self.plan
         halves = 1 if self.context_shape is None else 2  # without guidance it is one, which is not known here
-        planned = plan.images * (plan.steps if plan.draw is None else 1)
-        samples = planned * halves if self.data is None else len(self.data)
+        samples = plan.samples * halves if self.data is None else len(self.data)
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
         batch_size = plan.recipe.batch_size if plan.recipe is not None else 1
         return plan_memory(self.qnn, footprint, samples, batch_size, budget)

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class RunFolder:
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
             "num_images": count,
             "status": "running",
-            "packages": _versions(),
+            "packages": installed_versions(PACKAGES),
             "machine": {
                 "platform": platform.platform(),
                 "python": platform.python_version(),
@@ -185,9 +185,10 @@ def start_logging(verbose: bool) -> None:
         log.addHandler(handler)
 
 
-def _versions() -> dict[str, str]:
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return the versions of those of ``packages`` that are installed."""
     versions = {}
-    for package in PACKAGES:
+    for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions

@@ -79,7 +79,7 @@ def test_other_options_do_not(words):
 def test_named_methods():
     made = plan("--method", "eda-dm")
     assert made.method == "eda-dm" and isinstance(made.recipe, EdaDmConfig) and isinstance(made.draw, Draw)
-    assert made.action == "calibrate" and made.images == made.draw.count == 1024
+    assert made.action == "calibrate" and made.samples == made.draw.count == 1024
     loaded = plan("--method", "eda-dm", "--cali_ckpt", "q.safetensors")
     assert (loaded.action, loaded.checkpoint) == ("load", "q.safetensors")
     assert plan("--method", "eda-dm", "--resume_w", "--cali_ckpt", "q", "--quant_act").action == "activations"
