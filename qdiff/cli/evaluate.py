@@ -234,7 +234,7 @@ class Evaluation:
         found = compute_metrics(features, reference, extractor, metrics, adm_protocol=self._is_adm)
         labels = self.samples.manifest.get("labels")
         if labels is not None and extractor_spec(extractor.get_name()).classes is not None and self.wanted is None:
-            found["asked_share"] = asked_share(images, labels, extractor.get_name(), args.extractor_weights)
+            found["asked_share"] = asked_share(features, labels, extractor.get_name())
         self.result["metrics"] |= found
         self.result["samples"]["pixels_hash"] = features.pixels_hash
         self.result["protocol"] = {

@@ -10,12 +10,12 @@ import torch
 
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import EXTRACTORS, create_extractor, extractor_spec
-from qdiff.evaluation.features import extract_features
-from qdiff.evaluation.image_sets import open_images
+from qdiff.evaluation.features import ImageFeatures, extract_features
+from qdiff.evaluation.image_sets import Images, open_images
 
 
 def asked_share(
-    folder: str | Path,
+    images: Images | ImageFeatures,
     labels: Sequence[int],
     extractor_name: str,
     extractor_weights: str | Path | None = None,
@@ -27,7 +27,8 @@ def asked_share(
     digits wrongly at 16×16, none of them at 32×32.
 
     Args:
-        folder: PNG files directly in it; sorted by name, file i is image i.
+        images: a folder (sorted by name, file i is image i) or another form that `open_images` takes; or what the
+            extractor made of them before.
         labels: the class asked for, one an image, as positions in the extractor's ``classes``.
         extractor_name: a key of ``EXTRACTORS`` with class names.
         extractor_weights: weights file; by default the bundled one.
@@ -44,19 +45,20 @@ def asked_share(
             f"The extractor {extractor_name} has no class names, so it cannot tell whether images are what was "
             f"asked for: choose {able}."
         )
-    images, asked = open_images(folder), np.asarray(labels)
+    known, where = isinstance(images, ImageFeatures), f" in {images}" if isinstance(images, str | Path) else ""
+    count = images.count if known else len(images := open_images(images))
+    asked = np.asarray(labels)
     if asked.ndim != 1 or not np.issubdtype(asked.dtype, np.integer):
         raise UserError(f"Labels must be a list of integers, one an image, not {asked.dtype} {list(asked.shape)}.")
-    if len(asked) != len(images):
-        raise UserError(
-            f"There are {len(asked)} labels for the {len(images)} images in {folder}: give one label an image."
-        )
+    if len(asked) != count:
+        raise UserError(f"There are {len(asked)} labels for the {count} images{where}: give one label an image.")
     strange = asked[(asked < 0) | (asked >= len(classes))]
     if len(strange):
         raise UserError(
             f"The label {strange[0]} is no class of {extractor_name}: its classes are 0 to {len(classes) - 1} "
             f"({', '.join(classes)})."
         )
-    extractor = create_extractor(extractor_name, extractor_weights)
-    seen = extract_features(images, extractor, batch_size, progress=False).logits.argmax(dim=1)
+    if not known:
+        images = extract_features(images, create_extractor(extractor_name, extractor_weights), batch_size, False)
+    seen = images.logits.argmax(dim=1)
     return (seen == torch.from_numpy(asked.astype(np.int64))).double().mean().item()
