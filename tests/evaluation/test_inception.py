@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from unfilled_inception import INCEPTION, drawn_inception
 
 from qdiff.errors import UserError
 from qdiff.evaluation import metrics as module
-from qdiff.evaluation.extractors import create_extractor, extractor_class
+from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.features import forward
 from qdiff.evaluation.metrics import compute_metrics, possible_metrics
 from qdiff.evaluation.reference import load_reference
 
-INCEPTION = "inception-v3-compat"
 COUNT, REAL_COUNT = 16, 12
 # Resizing in float32 is off by 2e-6 of what NumPy gives, and random weights make a hundred times that of it.
 FORWARD = 1e-3  # maps and features, which go up to 10
@@ -112,18 +112,10 @@ def frechet_of_few(x: np.ndarray, y: np.ndarray) -> float:
 @pytest.fixture(scope="module")
 def network(tmp_path_factory):
     """Inception with random weights, each normalisation having the statistics of a few images, read from a file."""
-    make = extractor_class(INCEPTION)
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *args, **kwargs: {})
-        patch.setattr(make, "load_state_dict", lambda self, state: None)
-        made = make(INCEPTION, ["2048", "logits"], feature_extractor_weights_path="-")
-    made = made.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
+    made = drawn_inception(generator)
     for layer in made.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, generator=generator)
-        elif isinstance(layer, nn.BatchNorm2d):
-            layer.reset_running_stats()
+        if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = None
             nn.init.uniform_(layer.weight, 0.5, 1.5, generator=generator)
             nn.init.normal_(layer.bias, 0.0, 0.3, generator=generator)

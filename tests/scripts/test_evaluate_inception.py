@@ -9,27 +9,16 @@ import pytest
 import torch
 from digit_sets import digits, write_npz
 from threadpoolctl import threadpool_limits
-
-from qdiff.evaluation.extractors import extractor_class
-
-INCEPTION = "inception-v3-compat"
+from unfilled_inception import INCEPTION, drawn_inception
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """Random, of a size that keeps features apart and finite."""
-    make = extractor_class(INCEPTION)
-    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "load", lambda *args, **kwargs: {})
-        patch.setattr(make, "load_state_dict", lambda self, state: None)
-        made = make(INCEPTION, ["2048", "logits"], feature_extractor_weights_path="-")
-    made = made.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(0)
+    made = drawn_inception(generator)
     for layer in made.modules():
-        if isinstance(layer, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(layer.weight, generator=generator)
-        elif isinstance(layer, torch.nn.BatchNorm2d):
-            layer.reset_running_stats()
+        if isinstance(layer, torch.nn.BatchNorm2d):
             torch.nn.init.ones_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
     torch.nn.init.normal_(made.fc.weight, 0.0, 0.1, generator=generator)
