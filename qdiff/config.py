@@ -9,7 +9,7 @@ from typing import Any
 from qdiff.errors import UserError
 
 END_BITS = 8
-_LATER = ("keep_ends", "act_dynamic", "act_scale_per", "modulate", "attention_matmuls")
+_LATER = ("keep_ends", "act_dynamic", "act_scale_per", "modulate", "rest_bits", "ablation")
 
 
 class RangeMethod(str, Enum):
@@ -26,6 +26,13 @@ class ScalePer(str, Enum):
     TENSOR = "tensor"  # the whole batch
     SAMPLE = "sample"
     CHANNEL = "channel"  # of all samples
+
+
+class Ablation(str, Enum):
+    """What modulation goes without, to show what it is for."""
+
+    NO_COMPENSATION = "no-compensation"  # changes are taken to the last input, not to its reconstruction: errors add up
+    CLEARED_STATE = "cleared-state"  # the memory is emptied before every step: no activation is quantized
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,13 @@ class QuantConfig:
         act_scale_per: what shares a dynamic range.
         modulate: layers quantize the change of their input since the last step of the trajectory (MoDiff), inside
             ``QuantModel.trajectory``.
-        attention_matmuls: quantize the operands of attention's two products too.
+        rest_bits: width, 2 to 16, for what the published code leaves in float where ranges are dynamic or layers
+            modulate: the operands of attention's two products, and a modulated layer's input at the first step. Their
+            ranges are dynamic. None leaves them in float.
+        ablation: of modulation; None is all of it.
 
     Raises:
-        UserError: a width out of range, or no such range method.
+        UserError: a value out of range, or fields that contradict each other; the sentence names the option.
     """
 
     weight_bits: int | None = 8
@@ -64,13 +74,15 @@ class QuantConfig:
     act_dynamic: bool = False
     act_scale_per: ScalePer = ScalePer.TENSOR
     modulate: bool = False
-    attention_matmuls: bool = True
+    rest_bits: int | None = None
+    ablation: Ablation | None = None
 
     def __post_init__(self) -> None:
         for name, low, high, option in (
             ("weight_bits", 1, 8, "--weight_bit"),
             ("act_bits", 2, 16, "--act_bit"),
             ("softmax_bits", 2, 16, "--sm_abit"),
+            ("rest_bits", 2, 16, "--rest_abit"),
         ):
             bits = getattr(self, name)
             if bits is None and name != "softmax_bits":
@@ -78,19 +90,55 @@ class QuantConfig:
             if not (isinstance(bits, int) and low <= bits <= high):
                 raise UserError(f"{name} is {bits}; give {option} a whole number from {low} to {high}")
         for name in ("weight_range", "act_range"):
-            try:
-                object.__setattr__(self, name, RangeMethod(getattr(self, name)))
-            except ValueError:
-                methods = " or ".join(m.value for m in RangeMethod)
-                raise UserError(f"{name} is {getattr(self, name)}; give it {methods}") from None
+            self._make_enum(name, RangeMethod)
+        self._make_enum("act_scale_per", ScalePer)
+        if self.ablation is not None:
+            self._make_enum("ablation", Ablation)
+        self._check_dynamics()
 
+    def _make_enum(self, name: str, kind: type[Enum]) -> None:
         try:
-            object.__setattr__(self, "act_scale_per", ScalePer(self.act_scale_per))
+            object.__setattr__(self, name, kind(getattr(self, name)))
         except ValueError:
-            kinds = ", ".join(s.value for s in ScalePer)
-            raise UserError(f"act_scale_per is {self.act_scale_per}; give it one of {kinds}") from None
+            raise UserError(
+                f"{name} is {getattr(self, name)}; give it one of {', '.join(k.value for k in kind)}"
+            ) from None
+
+    def _check_dynamics(self) -> None:
         if self.modulate and self.act_bits is None:
             raise UserError("modulation is of quantized activations; add --quant_act, or leave out --modulate")
+        if self.act_dynamic and self.act_bits is None:
+            raise UserError(
+                "dynamic ranges are of quantized activations; add --quant_act, or leave out --quant_mode dynamic"
+            )
+        if self.act_scale_per is not ScalePer.TENSOR and not self.act_dynamic:
+            raise UserError(
+                f"one range a {self.act_scale_per.value} is for ranges taken from the tensor at hand; add --quant_mode "
+                "dynamic, or leave out --act_tensor and --act_scale_per"
+            )
+        if self.rest_bits is not None and not (self.modulate or self.act_dynamic):
+            raise UserError("--rest_abit is for --modulate and --quant_mode dynamic; leave it out, or add one of them")
+        if self.ablation is not None and not self.modulate:
+            raise UserError(f"the ablation {self.ablation.value} is of modulation; add --modulate, or leave it out")
+
+    @property
+    def calibrates_acts(self) -> bool:
+        """Whether the ranges of activations themselves are state that a method sets."""
+        return self.act_bits is not None and not (self.act_dynamic or self.modulate)
+
+    @property
+    def calibrates_changes(self) -> bool:
+        """Whether the ranges of activations' changes from step to step are state that calibration sets."""
+        return self.modulate and not self.act_dynamic
+
+    @property
+    def attention_widths(self) -> tuple[int, int] | None:
+        """Width of q, k and v, and of the softmax output; None leaves attention's products in float."""
+        if self.act_bits is None:
+            return None
+        if self.act_dynamic or self.modulate:
+            return None if self.rest_bits is None else (self.rest_bits, self.rest_bits)
+        return self.act_bits, self.softmax_bits
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON.

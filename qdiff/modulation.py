@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -14,10 +18,11 @@ class LayerMemory:
 
     Args:
         name: of the layer, for errors.
+        compensates: False forgets what quantization lost, as if â were a: errors then add up (an ablation).
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, compensates: bool = True) -> None:
+        self.name, self.compensates = name, compensates
         self.input: Tensor | None = None
         self.output: Tensor | None = None
 
@@ -45,13 +50,48 @@ class LayerMemory:
             )
         return x - self.input
 
-    def advance(self, change: Tensor, output_change: Tensor) -> Tensor:
-        """Add a quantized change and its output, and return the output."""
+    def advance(self, x: Tensor, change: Tensor, output_change: Tensor) -> Tensor:
+        """Add the quantized change of the input to ``x``, and its output; return the output."""
         # New tensors: what was returned the step before may still be in use.
-        self.input, self.output = self.input + change, self.output + output_change
+        self.input = self.input + change if self.compensates else x
+        self.output = self.output + output_change
         return self.output
+
+    def clear(self) -> None:
+        """Forget everything: the next step is a first one."""
+        self.input = self.output = None
 
     @property
     def bytes(self) -> int:
         """What is remembered takes."""
         return sum(t.numel() * t.element_size() for t in (self.input, self.output) if t is not None)
+
+
+class Modulated(Protocol):
+    """A layer that remembers, while its memory is there."""
+
+    memory: LayerMemory | None
+    modulates: bool
+
+
+@contextlib.contextmanager
+def memories(layers: Mapping[str, Modulated], compensates: bool = True) -> Iterator[None]:
+    """Let the layers that modulate remember inside the block; what they remember is given up at its end.
+
+    Args:
+        layers: by name.
+        compensates: see `LayerMemory`.
+
+    Raises:
+        RuntimeError: one of them is in such a block already.
+    """
+    modulating = {name: layer for name, layer in layers.items() if layer.modulates}
+    if any(layer.memory is not None for layer in modulating.values()):
+        raise RuntimeError("a trajectory is open already; close it before the next batch")
+    try:
+        for name, layer in modulating.items():
+            layer.memory = LayerMemory(name, compensates)
+        yield
+    finally:
+        for layer in modulating.values():
+            layer.memory = None

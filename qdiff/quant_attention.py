@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,11 +24,14 @@ class QuantAttention(nn.Module):
         super().__init__()
         self.prescale = core.prescale
         self._float_core = core.forward
-        if config.act_bits is not None and config.attention_matmuls:
+        if config.attention_widths is not None:
+            bits, softmax_bits = config.attention_widths
+            # Attention does not modulate: in a modulated network its operands are quantized by the ranges at hand.
+            config = replace(config, act_dynamic=config.act_dynamic or config.modulate)
             for operand in "qkv":  # [N, heads, L, d]
-                quantizer = act_quantizer(config, config.act_bits, config.act_symmetric, False, channel_dim=-1)
+                quantizer = act_quantizer(config, bits, config.act_symmetric, False, channel_dim=-1)
                 self.add_module(f"act_quantizer_{operand}", quantizer)
-            self.act_quantizer_w = act_quantizer(config, config.softmax_bits, False, True, channel_dim=-1)
+            self.act_quantizer_w = act_quantizer(config, softmax_bits, False, True, channel_dim=-1)
         self.acts_quantized = False  # set by `qdiff.modes.leaf_modes`
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.functional import dequantize, linear_in_fixed_order, quantize
 from qdiff.modulation import LayerMemory
-from qdiff.quantizer import WeightQuantizer, act_quantizer
+from qdiff.quantizer import DynamicActQuantizer, WeightQuantizer, act_quantizer
 from qdiff.range_estimators import estimate
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -53,6 +53,15 @@ class QuantModule(nn.Module):
                 for _ in self.slices
             )
         self.modulates = config.modulate and config.act_bits is not None
+        # For the first step of a trajectory, which has no change to quantize; empty leaves it in float.
+        self.first_quantizers = nn.ModuleList()
+        if self.modulates and config.rest_bits is not None:
+            self.first_quantizers.extend(
+                DynamicActQuantizer(
+                    config.rest_bits, config.act_symmetric, False, config.act_scale_per, self._channel_dim
+                )
+                for _ in self.slices
+            )
         # Inside a trajectory: what the layer remembers of the step before.
         self.memory: LayerMemory | None = None
         # Modes, set by `qdiff.modes.leaf_modes`.
@@ -116,16 +125,17 @@ class QuantModule(nn.Module):
             return self._operation(x, weight, self.bias)
         if self.modulates:
             return self._modulated(x, weight)
-        return self._operate(self._quantized_input(x), weight, self.bias)
+        return self._operate(self._quantized(x, self.act_quantizers), weight, self.bias)
 
     def _modulated(self, x: Tensor, weight: Tensor) -> Tensor:
-        """o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b in float."""
+        """o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
         if self.memory is None:
             raise RuntimeError("a modulated layer runs inside `with qnn.trajectory():`, opened once for every batch")
         if self.memory.is_empty:
+            x = self._quantized(x, self.first_quantizers) if len(self.first_quantizers) > 0 else x
             return self.memory.begin(x, self._operation(x, weight, self.bias))
-        change = self._quantized_input(self.memory.difference(x))
-        return self.memory.advance(change, self._operation(change, weight, None))
+        change = self._quantized(self.memory.difference(x), self.act_quantizers)
+        return self.memory.advance(x, change, self._operation(change, weight, None))
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
@@ -136,12 +146,12 @@ class QuantModule(nn.Module):
     def _channel_dim(self) -> int:
         return -1 if self._operation is F.linear else 1  # linear layers keep channels last
 
-    def _quantized_input(self, x: Tensor) -> Tensor:
+    def _quantized(self, x: Tensor, quantizers: nn.ModuleList) -> Tensor:
         if len(self.slices) == 1:
-            return self.act_quantizers[0](x)
+            return quantizers[0](x)
         dim = self._channel_dim
         parts = x.split(self.slices, dim=dim)
-        return torch.cat([q(part) for q, part in zip(self.act_quantizers, parts, strict=True)], dim=dim)
+        return torch.cat([q(part) for q, part in zip(quantizers, parts, strict=True)], dim=dim)
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, slices={self.slices}"

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig
+from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
 from qdiff.interface import AttentionCore, family_of
 from qdiff.modes import leaf_modes, leaves
-from qdiff.modulation import LayerMemory
+from qdiff.modulation import memories
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, Quantizer
@@ -57,6 +57,10 @@ class QuantModel(nn.Module):
     def forward(self, *inputs: Tensor | None) -> Tensor:
         while inputs and inputs[-1] is None:  # an absent condition is not passed on
             inputs = inputs[:-1]
+        if self.config.ablation is Ablation.CLEARED_STATE:
+            for layer in self.layers().values():
+                if layer.memory is not None:
+                    layer.memory.clear()
         return self.model(*inputs)
 
     def train(self, mode: bool = True) -> QuantModel:
@@ -96,17 +100,8 @@ class QuantModel(nn.Module):
         Raises:
             RuntimeError: a trajectory is open already.
         """
-        layers = [layer for layer in self.layers().values() if layer.modulates]
-        if any(layer.memory is not None for layer in layers):
-            raise RuntimeError("a trajectory is open already; close it before the next batch")
-        try:
-            for name, layer in self.layers().items():
-                if layer.modulates:
-                    layer.memory = LayerMemory(name)
+        with memories(self.layers(), self.config.ablation is not Ablation.NO_COMPENSATION):
             yield self
-        finally:
-            for layer in layers:
-                layer.memory = None
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:
         """Raise a `UserError` naming the first quantizer of the kinds asked for that was never set."""

@@ -72,7 +72,7 @@ def calibrate(
         weights: False keeps the weights as they are (loaded: ``--resume_w``).
     """
     weights = weights and qnn.config.weight_bits is not None
-    activations = qnn.config.act_bits is not None
+    activations = qnn.config.calibrates_acts
     if weights:
         init_weights(qnn)
     walker = run.walker(qnn)

@@ -18,7 +18,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, run: CalibrationRun) -> Non
         run: seed, storage, progress.
     """
     init_weights(qnn)
-    if qnn.config.act_bits is not None:
+    if qnn.config.calibrates_acts:
         walker = run.walker(qnn)
         for _, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):
             observe_unit(unit, walker, qnn.config.act_range)

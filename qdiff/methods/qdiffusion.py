@@ -117,7 +117,7 @@ def calibrate(
         weights: False keeps the weights as they are (loaded: ``--resume_w``) and fits activations only.
     """
     weights = weights and qnn.config.weight_bits is not None
-    activations = qnn.config.act_bits is not None
+    activations = qnn.config.calibrates_acts
     count = sum(1 for _ in qnn.model.steps())
     total = count * (weights * config.iterations + activations * config.act_iterations)
     with tqdm(total=total, desc="calibrating", unit="it", disable=not run.show_progress) as bar:

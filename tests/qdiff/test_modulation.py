@@ -40,7 +40,6 @@ def outputs(name, modulate=None):
         act_dynamic=True,
         act_scale_per=scale,
         modulate=case["modulate"] if modulate is None else modulate,
-        attention_matmuls=False,
     )
     load_checkpoint(qnn, source.path)
     made = []
@@ -126,7 +125,7 @@ def test_equations(scale_per, split):
         assert (ours - theirs).abs().max() < 1e-4
     # Planted: quantizing the input itself is far away.
     with torch.no_grad(), qnn.quantized():
-        plain = module._operation(module._quantized_input(xs[-1]), module.weight, module.bias)
+        plain = module._operation(module._quantized(xs[-1], module.act_quantizers), module.weight, module.bias)
     assert (plain - wanted[-1]).abs().max() > 1e-2
 
 
@@ -141,8 +140,8 @@ def test_errors_do_not_add_up():
     # Without compensation (the difference to the last input, not to the reconstruction) it does.
     module, lost = qnn.model[0], torch.zeros_like(xs[0])
     for before, x in itertools.pairwise(xs):
-        lost += module._quantized_input(x - before) - (x - before)
-    assert lost.abs().mean() > 3 * (module._quantized_input(xs[-1] - xs[-2]) - (xs[-1] - xs[-2])).abs().mean()
+        lost += module.act_quantizers[0](x - before) - (x - before)
+    assert lost.abs().mean() > 3 * (module.act_quantizers[0](xs[-1] - xs[-2]) - (xs[-1] - xs[-2])).abs().mean()
 
 
 def test_every_quantizer_fires_on_every_later_step_and_sees_the_difference(monkeypatch):
