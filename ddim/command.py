@@ -32,6 +32,8 @@ class DdimModel(FloatModel):
         super().__init__(args)
         if args.use_pretrained == bool(args.ckpt):
             raise UserError("give the float weights by exactly one of --use_pretrained and --ckpt PATH")
+        if args.ckpt and args.model_dir:
+            raise UserError("--ckpt and --model_dir contradict each other; leave one of them out")
         self.options = SamplerOptions(
             args.sample_type, args.timesteps, args.skip_type, args.eta, args.dpm_order, args.dpm_method
         )
@@ -65,7 +67,9 @@ class DdimModel(FloatModel):
             return Model(self.model_config), None
 
     def load(self, device: torch.device) -> None:
-        self.weights = Path(self.args.ckpt) if self.args.ckpt else pretrained_path(self.model_config)
+        self.weights = (
+            Path(self.args.ckpt) if self.args.ckpt else pretrained_path(self.model_config, self.args.model_dir)
+        )
         self.network = Model(self.model_config)
         load_float_weights(self.network, self.weights)
         self.move_to(device)

@@ -23,6 +23,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--config", required=True, help="model config, e.g. configs/cifar10.yml")
     group.add_argument("--use_pretrained", action="store_true", help="the config's released or bundled weights")
+    group.add_argument("--model_dir", help="folder of the released weights (default: the cache)")
     group.add_argument("--ckpt", help="float weights from a file instead")
     group.add_argument("--seed", type=int, default=1234)
 

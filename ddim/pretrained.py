@@ -15,8 +15,11 @@ from qdiff.tensor_files import check_state, read_float_tensors
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pretrained_path(config: Any) -> Path:
+def pretrained_path(config: Any, folder: str | Path | None = None) -> Path:
     """Return the file that ``--use_pretrained`` takes for a config: bundled, cached, or downloaded now.
+
+    Args:
+        folder: where it is, or is put, in the place of the cache (``--model_dir``).
 
     Raises:
         UserError: the config names none, it cannot be downloaded, or its MD5 is wrong.
@@ -25,13 +28,14 @@ def pretrained_path(config: Any) -> Path:
     if entry is None or "file" not in entry:
         raise UserError("this config names no pretrained weights; give --ckpt PATH")
     if "url" not in entry:
-        bundled = REPOSITORY / entry.file
+        bundled = REPOSITORY / entry.file if folder is None else Path(folder) / Path(entry.file).name
         if not bundled.is_file():
             raise UserError(
-                f"the bundled weights {bundled} are missing; restore them from the repository, or give --ckpt"
+                f"the bundled weights {bundled} are missing; restore them from the repository, correct --model_dir, or "
+                "give --ckpt PATH"
             )
         return bundled
-    path = cache_folder() / entry.file
+    path = (cache_folder() if folder is None else Path(folder)) / entry.file
     if not path.is_file():
         download(entry.url, path, entry.get("md5"), ", or give --ckpt PATH")
     elif "md5" in entry and files.md5(path) != entry.md5:

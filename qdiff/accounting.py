@@ -1,7 +1,8 @@
 """What a network costs: bytes as stored, and bit operations of one forward. Only shapes are needed, no weights.
 
 The size is the bits of every parameter as our checkpoint stores it (`qdiff.native_format`). The BOPs of a layer are
-MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits.
+MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits. A modulated layer
+(`qdiff.modulation`) has another width at the first call of a trajectory, keeps two tensors, and adds to them.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from qdiff.config import Ablation
 from qdiff.interface import AttentionCore
 from qdiff.packing import packed_bytes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import ActQuantizer
+from qdiff.quantizer import ActQuantizer, DynamicActQuantizer
 
 FLOAT_BITS = 32
 FLOAT_BYTES = 4
@@ -30,6 +32,10 @@ ACT_ZERO_POINT_BYTES = 4
 
 _LAYERS = (*QUANTIZABLE, QuantModule)
 _ATTENTION = (AttentionCore, QuantAttention)
+# A modulated layer's additions at a later call: a − â and â + Δ over its input; o + W·Δ once over its output.
+_ADDITIONS_A_INPUT = 2
+# What a layer that does not modulate has nothing of.
+_OF_MODULATION = ("first_act_bits", "state_bytes", "additions")
 _KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}  # by the dimensions of the weight
 
 
@@ -45,7 +51,11 @@ class LayerCost:
         size_bytes: what they take as stored, δ and z of the weight and of the layer's inputs included.
         macs: multiply-accumulate operations of one sample.
         weight_bits, act_bits: widths of the two factors. Of q·kᵀ they are those of k and q, of softmax·v those of the
-            softmax output and v.
+            softmax output and v. Of a modulated layer they are those of a later call.
+        first_act_bits: width of a modulated layer's input at the first call of a trajectory, which has no change to
+            quantize; None where the layer does not modulate.
+        state_bytes: what a modulated layer keeps from call to call for one sample: one input and one output, float32.
+        additions: what it adds and subtracts beside its product at a later call, for one sample.
     """
 
     name: str
@@ -55,15 +65,31 @@ class LayerCost:
     macs: int = 0
     weight_bits: int = FLOAT_BITS
     act_bits: int = FLOAT_BITS
+    first_act_bits: int | None = None
+    state_bytes: int = 0
+    additions: int = 0
+
+    @property
+    def modulates(self) -> bool:
+        """Whether the layer has another first call, and a state."""
+        return self.first_act_bits is not None
 
     @property
     def bops(self) -> int:
         """Bit operations of one sample: MACs · weight bits · activation bits."""
         return self.macs * self.weight_bits * self.act_bits
 
+    @property
+    def first_bops(self) -> int:
+        """The same at the first call of a trajectory."""
+        return self.macs * self.weight_bits * (self.first_act_bits if self.modulates else self.act_bits)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON."""
-        return {**vars(self), "bops": self.bops}
+        """Return plain values, for JSON; those of modulation only where the layer modulates."""
+        values = {**vars(self), "bops": self.bops}
+        if self.modulates:
+            return {**values, "first_bops": self.first_bops}
+        return {k: v for k, v in values.items() if k not in _OF_MODULATION}
 
 
 @dataclass(frozen=True)
@@ -96,8 +122,38 @@ class Account:
 
     @property
     def bops(self) -> int:
-        """Bit operations, summed over the layers."""
+        """Bit operations, summed over the layers; of a modulated network those of a later call."""
         return sum(layer.bops for layer in self.layers)
+
+    @property
+    def first_bops(self) -> int:
+        """Bit operations of the first call of a trajectory."""
+        return sum(layer.first_bops for layer in self.layers)
+
+    @property
+    def modulates(self) -> bool:
+        """Whether any layer does."""
+        return any(layer.modulates for layer in self.layers)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that modulated layers keep from call to call, for one sample."""
+        return sum(layer.state_bytes for layer in self.layers)
+
+    @property
+    def additions(self) -> int:
+        """Additions of modulated layers at a later call, for one sample; no MACs, and not among the BOPs."""
+        return sum(layer.additions for layer in self.layers)
+
+    def bops_over(self, calls: int) -> float:
+        """Return the mean bit operations of one call over a trajectory.
+
+        Args:
+            calls: how often the trajectory calls the network, 1 or more; the first call is a first step.
+        """
+        if calls < 1:
+            raise ValueError(f"a trajectory of {calls} calls has no mean; give 1 or more")
+        return (self.first_bops + (calls - 1) * self.bops) / calls
 
     @property
     def gbops(self) -> float:
@@ -109,9 +165,15 @@ class Account:
         key = {"size": lambda layer: layer.size_bytes, "bops": lambda layer: layer.bops}[by]
         return sorted(self.layers, key=key, reverse=True)[:count]
 
-    def summary(self) -> dict[str, Any]:
-        """Return the totals and what they were counted for, for JSON."""
-        return {
+    def summary(self, calls: int | None = None) -> dict[str, Any]:
+        """Return the totals and what they were counted for, for JSON.
+
+        Args:
+            calls: of the network in one trajectory. Only modulated networks differ by it: their ``bops`` are then the
+                mean over these calls, the first included, and without it those of a later call. They also have
+                ``first_bops``, ``calls``, ``state_bytes`` and ``additions``.
+        """
+        values = {
             "size_bytes": self.size_bytes,
             "parameters": self.parameters,
             "macs": self.macs,
@@ -120,6 +182,12 @@ class Account:
             "context_shape": None if self.context_shape is None else list(self.context_shape),
             "batch": 1,
         }
+        if self.modulates:
+            if calls is not None:
+                values["bops"] = self.bops_over(calls)
+            values |= {"first_bops": self.first_bops, "calls": calls}
+            values |= {"state_bytes": self.state_bytes, "additions": self.additions}
+        return values
 
 
 def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tuple[int, ...] | None = None) -> Account:
@@ -137,10 +205,14 @@ def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tup
     Returns:
         Counts for one sample (N = 1) and one call.
     """
+    always_first = isinstance(network, QuantModel) and network.config.ablation is Ablation.CLEARED_STATE
     network = _unwrapped(network)
     shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
-    macs = _count_macs(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
-    return Account(tuple(_costs(network, macs)), image_shape, context_shape)
+    work = _count_work(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
+    costs = _costs(network, work)
+    if always_first:  # the memory is emptied before every call: no later one ever comes
+        costs = (replace(c, act_bits=c.first_act_bits, additions=0) if c.modulates else c for c in costs)
+    return Account(tuple(costs), image_shape, context_shape)
 
 
 def stored_bytes(module: nn.Module) -> int:
@@ -153,8 +225,8 @@ def _unwrapped(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _count_macs(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
-    """Return the MACs by name: (macs,) of a layer, (q·kᵀ, softmax·v) of an attention."""
+def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
+    """Return counts by name: MACs and elements of the input and the output of a layer; MACs of both products."""
     # The copy takes its tensors from the memo, so that none is copied and float16 needs no inputs of its own.
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
@@ -168,7 +240,10 @@ def _count_macs(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
 
     def counting(name: str):
         def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
-            now = _attention_macs(*given) if isinstance(module, _ATTENTION) else (_layer_macs(module, out),)
+            if isinstance(module, _ATTENTION):
+                now = _attention_macs(*given)
+            else:
+                now = _layer_macs(module, out), given[0].numel(), out.numel()
             counts[name] = tuple(a + b for a, b in zip(counts.get(name, (0,) * len(now)), now, strict=True))
 
         return add
@@ -194,25 +269,27 @@ def _attention_macs(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
     return q.numel() * k.shape[-2], q.numel() // q.shape[-1] * v.shape[-2] * v.shape[-1]
 
 
-def _costs(module: nn.Module, macs: dict[str, tuple[int, ...]], name: str = "") -> Iterator[LayerCost]:
+def _costs(module: nn.Module, work: dict[str, tuple[int, ...]], name: str = "") -> Iterator[LayerCost]:
     if isinstance(module, _LAYERS):
-        yield from _layer_costs(name, module, macs.get(name, (0,))[0])
+        yield from _layer_costs(name, module, *work.get(name, (0, 0, 0)))
         return
     if isinstance(module, _ATTENTION):
-        yield from _attention_costs(name, module, macs.get(name, (0, 0)))
+        yield from _attention_costs(name, module, work.get(name, (0, 0)))
         return
     if own := sum(p.numel() for p in module.parameters(recurse=False)):
         yield LayerCost(name, type(module).__name__, own, own * FLOAT_BYTES)
     for child, part in module.named_children():
-        yield from _costs(part, macs, f"{name}.{child}" if name else child)
+        yield from _costs(part, work, f"{name}.{child}" if name else child)
 
 
-def _layer_costs(name: str, layer: nn.Module, macs: int) -> Iterator[LayerCost]:
+def _layer_costs(name: str, layer: nn.Module, macs: int, inputs: int, outputs: int) -> Iterator[LayerCost]:
     weight, bias = layer.weight, 0 if layer.bias is None else layer.bias.numel()
     kind, channels = _KINDS[weight.dim()], weight.shape[1]
-    slices, weights, acts = [channels], [], []
+    slices, weights, acts, first = [channels], [], [], None
     if isinstance(layer, QuantModule):
         slices, weights, acts = layer.slices, list(layer.weight_quantizers), list(layer.act_quantizers)
+        if layer.modulates:
+            first = _bits(list(layer.first_quantizers), 0)
     widths = [(_bits(weights, i), _bits(acts, i)) for i in range(len(slices))]
     groups = [range(len(slices))] if len(set(widths)) == 1 else [range(i, i + 1) for i in range(len(slices))]
     for i, group in enumerate(groups):
@@ -225,7 +302,13 @@ def _layer_costs(name: str, layer: nn.Module, macs: int) -> Iterator[LayerCost]:
         for quantizer in (weights[j] for j in group if weights):
             size += quantizer.delta.numel() * FLOAT_BYTES + quantizer.zero_point.numel() * WEIGHT_ZERO_POINT_BYTES
         label = name if len(groups) == 1 else f"{name}[{i}]"
-        yield LayerCost(label, kind, count + own_bias, size, macs * share // channels, weight_bits, act_bits)
+        cost = LayerCost(label, kind, count + own_bias, size, macs * share // channels, weight_bits, act_bits)
+        if first is not None:
+            own_inputs, own_outputs = inputs * share // channels, outputs if i == 0 else 0
+            state = (own_inputs + own_outputs) * FLOAT_BYTES
+            additions = _ADDITIONS_A_INPUT * own_inputs + own_outputs
+            cost = replace(cost, first_act_bits=first, state_bytes=state, additions=additions)
+        yield cost
 
 
 def _attention_costs(name: str, attention: nn.Module, macs: tuple[int, ...]) -> Iterator[LayerCost]:
@@ -241,4 +324,6 @@ def _bits(quantizers: list[nn.Module], index: int) -> int:
 
 
 def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:
-    return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in quantizers)
+    """Bytes of stored ranges; those taken from the tensor at hand are nowhere stored."""
+    stored = (q for q in quantizers if not isinstance(q, DynamicActQuantizer))
+    return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in stored)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.native_format import load_native, save_native
 from qdiff.published_format import load_published, to_published
@@ -29,6 +30,11 @@ def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True)
     path = Path(path)
     activations = activations and not qnn.config.act_dynamic  # ranges of a file have no place to go
     if is_pickle(path):
+        if activations and qnn.config.modulate:
+            raise UserError(
+                f"{path} holds ranges of activations, not of their changes; add --resume_w to calibrate those, or "
+                "--quant_mode dynamic"
+            )
         load_published(qnn, load_tensors(path), path, activations)
     else:
         load_native(qnn, path, activations)

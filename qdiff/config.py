@@ -9,7 +9,8 @@ from typing import Any
 from qdiff.errors import UserError
 
 END_BITS = 8
-_LATER = ("keep_ends", "act_dynamic", "act_scale_per", "modulate", "rest_bits", "ablation")
+_OF_MODULATION = ("modulate", "rest_bits", "ablation")
+_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION)
 
 
 class RangeMethod(str, Enum):
@@ -159,11 +160,11 @@ class QuantConfig:
         """
         if not self.keep_ends or ends is None or name not in ends:
             return self
-        return replace(
-            self,
-            weight_bits=None if self.weight_bits is None else END_BITS,
-            act_bits=None if name == ends[1] else self.act_bits,
-        )
+        weight_bits = None if self.weight_bits is None else END_BITS
+        if name == ends[0]:
+            return replace(self, weight_bits=weight_bits)
+        off = {name: getattr(type(self), name) for name in ("act_dynamic", "act_scale_per", *_OF_MODULATION)}
+        return replace(self, weight_bits=weight_bits, act_bits=None, **off)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:

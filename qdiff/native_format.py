@@ -35,7 +35,13 @@ _WEIGHT_OPTIONS = {
     "weight_symmetric": "--w_sym",
     "keep_ends": "--keep_ends",
 }
-_ACT_OPTIONS = {"act_bits": "--act_bit", "act_symmetric": "--a_sym", "softmax_bits": "--sm_abit"}
+_ACT_OPTIONS = {
+    "act_bits": "--act_bit",
+    "act_symmetric": "--a_sym",
+    "softmax_bits": "--sm_abit",
+    "modulate": "--modulate",
+    "act_dynamic": "--quant_mode dynamic",
+}
 
 
 def _weight_quantizers(qnn: QuantModel) -> dict[str, WeightQuantizer]:

@@ -15,7 +15,7 @@ from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
-from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, Quantizer
+from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
 
 
 class QuantModel(nn.Module):
@@ -77,7 +77,7 @@ class QuantModel(nn.Module):
 
     def calibrated_act_quantizers(self) -> dict[str, ActQuantizer]:
         """Return those whose range is state, not taken from the tensor at hand."""
-        return {n: m for n, m in self.act_quantizers().items() if not isinstance(m, DynamicActQuantizer)}
+        return calibrated_act_quantizers(self.model)
 
     @contextlib.contextmanager
     def quantized(self, weights: bool = True, activations: bool = True) -> Iterator[QuantModel]:

@@ -102,6 +102,12 @@ class DynamicActQuantizer(ActQuantizer):
         return x.amin(over, keepdim=True), x.amax(over, keepdim=True)
 
 
+def calibrated_act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
+    """Return the activation quantizers inside a module whose range is state, not taken from the tensor at hand."""
+    named = module.named_modules()
+    return {n: m for n, m in named if isinstance(m, ActQuantizer) and not isinstance(m, DynamicActQuantizer)}
+
+
 class WeightQuantizer(Quantizer):
     """Per-output-channel δ and z [C, 1, …] of a weight or of one slice of it."""
 

@@ -14,6 +14,7 @@ import argparse
 import sys
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.modiff import add_generate_option
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
@@ -25,6 +26,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
     parser.add_argument("--cond", action="store_true", help="accepted: a conditional model is known by its config")
     parser.add_argument("--out", required=True, help="the file to write (.pt)")
+    add_generate_option(parser, default="raw")
     return parser.parse_args(arguments)
 
 
@@ -32,20 +34,20 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.calibration.samples import save_recording
-    from qdiff.calibration.schedules import evenly_spaced
     from qdiff.cli.runtime import choose_device
     from qdiff.errors import UserError
     from qdiff.files import check_writable
 
     model = load_object(LIKE[args.like][1])(args)
-    evenly_spaced(model.calls, args.cali_st)  # checks --cali_st
+    pairs = args.generate == "residual"
+    model.recorded_calls(args.cali_st, pairs)  # checks --cali_st
     if args.cali_n < 1:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
     check_writable(args.out)
     model.load(choose_device(args.device))
     for note in model.notes:
         print(note, file=sys.stderr)
-    save_recording(model.record(args.cali_st, args.cali_n), args.out)
+    save_recording(model.record(args.cali_st, args.cali_n, pairs=pairs), args.out)
     print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")
 
 

@@ -7,6 +7,8 @@
 --like names the sampling script whose model, sampler and quantization options follow; calibration options are accepted,
 as nothing of the cost depends on them. Counted is one call of the denoising network for one sample. First stage and
 text encoder, which stay in float, are not in it; guidance calls the network for a pair, which costs twice as much.
+Of a modulated network the call is a later one of a trajectory; a line says what the first one costs, what is kept from
+call to call, and what is added to it.
 """
 
 from __future__ import annotations
@@ -67,6 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     for kind, counts in accounts.items():
         numbers = f"{counts.parameters:>14,}{counts.size_bytes / 1e6:>12.2f}{counts.macs / 1e9:>10.3f}"
         print(f"{kind:<10}{numbers}{counts.gbops:>12.1f}")
+    if counts.modulates:  # the last one, quantized
+        state = f"keeps {counts.state_bytes / 1e6:.2f} MB of float32 and makes {counts.additions / 1e6:.2f} M additions"
+        print(f"modulated: {state} a call; the first call of a trajectory has {counts.first_bops / 1e9:.1f} GBops")
     if heaviest:
         width = max(len(name) for name in (*(layer.name for layer in heaviest), "heaviest by bops"))
         print(f"\n{'heaviest by ' + args.by:<{width}}  kind        W/A bits   MB (10^6)     GMACs       GBops")

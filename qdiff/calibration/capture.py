@@ -138,14 +138,20 @@ def leaves_in_execution_order(
 def leaf_inputs_and_output(
     module: nn.Module, leaf: nn.Module, inputs: tuple[Tensor, ...], walker: Walker
 ) -> tuple[Tensor, ...]:
-    """Run a module over all samples and return what one leaf in it got and gave: (*inputs, output), each [N, …]."""
+    """Run a module over all samples and return what one leaf in it got and gave: (*inputs, output), each [N, …].
+
+    Where one run of the module calls the leaf k times, each is [N, k, …].
+    """
     seen: list[tuple[Tensor, ...]] = []
     handle = leaf.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
     try:
 
         def captured(rows: slice) -> tuple[Tensor, ...]:
             module(*walker.load(inputs, rows))
-            return seen.pop()
+            calls = [seen.pop(0) for _ in range(len(seen))]
+            if len(calls) == 1:
+                return calls[0]
+            return tuple(torch.stack(values, dim=1) for values in zip(*calls, strict=True))
 
         return walker.map(captured, len(inputs[0]))
     finally:

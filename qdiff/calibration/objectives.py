@@ -20,6 +20,19 @@ def lp_error(p: float = 2.0) -> Objective:
     return objective
 
 
+def penalised_outside(objective: Objective, weight: float) -> Objective:
+    """Add weight · Σ|target − output| over the targets that lie outside the range of the outputs (MoDiff)."""
+    if weight == 0:
+        return objective
+
+    def penalised(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+        low, high = torch.aminmax(output.detach())
+        outside = (target < low) | (target > high)
+        return objective(output, target, rows) + weight * ((target - output).abs() * outside).sum()
+
+    return penalised
+
+
 def fisher_error(gradients: Tensor) -> Objective:
     """Squared error weighted by the diagonal of the Fisher information (Li et al., 2021, eq. 10).
 

@@ -2,7 +2,7 @@
 
 Files have the published format: ``torch.save`` of a dict with ``xs`` [steps][n, C, H, W] and ``ts`` [steps][n], and
 ``cs``, ``ucs`` [steps][n, L, D] for conditional models; steps are in sampling order, noisiest first. Steps may hold
-different numbers of samples.
+different numbers of samples. ``xs_prev`` and ``ts_prev``, where they are, hold the sampling step before each (MoDiff).
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ FIX = "make one with scripts/collect_calibration.py"
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Network inputs, one row a sample: x [N, C, H, W], t [N] and, where conditional, the context [N, L, D]."""
+    """Network inputs, one row a sample: x [N, C, H, W], t [N] and, where conditional, the context [N, L, D].
+
+    Of pairs (`select_pairs`): [N, 2, C, H, W], [N, 2] and [N, 2, L, D], the step before first.
+    """
 
     inputs: tuple[Tensor, ...]
 
@@ -130,9 +133,50 @@ def select_samples(
     return CalibrationSet((x.repeat(len(halves), 1, 1, 1), t.repeat(len(halves)), torch.cat(halves)))
 
 
+def network_calls(recording: Mapping[str, Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
+    """Return what the network was fed at each recorded call: (x [N, C, H, W], t [N][, context [N, L, D]]).
+
+    Where guidance was on, x and t are doubled and the context is the unconditional half before the conditional one, as
+    in `ldm.sampling.guided`.
+    """
+    halves = [recording[key] for key in ("ucs", "cs") if key in recording]
+    if not halves:
+        return list(zip(recording["xs"], recording["ts"], strict=True))
+    return [
+        (x.repeat(len(halves), 1, 1, 1), t.repeat(len(halves)), torch.cat(contexts))
+        for x, t, *contexts in zip(recording["xs"], recording["ts"], *halves, strict=True)
+    ]
+
+
+def select_pairs(
+    recording: Mapping[str, Sequence[Tensor]],
+    steps: int | None,
+    per_step: int | None,
+    image_shape: tuple[int, ...],
+    conditional: bool = False,
+    source: str | Path = "the recording",
+) -> CalibrationSet:
+    """Take samples as `select_samples` does, each together with the sampling step before it.
+
+    Raises:
+        UserError: as there, or no steps before are recorded.
+    """
+    if not {"xs_prev", "ts_prev"} <= set(recording):
+        raise UserError(
+            f"{source} holds no steps before (xs_prev, ts_prev), which ranges of changes need; record it with "
+            "--generate residual"
+        )
+    here = {key: values for key, values in recording.items() if not key.endswith("_prev")}
+    before = {**here, "xs": recording["xs_prev"], "ts": recording["ts_prev"]}
+    pair = [select_samples(r, steps, per_step, image_shape, conditional, source).inputs for r in (before, here)]
+    if any(a.shape != b.shape for a, b in zip(*pair, strict=True)):
+        raise UserError(f"{source} is malformed: xs_prev and ts_prev do not give one step before a sample; {FIX}")
+    return CalibrationSet(tuple(torch.stack(both, dim=1) for both in zip(*pair, strict=True)))
+
+
 def check_context(data: CalibrationSet, expected: tuple[int, ...] | None, source: str | Path) -> None:
     """Raise a `UserError` where the samples' contexts are not of the shape [L, D] that the network is fed."""
-    if expected is not None and (found := tuple(data.inputs[2].shape[1:])) != tuple(expected):
+    if expected is not None and (found := tuple(data.inputs[2].shape[-2:])) != tuple(expected):
         raise UserError(
             f"{source} holds conditions of shape {found}, the network is fed {tuple(expected)}; give the file of this "
             "model"

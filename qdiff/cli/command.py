@@ -16,15 +16,18 @@ import torch
 from torch import Tensor
 
 from qdiff.accounting import account
-from qdiff.calibration.samples import select_samples
+from qdiff.calibration.samples import network_calls, save_recording, select_samples
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.cli.float_model import FloatModel
 from qdiff.cli.ptq import resolve_ptq
-from qdiff.cli.quantize import Quantization, measure_noise_error
+from qdiff.cli.quantize import Quantization, measure_noise_error, measure_trajectory_error
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
+from qdiff.config import Ablation
 from qdiff.config_files import read_config
+from qdiff.errors import UserError
+from qdiff.files import check_writable
 from qdiff.images import save_png, to_uint8
 from qdiff.quant_model import QuantModel
 
@@ -58,14 +61,16 @@ class SampleCommand:
         self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, {**values, **model.eda_dm})
         records_steps = self.plan is not None and self.plan.draw is None
         if records_steps and self.plan.data is None and self.plan.action != "load":
-            evenly_spaced(model.calls, self.plan.steps)  # checks --cali_st
+            model.recorded_calls(self.plan.steps, self.plan.changes is not None)  # checks --cali_st
         self.config = {
             "script": script,
-            "method": self.plan.method if self.plan else "float",
+            "method": self.plan.name if self.plan else "float",
             **model.config,
             "seed": self.args.seed,
             "ptq": self.plan.to_dict() if self.plan else None,
         }
+        if self.args.generate is not None:
+            self.config["generate"] = self._recording_asked_for()
 
     def _folder(self) -> Path:
         if self.args.logdir not in (None, "none"):
@@ -73,10 +78,31 @@ class SampleCommand:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()[:8]
         return self.model.runs / f"{self.model.name}-{self.config['method']}-{digest}"
 
+    def _recording_asked_for(self) -> dict[str, Any]:
+        """Return what ``--generate`` records, checked."""
+        args, pairs = self.args, self.args.generate == "residual"
+        if args.cali_data_path is None:
+            raise UserError(f"--generate {args.generate} writes a calibration set; give --cali_data_path PATH")
+        if args.cali_n < 1:
+            raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
+        calls = self.model.recorded_calls(args.cali_st, pairs)
+        return {"out": args.cali_data_path, "pairs": pairs, "calls": calls, "per_step": args.cali_n}
+
+    def _generate(self) -> None:
+        args, wanted = self.args, self.config["generate"]
+        check_writable(wanted["out"])
+        self.model.load(choose_device(args.device))
+        recording = self.model.record(args.cali_st, wanted["per_step"], pairs=wanted["pairs"])
+        save_recording(recording, wanted["out"])
+        log.info("%s: %d steps of %d samples", wanted["out"], args.cali_st, wanted["per_step"])
+
     def run(self) -> None:
-        """Quantize as planned, then sample what the run folder lacks."""
+        """Quantize as planned, then sample what the run folder lacks; or record, where ``--generate`` is given."""
         args, model = self.args, self.model
         start_logging(args.verbose)
+        if args.generate is not None:
+            self._generate()
+            return
         run = RunFolder(self._folder(), self.config, model.count)
         if run.is_complete and getattr(args, "skip_save", False):
             log.info("%s is finished already", run.path)
@@ -101,7 +127,7 @@ class SampleCommand:
                     run.manifest["labels"] = model.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], model.device)
                 counted = model.network if prepared is None else prepared.qnn
-                run.manifest["cost"] = account(counted, model.input_shape, model.context_shape).summary()
+                run.manifest["cost"] = account(counted, model.input_shape, model.context_shape).summary(model.calls)
                 self._complete(prepared, run)
             processes.wait()
             if prepared is None and (prepared := self._prepare(run)) is not None:
@@ -114,11 +140,13 @@ class SampleCommand:
         started = time.perf_counter()
 
         def images(rows: Sequence[int]) -> Tensor:
-            return model.to_images(model.trajectory(denoiser, rows))
+            with _trajectory(qnn):
+                return model.to_images(model.trajectory(denoiser, rows))
 
         with contextlib.nullcontext() if qnn is None else qnn.quantized():
             if getattr(self.args, "sequence", False) and processes.is_first:
-                self._write_sequence(run, denoiser)
+                with _trajectory(qnn):
+                    self._write_sequence(run, denoiser)
             made = sample_pending(run, images, model.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
 
@@ -142,7 +170,7 @@ class SampleCommand:
         plan, model = self.plan, self.model
         if plan.draw is None:
             log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
-            return model.record(plan.steps, plan.per_step, first=self._first_image)
+            return model.record(plan.steps, plan.per_step, first=self._first_image, pairs=plan.changes is not None)
         log.info("recording %d samples, one an image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
         recording, allocation, timesteps = model.record_draw(plan.draw, self._calibration_seed, self._first_image)
         if allocation is not None:
@@ -158,21 +186,24 @@ class SampleCommand:
         """Calibrate if need be, and measure once how far ε is from float on inputs that calibration never saw."""
         if prepared is None:
             return
-        model, qnn = self.model, prepared.complete(self._calibration_seed, lambda: self._record(run))
+        qnn = prepared.complete(self._calibration_seed, lambda: self._record(run))
         if "noise_error" not in run.manifest:
-            steps = min(HELD_OUT_STEPS, model.calls)
-            held_out = select_samples(
-                model.record(steps, HELD_OUT_IMAGES, first=HELD_OUT_FROM, show_progress=False),
-                steps,
-                HELD_OUT_IMAGES,
-                model.input_shape,
-                model.conditional,
-            )
-            run.manifest["noise_error"] = measure_noise_error(qnn, held_out, release=True)
+            run.manifest["noise_error"] = self._noise_error(qnn)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
         qnn.release_float_weights()  # sampling needs one copy of the weights, not two
         qnn.reset_fired()
+
+    def _noise_error(self, qnn: QuantModel) -> dict[str, Any]:
+        model, steps = self.model, min(HELD_OUT_STEPS, self.model.calls)
+        # Modulation is of trajectories: their steps cannot be picked out.
+        recorded = model.calls if qnn.config.modulate else steps
+        recording = model.record(recorded, HELD_OUT_IMAGES, first=HELD_OUT_FROM, show_progress=False)
+        if qnn.config.modulate:
+            compared = evenly_spaced(model.calls, steps)
+            return measure_trajectory_error(qnn, network_calls(recording), compared, release=True)
+        held_out = select_samples(recording, steps, HELD_OUT_IMAGES, model.input_shape, model.conditional)
+        return measure_noise_error(qnn, held_out, release=True)
 
     @torch.no_grad()
     def _write_sequence(self, run: RunFolder, denoiser: Any) -> None:
@@ -202,7 +233,9 @@ class SampleCommand:
                     "total": len(qnn.act_quantizers()),
                     "silent": sorted({name for r in results for name in r["silent"]}),
                 }
-        if silent:
+        if silent and qnn.config.ablation is Ablation.CLEARED_STATE:
+            log.warning("%d activation quantizers never fired: the state was cleared before every step", len(silent))
+        elif silent:
             raise RuntimeError(f"{len(silent)} activation quantizers never fired while sampling, e.g. {silent[0]}")
         args = self.args
         run.finish(
@@ -212,3 +245,8 @@ class SampleCommand:
             keep_images=not getattr(args, "skip_save", False),
         )
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)
+
+
+def _trajectory(qnn: QuantModel | None) -> contextlib.AbstractContextManager:
+    """What a batch is sampled in."""
+    return contextlib.nullcontext() if qnn is None else qnn.trajectory()

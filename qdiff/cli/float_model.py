@@ -118,19 +118,48 @@ class FloatModel:
         """Turn what `trajectory` returns into images [N, C, H, W] in [−1, 1]."""
         return x_0
 
+    def recorded_calls(self, steps: int, pairs: bool) -> list[int]:
+        """Return which calls of a sampling run `record` keeps, counted from 0 (the noisiest).
+
+        Raises:
+            UserError: there are fewer.
+        """
+        if not pairs:
+            return evenly_spaced(self.calls, steps)
+        if steps >= self.calls:  # the first has none before it
+            raise UserError(
+                f"--cali_st {steps} with the step before each needs more than the {self.calls} steps of this sampler; "
+                f"give --cali_st {self.calls - 1} or less"
+            )
+        return [call + 1 for call in evenly_spaced(self.calls - 1, steps)]
+
     @torch.no_grad()
-    def record(self, steps: int, per_step: int, first: int = 0, show_progress: bool = True) -> dict[str, Tensor]:
-        """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams."""
+    def record(
+        self, steps: int, per_step: int, first: int = 0, show_progress: bool = True, pairs: bool = False
+    ) -> dict[str, Tensor]:
+        """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
+
+        Args:
+            pairs: record ``xs_prev`` and ``ts_prev`` too, the call before each.
+        """
+        calls = self.recorded_calls(steps, pairs)
+        kept = sorted({*calls, *(call - 1 for call in calls)}) if pairs else calls
         with tqdm(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
-            return record_calls(
+            recorded = record_calls(
                 lambda on_call, rows: self.trajectory(
                     self.network, [first + i for i in rows], calibration=True, on_call=on_call
                 ),
                 per_step,
                 self.batch_size,
-                evenly_spaced(self.calls, steps),
+                kept,
                 on_batch=bar.update,
             )
+        if not pairs:
+            return recorded
+        here, before = ([kept.index(call + shift) for call in calls] for shift in (0, -1))
+        return {key: values[here] for key, values in recorded.items()} | {
+            f"{key}_prev": recorded[key][before] for key in ("xs", "ts")
+        }
 
     @torch.no_grad()
     def record_draw(

@@ -27,10 +27,13 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
-    methods = ["linear", "qdiff", "ptq4dm", "eda-dm"]
+    methods = ["linear", "qdiff", "ptq4dm", "eda-dm", "modiff"]
     group.add_argument("--method", choices=methods, help="default: as the other options imply")
     group.add_argument(
-        "--quant_mode", choices=["linear", "qdiff"], default="qdiff", help="linear: round to nearest, min-max"
+        "--quant_mode",
+        choices=["linear", "qdiff", "dynamic"],
+        default="qdiff",
+        help="linear: round to nearest, min-max; dynamic: activation ranges from the tensor at hand",
     )
     group.add_argument("--weight_bit", type=int, default=8, help="width of weights, 1-8")
     group.add_argument("--quant_act", action="store_true", help="quantize activations too")

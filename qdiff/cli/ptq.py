@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qdiff.calibration.draws import Draw
-from qdiff.cli import eda_dm
+from qdiff.cli import eda_dm, modiff
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
 
 
@@ -20,7 +21,8 @@ class PtqPlan:
     """What a run does about quantization.
 
     Attributes:
-        method: ``linear``, ``qdiff``, ``eda-dm`` or ``ptq4dm``.
+        method: of the weights, and of activations that are not modulated: ``linear``, ``qdiff``, ``eda-dm`` or
+            ``ptq4dm``.
         quant: widths and ranges.
         action: ``calibrate`` everything, ``load`` a finished checkpoint, or load its weights and calibrate
             ``activations``.
@@ -31,6 +33,7 @@ class PtqPlan:
         recipe: numbers of the method's recipe; None for ``linear``.
         memory_budget: GiB of RAM for activations; None has no limit.
         seed: of the calibration; None takes the run's.
+        changes: how ranges of activations' changes are calibrated (MoDiff); None where they are not.
     """
 
     method: str
@@ -44,6 +47,14 @@ class PtqPlan:
     memory_budget: float | None
     draw: Draw | None = None
     seed: int | None = None
+    changes: ChangesConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """What the whole is called."""
+        if not self.quant.modulate:
+            return self.method
+        return "modiff" if self.method == "qdiff" else f"{self.method}+modiff"
 
     @property
     def samples(self) -> int:
@@ -54,6 +65,8 @@ class PtqPlan:
         """Return plain values, for the manifest: all that decides the result, so not the memory budget."""
         values = {**asdict(self), "quant": self.quant.to_dict()}
         del values["memory_budget"]
+        if self.changes is None:  # runs from before there were any go on
+            del values["changes"]
         return values
 
 
@@ -71,16 +84,23 @@ def resolve_ptq(
         UserError: options that contradict each other (both are named) or are out of range.
     """
     if not args.ptq:
-        for option in ("quant_act", "resume", "resume_w", "cali_ckpt", "cali_data_path"):
+        options = ["quant_act", "resume", "resume_w", "cali_ckpt", "modulate"]
+        if args.generate is None:
+            options.append("cali_data_path")
+        for option in options:
             if getattr(args, option, None):
                 raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
         return None
-    method = _method(args)
+    if args.generate is not None:
+        raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
+    method, modulate = _method(args), modiff.modulates(args)
     searches = method in eda_dm.METHODS
     if method == "linear":  # the papers' baseline, whatever family
         weight_range = act_range = RangeMethod.MIN_MAX
     elif searches:
         weight_range = act_range = RangeMethod.SEARCH
+    if modulate:  # of changes
+        act_range = RangeMethod.MIN_MAX
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,
@@ -91,9 +111,21 @@ def resolve_ptq(
         weight_range=RangeMethod(args.w_range or weight_range),
         act_range=RangeMethod(args.a_range or act_range),
         keep_ends=searches if args.keep_ends is None else args.keep_ends,
+        act_dynamic=args.quant_mode == "dynamic",
+        act_scale_per=modiff.scale_per(args),
+        modulate=modulate,
+        rest_bits=args.rest_abit,
+        ablation=args.modulate_ablation,
     )
+    action = _action(args, method, quant)
+    changes = modiff.resolve_changes(args, quant, learns=method != "linear")
     recipe, draw = None, None
-    if searches:
+    if searches and changes is not None and action == "calibrate":
+        raise UserError(
+            f"--method {method} draws single samples and --modulate needs pairs of steps; calibrate its weights "
+            "without --modulate first, then add --resume_w --cali_ckpt PATH (or take --quant_mode dynamic)"
+        )
+    if searches and changes is None:
         draw, recipe = (f(args, method, preset or {}) for f in (eda_dm.resolve_draw, eda_dm.resolve_recipe))
     if method == "qdiff":
         recipe = QDiffusionConfig(
@@ -118,7 +150,7 @@ def resolve_ptq(
     return PtqPlan(
         method=method,
         quant=quant,
-        action=_action(args, method),
+        action=action,
         checkpoint=args.cali_ckpt,
         data=args.cali_data_path,
         steps=args.cali_st,
@@ -127,6 +159,7 @@ def resolve_ptq(
         memory_budget=args.memory_budget,
         draw=draw,
         seed=args.cali_seed,
+        changes=changes,
     )
 
 
@@ -134,15 +167,16 @@ def _method(args: Namespace) -> str:
     """Return the method that was named, or that the other options imply."""
     implying = eda_dm.implied_by(args)
     linear = args.quant_mode == "linear"
-    if args.method is not None and args.method != "linear" and linear:
-        raise UserError(f"--method {args.method} contradicts --quant_mode linear; leave one of them out")
-    if implying and (args.method in ("linear", "qdiff") or (args.method is None and linear)):
-        named = f"--method {args.method}" if args.method else "--quant_mode linear"
-        raise UserError(f"--{implying[0]} is EDA-DM's and contradicts {named}; leave one of them out")
-    return args.method or ("eda-dm" if implying else args.quant_mode)
+    named = None if args.method == "modiff" else args.method  # which goes with any weights
+    if named is not None and named != "linear" and linear:
+        raise UserError(f"--method {named} contradicts --quant_mode linear; leave one of them out")
+    if implying and (named in ("linear", "qdiff") or (named is None and linear)):
+        other = f"--method {named}" if named else "--quant_mode linear"
+        raise UserError(f"--{implying[0]} is EDA-DM's and contradicts {other}; leave one of them out")
+    return named or ("eda-dm" if implying else "linear" if linear else "qdiff")
 
 
-def _action(args: Namespace, method: str) -> Literal["calibrate", "load", "activations"]:
+def _action(args: Namespace, method: str, quant: QuantConfig) -> Literal["calibrate", "load", "activations"]:
     resume = getattr(args, "resume", None) is True  # EDA-DM's LSUN scripts name the float checkpoint by it
     if resume and args.resume_w:
         raise UserError("--resume and --resume_w contradict each other; leave one of them out")
@@ -152,6 +186,8 @@ def _action(args: Namespace, method: str) -> Literal["calibrate", "load", "activ
     if args.resume_w:
         if not args.quant_act:
             raise UserError("--resume_w calibrates activations, which --quant_act turns on; add --quant_act")
+        if quant.act_dynamic:  # there is nothing beside the weights
+            return "load"
         if method == "linear":
             raise UserError(
                 "--resume_w and the linear method contradict each other (it rounds the weights itself); leave out "

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.memory import MemoryUse, measure_footprint, plan_memory
-from qdiff.calibration.samples import CalibrationSet, check_context, load_recording, save_recording, select_samples
+from qdiff.calibration.pairs import PairedNetwork
+from qdiff.calibration.samples import (
+    CalibrationSet,
+    check_context,
+    load_recording,
+    save_recording,
+    select_pairs,
+    select_samples,
+)
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.run_folder import RunFolder
 from qdiff.files import sha256
 from qdiff.interface import SteppedNetwork
-from qdiff.methods import eda_dm, linear, qdiffusion
+from qdiff.methods import eda_dm, linear, modiff, qdiffusion
 from qdiff.methods.common import CalibrationRun
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.quant_model import QuantModel
@@ -62,6 +71,7 @@ class Quantization:
         self.finished = run.path / CHECKPOINT
         self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
         self.data: CalibrationSet | None = None
+        self.pairs: CalibrationSet | None = None
         self.qnn = QuantModel(network, plan.quant)
         self.is_complete = plan.action == "load" or self.finished.is_file()
         if self.is_complete:
@@ -82,8 +92,11 @@ class Quantization:
         conditional = self.context_shape is not None
         # A draw has samples where its schedule put them: all are taken.
         steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)
-        self.data = select_samples(recording, steps, per_step, self.image_shape, conditional, source=self.recording)
+        chosen = (recording, steps, per_step, self.image_shape, conditional, self.recording)
+        self.data = select_samples(*chosen)
         check_context(self.data, self.context_shape, self.recording)
+        if plan.changes is not None:
+            self.pairs = select_pairs(*chosen)
 
     def complete(self, seed: int, record: Callable[[], dict[str, Tensor]], show_progress: bool = True) -> QuantModel:
         """Record and calibrate where that is still to be done, and return the quantized network.
@@ -114,13 +127,16 @@ class Quantization:
 
     def _memory(self) -> MemoryUse:
         """Plan the memory of the calibration; before a recording is there, for the size that it will have."""
+        plan, network = self.plan, self.qnn.model
         shapes = [self.image_shape, (), *([] if self.context_shape is None else [self.context_shape])]
-        footprint = measure_footprint(self.qnn.model, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
-        plan = self.plan
+        if plan.changes is not None:
+            network, shapes = PairedNetwork(network), [(2, *shape) for shape in shapes]
+        footprint = measure_footprint(network, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
         halves = 1 if self.context_shape is None else 2  # without guidance it is one, which is not known here
         samples = plan.samples * halves if self.data is None else len(self.data)
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
-        batch_size = plan.recipe.batch_size if plan.recipe is not None else 1
+        recipe = plan.recipe or plan.changes
+        batch_size = recipe.batch_size if recipe is not None else 1
         return plan_memory(self.qnn, footprint, samples, batch_size, budget)
 
     def _calibrate(self, journal: CalibrationJournal, memory: MemoryUse, seed: int, show_progress: bool) -> None:
@@ -133,18 +149,20 @@ class Quantization:
             footprint=memory.footprint,
             pass_bytes=memory.pass_bytes,
         )
-        log.info("calibrating with %s on %d samples", plan.method, len(self.data))
+        log.info("calibrating with %s on %d samples", plan.name, len(self.data))
+        weights = plan.action == "calibrate"
         with run.timed("calibration"):
-            if plan.recipe is None:
+            if plan.recipe is None and weights:
                 linear.calibrate(self.qnn, self.data, calibration)
-            else:
+            elif weights or plan.changes is None:
                 method = eda_dm if isinstance(plan.recipe, EdaDmConfig) else qdiffusion
-                weights = plan.action == "calibrate"
                 method.calibrate(self.qnn, self.data, plan.recipe, calibration, weights=weights)
+            if plan.changes is not None:
+                modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
         run.manifest["estimated_peak_bytes"] = memory.peak
         run.manifest["reconstruction_errors"] = calibration.errors
         run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
-        notes = {"method": plan.method, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}
+        notes = {"method": plan.name, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}
         save_checkpoint(self.qnn, self.finished, notes=notes)
         journal.discard()
         run.save_manifest()
@@ -165,15 +183,42 @@ def measure_noise_error(
         ``mse``, the mean squared difference over all elements; ``float_mean_square``, the same of ε itself; and the
         number of ``samples``.
     """
-    batches = [
-        tuple(part.to(qnn.device) for part in batch)
-        for batch in zip(*(i.split(batch_size) for i in held_out.inputs), strict=True)
-    ]
+    batches = list(zip(*(i.split(batch_size) for i in held_out.inputs), strict=True))
+    errors, squares = _squares(qnn, batches, release)
+    elements = held_out.inputs[0].numel()
+    return {"mse": sum(errors) / elements, "float_mean_square": sum(squares) / elements, "samples": len(held_out)}
+
+
+@torch.no_grad()
+def measure_trajectory_error(
+    qnn: QuantModel, calls: Sequence[tuple[Tensor, ...]], compared: Sequence[int], release: bool = False
+) -> dict[str, Any]:
+    """Return the same for a network that modulates: it is run along a trajectory of the float model.
+
+    Args:
+        calls: the network's inputs at every call of a sampling run, in order; each [N, …].
+        compared: the calls that ``mse`` is the mean over.
+        release: as in `measure_noise_error`.
+
+    Returns:
+        The same, and ``by_call``, the mean squared difference at every call.
+    """
+    errors, squares = _squares(qnn, calls, release)
+    elements = calls[0][0].numel()
+    return {
+        "mse": sum(errors[i] for i in compared) / elements / len(compared),
+        "float_mean_square": sum(squares[i] for i in compared) / elements / len(compared),
+        "samples": len(calls[0][0]) * len(compared),
+        "by_call": [error / elements for error in errors],
+    }
+
+
+def _squares(qnn: QuantModel, batches: Sequence[tuple[Tensor, ...]], release: bool) -> tuple[list[float], list[float]]:
+    """Return the squared differences from float, and the squares of float ε, summed over each batch."""
+    batches = [tuple(part.to(qnn.device) for part in batch) for batch in batches]
     wanted = [qnn(*batch).double() for batch in batches]
     if release:
         qnn.release_float_weights()
-    with qnn.quantized():  # once: entering dequantizes every weight
-        error = sum(float((qnn(*b).double() - w).square().sum()) for b, w in zip(batches, wanted, strict=True))
-    elements = sum(w.numel() for w in wanted)
-    reference = sum(float(w.square().sum()) for w in wanted)
-    return {"mse": error / elements, "float_mean_square": reference / elements, "samples": len(held_out)}
+    with qnn.quantized(), qnn.trajectory():  # once: entering dequantizes every weight
+        errors = [float((qnn(*b).double() - w).square().sum()) for b, w in zip(batches, wanted, strict=True)]
+    return errors, [float(w.square().sum()) for w in wanted]

@@ -10,6 +10,7 @@ from typing import Any
 
 from qdiff.cli.eda_dm import add_eda_dm_options
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.modiff import add_modiff_options
 from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
 
 # script → (options, model class); both are imported when they are needed
@@ -70,6 +71,7 @@ def sampling_script(
         add_quantization_options(parser)
         add_calibration_options(parser, resume)
         add_eda_dm_options(parser)
+        add_modiff_options(parser)
         add_run_options(parser, folder)
         args = parser.parse_args(arguments)
         from qdiff.cli.command import SampleCommand

@@ -57,6 +57,10 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds else NOTHING
 
 
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f} M"
+
+
 METRICS = (
     Column("fid", "FID", LOWER, "{:.2f}".format),
     Column("sfid", "sFID", LOWER, "{:.2f}".format),
@@ -75,6 +79,8 @@ COSTS = (
     Column("bytes", "file", LOWER, _megabytes),
     Column("counted_bytes", "counted", LOWER, _megabytes),
     Column("gbops", "GBops", LOWER, "{:,.1f}".format),
+    Column("state_bytes", "state", LOWER, _megabytes),  # of one image
+    Column("additions", "additions", LOWER, _millions),  # of one image, at a step
     Column("calibration_s", "calibration", LOWER, _seconds),
     Column("sampling_s", "sampling", LOWER, _seconds),
 )

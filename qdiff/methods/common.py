@@ -63,16 +63,22 @@ def init_weights(qnn: QuantModel) -> None:
 
 
 @torch.no_grad()
-def assert_all_fired(qnn: QuantModel, data: CalibrationSet, batch: int = 4) -> None:
+def assert_all_fired(qnn: QuantModel, data: CalibrationSet, batch: int = 4, activations: bool = True) -> None:
     """Prove on a few samples that every quantizer is set and takes part in a forward pass.
+
+    Args:
+        activations: False looks at the weights alone: ranges of changes are calibrated after them.
 
     Raises:
         RuntimeError: naming the quantizers that did nothing (a defect of the network's wrapping, not of the data).
     """
     qnn.reset_fired()
-    with qnn.quantized(weights=True, activations=True):
-        output = qnn(*(i[:batch].to(qnn.device) for i in data.inputs))
-    silent = qnn.silent_quantizers()
+    inputs = tuple(i[:batch].to(qnn.device) for i in data.inputs)
+    with qnn.quantized(weights=True, activations=activations), qnn.trajectory():
+        output = qnn(*inputs)
+        if qnn.config.modulate:  # at the first step there is no change to quantize
+            output = qnn(*inputs)
+    silent = qnn.silent_quantizers() if activations else []
     if silent:
         raise RuntimeError(f"{len(silent)} activation quantizers never fired, e.g. {silent[0]}")
     if not torch.isfinite(output).all():

@@ -89,7 +89,7 @@ def calibrate(
     order = torch.randperm(len(data), generator=run.generator(2))
     count = sum(1 for _ in qnn.model.steps())
     with tqdm(total=count * config.iterations, desc="calibrating", unit="it", disable=not run.show_progress) as bar:
-        for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):
+        for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=activations):
             bar.set_postfix_str(unit.name, refresh=False)
             before = bar.n
             if not (run.journal is not None and run.journal.restore("joint", index, unit.module)):
@@ -105,4 +105,4 @@ def calibrate(
                 if run.journal is not None:
                     run.journal.record("joint", index, unit.module)
             bar.update(config.iterations - (bar.n - before))  # whatever was not counted one by one
-    assert_all_fired(qnn, data)
+    assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)

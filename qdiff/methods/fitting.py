@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration.capture import Walker, leaf_inputs_and_output, leaves_in_execution_order
@@ -16,7 +16,7 @@ from qdiff.calibration.objectives import Objective
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
-from qdiff.quantizer import ActQuantizer
+from qdiff.quantizer import calibrated_act_quantizers
 from qdiff.range_estimators import TINY
 
 # Adam moves a step size by about its learning rate an iteration, whatever the step size: never by more than this
@@ -75,7 +75,7 @@ def fit_unit(
     layers = [m for m in unit.module.modules() if isinstance(m, QuantModule)]
     if settings.lr_rounding is None or not any(len(layer.weight_quantizers) for layer in layers):
         layers = []
-    deltas = [m.delta for m in unit.module.modules() if isinstance(m, ActQuantizer)]
+    deltas = [q.delta for q in calibrated_act_quantizers(unit.module).values()]
     if settings.lr_act is None:
         deltas = []
     with contextlib.ExitStack() as stack:
@@ -111,11 +111,18 @@ def fit_unit(
     return error
 
 
-def parts_of(unit: Unit, kind: UnitKind, walker: Walker, activations: bool = False) -> Iterator[tuple[Unit, float]]:
+def parts_of(
+    unit: Unit,
+    kind: UnitKind,
+    walker: Walker,
+    activations: bool = False,
+    wrap: Callable[[nn.Module], nn.Module] = lambda leaf: leaf,
+) -> Iterator[tuple[Unit, float]]:
     """Yield what is fitted at a time inside a step, and its share of the step's iterations on the progress bar.
 
     Args:
         activations: activations are quantized (beside the weights) in what feeds a layer.
+        wrap: what is done around a layer, as around ``unit.module`` (`qdiff.calibration.pairs.PairedCall`).
     """
     if kind is UnitKind.BLOCK:
         yield unit, 1.0
@@ -128,7 +135,7 @@ def parts_of(unit: Unit, kind: UnitKind, walker: Walker, activations: bool = Fal
         with leaf_modes([unit.module], weights=False, activations=False):
             *float_inputs, target = leaf_inputs_and_output(unit.module, leaf, unit.float_inputs, walker)
         path = ".".join(filter(None, (unit.name, name)))
-        yield Unit(path, leaf, tuple(inputs), target, tuple(float_inputs)), 1 / len(leaves)
+        yield Unit(path, wrap(leaf), tuple(inputs), target, tuple(float_inputs)), 1 / len(leaves)
 
 
 def _penalty(

@@ -9,7 +9,7 @@ from qdiff.calibration.capture import Walker
 from qdiff.calibration.reconstruction import Unit
 from qdiff.config import RangeMethod
 from qdiff.modes import leaf_modes
-from qdiff.quantizer import ActQuantizer
+from qdiff.quantizer import calibrated_act_quantizers
 from qdiff.range_estimators import RangeObserver
 
 
@@ -30,7 +30,7 @@ def observe_unit(
         momentum: of a running average over batches; None takes the extremes over everything.
         softmax_only: observe softmax outputs alone; the other quantizers have their ranges and keep them.
     """
-    quantizers = [m for m in unit.module.modules() if isinstance(m, ActQuantizer)]
+    quantizers = list(calibrated_act_quantizers(unit.module).values())
     if softmax_only:
         quantizers = [q for q in quantizers if q.unsigned]
     if not quantizers:

@@ -54,6 +54,14 @@ def test_a_column_is_there_if_any_row_has_a_number_for_it(missing):
     assert markdown([{"label": "nothing"}]).splitlines()[2] == "| nothing |"
 
 
+def test_state_and_additions_are_there_where_a_row_modulates():
+    modulated = {**ROW, "gbops": 2.0, "state_bytes": 1.9e6, "additions": 749_408}
+    plain = {**ROW, "gbops": 2.0, "state_bytes": None, "additions": None}
+    assert "state ↓" not in headings([plain])
+    assert headings([plain, modulated])[-5:] == ["GBops ↓", "state ↓", "additions ↓", *HEADINGS[-2:]]
+    assert column([plain, modulated], "state ↓") == [NOTHING, "1.90 MB"]
+
+
 def test_zero_is_a_number():
     assert column([{"label": "x", "fid": 0.0, "noise_mse": 0}], "FID ↓") == ["0.00"]
     assert column([{"label": "x", "recall": 0.0}], "recall ↑") == ["0.000"]
@@ -88,6 +96,8 @@ def test_only_is_shows_its_spread():
         ("lpips", 0.0123, "LPIPS ↓", "0.012"),
         ("counted_bytes", 4_500_000, "counted ↓", "4.50 MB"),
         ("gbops", 6597.04, "GBops ↓", "6,597.0"),
+        ("state_bytes", 1_900_416, "state ↓", "1.90 MB"),
+        ("additions", 749_408, "additions ↓", "0.75 M"),
     ],
 )
 def test_how_numbers_are_written(key, number, heading, text):

@@ -1,0 +1,93 @@
+"""The options of MoDiff's scripts, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from argparse import Namespace
+
+from qdiff.config import Ablation, QuantConfig, ScalePer
+from qdiff.errors import UserError
+from qdiff.methods.modiff import ChangesConfig
+
+RECORDINGS = ("raw", "residual")
+
+
+def add_modiff_options(parser: argparse.ArgumentParser) -> None:
+    """Modulation by the names of its scripts."""
+    group = parser.add_argument_group("MoDiff")
+    group.add_argument(
+        "--modulate",
+        action="store_true",
+        help="quantize the change of each layer's input since the sampling step before",
+    )
+    group.add_argument("--act_tensor", action="store_true", help="with --quant_mode dynamic: one range a SAMPLE")
+    group.add_argument(
+        "--act_scale_per",
+        choices=[s.value for s in ScalePer],
+        help="with --quant_mode dynamic: what shares a range (default: tensor, the whole batch)",
+    )
+    group.add_argument(
+        "--rest_abit",
+        type=int,
+        help="width of the first step's activations and of attention's operands (default: float, as published)",
+    )
+    group.add_argument(
+        "--cali_min_max", action="store_true", help="ranges of changes are their extremes: learn nothing"
+    )
+    group.add_argument(
+        "--out_penalty", type=float, default=0.0, help="weight of outputs beyond their range while ranges are learned"
+    )
+    group.add_argument(
+        "--modulate_ablation", choices=[a.value for a in Ablation], help="modulation without a part of it, to compare"
+    )
+    add_generate_option(group)
+
+
+def add_generate_option(parser: argparse._ActionsContainer, default: str | None = None) -> None:
+    """What a recording holds."""
+    text = "residual: with the sampling step before each"
+    if default is None:
+        text = f"record the float model's calibration set in --cali_data_path and stop; {text}"
+    parser.add_argument("--generate", choices=RECORDINGS, default=default, help=text)
+
+
+def modulates(args: Namespace) -> bool:
+    """Whether a command's options mean modulation."""
+    return args.modulate or args.method == "modiff"
+
+
+def scale_per(args: Namespace) -> ScalePer:
+    """Return what shares a dynamic range."""
+    if args.act_tensor and args.act_scale_per not in (None, ScalePer.SAMPLE.value):
+        raise UserError(
+            f"--act_tensor (one range a sample) and --act_scale_per {args.act_scale_per} contradict each other; leave "
+            "one of them out"
+        )
+    return ScalePer(args.act_scale_per or (ScalePer.SAMPLE if args.act_tensor else ScalePer.TENSOR))
+
+
+def resolve_changes(args: Namespace, quant: QuantConfig, learns: bool) -> ChangesConfig | None:
+    """Return how ranges of changes are calibrated, or None where they are not.
+
+    Args:
+        learns: the method learns step sizes at all.
+    """
+    if not quant.calibrates_changes:
+        for option in ("cali_min_max", "out_penalty"):
+            if getattr(args, option):
+                raise UserError(
+                    f"--{option} is about calibrated ranges of changes, i.e. --modulate without --quant_mode dynamic; "
+                    "leave it out"
+                )
+        return None
+    learns = learns and not args.cali_min_max
+    if args.out_penalty and not learns:
+        raise UserError("--out_penalty is for learned ranges; leave it out, or --cali_min_max (--quant_mode linear)")
+    return ChangesConfig(
+        learn=learns,
+        iterations=args.cali_iters_a,
+        batch_size=ChangesConfig.batch_size if args.cali_batch_size is None else args.cali_batch_size,
+        lr=args.cali_lr,
+        p=args.cali_p,
+        out_penalty=args.out_penalty,
+    )
