@@ -17,17 +17,14 @@ import argparse
 import json
 import sys
 
-from qdiff.cli.eda_dm import add_eda_dm_options
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import add_calibration_options, add_quantization_options
+from qdiff.cli.ptq import add_ptq_options
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments)
-    add_quantization_options(parser)
-    add_calibration_options(parser, resume=False)
-    add_eda_dm_options(parser)
+    add_ptq_options(parser, resume=False)
     parser.add_argument("--batch_size", type=int, help="accepted: costs are those of one sample")
     parser.add_argument("--layers", type=int, default=10, help="how many of the heaviest layers to list")
     parser.add_argument("--by", choices=["size", "bops"], default="size", help="what makes a layer heavy")

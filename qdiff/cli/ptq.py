@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from argparse import Namespace
 from dataclasses import asdict, dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from qdiff.calibration.draws import Draw
 from qdiff.cli import eda_dm, modiff
+from qdiff.cli.parser import add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
@@ -68,6 +70,18 @@ class PtqPlan:
         if self.changes is None:  # runs from before there were any go on
             del values["changes"]
         return values
+
+
+def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
+    """Every option that `resolve_ptq` reads, by the names of the papers' scripts.
+
+    Args:
+        resume: see `add_calibration_options`.
+    """
+    add_quantization_options(parser)
+    add_calibration_options(parser, resume)
+    eda_dm.add_eda_dm_options(parser)
+    modiff.add_modiff_options(parser)
 
 
 def resolve_ptq(

@@ -8,10 +8,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from qdiff.cli.eda_dm import add_eda_dm_options
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.modiff import add_modiff_options
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
+from qdiff.cli.parser import Parser, add_run_options
+from qdiff.cli.ptq import add_ptq_options
 
 # script → (options, model class); both are imported when they are needed
 LIKE = {
@@ -61,17 +60,14 @@ def sampling_script(
         model: ``module:class`` of its `qdiff.cli.command.FloatModel`, imported when it is needed.
         folder: what the option for the run folder is called.
         preset: EDA-DM's values for this family, a file of configs/eda-dm.
-        resume: see `add_calibration_options`.
+        resume: see `add_ptq_options`.
     """
 
     @exits_cleanly
     def main(arguments: list[str] | None = None) -> None:
         parser = Parser(about)
         add_options(parser)
-        add_quantization_options(parser)
-        add_calibration_options(parser, resume)
-        add_eda_dm_options(parser)
-        add_modiff_options(parser)
+        add_ptq_options(parser, resume)
         add_run_options(parser, folder)
         args = parser.parse_args(arguments)
         from qdiff.cli.command import SampleCommand

@@ -10,10 +10,9 @@ import yaml
 from qdiff.calibration.draws import Draw, Schedule
 from qdiff.cli import eda_dm
 from qdiff.cli.command import SampleCommand
-from qdiff.cli.eda_dm import add_eda_dm_options
 from qdiff.cli.float_model import FloatModel
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options, add_run_options
-from qdiff.cli.ptq import resolve_ptq
+from qdiff.cli.parser import Parser, add_run_options
+from qdiff.cli.ptq import add_ptq_options, resolve_ptq
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
@@ -23,9 +22,7 @@ from qdiff.methods.fitting import UnitKind
 def parsed(*words):
     parser = Parser(None)
     parser.add_argument("--seed", type=int, default=0)
-    add_quantization_options(parser)
-    add_calibration_options(parser)
-    add_eda_dm_options(parser)
+    add_ptq_options(parser)
     add_run_options(parser)
     return parser.parse_args([str(w) for w in words])
 

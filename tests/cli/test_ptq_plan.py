@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options
-from qdiff.cli.ptq import resolve_ptq
+from qdiff.cli.parser import Parser
+from qdiff.cli.ptq import add_ptq_options, resolve_ptq
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.qdiffusion import UnitKind, WeightObjective
@@ -16,8 +16,7 @@ from qdiff.methods.qdiffusion import UnitKind, WeightObjective
 
 def plan(*words, weight_range=RangeMethod.MIN_MAX, act_range=RangeMethod.MIN_MAX):
     parser = Parser(None)
-    add_quantization_options(parser)
-    add_calibration_options(parser)
+    add_ptq_options(parser)
     return resolve_ptq(parser.parse_args([str(w) for w in words]), weight_range, act_range)
 
 

@@ -11,8 +11,8 @@ import torch
 
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.checkpoint import save_checkpoint
-from qdiff.cli.parser import Parser, add_calibration_options, add_quantization_options
-from qdiff.cli.ptq import resolve_ptq
+from qdiff.cli.parser import Parser
+from qdiff.cli.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.quantize import CHECKPOINT, JOURNAL, RECORDING, Quantization, measure_noise_error
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod
@@ -29,8 +29,7 @@ ERROR_TOLERANCE = 1e-5
 
 def plan(*words):
     parser = Parser(None)
-    add_quantization_options(parser)
-    add_calibration_options(parser)
+    add_ptq_options(parser)
     args: Namespace = parser.parse_args(["--ptq", *(str(w) for w in words)])
     return resolve_ptq(args, RangeMethod.MIN_MAX, RangeMethod.MIN_MAX)
 
