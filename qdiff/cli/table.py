@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.table_file import REPOSITORY, Row, TableFile, without
+from qdiff.config import ScalePer
 from qdiff.errors import UserError
 from qdiff.evaluation.columns import METRICS, markdown
 from qdiff.evaluation.comparison import comparison_picture
@@ -57,9 +58,10 @@ class TableRun:
         print(json.dumps({"extractor": self.extractor, "commands": commands}, indent=1))
 
     def run(self) -> str:
-        """Run and measure the chosen rows, then write the table as .md, .json and .html, and a picture.
+        """Run and measure the chosen rows, then write the table as .md, .json and .html, and its pictures.
 
-        These show the chosen rows and those that earlier calls finished.
+        These show the chosen rows and those that earlier calls finished. The pictures are ``comparison.png`` and, where
+        rows have three or more widths of activations, ``against-activation-bits.png``.
 
         Returns:
             What was measured and by which protocol, as markdown without a title.
@@ -119,6 +121,7 @@ class TableRun:
             )
 
     def _write(self, results: list[dict[str, Any]]) -> str:
+        from qdiff.evaluation.activation_plots import activation_picture, pictured
         from qdiff.evaluation.page import write_page
 
         table, protocol = self.table, self._protocol(results)
@@ -143,6 +146,9 @@ class TableRun:
         write_page(table.out / "table.html", table.title, protocol, results, folders, notes)
         with written_whole(table.out / "comparison.png") as path:
             comparison_picture(list(folders.items()), path)
+        if (column := pictured(results)) is not None:
+            with written_whole(table.out / "against-activation-bits.png") as path:
+                activation_picture(column, results, path)
         print(f"# {table.title}\n\n{text}")
         print(f"Page: {table.out / 'table.html'}   Picture: {table.out / 'comparison.png'}")
         return text
@@ -182,6 +188,9 @@ class TableRun:
             "weight_bits": quant.get("weight_bits") or FLOAT_BITS,
             "act_bits": quant.get("act_bits") or FLOAT_BITS,
             "split": quant.get("split_shortcut", False),
+            "modulate": quant.get("modulate", False),
+            "act_scale_per": quant.get("act_scale_per", ScalePer.TENSOR.value),
+            "ablation": quant.get("ablation"),
             "images": manifest["num_images"],
             **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
             "published": dict(row.published),
@@ -189,6 +198,8 @@ class TableRun:
             "bytes": _file_bytes(folder, manifest),
             "counted_bytes": cost.get("size_bytes"),
             "gbops": cost["bops"] / 1e9 if cost else None,
+            "state_bytes": cost.get("state_bytes"),
+            "additions": cost.get("additions"),
             "calibration_s": calibration,
             "sampling_s": manifest["seconds"]["sampling"],
             "command": shlex.join(["python", *table.command(row, self.device)]),
@@ -216,6 +227,12 @@ class TableRun:
                         f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}"),
             ("date", time.strftime("%Y-%m-%d")),
         ]  # fmt: skip
+        if any(row["state_bytes"] for row in results):
+            protocol[-3:-3] = [
+                ("GBops of modulated rows", "mean over the run's network calls, the first step included"),
+                ("state", "float32 tensors that modulated layers keep from step to step, bytes an image"),
+                ("additions", "what modulated layers add and subtract at a later step, an image; in no GBops"),
+            ]
         if any("asked_share" in row for row in results):
             protocol.insert(-2, ("asked", "images in which the classifier sees what was asked for"))
         if self.table.source is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.eda_dm import METHODS
+from qdiff.cli.table_grid import expand
 from qdiff.errors import UserError
 from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.metrics import LEAST_IMAGES
@@ -58,10 +59,13 @@ class Row:
     def calibrates(self) -> bool:
         """Whether it takes the shared recording: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
         words = shlex.split(self.options)
-        draws = any(name == "--method" and value in METHODS for name, value in itertools.pairwise(words))
+        pairs = list(itertools.pairwise(words))
+        draws = any(("--method", method) in pairs for method in METHODS)
+        # Its ranges are those of the tensors at hand: with weights from elsewhere nothing is left to calibrate.
+        dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
         return (
             self.quantizes
-            and not (draws or self.own_recording)
+            and not (draws or self.own_recording or dynamic)
             and ("--cali_ckpt" not in words or "--resume_w" in words)
         )
 
@@ -94,7 +98,8 @@ class TableFile:
 
     Attributes:
         title, source: of the table; the source is the paper whose numbers are the published ones.
-        rows: float rows first in meaning and place: the first row is one.
+        rows: float rows first in meaning and place: the first row is one. Those of a grid are here one by one (see
+            `qdiff.cli.table_grid.expand`).
         metrics: what is measured, out of `MEASURABLE`.
         extractor, reference: feature network and reference statistics, as `pretrained` of the model's config or the
             table itself names them.
@@ -109,7 +114,8 @@ class TableFile:
         path = self.path = Path(file)
         spec = read_yaml(path)
         try:
-            self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in spec["rows"]]
+            rows = itertools.chain.from_iterable(expand(row) for row in spec["rows"])
+            self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in rows]
             self.title, self.script, self.config = (_check_text(spec[k]) for k in ("title", "script", "config"))
             self.common = shlex.split(_check_text(spec["options"]))
             given = spec.get("calibration")

@@ -15,8 +15,10 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from qdiff.evaluation.activation_plots import activation_plots
 from qdiff.evaluation.columns import LOWER, NOTHING, Row, columns_of
-from qdiff.evaluation.plots import bits, is_float, legend, method_name, metric_plots, number, width
+from qdiff.evaluation.metric_axes import bits, is_float, method_name, number, width
+from qdiff.evaluation.plots import legend, metric_plots
 from qdiff.files import written_whole
 from qdiff.images import grid, load_png
 
@@ -64,7 +66,9 @@ def write_page(
         title: its heading.
         protocol: names and values of what all rows share, in the order shown.
         rows: numbers as in `qdiff.evaluation.columns`, and ``method``, ``weight_bits`` and ``act_bits`` (32 is
-            float), ``split``, ``images``, ``flags`` (sentences on what is wrong with the row) and ``command``.
+            float), ``split``, ``images``, ``flags`` (sentences on what is wrong with the row) and ``command``; of
+            modulated rows and of ranges taken from the tensor at hand also ``modulate``, ``act_scale_per`` and
+            ``ablation``.
         folders: label of a row → its images, ``00000.png`` on; image i shares its noise across rows. Rows without
             a folder, or whose folder has no ``00000.png``, are shown without images.
         notes: sentences below the table.
@@ -84,6 +88,7 @@ def write_page(
         counts=len({row.get("images") for row in rows}) > 1,
         table=_table(rows),
         plots=metric_plots(rows),
+        activation_plots=activation_plots(rows),
         legend=legend(rows),
         pictures=pictures,
         float_row=next((i for i, row in enumerate(rows) if is_float(row) and pictures[i]), None),

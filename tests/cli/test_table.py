@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
 from digit_runs import COUNT, QUANTIZED
+from PIL import Image
 
+from qdiff.cli import table as module
 from qdiff.cli.table import misses
 from qdiff.errors import UserError
 from qdiff.evaluation import extractors
@@ -135,6 +138,69 @@ def test_costs_come_from_the_manifests(table):
     rows = table.run(rows_of())
     assert rows["W4"]["counted_bytes"] == 1_500_000 and rows["W4"]["gbops"] == pytest.approx(2.5, rel=1e-12)
     assert table.cells("W4")["counted ↓"] == "1.50 MB" and table.cells("W4")["GBops ↓"] == "2.5"
+
+
+WIDTHS = (8, 6, 4)
+MODULATED = {"act_dynamic": True, "modulate": True, "act_scale_per": "sample"}
+
+
+@pytest.fixture
+def quantized(table, monkeypatch):
+    """``quantized(**quant)``: rows of three activation widths, whose runs say that they were quantized like this."""
+
+    def rows(**quant) -> list[dict]:
+        def call(command: list[str]) -> None:
+            table.call(command)
+            folder = Path(command[command.index("-l") + 1])
+            if folder.name == "float":
+                return
+            manifest = json.loads((folder / "run.json").read_text())
+            width = int(folder.name.removeprefix("w4a"))
+            manifest["config"] |= {"method": "modiff" if quant.get("modulate") else "qdiff"}
+            manifest["config"]["ptq"] = {"quant": {"weight_bits": 4, "act_bits": width, **quant}}
+            if quant.get("modulate"):
+                manifest["cost"] |= {"state_bytes": 1_900_416, "additions": 749_408, "first_bops": 9e9, "calls": 20}
+            (folder / "run.json").write_text(json.dumps(manifest))
+
+        monkeypatch.setattr(module, "_call", call)
+        options = f"{QUANTIZED} --quant_act --act_bit"
+        return [{"label": "float"}, *({"label": f"W4A{a}", "options": f"{options} {a}"} for a in WIDTHS)]
+
+    return rows
+
+
+def test_modulated_rows_show_what_they_keep_and_add(table, quantized):
+    rows = table.run(quantized(**MODULATED, ablation="no-compensation"))
+    found = {key: rows["W4A4"][key] for key in ("method", "modulate", "act_scale_per", "ablation", "act_bits")}
+    assert found == {
+        "method": "modiff", "modulate": True, "act_scale_per": "sample", "ablation": "no-compensation", "act_bits": 4
+    }  # fmt: skip
+    plain = {key: rows["float"][key] for key in ("modulate", "act_scale_per", "ablation", "state_bytes", "additions")}
+    assert plain == {
+        "modulate": False, "act_scale_per": "tensor", "ablation": None, "state_bytes": None, "additions": None
+    }  # fmt: skip
+    cells = table.cells("W4A4")
+    assert (cells["state ↓"], cells["additions ↓"], cells["GBops ↓"]) == ("1.90 MB", "0.75 M", "2.5")
+    assert table.cells("float")["state ↓"] == "–"
+    for words in ("first step included", "keep from step to step, bytes an image", "add and subtract"):
+        assert words in table.text()
+
+
+def test_without_modulation_there_is_no_word_of_it(table, quantized):
+    table.run(quantized())
+    for words in ("state", "additions", "first step"):
+        assert words not in table.text()
+
+
+def test_three_activation_widths_make_a_picture(table, quantized):
+    picture = table.out / "against-activation-bits.png"
+    rows = quantized()
+    table.run(rows[:3])
+    assert not picture.exists()
+    table.run(rows)
+    with Image.open(picture) as image:
+        assert image.width > 1000
+    assert "fid against activation bits" in (table.out / "table.html").read_text().lower()
 
 
 # ---------------------------------------------------------------------- rows without their files

@@ -24,13 +24,19 @@ SPEC = {
 W4A8 = {"label": "W4A8", "options": f"{QUANTIZED} --quant_act", "weights_from": "W4"}
 
 
+def grid(values, label="W{w}A{a}", **others) -> dict:
+    """Changes of the spec: a float row, and one of a grid."""
+    return {"rows": [{"label": "float"}, {"grid": values, "label": label, **others}]}
+
+
 @pytest.fixture
 def file(tmp_path):
     """``file(**changes)`` writes a table file and returns its path; a value ... leaves the key out."""
 
     def write(**changes) -> Path:
         path = tmp_path / "table.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in (SPEC | changes).items() if v is not ...}))
+        kept = {k: v for k, v in (SPEC | changes).items() if v is not ...}
+        path.write_text(yaml.safe_dump(kept, sort_keys=False))  # a grid has an order
         return path
 
     return write
@@ -63,6 +69,24 @@ BAD_TABLES = {
     "open quotation in a row": ({"rows": [{"label": "a", "options": "--x 'a"}]}, "No closing quotation"),
     "open quotation": ({"options": "--x 'a"}, "No closing quotation"),
     "empty options": ({"options": None}, "None is no text"),
+    "grid in one word": (grid("w"), "grid W{w}A{a}: 'w' is no mapping"),
+    "empty grid": (grid({}), "grid W{w}A{a}: {} is no mapping"),
+    "grid of nothing": (grid(None), "None is no mapping"),
+    "grid of numbers": (grid({8: [4]}), "8 is no name"),
+    "grid with one value": (grid({"w": 8, "a": [8]}), "w is 8, which is no list of values"),
+    "grid with an empty list": (grid({"w": [8], "a": []}), "a is [], which is no list of values"),
+    "grid of lists": (grid({"w": [[8]], "a": [8]}), "w has [8], which is neither a number nor text"),
+    "grid of YAML's on": (grid({"w": [True], "a": [8]}), "w has True, which is neither"),
+    "unknown name in a grid's label": (grid({"w": [8]}), "label 'W{w}A{a}' has braces around something else than {w}"),
+    "unknown name in a grid's options": (grid({"w": [8]}, "{w}", options="--x {y}"), "options '--x {y}' has braces"),
+    "unknown name in a grid's weights": (grid({"w": [8]}, "{w}", weights_from="W{a}"), "weights_from 'W{a}' has"),
+    "braces without a name": (grid({"w": [8]}, "W{}"), "label 'W{}' has braces around something else"),
+    "open brace": (grid({"w": [8]}, "W{w"), "label 'W{w' has braces"),
+    "name of a value's part": (grid({"w": [8]}, "W{w.x}{w[0]}"), "has braces"),
+    "published numbers of a grid": (grid({"w": [8]}, "{w}", published={"fid": 4.2}), "write that row out"),
+    "grid without a label": ({"rows": [{"grid": {"w": [8]}, "options": "--ptq"}]}, "label"),
+    "one label for a whole grid": (grid({"w": [8, 4]}, "W"), "rename W"),
+    "grid that takes weights from nowhere": (grid({"w": [8]}, "{w}", weights_from="W{w}"), "no row above"),
     "config of no model": ({"config": "configs/none.yml"}, "none.yml does not exist"),
 }
 
@@ -125,6 +149,46 @@ def test_a_finished_checkpoint_needs_no_calibration_data(file):
         row = table.rows[1]
         assert row.calibrates is calibrates
         assert ("--cali_data_path" in table.command(row, None)) is calibrates
+
+
+def test_a_grid_is_a_row_for_every_combination(file):
+    quantized = "--ptq --weight_bit {w}"
+    rows = [
+        {"label": "float {w}", "options": "--prompt '{a}'"},  # no grid: braces are text
+        {"grid": {"w": [8, 4]}, "label": "W{w}A32", "options": quantized, "own_recording": True},
+        {
+            "grid": {"w": [8, 4], "a": [6, "3"], "per": ["tensor", "sample"]},
+            "label": "W{w}A{a} {per}",
+            "options": f"{quantized} --act_bit {{a}} --act_scale_per {{per}}",
+            "weights_from": "W{w}A32",
+        },
+    ]
+    table = TableFile(file(rows=rows))
+    expected = [f"W{w}A{a} {per}" for w in (8, 4) for a in (6, 3) for per in ("tensor", "sample")]
+    assert [row.label for row in table.rows] == ["float {w}", "W8A32", "W4A32", *expected]
+    assert table.rows[0].options == "--prompt '{a}'"
+    assert all(row.own_recording for row in table.rows[1:3])
+    row = table.rows[8]
+    assert row == Row("W4A6 sample", "--ptq --weight_bit 4 --act_bit 6 --act_scale_per sample", "W4A32")
+    assert table.base(row) is table.rows[2] and table.folder(row.label).name == "w4a6-sample"
+
+
+def test_ranges_at_hand_with_weights_from_elsewhere_need_no_recording(file):
+    dynamic = f"{QUANTIZED} --quant_act --quant_mode dynamic"
+    rows = [
+        *SPEC["rows"],
+        {"label": "from a row", "options": dynamic, "weights_from": "W4"},
+        {"label": "from a file", "options": f"{dynamic} --resume_w --cali_ckpt a.pth"},
+        {"label": "fits weights", "options": dynamic},
+        {"label": "static", "options": f"{QUANTIZED} --quant_act --quant_mode qdiff", "weights_from": "W4"},
+    ]
+    table = TableFile(file(rows=rows))
+    assert [row.calibrates for row in table.rows[1:]] == [True, False, False, True, True]
+    for row in table.rows:
+        command = table.command(row, None)
+        assert ("--cali_data_path" in command) == ("--cali_st" in command) == row.calibrates, row.label
+    resumed = ["--resume_w", "--cali_ckpt", "runs/table/w4/quantized.safetensors"]
+    assert table.command(table.rows[2], None)[-3:] == resumed
 
 
 def test_missing_checkpoints_are_found(file, tmp_path):

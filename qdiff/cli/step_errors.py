@@ -1,0 +1,72 @@
+"""What modulation does at each sampling step: the error of ε with it, without parts of it, and without it."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from qdiff.calibration.samples import network_calls
+from qdiff.checkpoint import load_checkpoint
+from qdiff.cli.float_model import FloatModel
+from qdiff.cli.ptq import PtqPlan, resolve_ptq
+from qdiff.cli.quantize import measure_trajectory_error
+from qdiff.cli.runtime import choose_device
+from qdiff.config import Ablation, QuantConfig
+from qdiff.errors import UserError
+from qdiff.quant_model import QuantModel
+
+VARIANTS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
+    "not modulated": lambda quant: replace(quant, modulate=False, ablation=None),
+    "modulated, errors add up": lambda quant: replace(quant, modulate=True, ablation=Ablation.NO_COMPENSATION),
+    "modulated": lambda quant: replace(quant, modulate=True, ablation=None),
+    "state cleared at every step": lambda quant: replace(quant, modulate=True, ablation=Ablation.CLEARED_STATE),
+}
+
+
+def resolve(args: Namespace, model: FloatModel) -> PtqPlan:
+    """Return the plan of a command's options, checked for what is shown here.
+
+    Raises:
+        UserError: no finished weights are named, or the ranges are not dynamic.
+    """
+    plan = resolve_ptq(args, model.weight_range, model.act_range)
+    if plan is None or not plan.quant.act_dynamic:
+        raise UserError(
+            "this compares dynamic ranges with and without modulation; give --ptq --quant_act --quant_mode dynamic"
+        )
+    if plan.action != "load":
+        raise UserError("this needs finished weights; give --cali_ckpt PATH")
+    if args.images < 1:
+        raise UserError(f"--images is {args.images}; give at least 1")
+    return plan
+
+
+def step_errors(model: FloatModel, plan: PtqPlan, images: int, device: str | None) -> dict[str, Any]:
+    """Run every variant along the same trajectories of the float model.
+
+    Args:
+        images: how many trajectories, from the calibration streams.
+
+    Returns:
+        ``timesteps`` of the sampler's calls; ``errors``, by variant the mean squared difference of ε from float at each
+        call; ``fired``, by variant the share of (activation quantizer, call) pairs in which it quantized; ``images``.
+    """
+    model.load(choose_device(device))
+    recording = model.record(model.calls, images, show_progress=False)
+    calls = network_calls(recording)
+    found: dict[str, Any] = {
+        "timesteps": [float(t[0]) for t in recording["ts"]],
+        "errors": {},
+        "fired": {},
+        "images": images,
+    }
+    for name, change in VARIANTS.items():
+        model.load(model.device)  # wrapping replaces the network's layers
+        qnn = QuantModel(model.network, change(plan.quant))
+        load_checkpoint(qnn, plan.checkpoint)
+        found["errors"][name] = measure_trajectory_error(qnn, calls, range(len(calls)))["by_call"]
+        counts = [quantizer.fired for quantizer in qnn.act_quantizers().values()]
+        found["fired"][name] = sum(counts) / (len(counts) * len(calls))
+    return found

@@ -1,0 +1,56 @@
+"""Show what modulation does: the error of ε at every sampling step, with it, without parts of it, and without it.
+
+    python scripts/plot_step_errors.py --config configs/digits.yml --use_pretrained --timesteps 20 \\
+        --ptq --weight_bit 4 --quant_act --act_bit 3 --quant_mode dynamic \\
+        --cali_ckpt runs/modiff-digits/w4a32/quantized.safetensors --out runs/step-errors.png
+
+All variants run along the same trajectories of the float model. Numbers are written beside the picture, as JSON.
+--like names the sampling script whose model and sampler options follow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.script import LIKE, load_object, parser_like
+
+
+def parse_args(arguments: list[str]) -> argparse.Namespace:
+    parser = parser_like(__doc__, arguments)
+    add_ptq_options(parser, resume=False)
+    parser.add_argument("--images", type=int, default=64, help="trajectories to run along")
+    parser.add_argument("--batch_size", type=int, help="images sampled at a time")
+    parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    parser.add_argument("--out", required=True, help="the picture to write (.png)")
+    return parser.parse_args(arguments)
+
+
+@exits_cleanly
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    from qdiff.cli.step_errors import resolve, step_errors
+    from qdiff.evaluation.step_error_plot import step_error_picture
+    from qdiff.files import check_writable, written_whole
+
+    model = load_object(LIKE[args.like][1])(args)
+    plan, numbers = resolve(args, model), Path(args.out).with_suffix(".json")
+    check_writable(args.out)
+    found = step_errors(model, plan, args.images, args.device)
+    quant = plan.quant
+    title = f"{model.name}, W{quant.weight_bits}A{quant.act_bits}, one range a {quant.act_scale_per.value}"
+    step_error_picture(found["errors"], found["timesteps"], args.out, title)
+    with written_whole(numbers) as path:
+        path.write_text(json.dumps({**found, "quant": quant.to_dict(), "seed": args.seed}, indent=1))
+    for name, errors in found["errors"].items():
+        share = f"{100 * found['fired'][name]:.0f} % of quantizer calls fired"
+        print(f"{name:<30} mean {sum(errors) / len(errors):.2e}, last {errors[-1]:.2e}   {share}")
+    print(f"{args.out}, {numbers}")
+
+
+if __name__ == "__main__":
+    main()
