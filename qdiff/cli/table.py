@@ -189,7 +189,7 @@ class TableRun:
             "act_bits": quant.get("act_bits") or FLOAT_BITS,
             "split": quant.get("split_shortcut", False),
             "modulate": quant.get("modulate", False),
-            "act_scale_per": quant.get("act_scale_per", ScalePer.TENSOR.value),
+            "ranges": _ranges(manifest["config"].get("ptq") or {}),
             "ablation": quant.get("ablation"),
             "images": manifest["num_images"],
             **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
@@ -251,6 +251,18 @@ def misses(row: dict[str, Any]) -> list[str]:
                 f"{column.title} {column.write(found)} misses the published {column.write(wanted)} by {100 * off:.0f} %"
             )
     return sentences
+
+
+def _ranges(ptq: dict[str, Any]) -> str | None:
+    """Return what a modulated row's ranges, or ranges taken from the tensor at hand, are; None for any other row."""
+    quant = ptq.get("quant", {})
+    if quant.get("act_dynamic"):
+        ranges = quant.get("act_scale_per", ScalePer.TENSOR.value)
+    elif quant.get("modulate"):
+        ranges = "calibrated" if ptq["changes"]["learn"] else "min-max"
+    else:
+        return None
+    return f"{ranges}, rest {quant['rest_bits']}" if quant.get("rest_bits") else ranges
 
 
 def _file_bytes(folder: Path, manifest: dict[str, Any]) -> int:

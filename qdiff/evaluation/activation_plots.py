@@ -68,7 +68,7 @@ def _line_of(row: Row) -> _Line:
         weights=bits(row)[0],
         split=bool(row.get("split")),
         base=base or "qdiff",  # MoDiff by itself starts from Q-Diffusion's weights
-        scale=row.get("act_scale_per") or _TENSOR,
+        scale=row.get("ranges") or _TENSOR,
         ablation=row.get("ablation"),
         modulated=bool(row.get("modulate")) or _MODULATION in methods,
     )

@@ -171,13 +171,13 @@ def quantized(table, monkeypatch):
 
 def test_modulated_rows_show_what_they_keep_and_add(table, quantized):
     rows = table.run(quantized(**MODULATED, ablation="no-compensation"))
-    found = {key: rows["W4A4"][key] for key in ("method", "modulate", "act_scale_per", "ablation", "act_bits")}
+    found = {key: rows["W4A4"][key] for key in ("method", "modulate", "ranges", "ablation", "act_bits")}
     assert found == {
-        "method": "modiff", "modulate": True, "act_scale_per": "sample", "ablation": "no-compensation", "act_bits": 4
+        "method": "modiff", "modulate": True, "ranges": "sample", "ablation": "no-compensation", "act_bits": 4
     }  # fmt: skip
-    plain = {key: rows["float"][key] for key in ("modulate", "act_scale_per", "ablation", "state_bytes", "additions")}
+    plain = {key: rows["float"][key] for key in ("modulate", "ranges", "ablation", "state_bytes", "additions")}
     assert plain == {
-        "modulate": False, "act_scale_per": "tensor", "ablation": None, "state_bytes": None, "additions": None
+        "modulate": False, "ranges": None, "ablation": None, "state_bytes": None, "additions": None
     }  # fmt: skip
     cells = table.cells("W4A4")
     assert (cells["state ↓"], cells["additions ↓"], cells["GBops ↓"]) == ("1.90 MB", "0.75 M", "2.5")

@@ -32,7 +32,7 @@ def grid(weights=(8, 4), scales=("tensor", "sample", "channel"), widths=WIDTHS, 
                 for n, scale in enumerate(scales):
                     value = 0.3 + (10 - n - w / 8) * 2.0**-a * (1 if modulate else 10)
                     label = f"W{w}A{a} {scale}{' MoDiff' if modulate else ''}"
-                    numbers = {metric: value, "modulate": modulate, "act_scale_per": scale}
+                    numbers = {metric: value, "modulate": modulate, "ranges": scale}
                     rows.append(row(label, "modiff" if modulate else "qdiff", w, a, **numbers))
     return rows
 

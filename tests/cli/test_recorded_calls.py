@@ -1,0 +1,85 @@
+"""What a float model records of its sampler's calls, alone and with the call before each."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+import torch
+
+from qdiff.cli.float_model import FloatModel
+from qdiff.errors import UserError
+
+SHAPE = (1, 4, 4)
+
+
+class Counted(FloatModel):
+    """Every value says of which image and call it is; conditions belong to the image."""
+
+    batch_size = 2
+
+    def __init__(self, calls=6, guided=False):
+        super().__init__(Namespace(seed=0))
+        self.made, self.guided, self.network = calls, guided, None
+
+    @property
+    def calls(self):
+        return self.made
+
+    def trajectory(self, network, indices, calibration=False, on_call=None, on_step=None):
+        assert calibration
+        numbers = torch.tensor(list(indices), dtype=torch.float32)
+        contexts = [v[:, None, None].expand(-1, 3, 2) for v in (numbers, -numbers)] if self.guided else []
+        for call in range(self.made):
+            x = (numbers + 100 * call)[:, None, None, None].expand(-1, *SHAPE).clone()
+            on_call(x, torch.full((len(indices),), 900 - 100 * call), *contexts)
+            x.zero_()  # samplers may reuse their memory
+
+
+@pytest.mark.parametrize(("calls", "steps"), [(6, 1), (6, 2), (6, 5), (10, 3), (2, 1)])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_step_before_is_the_call_before(calls, steps, guided):
+    model = Counted(calls, guided)
+    whole = model.record(calls, 5, first=7, show_progress=False)
+    pairs = model.record(steps, 5, first=7, show_progress=False, pairs=True)
+    kept = model.recorded_calls(steps, pairs=True)
+    assert len(set(kept)) == len(kept) == steps and min(kept) >= 1
+    assert set(pairs) == {"xs", "ts", "xs_prev", "ts_prev"} | ({"cs", "ucs"} if guided else set())
+    for place, call in enumerate(kept):
+        for key in set(pairs) - {"xs_prev", "ts_prev"}:
+            assert torch.equal(pairs[key][place], whole[key][call]), key
+        for key in ("xs", "ts"):
+            assert torch.equal(pairs[f"{key}_prev"][place], whole[key][call - 1])
+    assert pairs["xs"][0, :, 0, 0, 0].tolist() == [100 * kept[0] + i for i in range(7, 12)]
+
+
+def test_without_pairs_nothing_of_them_is_kept():
+    made = Counted().record(3, 4, show_progress=False)
+    assert set(made) == {"xs", "ts"} and made["ts"][:, 0].tolist() == [900, 700, 500]
+
+
+@pytest.mark.parametrize(
+    ("steps", "pairs", "calls"),
+    [(3, False, [0, 2, 4]), (6, False, list(range(6))), (5, True, [1, 2, 3, 4, 5]), (1, True, [1]), (2, True, [1, 3])],
+)
+def test_calls_are_spaced_evenly(steps, pairs, calls):
+    assert Counted(6).recorded_calls(steps, pairs) == calls
+
+
+@pytest.mark.parametrize(
+    ("steps", "pairs", "says"),
+    [
+        (7, False, "--cali_st 1 to 6"),
+        (0, False, "--cali_st 1 to 6"),
+        (6, True, "give --cali_st 5 or less"),
+        (60, True, "more than the 6 steps of this sampler"),
+        (0, True, "--cali_st 1 to 5"),
+        (-1, True, "--cali_st 1 to 5"),
+    ],
+)
+def test_steps_that_the_sampler_does_not_make(steps, pairs, says):
+    with pytest.raises(UserError, match=says) as caught:
+        Counted(6).recorded_calls(steps, pairs)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=says):
+        Counted(6).record(steps, 2, show_progress=False, pairs=pairs)
