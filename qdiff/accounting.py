@@ -11,6 +11,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Literal
 
 import torch
@@ -160,10 +161,10 @@ class Account:
         """Bit operations / 10⁹."""
         return self.bops / 1e9
 
-    def heaviest(self, count: int = 10, by: Literal["size", "bops"] = "size") -> list[LayerCost]:
+    def heaviest(self, count: int = 10, by: Literal["size", "bops", "state"] = "size") -> list[LayerCost]:
         """Return the ``count`` layers of largest size or most bit operations, largest first."""
-        key = {"size": lambda layer: layer.size_bytes, "bops": lambda layer: layer.bops}[by]
-        return sorted(self.layers, key=key, reverse=True)[:count]
+        key = {"size": "size_bytes", "bops": "bops", "state": "state_bytes"}[by]
+        return sorted(self.layers, key=attrgetter(key), reverse=True)[:count]
 
     def summary(self, calls: int | None = None) -> dict[str, Any]:
         """Return the totals and what they were counted for, for JSON.

@@ -27,7 +27,12 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     add_ptq_options(parser, resume=False)
     parser.add_argument("--batch_size", type=int, help="accepted: costs are those of one sample")
     parser.add_argument("--layers", type=int, default=10, help="how many of the heaviest layers to list")
-    parser.add_argument("--by", choices=["size", "bops"], default="size", help="what makes a layer heavy")
+    parser.add_argument(
+        "--by",
+        choices=["size", "bops", "state"],
+        default="size",
+        help="what makes a layer heavy; state: what it remembers, modulated",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
 
@@ -69,12 +74,15 @@ def main(arguments: list[str] | None = None) -> None:
     if counts.modulates:  # the last one, quantized
         state = f"keeps {counts.state_bytes / 1e6:.2f} MB of float32 and makes {counts.additions / 1e6:.2f} M additions"
         print(f"modulated: {state} a call; the first call of a trajectory has {counts.first_bops / 1e9:.1f} GBops")
+    modulates = any(layer.state_bytes for layer in heaviest)
     if heaviest:
-        width = max(len(name) for name in (*(layer.name for layer in heaviest), "heaviest by bops"))
-        print(f"\n{'heaviest by ' + args.by:<{width}}  kind        W/A bits   MB (10^6)     GMACs       GBops")
+        width = max(len(name) for name in (*(layer.name for layer in heaviest), "heaviest by state"))
+        state = "    state MB" if modulates else ""
+        print(f"\n{'heaviest by ' + args.by:<{width}}  kind        W/A bits   MB (10^6)     GMACs       GBops{state}")
     for layer in heaviest:
         bits = f"{layer.weight_bits}/{layer.act_bits}"
         numbers = f"{layer.size_bytes / 1e6:>12.4f}{layer.macs / 1e9:>10.4f}{layer.bops / 1e9:>12.2f}"
+        numbers += f"{layer.state_bytes / 1e6:>12.3f}" if modulates else ""
         print(f"{layer.name:<{width}}  {layer.kind:<10}{bits:>10}{numbers}")
 
 
