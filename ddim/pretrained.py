@@ -37,7 +37,7 @@ def pretrained_path(config: Any, folder: str | Path | None = None) -> Path:
         return bundled
     path = (cache_folder() if folder is None else Path(folder)) / entry.file
     if not path.is_file():
-        download(entry.url, path, entry.get("md5"), ", or give --ckpt PATH")
+        download(entry.url, path, entry.get("md5"), ", correct --model_dir, or give --ckpt PATH")
     elif "md5" in entry and files.md5(path) != entry.md5:
         raise UserError(f"{path} has a wrong MD5 (expected {entry.md5}); delete it and run again to download it anew")
     return path

@@ -34,7 +34,8 @@ class LayerMemory:
         """Remember the first step, and return its output."""
         if torch.is_grad_enabled() and (x.requires_grad or output.requires_grad):
             raise RuntimeError(f"modulation has no gradients; run {self.name} under torch.no_grad()")
-        self.input, self.output = x, output
+        # In float32 at least: under autocast, hundreds of half-precision additions would be seen.
+        self.input, self.output = _exact(x), _exact(output)
         return output
 
     def difference(self, x: Tensor) -> Tensor:
@@ -53,9 +54,9 @@ class LayerMemory:
     def advance(self, x: Tensor, change: Tensor, output_change: Tensor) -> Tensor:
         """Add the quantized change of the input to ``x``, and its output; return the output."""
         # New tensors: what was returned the step before may still be in use.
-        self.input = self.input + change if self.compensates else x
+        self.input = self.input + change if self.compensates else _exact(x)
         self.output = self.output + output_change
-        return self.output
+        return self.output.to(output_change.dtype)
 
     def clear(self) -> None:
         """Forget everything: the next step is a first one."""
@@ -65,6 +66,10 @@ class LayerMemory:
     def bytes(self) -> int:
         """What is remembered takes."""
         return sum(t.numel() * t.element_size() for t in (self.input, self.output) if t is not None)
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Modulated(Protocol):

@@ -39,8 +39,6 @@ _ACT_OPTIONS = {
     "act_bits": "--act_bit",
     "act_symmetric": "--a_sym",
     "softmax_bits": "--sm_abit",
-    "modulate": "--modulate",
-    "act_dynamic": "--quant_mode dynamic",
 }
 
 
@@ -185,7 +183,19 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
             f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
             "calibrate them with --resume_w"
         )
+    if activations and there.act_dynamic:
+        raise UserError(
+            f"checkpoint {path} holds no ranges of activations, they were taken from the tensor at hand; add "
+            "--quant_mode dynamic, or calibrate them with --resume_w"
+        )
+    if activations and there.modulate != here.modulate:
+        held, other = ("changes of activations", "add") if there.modulate else ("activations themselves", "leave out")
+        raise UserError(
+            f"checkpoint {path} holds ranges of {held}; {other} --modulate, or calibrate others with --resume_w"
+        )
     options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
+    if here.calibrates_changes:  # attention, the only user of it, has no calibrated ranges then
+        options.pop("softmax_bits", None)
     for field, option in options.items():
         a, b = getattr(there, field), getattr(here, field)
         if a != b:

@@ -18,7 +18,9 @@ from torch import Tensor
 from qdiff.accounting import account
 from qdiff.calibration.samples import network_calls, save_recording, select_samples
 from qdiff.calibration.schedules import evenly_spaced
+from qdiff.cli.deploy import check_runtime, onnx_network, wrapped
 from qdiff.cli.float_model import FloatModel
+from qdiff.cli.parser import SIMULATED
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error, measure_trajectory_error
 from qdiff.cli.run_folder import RunFolder, start_logging
@@ -59,6 +61,8 @@ class SampleCommand:
         self.model, self.args = model, model.args
         values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
         self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, {**values, **model.eda_dm})
+        if self.plan is not None and self.plan.quant.modulate and model.calls < 2:
+            raise UserError("--modulate is about changes from step to step, and this sampler has one; give it more")
         records_steps = self.plan is not None and self.plan.draw is None
         if records_steps and self.plan.data is None and self.plan.action != "load":
             model.recorded_calls(self.plan.steps, self.plan.changes is not None)  # checks --cali_st
@@ -71,6 +75,9 @@ class SampleCommand:
         }
         if self.args.generate is not None:
             self.config["generate"] = self._recording_asked_for()
+        check_runtime(self.args)
+        if self.args.runtime != SIMULATED:
+            self.config["runtime"] = self.args.runtime
 
     def _folder(self) -> Path:
         if self.args.logdir not in (None, "none"):
@@ -91,7 +98,10 @@ class SampleCommand:
     def _generate(self) -> None:
         args, wanted = self.args, self.config["generate"]
         check_writable(wanted["out"])
-        self.model.load(choose_device(args.device))
+        processes = Processes(choose_device(args.device))
+        if not processes.is_first:
+            return
+        self.model.load(processes.device)
         recording = self.model.record(args.cali_st, wanted["per_step"], pairs=wanted["pairs"])
         save_recording(recording, wanted["out"])
         log.info("%s: %d steps of %d samples", wanted["out"], args.cali_st, wanted["per_step"])
@@ -137,6 +147,10 @@ class SampleCommand:
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
         model = self.model
         denoiser = model.network if qnn is None else qnn
+        if self.args.runtime != SIMULATED:
+            denoiser = onnx_network(self.args, model, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
+            # What is simulated in torch does not run.
+            qnn = None
         started = time.perf_counter()
 
         def images(rows: Sequence[int]) -> Tensor:

@@ -126,6 +126,8 @@ class FloatModel:
         """
         if not pairs:
             return evenly_spaced(self.calls, steps)
+        if self.calls < 2:
+            raise UserError("pairs of steps cannot be recorded from a sampler of one step; give it more")
         if steps >= self.calls:  # the first has none before it
             raise UserError(
                 f"--cali_st {steps} with the step before each needs more than the {self.calls} steps of this sampler; "

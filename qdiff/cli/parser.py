@@ -7,6 +7,8 @@ from typing import NoReturn
 
 from qdiff.errors import UserError
 
+SIMULATED, ONNX_RUNTIMES = "simulated", ("onnxruntime", "openvino")
+
 
 class Parser(argparse.ArgumentParser):
     """Reports bad options as a `UserError` (one sentence, exit code 2), without the usage text.
@@ -100,3 +102,11 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
     group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")
     group.add_argument("--verbose", action="store_true", help="more log lines")
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--runtime",
+        choices=[SIMULATED, *ONNX_RUNTIMES],
+        default=SIMULATED,
+        help="simulated: torch in float (default); the others run an exported ONNX model in integers on the CPU",
+    )
+    group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")

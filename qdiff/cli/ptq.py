@@ -98,7 +98,7 @@ def resolve_ptq(
         UserError: options that contradict each other (both are named) or are out of range.
     """
     if not args.ptq:
-        options = ["quant_act", "resume", "resume_w", "cali_ckpt", "modulate"]
+        options = ["quant_act", "resume", "resume_w", "cali_ckpt", "modulate", "method"]
         if args.generate is None:
             options.append("cali_data_path")
         for option in options:

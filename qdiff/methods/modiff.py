@@ -76,10 +76,12 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
                 observe_unit(unit, walker, qnn.config.act_range)
                 parts = parts_of(unit, UnitKind.LAYER, walker, activations=True, wrap=PairedCall)
                 for part, (layer, share) in enumerate(parts if config.learn else ()):
+                    if not calibrated_act_quantizers(layer.module):  # attention, whose ranges are those at hand
+                        continue
                     tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
                     generator = run.generator(4, index, part)
                     error = fit_unit(layer, objective, settings, generator, walker.device, tick, size)
-                    run.errors[f"changes {layer.name}"] = error
+                    run.errors[f"changes {layer.name.replace('.module', '', 1)}"] = error  # less that of `PairedCall`
                 if run.journal is not None:
                     run.journal.record("changes", index, unit.module)
             bar.update(config.iterations - (bar.n - before))  # whatever was not counted one by one

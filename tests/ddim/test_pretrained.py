@@ -259,3 +259,38 @@ def test_cache_folder(monkeypatch, tmp_path):
     assert cache_folder() == tmp_path / ".cache" / "qdiff"
     monkeypatch.setenv("QDIFF_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+# --- --model_dir
+
+
+def test_a_folder_takes_the_place_of_the_cache(cache, tmp_path, monkeypatch):
+    config, folder = entry(tmp_path), tmp_path / "models"
+    assert pretrained_path(config, folder) == folder / "folder" / "model.ckpt"
+    assert files(folder) == ["folder/model.ckpt"] and not cache.exists()
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("fetched again"))
+    assert pretrained_path(config, str(folder)).read_bytes() == PAYLOAD
+    (folder / "folder" / "model.ckpt").write_bytes(PAYLOAD[:-1])
+    with pytest.raises(UserError, match="wrong MD5"):
+        pretrained_path(config, folder)
+
+
+def test_bundled_weights_are_found_in_a_folder(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "REPOSITORY", tmp_path / "repository")
+    config, folder = OmegaConf.create({"pretrained": {"file": "models/a.safetensors"}}), tmp_path / "models"
+    with pytest.raises(UserError, match="--model_dir") as caught:
+        pretrained_path(config, folder)
+    assert str(folder / "a.safetensors") in str(caught.value) and "\n" not in str(caught.value)
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(b"x")
+    assert pretrained_path(config, folder) == folder / "a.safetensors"
+    with pytest.raises(UserError, match="repository"):  # nothing looks there by itself
+        pretrained_path(config)
+
+
+def test_released_weights_that_a_folder_lacks(cache, tmp_path):
+    config, folder = entry(tmp_path, served=None), tmp_path / "models"
+    with pytest.raises(UserError, match="by hand") as caught:
+        pretrained_path(config, folder)
+    assert str(folder / "folder" / "model.ckpt") in str(caught.value) and "\n" not in str(caught.value)
+    assert not folder.exists() and not cache.exists()

@@ -1,0 +1,62 @@
+"""``--runtime``: what computes the network while sampling."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+from torch import nn
+
+from qdiff.cli.float_model import FloatModel, Network
+from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
+from qdiff.cli.runtime import Processes
+from qdiff.config import QuantConfig
+from qdiff.errors import UserError
+from qdiff.quant_model import QuantModel
+
+log = logging.getLogger("qdiff")
+
+EXPORTED = "model.onnx"
+
+
+def check_runtime(args: Namespace) -> None:
+    """Raise a `UserError` where options of a runtime contradict each other."""
+    if args.onnx is not None and args.runtime == SIMULATED:
+        raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
+    if args.runtime == SIMULATED:
+        return
+    from qdiff.deploy.onnx_export import import_onnx
+
+    import_onnx()
+    if args.onnx is not None and not Path(args.onnx).is_file():
+        raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
+
+
+def wrapped(network: nn.Module) -> QuantModel:
+    """Return a float network as a `QuantModel` without quantizers."""
+    return QuantModel(network, QuantConfig(weight_bits=None, act_bits=None))
+
+
+def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
+    """Return the network as a runtime computes it, exported where that was not done yet.
+
+    Args:
+        qnn: what is or was exported.
+        folder: of the run, where the exported model is kept unless ``--onnx`` names one.
+        processes: the first of them exports.
+
+    Raises:
+        UserError: the file is damaged, or of another network or other widths; or the network cannot be exported.
+    """
+    from qdiff.deploy.onnx_export import export_onnx
+    from qdiff.deploy.runtimes import OnnxNetwork, check_same
+    from qdiff.native_format import _layout as layout
+
+    path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
+    if args.onnx is None and not path.is_file() and processes.is_first:
+        log.info("exporting to %s", path)
+        export_onnx(qnn, path, model.input_shape, model.context_shape)
+    processes.wait()
+    check_same(path, qnn.config, layout(qnn))
+    return OnnxNetwork(path, args.runtime)

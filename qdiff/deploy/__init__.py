@@ -1,0 +1,1 @@
+"""Quantized networks as other programs run them."""

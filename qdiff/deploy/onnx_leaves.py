@@ -1,0 +1,123 @@
+"""Stand-ins for quantized leaves that are traced into ONNX with explicit quantize and dequantize nodes.
+
+Nodes come in pairs right before what a low-bit kernel consumes, and nowhere else: the operands of convolutions, of
+linear layers and of attention's products.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdiff.functional import fake_quantize_inference, max_level
+from qdiff.quant_attention import QuantAttention
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizer import ActQuantizer
+
+OPSET = 21
+BYTE = 8  # the widest integers that QuantizeLinear's kernels take
+
+
+def _node(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, **attributes: int) -> Tensor:
+    """One ONNX node whose output has the shape of its first input."""
+    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=OPSET)
+
+
+class OnnxRange(nn.Module):
+    """Quantizes and dequantizes an activation, by the range of a calibrated quantizer."""
+
+    def __init__(self, quantizer: ActQuantizer) -> None:
+        super().__init__()
+        self.bits = quantizer.bits
+        self.register_buffer("scale", quantizer.delta.detach().reshape(()).clone())
+        zero_point = quantizer.zero_point.reshape(())
+        self.low = float(-zero_point * self.scale)
+        self.high = float((max_level(self.bits) - zero_point) * self.scale)
+        # Wider than a byte, no kernel takes it: it stays arithmetic on float values.
+        self.register_buffer("zero_point", zero_point.to(torch.uint8 if self.bits <= BYTE else torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits > BYTE:
+            return fake_quantize_inference(x, self.scale, self.zero_point, self.bits)
+        if self.bits < BYTE:  # the node saturates at 255
+            x = x.clamp(self.low, self.high)
+        quantized = _node("QuantizeLinear", (x, self.scale, self.zero_point), torch.uint8)
+        return _node("DequantizeLinear", (quantized, self.scale, self.zero_point), torch.float32)
+
+
+class _WeightSlice(nn.Module):
+    """The integers of a slice of a weight around zero, in int8, and δ; or float values where it is not quantized.
+
+    Kernels take per-channel weights whose zero point is 0. Up to 7 bits q − z fits; of 8 bits, q − 128 is taken, and
+    what is missing, δ·(128 − z)·Σx over each output's window, is added by `OnnxLayer`.
+    """
+
+    def __init__(self, integers: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> None:
+        super().__init__()
+        middle = zero_point if bits < BYTE else torch.full_like(zero_point, 2 ** (bits - 1))
+        self.register_buffer("integers", (integers.int() - middle).to(torch.int8))
+        self.register_buffer("scale", delta.detach().reshape(-1).clone())
+        self.register_buffer("zero", torch.zeros(len(integers), dtype=torch.int8))
+        self.corrects = bool((middle != zero_point).any())
+        if self.corrects:
+            self.register_buffer("window", torch.ones_like(integers[:1], dtype=torch.float32))
+            self.register_buffer("shift", (delta * (middle - zero_point)).detach().reshape(-1).clone())
+
+    def forward(self) -> Tensor:
+        return _node("DequantizeLinear", (self.integers, self.scale, self.zero), torch.float32, axis=0)
+
+
+class OnnxLayer(nn.Module):
+    """Stands in for a `QuantModule`; every slice of the input channels is a product of its own."""
+
+    def __init__(self, layer: QuantModule) -> None:
+        super().__init__()
+        self.operation, self.sizes, self.channel_dim = layer._operation, layer.slices, layer._channel_dim
+        self.bias = layer.bias
+        self.ranges = nn.ModuleList(OnnxRange(q) for q in layer.act_quantizers)
+        self.slices = nn.ModuleList()
+        if len(layer.weight_quantizers) > 0:
+            parts = layer.weight_int.split(layer.slices, dim=1)
+            for part, q in zip(parts, layer.weight_quantizers, strict=True):
+                self.slices.append(_WeightSlice(part, q.delta, q.zero_point, q.bits))
+        else:
+            self.weight = layer.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = [x] if len(self.sizes) == 1 else list(x.split(self.sizes, dim=self.channel_dim))
+        if len(self.ranges) > 0:
+            inputs = [quantize(part) for quantize, part in zip(self.ranges, inputs, strict=True)]
+        if len(self.slices) == 0:
+            return self.operation(torch.cat(inputs, dim=self.channel_dim), self.weight, self.bias)
+        total, bias = None, self.bias
+        for part, weight in zip(inputs, self.slices, strict=True):
+            product = self.operation(part, weight(), bias)
+            if weight.corrects:
+                product = product + self.operation(part, weight.window, None) * self._along_channels(weight.shift, part)
+            total, bias = product if total is None else total + product, None  # the bias counts once
+        return total
+
+    def _along_channels(self, values: Tensor, like: Tensor) -> Tensor:
+        return values if self.channel_dim == -1 else values.reshape(-1, *[1] * (like.dim() - 2))
+
+
+class OnnxAttention(nn.Module):
+    """Stands in for a `QuantAttention`."""
+
+    def __init__(self, attention: QuantAttention) -> None:
+        super().__init__()
+        self.prescale = attention.prescale
+        self.quantizes = hasattr(attention, "act_quantizer_q")
+        if self.quantizes:
+            for operand in "qkvw":
+                setattr(self, operand, OnnxRange(getattr(attention, f"act_quantizer_{operand}")))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = q.shape[-1] ** -0.5
+        if self.prescale:
+            q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
+        if self.quantizes:
+            q, k, v = self.q(q), self.k(k), self.v(v)
+        weights = F.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
+        return (self.w(weights) if self.quantizes else weights) @ v

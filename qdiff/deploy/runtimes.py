@@ -1,0 +1,114 @@
+"""Run an exported network with ONNX Runtime or OpenVINO, in the place of the torch network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qdiff.config import QuantConfig
+from qdiff.deploy.onnx_export import FORMAT, METADATA, import_onnx
+from qdiff.deploy.onnx_weights import expand
+from qdiff.errors import UserError
+
+if TYPE_CHECKING:
+    import onnx
+
+Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+
+
+class OnnxNetwork:
+    """ε(x, t[, context]) by a runtime on the CPU; tensors go in and come out on the device that they came from.
+
+    Args:
+        path: a file of `qdiff.deploy.onnx_export.export_onnx`.
+        runtime: ``onnxruntime`` or ``openvino``.
+        threads: of the runtime; None takes torch's number.
+
+    Raises:
+        UserError: the runtime is not installed, or the file is damaged or none of ours.
+    """
+
+    def __init__(self, path: str | Path, runtime: str, threads: int | None = None) -> None:
+        self.path = Path(path)
+        model = read_model(self.path)
+        expand(model)
+        self.names = [each.name for each in model.graph.input]
+        self._run = RUNTIMES[runtime](model, threads or torch.get_num_threads())
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        given = [i for i in inputs if i is not None]
+        feed = {name: i.detach().to("cpu", torch.float32).numpy() for name, i in zip(self.names, given, strict=True)}
+        return torch.from_numpy(self._run(feed)).to(given[0].device)
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read a file, which may be any ONNX model.
+
+    Raises:
+        UserError: missing, damaged, or not written by `export_onnx`.
+    """
+    onnx = import_onnx()
+    if not path.is_file():
+        raise UserError(f"ONNX file {path} does not exist; write it with scripts/export.py")
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's errors have no common class
+        raise UserError(f"ONNX file {path} is damaged ({type(error).__name__}); write it anew") from None
+    if properties(model).get(METADATA[0]) != FORMAT:
+        raise UserError(f"{path} is no ONNX model of ours ({FORMAT}); write it with scripts/export.py")
+    return model
+
+
+def properties(model: onnx.ModelProto) -> dict[str, str]:
+    """Return a model's metadata."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def check_same(path: Path, config: QuantConfig, layout: str) -> None:
+    """Raise a `UserError` where a file was exported with other widths or from another network."""
+    found = properties(read_model(path))
+    there = QuantConfig.from_dict(json.loads(found[METADATA[1]]))
+    if there != config:
+        pairs = ((name, there.to_dict().get(name), config.to_dict().get(name)) for name in config.to_dict())
+        name, theirs, ours = next(((n, a, b) for n, a, b in pairs if a != b), ("config", there, config))
+        raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
+    if found[METADATA[2]] != layout:
+        raise UserError(f"{path} was exported from another network; export it anew with this model")
+
+
+def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda feed: session.run(None, feed)[0]
+
+
+def _openvino(model: onnx.ModelProto, threads: int) -> Run:
+    import openvino
+
+    core = openvino.Core()
+    # Elsewhere it may choose bfloat16 for what is not quantized.
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
+    return lambda feed: next(iter(compiled(feed).values())).copy()
+
+
+def _checked(name: str, open_runtime: Callable[[Any, int], Run]) -> Callable[[Any, int], Run]:
+    def opened(model: Any, threads: int) -> Run:
+        try:
+            return open_runtime(model, threads)
+        except ImportError:
+            raise UserError(f"{name} is not installed; pip install '.[deploy]'") from None
+
+    return opened
+
+
+RUNTIMES = {name: _checked(name, f) for name, f in (("onnxruntime", _onnxruntime), ("openvino", _openvino))}
