@@ -2,6 +2,8 @@
 
 from setuptools import find_packages, setup
 
+DEPLOY = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20", "openvino>=2024.6"]
+
 setup(
     name="qdiff",
     version="0.1.0",
@@ -29,7 +31,8 @@ setup(
         "pillow>=10.0",
     ],
     extras_require={
+        "deploy": DEPLOY,  # scripts/export.py, --runtime onnxruntime and openvino
         "lmdb": ["lmdb>=1.4"],  # scripts/prepare_reference.py --lmdb: LSUN as it is published
-        "dev": ["lmdb>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "dev": [*DEPLOY, "lmdb>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"],
     },
 )
