@@ -154,12 +154,12 @@ class SampleCommand:
         started = time.perf_counter()
 
         def images(rows: Sequence[int]) -> Tensor:
-            with _trajectory(qnn):
+            with _trajectory(denoiser):
                 return model.to_images(model.trajectory(denoiser, rows))
 
         with contextlib.nullcontext() if qnn is None else qnn.quantized():
             if getattr(self.args, "sequence", False) and processes.is_first:
-                with _trajectory(qnn):
+                with _trajectory(denoiser):
                     self._write_sequence(run, denoiser)
             made = sample_pending(run, images, model.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
@@ -261,6 +261,6 @@ class SampleCommand:
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)
 
 
-def _trajectory(qnn: QuantModel | None) -> contextlib.AbstractContextManager:
-    """What a batch is sampled in."""
-    return contextlib.nullcontext() if qnn is None else qnn.trajectory()
+def _trajectory(network: Any) -> contextlib.AbstractContextManager:
+    """What a batch is sampled in: networks that may modulate know it."""
+    return network.trajectory() if hasattr(network, "trajectory") else contextlib.nullcontext()

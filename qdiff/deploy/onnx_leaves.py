@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.functional import fake_quantize_inference, max_level
+from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer
@@ -69,10 +70,15 @@ class _WeightSlice(nn.Module):
 
 
 class OnnxLayer(nn.Module):
-    """Stands in for a `QuantModule`; every slice of the input channels is a product of its own."""
+    """Stands in for a `QuantModule`; every slice of the input channels is a product of its own.
 
-    def __init__(self, layer: QuantModule) -> None:
+    Attributes:
+        memory: of a layer that modulates: what whoever traces it fills before and reads after. Else None.
+    """
+
+    def __init__(self, layer: QuantModule, name: str) -> None:
         super().__init__()
+        self.memory = LayerMemory(name) if layer.modulates else None
         self.operation, self.sizes, self.channel_dim = layer._operation, layer.slices, layer._channel_dim
         self.bias = layer.bias
         self.ranges = nn.ModuleList(OnnxRange(q) for q in layer.act_quantizers)
@@ -85,13 +91,25 @@ class OnnxLayer(nn.Module):
             self.weight = layer.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = [x] if len(self.sizes) == 1 else list(x.split(self.sizes, dim=self.channel_dim))
-        if len(self.ranges) > 0:
-            inputs = [quantize(part) for quantize, part in zip(self.ranges, inputs, strict=True)]
+        if self.memory is None:
+            return self._product(self._quantized(x), self.bias)
+        if self.memory.is_empty:  # the first step, in float
+            return self.memory.begin(x, self._product(self._parts(x), self.bias))
+        changes = self._quantized(self.memory.difference(x))
+        return self.memory.advance(x, torch.cat(changes, dim=self.channel_dim), self._product(changes, None))
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        return [x] if len(self.sizes) == 1 else list(x.split(self.sizes, dim=self.channel_dim))
+
+    def _quantized(self, x: Tensor) -> list[Tensor]:
+        parts = self._parts(x)
+        return [q(part) for q, part in zip(self.ranges, parts, strict=True)] if len(self.ranges) > 0 else parts
+
+    def _product(self, parts: list[Tensor], bias: Tensor | None) -> Tensor:
         if len(self.slices) == 0:
-            return self.operation(torch.cat(inputs, dim=self.channel_dim), self.weight, self.bias)
-        total, bias = None, self.bias
-        for part, weight in zip(inputs, self.slices, strict=True):
+            return self.operation(torch.cat(parts, dim=self.channel_dim), self.weight, bias)
+        total = None
+        for part, weight in zip(parts, self.slices, strict=True):
             product = self.operation(part, weight(), bias)
             if weight.corrects:
                 product = product + self.operation(part, weight.window, None) * self._along_channels(weight.shift, part)

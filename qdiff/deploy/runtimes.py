@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,15 @@ import torch
 from torch import Tensor
 
 from qdiff.config import QuantConfig
-from qdiff.deploy.onnx_export import FORMAT, METADATA, import_onnx
+from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_onnx
+from qdiff.deploy.onnx_graph import INPUTS, STATE
 from qdiff.deploy.onnx_weights import expand
 from qdiff.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
 
-Run = Callable[[dict[str, np.ndarray]], np.ndarray]
+Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
 class OnnxNetwork:
@@ -35,16 +37,49 @@ class OnnxNetwork:
     """
 
     def __init__(self, path: str | Path, runtime: str, threads: int | None = None) -> None:
-        self.path = Path(path)
-        model = read_model(self.path)
-        expand(model)
-        self.names = [each.name for each in model.graph.input]
-        self._run = RUNTIMES[runtime](model, threads or torch.get_num_threads())
+        path, threads = Path(path), threads or torch.get_num_threads()
+        self._graph = _Graph(path, runtime, threads)
+        self._first = _Graph(first_step_path(path), runtime, threads) if self._graph.states else None
+        self._state: dict[str, np.ndarray] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         given = [i for i in inputs if i is not None]
-        feed = {name: i.detach().to("cpu", torch.float32).numpy() for name, i in zip(self.names, given, strict=True)}
-        return torch.from_numpy(self._run(feed)).to(given[0].device)
+        feed = {name: i.detach().to("cpu", torch.float32).numpy() for name, i in zip(INPUTS, given, strict=False)}
+        graph = self._graph
+        if self._first is not None:
+            feed |= self._remembered(len(given[0]))
+            graph = self._graph if self._state else self._first
+        eps, *state = graph.run(feed)
+        if self._first is not None:
+            self._state = dict(zip(self._graph.states, state, strict=True))
+        return torch.from_numpy(eps).to(given[0].device)
+
+    def _remembered(self, batch: int) -> dict[str, np.ndarray]:
+        if self._state is None:
+            raise RuntimeError("a modulated network runs inside `with network.trajectory():`, opened for every batch")
+        there = len(next(iter(self._state.values()), range(batch)))
+        if there != batch:
+            raise RuntimeError(f"a batch of {batch} came in a trajectory of {there}; open a new one for a new batch")
+        return self._state
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[None]:
+        """Sample one batch inside the block: what modulated layers remember is given up at its end."""
+        self._state = {}
+        try:
+            yield
+        finally:
+            self._state = None
+
+
+class _Graph:
+    """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
+
+    def __init__(self, path: Path, runtime: str, threads: int) -> None:
+        model = read_model(path)
+        expand(model)
+        self.states = [each.name for each in model.graph.input if each.name.startswith(f"{STATE}.")]
+        self.run = RUNTIMES[runtime](model, threads)
 
 
 def read_model(path: Path) -> onnx.ModelProto:
@@ -88,7 +123,7 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return lambda feed: session.run(None, feed)[0]
+    return lambda feed: session.run(None, feed)
 
 
 def _openvino(model: onnx.ModelProto, threads: int) -> Run:
@@ -98,7 +133,9 @@ def _openvino(model: onnx.ModelProto, threads: int) -> Run:
     # Elsewhere it may choose bfloat16 for what is not quantized.
     core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
-    return lambda feed: next(iter(compiled(feed).values())).copy()
+    # By place: an input that is also an output (the state of the first layer) loses its name.
+    names = [each.name for each in model.graph.input]
+    return lambda feed: [value.copy() for value in compiled([feed[name] for name in names]).values()]
 
 
 def _checked(name: str, open_runtime: Callable[[Any, int], Run]) -> Callable[[Any, int], Run]:

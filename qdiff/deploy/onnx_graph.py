@@ -1,0 +1,108 @@
+"""Trace a quantized network into an ONNX graph."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.deploy.onnx_leaves import OPSET, OnnxAttention, OnnxLayer
+from qdiff.quant_attention import QuantAttention
+from qdiff.quant_layer import QuantModule
+from qdiff.quant_model import QuantModel
+
+if TYPE_CHECKING:
+    import onnx
+
+LARGEST_BATCH = 1 << 16
+INPUTS, OUTPUT = ("x", "t", "context"), "eps"
+STATE = "state"  # state.LAYER.input, state.LAYER.output
+
+
+class _Denoiser(nn.Module):
+    """ε of a network, and what its modulated layers remember, as a function of both.
+
+    Args:
+        network: with `OnnxLayer` and `OnnxAttention` in it.
+        count: of the network's own inputs; what follows is the state.
+    """
+
+    def __init__(self, network: nn.Module, count: int) -> None:
+        super().__init__()
+        self.network, self.count = network, count
+        layers = (m for m in network.modules() if isinstance(m, OnnxLayer))
+        self.memories = tuple(layer.memory for layer in layers if layer.memory is not None)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        given, state = inputs[: self.count], inputs[self.count :]
+        for memory in self.memories:
+            memory.clear()
+        if state:
+            for memory, before, output in zip(self.memories, state[::2], state[1::2], strict=True):
+                memory.input, memory.output = before, output
+        eps = self.network(*given)
+        return eps, *(tensor for memory in self.memories for tensor in (memory.input, memory.output))
+
+
+@torch.no_grad()
+def trace(
+    qnn: QuantModel, image_shape: tuple[int, ...], context_shape: tuple[int, ...] | None, later: bool = False
+) -> onnx.ModelProto:
+    """Return the graph of one call.
+
+    Args:
+        qnn: calibrated; it is not changed.
+        image_shape: (C, H, W).
+        context_shape: (L, D) of the context, or None.
+        later: of a network that modulates: a step after the first, which also takes the state that every step gives.
+    """
+    network = _with_onnx_leaves(qnn)
+    shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
+    names, sample = list(INPUTS[: len(shapes)]), [torch.zeros(2, *shape) for shape in shapes]
+    denoiser = _Denoiser(network, len(shapes))
+    states = [f"{STATE}.{memory.name}.{part}" for memory in denoiser.memories for part in ("input", "output")]
+    if later:
+        # Clones: the first layer's state is x itself, and the exporter would take the two for one input.
+        names, sample = names + states, sample + [tensor.clone() for tensor in denoiser(*sample)[1:]]
+    batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of versions of its own parts
+            program = torch.onnx.export(
+                denoiser,
+                tuple(sample),
+                dynamo=True,
+                input_names=names,
+                output_names=[OUTPUT, *(f"next.{state}" for state in states)],
+                dynamic_shapes=(tuple({0: batch} for _ in sample),),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    finally:
+        exporter.setLevel(level)
+    model = program.model_proto
+    for node in model.graph.node:  # where in Python each came from: more bytes than the weights
+        del node.metadata_props[:]
+    del model.graph.value_info[:]
+    return model
+
+
+def _with_onnx_leaves(qnn: QuantModel) -> nn.Module:
+    """Return a copy of the network on the CPU with traceable leaves; tensors that need not change are shared."""
+    memo: dict[int, Any] = {id(t): t for t in (*qnn.model.parameters(), *qnn.model.buffers())}
+    network = copy.deepcopy(qnn.model, memo)
+    for path, parent in list(network.named_modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantModule):
+                setattr(parent, name, OnnxLayer(child, f"{path}.{name}" if path else name))
+            elif isinstance(child, QuantAttention):
+                setattr(parent, name, OnnxAttention(child))
+    return network.float().cpu().eval()
