@@ -34,8 +34,8 @@ class LayerMemory:
         """Remember the first step, and return its output."""
         if torch.is_grad_enabled() and (x.requires_grad or output.requires_grad):
             raise RuntimeError(f"modulation has no gradients; run {self.name} under torch.no_grad()")
-        # In float32 at least: under autocast, hundreds of half-precision additions would be seen. And a copy of the input,
-        # which may be the sampler's own x.
+        # In float32 at least: under autocast, hundreds of half-precision additions would show. The input is copied: it
+        # may be the sampler's own x.
         self.input, self.output = _exact(x).clone(), _exact(output)
         return output
 
