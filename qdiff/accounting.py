@@ -23,12 +23,11 @@ from qdiff.packing import packed_bytes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import ActQuantizer, DynamicActQuantizer
+from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
 
 FLOAT_BITS = 32
 FLOAT_BYTES = 4
-# What a quantizer's values take in our checkpoint: δ is float32 everywhere, z follows from the kind of quantizer.
-WEIGHT_ZERO_POINT_BYTES = 1
+# What a quantizer's values take in our checkpoint: δ is float32 everywhere, z of a weight has the weight's width.
 ACT_ZERO_POINT_BYTES = 4
 
 _LAYERS = (*QUANTIZABLE, QuantModule)
@@ -252,6 +251,7 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
     for name, module in shadow.named_modules():
         if isinstance(module, QuantModule):
             module.acts_quantized = module.weights_quantized = module.released = False
+            module.packed = None
         elif isinstance(module, QuantAttention):
             module.acts_quantized = False
         if isinstance(module, (*_LAYERS, *_ATTENTION)):
@@ -301,7 +301,7 @@ def _layer_costs(name: str, layer: nn.Module, macs: int, inputs: int, outputs: i
         size = packed_bytes(count, weight_bits) if weights else count * FLOAT_BYTES
         size += own_bias * FLOAT_BYTES + _act_range_bytes(acts[j] for j in group if acts)
         for quantizer in (weights[j] for j in group if weights):
-            size += quantizer.delta.numel() * FLOAT_BYTES + quantizer.zero_point.numel() * WEIGHT_ZERO_POINT_BYTES
+            size += quantizer.delta.numel() * FLOAT_BYTES + _weight_zero_point_bytes(quantizer)
         label = name if len(groups) == 1 else f"{name}[{i}]"
         cost = LayerCost(label, kind, count + own_bias, size, macs * share // channels, weight_bits, act_bits)
         if first is not None:
@@ -322,6 +322,10 @@ def _attention_costs(name: str, attention: nn.Module, macs: tuple[int, ...]) -> 
 
 def _bits(quantizers: list[nn.Module], index: int) -> int:
     return quantizers[index].bits if quantizers else FLOAT_BITS
+
+
+def _weight_zero_point_bytes(quantizer: WeightQuantizer) -> int:
+    return packed_bytes(quantizer.zero_point.numel(), quantizer.bits)
 
 
 def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:

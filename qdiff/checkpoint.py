@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import written_whole
-from qdiff.native_format import load_native, save_native
+from qdiff.native_format import load_native, load_native_packed, read_config, save_native
+from qdiff.packed_weight import PACKED
 from qdiff.published_format import load_published, to_published
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import is_pickle, load_tensors
@@ -28,6 +31,8 @@ def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True)
             names the option to change.
     """
     path = Path(path)
+    if qnn.is_packed:
+        raise UserError(f"{path} cannot be loaded into a packed network; build the network anew, or use load_packed")
     activations = activations and not qnn.config.act_dynamic  # ranges of a file have no place to go
     if is_pickle(path):
         if activations and qnn.config.modulate:
@@ -38,6 +43,47 @@ def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True)
         load_published(qnn, load_tensors(path), path, activations)
     else:
         load_native(qnn, path, activations)
+
+
+def load_packed(
+    network: nn.Module,
+    path: str | Path,
+    config: QuantConfig | None = None,
+    activations: bool = True,
+    cache_bytes: int = 0,
+    integer: bool = False,
+) -> QuantModel:
+    """Wrap a network and fill it from a native file, its weights packed from the first moment on.
+
+    No float weight of a quantized layer is ever held. Biases, norms and ranges come from the file.
+
+    Args:
+        network: built under ``torch.device("meta")``; what has values elsewhere keeps its place.
+        path: native safetensors.
+        config: widths and options of the run, which the file must agree with (as for `load_checkpoint`); None takes the
+            file's.
+        activations: False takes the weights alone.
+        cache_bytes, integer: see `QuantModel.pack_weights`.
+
+    Returns:
+        The packed network, on the CPU.
+
+    Raises:
+        UserError: as `load_checkpoint` and `QuantModel.pack_weights`, or the file is a published one.
+    """
+    path = Path(path)
+    if is_pickle(path):
+        raise UserError(
+            f"{path} is a published checkpoint, which holds float weights; load it by load_checkpoint, then call "
+            "pack_weights, or save it in the native format first"
+        )
+    buffers = {n for n, b in network.named_buffers() if b.is_meta}
+    if buffers:
+        raise ValueError(f"the buffer {min(buffers)} is on the meta device, and no file holds it; give it its values")
+    qnn = QuantModel(network, read_config(path) if config is None else config)
+    load_native_packed(qnn, path, activations and not qnn.config.act_dynamic)
+    qnn.pack_weights(cache_bytes, integer)
+    return qnn
 
 
 def save_checkpoint(
@@ -54,10 +100,13 @@ def save_checkpoint(
         notes: anything JSON can hold, kept in a native file's metadata (method, seed, …).
 
     Raises:
-        UserError: a quantizer was never set, or see `qdiff.published_format.to_published`; nothing is written.
+        UserError: a quantizer was never set, a packed network has no float weights for a published file, or see
+            `qdiff.published_format.to_published`; nothing is written.
     """
     path = Path(path)
     qnn.assert_initialised()
+    if format == "published" and qnn.is_packed:
+        raise UserError(f"{PACKED} for {path}; save the native format")
     if format == "native":
         save_native(qnn, path, notes or {})
     else:

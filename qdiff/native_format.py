@@ -1,33 +1,43 @@
 """Our checkpoint: a safetensors file in which quantized weights take their width.
 
-Tensors:
-    ``<layer>.weight``    uint8, the packed integers of a layer (`qdiff.packing`), or float32 where not quantized;
-    ``float``             float32: every other parameter and every weight step size, concatenated in name order;
-    ``weight_zero_point`` uint8, ``act_delta`` float32, ``act_zero_point`` int32: likewise concatenated.
-One tensor a layer would be neater for the small ones, but a name costs about 100 bytes of header, more than most hold.
+Tensors, each of what all layers hold, one after the other in name order:
+    ``weight``            uint8: the packed integers of every layer (`qdiff.packing`), or float32 where not quantized;
+    ``weight_zero_point`` uint8: packed likewise, at the widths of their weights;
+    ``float``             uint8: every other parameter and every weight step size in float32, first the lowest byte of
+                          each, then the next ones, deflated (zlib): exponents and signs shrink to a quarter, and in
+                          networks of two million weights these floats are a tenth of the file;
+    ``act_delta``         float32, ``act_zero_point`` int32.
+One tensor a layer would be neater, but a name costs about 100 bytes of header, more than many hold.
 Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON).
+
+Files of the first format are read too: they have ``<layer>.weight`` for every layer, a zero point a byte, and ``float``
+as float32.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.functional import max_level
-from qdiff.packing import pack, packed_bytes, unpack
+from qdiff.packing import deflate_floats, inflate_floats, pack, packed_bytes, unpack
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import WeightQuantizer
+from qdiff.quantizer import Quantizer, WeightQuantizer
 from qdiff.tensor_files import read_safetensors
 
-FORMAT = "qdiff-1"
+FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
+FLOAT_BYTES = 4
 # Config fields that a file and the options of a run must agree on, and the option that sets each.
 _WEIGHT_OPTIONS = {
     "weight_bits": "--weight_bit",
@@ -42,8 +52,12 @@ _ACT_OPTIONS = {
 }
 
 
+def _layers(qnn: QuantModel) -> dict[str, QuantModule]:
+    return dict(sorted(qnn.layers().items()))
+
+
 def _weight_quantizers(qnn: QuantModel) -> dict[str, WeightQuantizer]:
-    return {n: m for n, m in qnn.model.named_modules() if isinstance(m, WeightQuantizer)}
+    return dict(sorted((n, m) for n, m in qnn.model.named_modules() if isinstance(m, WeightQuantizer)))
 
 
 def _plain(qnn: QuantModel) -> dict[str, Tensor]:
@@ -58,7 +72,8 @@ def _float_tensors(qnn: QuantModel) -> dict[str, Tensor]:
     return {n: tensors[n] for n in sorted(tensors)}
 
 
-def _layout(qnn: QuantModel) -> str:
+def layout(qnn: QuantModel) -> str:
+    """Return a hash of the names and shapes of a network's tensors: what tells it from other networks."""
     shapes = {n: tuple(t.shape) for n, t in _float_tensors(qnn).items()}
     shapes |= {f"{n}.weight": tuple(m.weight.shape) for n, m in qnn.layers().items()}
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()[:16]
@@ -72,27 +87,25 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     """Write the file whole or not at all."""
     from safetensors.torch import save_file
 
-    weight_quantizers = _weight_quantizers(qnn)
-    bits = qnn.config.weight_bits
-    tensors = {
-        f"{name}.weight": layer.weight.detach().float().cpu().contiguous()
-        if bits is None
-        else pack(layer.weight_int, layer.weight_quantizers[0].bits)
-        for name, layer in qnn.layers().items()
-    }
-    tensors["float"] = _concatenated(list(_float_tensors(qnn).values()), torch.float32)
-    if bits is not None:
-        zero_points = [q.zero_point for _, q in sorted(weight_quantizers.items())]
-        tensors["weight_zero_point"] = _concatenated(zero_points, torch.uint8)
+    layers = _layers(qnn).values()
+    if qnn.config.weight_bits is None:
+        tensors = {"weight": _concatenated([layer.weight for layer in layers], torch.float32)}
+    else:
+        zero_points = [pack(q.zero_point.to(torch.uint8), q.bits) for q in _weight_quantizers(qnn).values()]
+        tensors = {
+            "weight": _concatenated([layer.packed_integers() for layer in layers], torch.uint8),
+            "weight_zero_point": _concatenated(zero_points, torch.uint8),
+        }
+    tensors["float"] = deflate_floats(_concatenated(list(_float_tensors(qnn).values()), torch.float32))
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())]
     if act:
         tensors["act_delta"] = _concatenated([q.delta for q in act], torch.float32)
         tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
     metadata = {
         "format": FORMAT,
-        "config": json.dumps(qnn.config.to_dict()),
-        "layout": _layout(qnn),
-        "notes": json.dumps(notes),
+        "config": json.dumps(qnn.config.to_dict(), separators=(",", ":")),
+        "layout": layout(qnn),
+        "notes": json.dumps(notes, separators=(",", ":")),
     }
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -113,6 +126,15 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
 
 
+def read_config(path: Path) -> QuantConfig:
+    """Return what a file of ours was made with.
+
+    Raises:
+        UserError: no file of ours, or damaged.
+    """
+    return _config_of(read_metadata(path), path)
+
+
 def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
     """Fill the network from our format; every mismatch is an error before anything is changed.
 
@@ -121,63 +143,142 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
     Args:
         activations: False leaves activation quantizers alone.
     """
+    contents = _read(qnn, path, activations)
+    contents.take_small_ones(qnn)
+    for name, layer in qnn.layers().items():
+        stored = contents.weights[name]
+        if qnn.config.weight_bits is None:
+            layer.weight.data.copy_(stored.view(layer.weight.shape))
+        else:
+            integers = unpack(stored, layer.weight_quantizers[0].bits, layer.weight.numel())
+            layer.set_weight_int(integers.view(layer.weight.shape))
+
+
+def load_native_packed(qnn: QuantModel, path: Path, activations: bool) -> None:
+    """Fill a network whose parameters may be on the meta device; its weights stay packed, as in the file.
+
+    Raises:
+        UserError: as `load_native`, or the file's weights have no width; nothing is changed.
+    """
+    if qnn.config.weight_bits is None:
+        raise UserError(f"the weights in {path} have no width to be packed to; load it without packing")
+    contents = _read(qnn, path, activations)
+    contents.take_small_ones(qnn)
+    for name, layer in qnn.layers().items():
+        layer.pack(contents.weights[name])
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a file holds for a network, checked.
+
+    Attributes:
+        weights: by layer, as stored: packed integers, or float32.
+        plain: parameters that are neither layer weights nor step sizes.
+        ranges: quantizers, each with the δ and z that it is to take.
+    """
+
+    weights: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    ranges: list[tuple[Quantizer, Tensor, Tensor]]
+
+    @torch.no_grad()
+    def take_small_ones(self, qnn: QuantModel) -> None:
+        """Give the network all but the layers' weights."""
+        for name, value in self.plain.items():
+            path, _, leaf = name.rpartition(".")
+            module = qnn.model.get_submodule(path)
+            if getattr(module, leaf).is_meta:
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            else:
+                getattr(module, leaf).copy_(value)
+        for quantizer, delta, zero_point in self.ranges:
+            quantizer.set(delta, zero_point)
+
+
+def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     metadata = read_metadata(path)
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())] if activations else []
     _check(qnn, metadata, path, bool(act))
-    tensors = read_safetensors(path)
+    tensors, expected = read_safetensors(path), _float_tensors(qnn)
     try:
-        expected = _float_tensors(qnn)
-        floats = dict(zip(expected, _separated(tensors["float"], list(expected.values())), strict=True))
-        integers, quantizer_state = {}, []
-        for name, layer in qnn.layers().items():
-            stored, weight = tensors[f"{name}.weight"], layer.weight
-            if qnn.config.weight_bits is not None:
-                stored = unpack(stored, layer.weight_quantizers[0].bits, weight.numel())
-            integers[name] = stored.reshape(weight.shape)
-        weight_quantizers = sorted(_weight_quantizers(qnn).items())
-        if weight_quantizers:
-            like = [q.zero_point for _, q in weight_quantizers]
-            zero_points = _separated(tensors["weight_zero_point"], like)
-            for (name, quantizer), zero_point in zip(weight_quantizers, zero_points, strict=True):
-                quantizer_state.append((quantizer, floats[f"{name}.delta"], zero_point))
+        separated = _first_format if metadata["format"] == FIRST_FORMAT else _this_format
+        weights, floats, zero_points = separated(qnn, tensors)
+        floats = dict(zip(expected, _separated(floats, list(expected.values())), strict=True))
+        quantizers = _weight_quantizers(qnn)
+        like = [q.zero_point for q in quantizers.values()]
+        ranges = [
+            (quantizer, floats[f"{name}.delta"], zero_point)
+            for (name, quantizer), zero_point in zip(quantizers.items(), _separated(zero_points, like), strict=True)
+        ]
         if act:
             deltas = _separated(tensors["act_delta"], [q.delta for q in act])
-            zero_points = _separated(tensors["act_zero_point"], [q.zero_point for q in act])
-            quantizer_state += zip(act, deltas, zero_points, strict=True)
-        for quantizer, delta, zero_point in quantizer_state:
+            ranges += zip(act, deltas, _separated(tensors["act_zero_point"], [q.zero_point for q in act]), strict=True)
+        for quantizer, delta, zero_point in ranges:
             if not (torch.isfinite(delta) & (delta > 0)).all() or zero_point.max() > max_level(quantizer.bits):
                 raise ValueError("step sizes or zero points out of range")
-    except (KeyError, ValueError, RuntimeError) as error:
+        for (name, layer), size in zip(_layers(qnn).items(), _weight_sizes(qnn), strict=True):
+            if weights[name].numel() != size:
+                raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
+    except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
+    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges)
 
-    with torch.no_grad():
-        for name, parameter in _plain(qnn).items():
-            parameter.copy_(floats[name])
-        for quantizer, delta, zero_point in quantizer_state:
-            quantizer.set(delta, zero_point)
-        for name, layer in qnn.layers().items():
-            if qnn.config.weight_bits is None:
-                layer.weight.copy_(integers[name])
-            else:
-                layer.set_weight_int(integers[name])
+
+Parts = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Weights by layer as stored, float32 values and weights' zero points."""
+
+
+def _first_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
+    weights = {name: tensors[f"{name}.weight"].reshape(-1) for name in qnn.layers()}
+    none = torch.empty(0, dtype=torch.uint8)
+    return weights, tensors["float"], none if qnn.config.weight_bits is None else tensors["weight_zero_point"]
+
+
+def _this_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
+    weights = dict(zip(_layers(qnn), _split(tensors["weight"], _weight_sizes(qnn)), strict=True))
+    floats = inflate_floats(tensors["float"], sum(t.numel() for t in _float_tensors(qnn).values()))
+    zero_points = [torch.empty(0, dtype=torch.uint8)]
+    if quantizers := _weight_quantizers(qnn).values():
+        counts = [(q.bits, q.zero_point.numel()) for q in quantizers]
+        streams = _split(tensors["weight_zero_point"], [packed_bytes(count, bits) for bits, count in counts])
+        zero_points = [unpack(s, bits, count) for s, (bits, count) in zip(streams, counts, strict=True)]
+    return weights, floats, torch.cat(zero_points)
+
+
+def _weight_sizes(qnn: QuantModel) -> list[int]:
+    """How many values a layer's weight is stored in: bytes where packed, otherwise numbers."""
+    return [
+        packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if len(m.weight_quantizers) else m.weight.numel()
+        for m in _layers(qnn).values()
+    ]
+
+
+def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    if values.numel() != sum(sizes):
+        raise ValueError(f"{values.numel()} values where {sum(sizes)} are needed")
+    return values.split(sizes)
 
 
 def _separated(values: Tensor, like: list[Tensor]) -> list[Tensor]:
-    if values.numel() != sum(t.numel() for t in like):
-        raise ValueError(f"{values.numel()} values where {sum(t.numel() for t in like)} are needed")
-    return [v.reshape(t.shape) for v, t in zip(values.split([t.numel() for t in like]), like, strict=True)]
+    parts = _split(values, [t.numel() for t in like])
+    return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
-def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: bool) -> None:
-    if metadata.get("format") != FORMAT:
+def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
+    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
         found = metadata.get("format", "none")
         raise UserError(f"{path} is no quantized checkpoint of ours (format {found}, not {FORMAT}); give another file")
     try:
-        there, here = QuantConfig.from_dict(json.loads(metadata["config"])), qnn.config
+        return QuantConfig.from_dict(json.loads(metadata["config"]))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
             f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file anew"
         ) from error
+
+
+def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: bool) -> None:
+    there, here = _config_of(metadata, path), qnn.config
     if activations and there.act_bits is None:
         raise UserError(
             f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
@@ -203,7 +304,7 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
             if field == "act_symmetric" and RangeMethod.SEARCH in (there.act_range, here.act_range):
                 change = f"EDA-DM means the opposite by {option}: give the --method that it was made by"
             raise UserError(f"checkpoint {path} was made with {field} {a}, this run asks for {b}; {change}")
-    if metadata.get("layout") != _layout(qnn):
+    if metadata.get("layout") != layout(qnn):
         raise UserError(
             f"checkpoint {path} belongs to another network (names or shapes of its layers differ); give the --config "
             "that it was calibrated with"
@@ -211,11 +312,18 @@ def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: b
 
 
 def counted_bytes(qnn: QuantModel) -> int:
-    """Return the bytes of what `save_native` stores, without the file's header."""
-    weights = sum(
-        packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if m.weight_quantizers else m.weight.numel() * 4
-        for m in qnn.layers().values()
-    )
-    floats = sum(t.numel() * 4 for t in _float_tensors(qnn).values())
-    zero_points = sum(q.zero_point.numel() for q in _weight_quantizers(qnn).values())
-    return weights + floats + zero_points + 8 * len(qnn.calibrated_act_quantizers())
+    """Return the bytes of what `save_native` stores: every value at its width, before deflating and without header."""
+    value = FLOAT_BYTES if qnn.config.weight_bits is None else 1
+    floats = sum(t.numel() * FLOAT_BYTES for t in _float_tensors(qnn).values())
+    zero_points = sum(packed_bytes(q.zero_point.numel(), q.bits) for q in _weight_quantizers(qnn).values())
+    return sum(_weight_sizes(qnn)) * value + floats + zero_points + 8 * len(qnn.calibrated_act_quantizers())
+
+
+def content_bytes(path: Path) -> int:
+    """Return the same of a file: what its tensors take, the float part inflated. The file itself is smaller."""
+    tensors = read_safetensors(path)
+    floats = tensors.pop("float")
+    size = floats.numel() * floats.element_size()
+    if read_metadata(path)["format"] != FIRST_FORMAT:
+        size = len(zlib.decompress(floats.numpy().tobytes()))
+    return size + sum(t.numel() * t.element_size() for t in tensors.values())

@@ -9,12 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
+from qdiff.errors import UserError
 from qdiff.functional import dequantize, linear_in_fixed_order, quantize
+from qdiff.integer import Geometry, Levels, integer_product
 from qdiff.modulation import LayerMemory
+from qdiff.packed_weight import PACKED, PackedWeight
+from qdiff.packing import pack
 from qdiff.quantizer import DynamicActQuantizer, WeightQuantizer, act_quantizer
 from qdiff.range_estimators import estimate
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
+DEQUANTIZED_AT_A_TIME = 1 << 17  # weights: their three passes stay in a cache
 
 
 class QuantModule(nn.Module):
@@ -28,6 +33,8 @@ class QuantModule(nn.Module):
     State beside ``weight`` and ``bias``:
         weight_int: uint8, weight's shape: the quantized weight, whatever rounding made it.
         weight_quantizers, act_quantizers: one a slice of the input channels (1, or 2 where split).
+        packed: the quantized weight at its width, once `pack` was called; ``weight`` then has a shape and no values,
+            and ``weight_int`` is None.
     """
 
     def __init__(self, layer: nn.Module, config: QuantConfig) -> None:
@@ -35,7 +42,7 @@ class QuantModule(nn.Module):
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"padding mode {layer.padding_mode} is not supported: only zeros are exact")
         self.weight, self.bias = layer.weight, layer.bias
-        self._operation = _operation_of(layer)
+        self._operation, self.geometry = _operation_of(layer), _geometry_of(layer)
         boundary = getattr(layer, "split_at", None) if config.split_shortcut else None
         channels = self.weight.shape[1]
         self.slices = [channels] if boundary is None else [boundary, channels - boundary]
@@ -72,9 +79,11 @@ class QuantModule(nn.Module):
         # The dequantized weight, there while weights are quantized so that a step costs what float costs.
         self.register_buffer("baked", None, persistent=False)
         self.released = False  # `weight` holds the dequantized values for good
+        self.packed: PackedWeight | None = None
 
     def weight_slices(self) -> Sequence[Tensor]:
         """Return views of the float weight, one a slice."""
+        self._assert_not_packed()
         return self.weight.detach().split(self.slices, dim=1)
 
     @torch.no_grad()
@@ -89,6 +98,7 @@ class QuantModule(nn.Module):
     @torch.no_grad()
     def set_weight_int(self, integers: Tensor) -> None:
         """Take over quantized weights (any dtype, whole numbers in range, weight's shape)."""
+        self._assert_not_packed()
         self.weight_int.copy_(integers)
         self.baked = None
         if self.released:
@@ -97,11 +107,44 @@ class QuantModule(nn.Module):
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
         """Return δ·(q − z), weight's shape and dtype."""
-        parts = zip(self.weight_quantizers, self.weight_int.split(self.slices, dim=1), strict=True)
-        return torch.cat([dequantize(p, q.delta, q.zero_point) for q, p in parts], dim=1).to(self.weight.dtype)
+        integers = self.integers()
+        weight = torch.empty(integers.shape, dtype=self.weight.dtype, device=integers.device)
+        rows = max(1, DEQUANTIZED_AT_A_TIME // weight[0].numel())
+        parts = zip(self.weight_quantizers, integers.split(self.slices, 1), weight.split(self.slices, 1), strict=True)
+        for quantizer, part, out in parts:
+            by_row = (t.split(rows) for t in (out, part, quantizer.delta, quantizer.zero_point))
+            for some, *quantized in zip(*by_row, strict=True):
+                some.copy_(dequantize(*quantized))
+        return weight
 
-    def bake(self) -> Tensor:
-        """Return the dequantized weight, computed once instead of in every forward."""
+    def integers(self) -> Tensor:
+        """Return the quantized weight as whole numbers, uint8."""
+        return self.weight_int if self.packed is None else self.packed.integers()
+
+    def packed_integers(self) -> Tensor:
+        """Return them at their width (`qdiff.packing`), uint8."""
+        if self.packed is not None:
+            return self.packed.stream
+        return pack(self.weight_int, self.weight_quantizers[0].bits)
+
+    def pack(self, stream: Tensor | None = None) -> None:
+        """Give up the float weight and the integers of a byte each; what stays are the integers at their width.
+
+        Args:
+            stream: these integers, where they come from a file; otherwise the layer's own.
+        """
+        if self.packed is not None:
+            return
+        stream = self.packed_integers() if stream is None else stream
+        self.packed = PackedWeight(stream, self.weight_quantizers[0].bits, self.weight.shape)
+        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+        self.weight_int = self.baked = None
+        self.released = False
+
+    def bake(self) -> Tensor | None:
+        """Return the dequantized weight, computed once instead of in every forward; None where it stays packed."""
+        if self.packed is not None:
+            return None
         if self.released:
             return self.weight
         if self.baked is None:
@@ -111,36 +154,107 @@ class QuantModule(nn.Module):
     @torch.no_grad()
     def release_float_weight(self) -> None:
         """Overwrite the float weight with the dequantized one, so that no second copy is held."""
-        if len(self.weight_quantizers) > 0 and not self.released:
+        if len(self.weight_quantizers) > 0 and not self.released and self.packed is None:
             self.weight.copy_(self.dequantized_weight())
             self.baked, self.released = None, True
 
     def forward(self, x: Tensor) -> Tensor:
         if self.released and not self.weights_quantized:
             raise RuntimeError("the float weights of this network were released; load it anew to run it in float")
-        weight = self.weight
-        if self.weights_quantized:
-            weight = self.soft_weight() if self.soft_weight is not None else self.bake()
         if not self.acts_quantized:
-            return self._operation(x, weight, self.bias)
+            return self._operation(x, self._current_weight(), self.bias)
         if self.modulates:
-            return self._modulated(x, weight)
-        return self._operate(self._quantized(x, self.act_quantizers), weight, self.bias)
+            return self._modulated(x)
+        if self.multiplies_integers:
+            return self._integer_product(self._levels(x, self.act_quantizers), self.bias)
+        return self._operate(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
 
-    def _modulated(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _modulated(self, x: Tensor) -> Tensor:
         """o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
         if self.memory is None:
             raise RuntimeError("a modulated layer runs inside `with qnn.trajectory():`, opened once for every batch")
-        if self.memory.is_empty:
-            x = self._quantized(x, self.first_quantizers) if len(self.first_quantizers) > 0 else x
-            return self.memory.begin(x, self._operation(x, weight, self.bias))
-        change = self._quantized(self.memory.difference(x), self.act_quantizers)
-        return self.memory.advance(x, change, self._operation(change, weight, None))
+        if not self.memory.is_empty:
+            return self.memory.advance(x, *self._product(self.memory.difference(x), self.act_quantizers, None))
+        if len(self.first_quantizers) > 0:
+            return self.memory.begin(*self._product(x, self.first_quantizers, self.bias))
+        return self.memory.begin(x, self._operation(x, self._current_weight(), self.bias))
+
+    def _product(self, x: Tensor, quantizers: nn.ModuleList, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return Q(x) and W·Q(x) + b."""
+        if self.multiplies_integers:
+            levels = self._levels(x, quantizers)
+            values = torch.cat([part.values() for part in levels], dim=self._channel_dim)
+            return values, self._integer_product(levels, bias)
+        values = self._quantized(x, quantizers)
+        return values, self._operation(values, self._current_weight(), bias)
+
+    def _current_weight(self) -> Tensor:
+        """Return the weight of the mode that the layer is in, in floating point."""
+        if not self.weights_quantized:
+            self._assert_not_packed()
+            return self.weight
+        if self.soft_weight is not None:
+            return self.soft_weight()
+        return self.bake() if self.packed is None else self.packed.cached(self.dequantized_weight)
+
+    def assert_multiplies_integers(self, name: str) -> None:
+        """Raise a `UserError` with the layer's name where `qdiff.integer` cannot compute it."""
+        if self.geometry is not None and (self.geometry.groups != 1 or isinstance(self.geometry.padding, str)):
+            raise UserError(
+                f"{name} has {self.geometry.groups} groups and padding {self.geometry.padding}; integer products are "
+                "of 1 group and padding in numbers: run this network simulated"
+            )
+
+    @property
+    def multiplies_integers(self) -> bool:
+        """Whether quantized inputs meet the weight as whole numbers (`qdiff.integer`)."""
+        return self.weights_quantized and self.packed is not None and self.packed.multiplies_integers
+
+    def _levels(self, x: Tensor, quantizers: nn.ModuleList) -> list[Levels]:
+        """Return the integers of the input, one a slice."""
+        return [q.levels(part) for q, part in zip(quantizers, x.split(self.slices, self._channel_dim), strict=True)]
+
+    def _integer_product(self, levels: list[Levels], bias: Tensor | None) -> Tensor:
+        """W·Q(x) + b: every slice has its step sizes, so their products are summed in floating point."""
+        integers = self.packed.integers().split(self.slices, dim=1)
+        out = None
+        for x, part, quantizer in zip(levels, integers, self.weight_quantizers, strict=True):
+            product = integer_product(
+                x, Levels(part, quantizer.delta, quantizer.zero_point, quantizer.bits), self.geometry
+            )
+            out = product if out is None else out.add_(product)
+        if bias is None:
+            return out
+        return out.add_(bias if self.geometry is None else bias.view(-1, *[1] * len(self.geometry.stride)))
 
     def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
             return linear_in_fixed_order(x, weight, bias)
         return self._operation(x, weight, bias)
+
+    def _assert_not_packed(self) -> None:
+        if self.packed is not None:
+            raise UserError(f"{PACKED}; load it anew to calibrate it or to run it in float")
+
+    def _save_to_state_dict(self, *args, **kwargs) -> None:
+        if self.packed is not None:
+            raise UserError(f"{PACKED} for a state dict; save the native format")
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        if self.packed is not None:
+            raise UserError(f"{PACKED} to overwrite; build it anew to load a state dict")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantModule:
+        """Move or convert the layer; what a packed one has left of its float weight is a shape, which stays."""
+        if self.packed is None:
+            return super()._apply(fn, recurse)
+        shape, self.weight = self.weight, None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self.weight = shape
 
     @property
     def _channel_dim(self) -> int:
@@ -163,3 +277,10 @@ def _operation_of(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None],
     convolve = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
     geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
     return lambda x, weight, bias: convolve(x, weight, bias, *geometry)
+
+
+def _geometry_of(layer: nn.Module) -> Geometry | None:
+    """Return where a convolution applies its kernel; None for a linear layer."""
+    if isinstance(layer, nn.Linear):
+        return None
+    return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import Ablation, QuantConfig
+from qdiff.config import Ablation, QuantConfig, ScalePer
 from qdiff.errors import UserError
 from qdiff.interface import AttentionCore, family_of
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
+from qdiff.packed_weight import PACKED, WeightCache
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
@@ -127,6 +128,50 @@ class QuantModel(nn.Module):
         for layer in self.layers().values():
             layer.release_float_weight()
 
+    def pack_weights(self, cache_bytes: int = 0, integer: bool = False) -> None:
+        """Keep nothing of the weights but their integers at their width, from now on; called again, it changes how.
+
+        ``with qnn.quantized():`` then dequantizes no weight beforehand. Each layer does so for its call, and computes
+        bit for bit what it computed before. Only native files can be written afterwards, and nothing be loaded; float
+        weights, calibration, state dicts and published files are a `UserError`.
+
+        Args:
+            cache_bytes: dequantized weights kept from call to call, of all layers together (`WeightCache`).
+            integer: quantized inputs meet quantized weights as integers (`qdiff.integer`), with the result of the
+                simulation up to float32's rounding. Attention's two products stay simulated, and so do layers whose
+                input is in float: outside of ``quantized(activations=True)``, under ``keep_ends`` the last one, and in
+                a modulated network without ``rest_bits`` the first step.
+
+        Raises:
+            UserError: the weights have no width or were never quantized, or ``integer`` is asked for where the
+                activations have no width, where ranges differ by channel, or of a layer with groups.
+        """
+        if self.config.weight_bits is None:
+            raise UserError("the weights of this network have no width to be packed to; add --ptq and --weight_bit")
+        self.assert_initialised(weights=True, activations=False)
+        if integer:
+            self._assert_multiplies_integers()
+        cache = WeightCache(cache_bytes)
+        for layer in self.layers().values():
+            layer.pack()
+            layer.packed.cache, layer.packed.multiplies_integers = cache, integer and len(layer.act_quantizers) > 0
+
+    def _assert_multiplies_integers(self) -> None:
+        if self.config.act_bits is None:
+            raise UserError("integer products are of quantized activations, which have no width; add --quant_act")
+        if self.config.act_dynamic and self.config.act_scale_per is ScalePer.CHANNEL:
+            raise UserError(
+                "one range a channel has no place in integer products: a sum over channels is scaled once; give "
+                "--act_scale_per tensor or sample"
+            )
+        for name, layer in self.layers().items():
+            layer.assert_multiplies_integers(name)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether `pack_weights` was called."""
+        return any(layer.packed is not None for layer in self.layers().values())
+
     def reset_fired(self) -> None:
         """Start counting anew how often each activation quantizer fires."""
         for quantizer in self.act_quantizers().values():
@@ -139,10 +184,14 @@ class QuantModel(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         if any(layer.released for layer in self.layers().values()):
             raise RuntimeError("the float weights of this network were released; build it anew to load a state dict")
+        if self.is_packed:  # before anything is loaded
+            raise UserError(f"{PACKED} to overwrite; build it anew to load a state dict")
         super()._load_from_state_dict(*args, **kwargs)
         for layer in self.layers().values():  # dequantized weights of before are stale
             layer.baked = None
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        """Where the network is; the shapes that packed layers keep of their float weights are nowhere."""
+        parameters = list(self.parameters())
+        return next((p for p in parameters if not p.is_meta), parameters[0]).device

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, ScalePer
-from qdiff.functional import fake_quantize, fake_quantize_inference
+from qdiff.functional import fake_quantize, fake_quantize_inference, quantize
+from qdiff.integer import Levels
 from qdiff.range_estimators import RangeObserver, qparams
 
 
@@ -69,6 +70,15 @@ class ActQuantizer(Quantizer):
             return y if self.dropping is None else self.dropping(y, x)
         return fake_quantize_inference(x, self.delta, self.zero_point, self.bits)
 
+    def levels(self, x: Tensor) -> Levels:
+        """Return the integers of which `forward` returns the values; without gradients, and nothing is watched."""
+        self.fired += 1
+        delta, zero_point = self._range(x)
+        return Levels(quantize(x, delta, zero_point, self.bits), delta, zero_point, self.bits)
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.delta, self.zero_point
+
     def settle(self) -> None:
         """End observing: take the range of what was seen."""
         self.set(*self.observer.qparams(self.bits, self.symmetric, self.unsigned))
@@ -90,11 +100,14 @@ class DynamicActQuantizer(ActQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.fired += 1
+        return fake_quantize_inference(x, *self._range(x), self.bits)
+
+    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
         low, high = torch.aminmax(x) if self.scale_per is ScalePer.TENSOR else self._extremes(x)
         if self.scale_per is ScalePer.TENSOR:
             low, high = low.double(), high.double()  # as published, where one range is a pair of Python's numbers
         delta, zero_point = qparams(low, high, self.bits, self.symmetric, self.unsigned)
-        return fake_quantize_inference(x, delta.to(x.dtype), zero_point, self.bits)
+        return delta.to(x.dtype), zero_point
 
     def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept = 0 if self.scale_per is ScalePer.SAMPLE else self.channel_dim % x.dim()

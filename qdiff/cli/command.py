@@ -18,9 +18,9 @@ from torch import Tensor
 from qdiff.accounting import account
 from qdiff.calibration.samples import network_calls, save_recording, select_samples
 from qdiff.calibration.schedules import evenly_spaced
-from qdiff.cli.deploy import check_runtime, onnx_network, wrapped
+from qdiff.cli.deploy import check_runtime, onnx_network, pack, wrapped
 from qdiff.cli.float_model import FloatModel
-from qdiff.cli.parser import SIMULATED
+from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error, measure_trajectory_error
 from qdiff.cli.run_folder import RunFolder, start_logging
@@ -147,7 +147,9 @@ class SampleCommand:
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
         model = self.model
         denoiser = model.network if qnn is None else qnn
-        if self.args.runtime != SIMULATED:
+        if qnn is not None:
+            pack(self.args, qnn)
+        if self.args.runtime in ONNX_RUNTIMES:
             denoiser = onnx_network(self.args, model, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
             # What is simulated in torch does not run.
             qnn = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from argparse import Namespace
 from pathlib import Path
 
 from torch import nn
 
 from qdiff.cli.float_model import FloatModel, Network
-from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
+from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES
 from qdiff.cli.runtime import Processes
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
@@ -22,9 +23,15 @@ EXPORTED = "model.onnx"
 
 def check_runtime(args: Namespace) -> None:
     """Raise a `UserError` where options of a runtime contradict each other."""
-    if args.onnx is not None and args.runtime == SIMULATED:
+    if args.onnx is not None and args.runtime not in ONNX_RUNTIMES:
         raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
-    if args.runtime == SIMULATED:
+    if args.weight_cache and args.runtime != "torch":
+        raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
+    if not 0 <= args.weight_cache < math.inf:
+        raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
+    if args.runtime in TORCH_RUNTIMES and not args.ptq:
+        raise UserError(f"--runtime {args.runtime} is for quantized weights; add --ptq, or leave --runtime out")
+    if args.runtime not in ONNX_RUNTIMES:
         return
     from qdiff.deploy.onnx_export import import_onnx
 
@@ -36,6 +43,12 @@ def check_runtime(args: Namespace) -> None:
 def wrapped(network: nn.Module) -> QuantModel:
     """Return a float network as a `QuantModel` without quantizers."""
     return QuantModel(network, QuantConfig(weight_bits=None, act_bits=None))
+
+
+def pack(args: Namespace, qnn: QuantModel) -> None:
+    """Keep the weights packed from now on, where a torch runtime is asked for."""
+    if args.runtime in TORCH_RUNTIMES:
+        qnn.pack_weights(int(args.weight_cache * 2**20), integer=args.runtime == "torch-int8")
 
 
 def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
@@ -51,7 +64,7 @@ def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Pa
     """
     from qdiff.deploy.onnx_export import export_onnx
     from qdiff.deploy.runtimes import OnnxNetwork, check_same
-    from qdiff.native_format import _layout as layout
+    from qdiff.native_format import layout
 
     path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
     if args.onnx is None and not path.is_file() and processes.is_first:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from qdiff.errors import UserError
 
-SIMULATED, ONNX_RUNTIMES = "simulated", ("onnxruntime", "openvino")
+SIMULATED, TORCH_RUNTIMES, ONNX_RUNTIMES = "simulated", ("torch", "torch-int8"), ("onnxruntime", "openvino")
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,8 +105,10 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
     group = parser.add_argument_group("runtime")
     group.add_argument(
         "--runtime",
-        choices=[SIMULATED, *ONNX_RUNTIMES],
+        choices=[SIMULATED, *TORCH_RUNTIMES, *ONNX_RUNTIMES],
         default=SIMULATED,
-        help="simulated: torch in float (default); the others run an exported ONNX model in integers on the CPU",
+        help="simulated: weights dequantized once (default); torch: weights stay packed; torch-int8: and layers "
+        "multiply integers; the others run an exported ONNX model in integers on the CPU",
     )
+    group.add_argument("--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, packed")
     group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")

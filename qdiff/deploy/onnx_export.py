@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from qdiff.errors import UserError
 from qdiff.files import written_whole
-from qdiff.native_format import _layout as layout
+from qdiff.native_format import layout
 from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:

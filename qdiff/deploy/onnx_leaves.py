@@ -84,7 +84,7 @@ class OnnxLayer(nn.Module):
         self.ranges = nn.ModuleList(OnnxRange(q) for q in layer.act_quantizers)
         self.slices = nn.ModuleList()
         if len(layer.weight_quantizers) > 0:
-            parts = layer.weight_int.split(layer.slices, dim=1)
+            parts = layer.integers().split(layer.slices, dim=1)
             for part, q in zip(parts, layer.weight_quantizers, strict=True):
                 self.slices.append(_WeightSlice(part, q.delta, q.zero_point, q.bits))
         else:

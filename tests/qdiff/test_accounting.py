@@ -20,7 +20,7 @@ from qdiff.accounting import LayerCost, account, stored_bytes
 from qdiff.config import QuantConfig
 from qdiff.interface import AttentionCore
 from qdiff.modes import leaves
-from qdiff.native_format import counted_bytes, save_native
+from qdiff.native_format import content_bytes, counted_bytes, save_native
 from qdiff.quant_model import QuantModel
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
@@ -117,13 +117,13 @@ def test_toy_by_hand():
 def test_quantized_toy_by_hand():
     counts = account(QuantModel(Toy(), QuantConfig(3, 6, softmax_bits=10)), *TOY)
     layers = by_name(counts)
-    # Packed weights; δ (4) and z (1) a channel; float biases; δ and z (4 each) of the input.
+    # Packed weights; δ (4) a channel, and z at the weights' 3 bits; float biases; δ and z (4 each) of the input.
     sizes = {
         "": 12,
-        "conv": 144 * 3 // 8 + 8 * 5 + 8 * 4 + 8,
+        "conv": 144 * 3 // 8 + 8 * 4 + 3 + 8 * 4 + 8,
         "norm": 16 * 4,
-        "linear": 48 * 3 // 8 + 6 * 5 + 8,
-        "conv1d": 14 + 6 * 5 + 6 * 4 + 8,  # 36 weights of 3 bits are 13.5 bytes
+        "linear": 48 * 3 // 8 + 6 * 4 + 3 + 8,
+        "conv1d": 14 + 6 * 4 + 3 + 6 * 4 + 8,  # 36 weights of 3 bits are 13.5 bytes, 6 of z 2.25
         "core.qk": 16,
         "core.wv": 16,
     }
@@ -151,7 +151,7 @@ def test_split_layer(wrap):
     name, layer = next((n, m) for n, m in qnn.layers().items() if len(m.slices) == 2)
     whole, one = by_name(split)[name], by_name(plain)[name]
     assert (whole.macs, whole.bops, whole.parameters) == (one.macs, one.bops, one.parameters)
-    assert whole.size_bytes - one.size_bytes == 5 * layer.weight.shape[0] + 8
+    assert whole.size_bytes - one.size_bytes == (4 + 0.5) * layer.weight.shape[0] + 8
     assert split.bops == plain.bops
     layer.act_quantizers[1].bits = 5
     first, second = (by_name(account(qnn, TINY))[f"{name}[{i}]"] for i in (0, 1))
@@ -167,14 +167,17 @@ def test_split_layer(wrap):
 def test_size_is_that_of_our_file(bits, options, calibrated, tmp_path):
     qnn = calibrated(weight_bits=bits, **options)
     save_native(qnn, tmp_path / "a.safetensors", {})
-    file = (tmp_path / "a.safetensors").read_bytes()
-    content = len(file) - 8 - int.from_bytes(file[:8], "little")
+    content = content_bytes(tmp_path / "a.safetensors")
     assert account(qnn, TINY).size_bytes == content == counted_bytes(qnn) == stored_bytes(qnn)
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WEIGHT_ZERO_POINT_BYTES", 0), ("ACT_ZERO_POINT_BYTES", 0), ("_act_range_bytes", lambda quantizers: 0)],
+    [
+        ("_weight_zero_point_bytes", lambda quantizer: 0),
+        ("ACT_ZERO_POINT_BYTES", 0),
+        ("_act_range_bytes", lambda quantizers: 0),
+    ],
 )
 def test_forgotten_scales_are_seen(name, value, wrap, monkeypatch):
     qnn = wrap(weight_bits=4, act_bits=8)
@@ -389,8 +392,7 @@ def test_a_cleared_state_makes_every_call_a_first_one():
 def test_ranges_at_hand_take_no_bytes(options, calibrated, tmp_path):
     qnn = calibrated(weight_bits=4, act_bits=4, act_dynamic=True, split_shortcut=True, **options)
     save_native(qnn, tmp_path / "a.safetensors", {})
-    file = (tmp_path / "a.safetensors").read_bytes()
-    content = len(file) - 8 - int.from_bytes(file[:8], "little")
+    content = content_bytes(tmp_path / "a.safetensors")
     assert account(qnn, TINY).size_bytes == content == counted_bytes(qnn) == stored_bytes(qnn)
 
 

@@ -44,3 +44,21 @@ def test_a_stream_of_another_length_is_refused(bits, change):
     stream = torch.zeros(packed_bytes(10, bits) + change, dtype=torch.uint8)
     with pytest.raises(ValueError, match="cannot hold 10 values"):
         unpack(stream, bits, 10)
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_long_streams_are_worked_on_in_parts(bits):
+    count = 8 * (1 << 18) + 13  # eight values more than a part, and some
+    values = torch.randint(0, 2**bits, (count,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    stream = pack(values, bits)
+    assert torch.equal(unpack(stream, bits, count), values)
+    assert torch.equal(stream[: bits * 100], pack(values[:800], bits))  # the layout does not depend on the length
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_big_endian_machines_unpack_alike(bits, monkeypatch):
+    """They take the way of the other widths."""
+    values = torch.arange(1000) % 2**bits
+    stream = pack(values.to(torch.uint8), bits)
+    monkeypatch.setattr("sys.byteorder", "big")
+    assert torch.equal(unpack(stream, bits, 1000), values.to(torch.uint8))

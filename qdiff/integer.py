@@ -1,0 +1,169 @@
+"""Products of quantized tensors in whole numbers: Σ (q_x − z_x)·(q_w − z_w) summed exactly, then scaled once.
+
+Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference" (CVPR
+2018), section 2.2. Up to 8 bits the sum is one of int8 products in int32. With q' = q − c and z' = z − c, where
+c = 2^(b−1) makes int8 of every unsigned b-bit integer,
+
+    Σ (q_x − z_x)(q_w − z_w) = Σ q'_x·q'_w − z'_w·Σ q'_x − z'_x·Σ q'_w + K·z'_x·z'_w   over K terms.
+
+Wider activations, and machines whose int8 products are not exact, take float64, which holds every such sum exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qdiff.functional import dequantize, max_level
+
+ROWS_BYTES = 1 << 26  # of unfolded patches at a time
+# What torch._int_mm asks of its factors on CUDA: more than 16 rows, and inner and outer sizes in multiples of 8.
+_CUDA_ROWS, _CUDA_MULTIPLE = 17, 8
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A quantized tensor as its integers: δ·(q − z).
+
+    Attributes:
+        integers: whole numbers from 0 to 2^b − 1, of any dtype.
+        delta, zero_point: broadcast against ``integers``; of an activation one for all or one a sample, of a weight one
+            an output channel.
+        bits: width b.
+    """
+
+    integers: Tensor
+    delta: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def values(self) -> Tensor:
+        """Return what they stand for, as `qdiff.functional.fake_quantize_inference` returns it."""
+        return dequantize(self.integers, self.delta, self.zero_point)
+
+    @property
+    def exact(self) -> Tensor:
+        """q − z, float64."""
+        return self.integers.double() - self.zero_point
+
+    @property
+    def centre(self) -> int:
+        """What is subtracted to fit int8."""
+        return 2 ** (self.bits - 1)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a convolution applies its kernel: one number a spatial dimension, as PyTorch's layers hold them.
+
+    Only 1 group and padding in numbers, not in a word, can be computed here.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def integer_product(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:
+    """Multiply a quantized input by a quantized weight.
+
+    Args:
+        x: [N, …, in] for a linear layer, [N, in, …] for a convolution.
+        weight: [out, in] or [out, in, …].
+        geometry: of the convolution; None for a linear layer.
+
+    Returns:
+        The layer's output without bias, in δ's dtype. Only the last multiplication, by the step sizes, rounds.
+    """
+    terms = weight.integers[0].numel()
+    fits = terms * max_level(x.bits) * max_level(weight.bits) < 2**31
+    narrow = x.bits <= 8 and fits and int8_is_exact(x.integers.device)
+    sums = _int8_sums(x, weight, geometry) if narrow else _float64_sums(x, weight, geometry)
+    per_channel = weight.delta.flatten()
+    if geometry is not None:
+        per_channel = per_channel.view(-1, *[1] * len(geometry.stride))
+    return sums.to(x.delta.dtype) * (x.delta * per_channel)
+
+
+def _float64_sums(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:
+    if geometry is None:
+        return F.linear(x.exact, weight.exact)
+    convolve = {1: F.conv1d, 2: F.conv2d}[len(geometry.stride)]
+    return convolve(x.exact, weight.exact, None, geometry.stride, geometry.padding, geometry.dilation)
+
+
+def _int8_sums(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:
+    q, z = _int8(x.integers, x.centre), (x.zero_point - x.centre).to(torch.int32)
+    if geometry is not None:  # channels last: what lies together is copied together
+        q, z = q.movedim(1, -1), z.movedim(1, -1) if z.dim() else z
+    kernel = _int8(weight.integers, weight.centre).movedim(1, -1)
+    matrix = kernel.flatten(1)
+    weight_z = (weight.zero_point - weight.centre).flatten().to(torch.int32)
+    # z'_x belongs to a sample: [N or 1, 1].
+    constant = z.reshape(-1, 1) * (matrix.shape[1] * weight_z - matrix.sum(dim=1, dtype=torch.int32))
+    # A row of ones beside the weights gives Σ q'_x with the same product.
+    factor = torch.cat([matrix, torch.ones_like(matrix[:1])]).t()
+
+    positions = q[0].numel() if geometry is None else q[0, ..., 0].numel() * kernel[0, ..., 0].numel() * q.shape[-1]
+    samples = max(1, ROWS_BYTES // max(1, positions))
+    constants, zs = (t.expand(len(q), *t.shape[1:]) for t in (constant, z.reshape(-1, *[1] * (q.dim() - 1))))
+    sums = []
+    for part, fill, rest in zip(q.split(samples), zs.split(samples), constants.split(samples), strict=True):
+        rows = part if geometry is None else _patches(part, fill, kernel.shape[1:-1], geometry)
+        product = int8_matmul(rows.reshape(-1, matrix.shape[1]), factor)
+        out = product[:, :-1] - product[:, -1:] * weight_z
+        # All spatial positions of a sample have its constant.
+        sums.append(out.view(*rows.shape[:-1], -1) + rest.view(len(part), *[1] * (rows.dim() - 2), -1))
+    total = torch.cat(sums)
+    return total if geometry is None else total.movedim(-1, 1)
+
+
+def _int8(integers: Tensor, centre: int) -> Tensor:
+    return (integers.to(torch.int16) - centre).to(torch.int8)
+
+
+def _patches(x: Tensor, fill: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
+    """Unfold x [N, …, in] into the inputs of every output: [N, …, in · kernel]; ``fill`` is the integer of 0."""
+    if any(geometry.padding):
+        sizes = [size + 2 * pad for size, pad in zip(x.shape[1:-1], geometry.padding, strict=True)]
+        padded = fill.to(torch.int8).expand(len(x), *sizes, x.shape[-1]).contiguous()
+        inside = tuple(slice(pad, pad + size) for size, pad in zip(x.shape[1:-1], geometry.padding, strict=True))
+        padded[(slice(None), *inside)] = x
+        x = padded
+    for dim, (size, stride, dilation) in enumerate(zip(kernel, geometry.stride, geometry.dilation, strict=True), 1):
+        x = x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    channels = 1 + len(kernel)  # now [N, …, in, kernel…]; the weight is [out, kernel…, in]
+    return x.movedim(channels, -1).flatten(channels)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a·b in int32 for int8 a [M, K] and b [K, N]; see `int8_is_exact`."""
+    return _padded_matmul(a, b) if a.is_cuda else torch._int_mm(a, b)
+
+
+def _padded_matmul(a: Tensor, b: Tensor) -> Tensor:
+    (rows, inner), columns = a.shape, b.shape[1]
+    more_inner = -inner % _CUDA_MULTIPLE
+    a = F.pad(a, (0, more_inner, 0, max(0, _CUDA_ROWS - rows)))
+    b = F.pad(b, (0, -columns % _CUDA_MULTIPLE, 0, more_inner))
+    return torch._int_mm(a, b)[:rows, :columns]
+
+
+@functools.cache
+def int8_is_exact(device: torch.device) -> bool:
+    """Whether `int8_matmul` is exact on a device.
+
+    CPUs without VNNI may add pairs of products in 16 bits and saturate there, which no rounding error explains.
+    """
+    pairs = torch.tensor([[-128, -128], [-128, 127], [127, -128], [127, 127]], dtype=torch.int8)
+    a = pairs.repeat(8, 32)  # [32, 64]: every pair of extremes meets every other
+    try:
+        found = int8_matmul(a.to(device), a.t().contiguous().to(device))
+    except (RuntimeError, AttributeError):  # not there on this device
+        return False
+    return torch.equal(found.cpu().long(), a.long() @ a.t().long())
