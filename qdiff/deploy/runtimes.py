@@ -122,6 +122,8 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Or it would quantize float activations that meet quantized weights, by ranges of its own.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda feed: session.run(None, feed)
 
@@ -130,8 +132,9 @@ def _openvino(model: onnx.ModelProto, threads: int) -> Run:
     import openvino
 
     core = openvino.Core()
-    # Elsewhere it may choose bfloat16 for what is not quantized.
-    core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    # Elsewhere it may choose bfloat16 for what is not quantized, or quantize it by ranges of its own.
+    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads})
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
     # By place: an input that is also an output (the state of the first layer) loses its name.
     names = [each.name for each in model.graph.input]

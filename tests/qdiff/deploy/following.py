@@ -1,0 +1,142 @@
+"""Compare an exported network with the simulated one, layer by layer, without what rounding makes of last bits.
+
+Two ways to compute one sum differ in last bits; a value on a rounding edge then falls to the other side, and behind a
+few layers such flips are as large as the quantization noise itself, 1 % of ε: no tolerance on ε could see a scale that
+is one level off. So the simulated network runs on the integers of the runtime: where it quantizes an activation, it is
+given what the runtime made of its own. Everything in between is then equal but for last bits, in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qdiff.deploy.onnx_weights import expand
+from qdiff.deploy.runtimes import read_model
+from qdiff.quant_model import QuantModel
+from qdiff.quantizer import ActQuantizer
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def relative(out: Tensor, expected: Tensor) -> float:
+    """‖out − expected‖ / ‖expected‖."""
+    return float((out.double() - expected.double()).norm() / expected.double().norm())
+
+
+@dataclass
+class Differences:
+    """Relative L2 of what a runtime computed from what the simulated network made of the same integers.
+
+    Attributes:
+        inputs: by activation quantizer, what came to it (all that lies between the quantizers before and this one).
+        rounding: by activation quantizer, what it made of the runtime's own input.
+        eps: the network's output.
+        simulated: the simulated network's ε on the runtime's integers.
+    """
+
+    inputs: dict[str, float] = field(default_factory=dict)
+    rounding: dict[str, float] = field(default_factory=dict)
+    eps: float = 0.0
+    simulated: Tensor | None = None
+
+    def sums(self) -> float:
+        """Return the largest difference of a sum."""
+        return max(*self.inputs.values(), self.eps)
+
+    def levels(self) -> float:
+        """Return the largest difference of a quantizer."""
+        return max(self.rounding.values())
+
+
+class Followed:
+    """An exported network whose activations can be seen before and behind every quantizer.
+
+    Args:
+        path: of `export_onnx`.
+        runtime: one of `RUNTIMES`.
+    """
+
+    def __init__(self, path: Path, runtime: str) -> None:
+        from onnx import helper
+
+        model = read_model(path)
+        expand(model)
+        weights = {tensor.name for tensor in model.graph.initializer}
+        made = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+        quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+        assert quantizers and not any(node.input[0] in weights for node in quantizers)
+        self.pairs = [(node.input[0], made[node.output[0]]) for node in quantizers]
+        given = {each.name for each in model.graph.input}
+        for name in dict.fromkeys(name for pair in self.pairs for name in pair):
+            if name not in given:
+                model.graph.output.append(helper.make_empty_tensor_value_info(name))
+        self._run = _opened(runtime)(model.SerializeToString())
+        self.names = [each.name for each in model.graph.input]
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """ε of the runtime."""
+        return torch.from_numpy(np.array(self._run(self._feed(inputs))["eps"]))
+
+    def _feed(self, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
+        return {name: value.float().numpy() for name, value in zip(self.names, inputs, strict=True)}
+
+    def differences(self, qnn: QuantModel, *inputs: Tensor) -> Differences:
+        """Run both; see `Differences`."""
+        feed = self._feed(inputs)
+        there = {name: torch.from_numpy(np.array(v)) for name, v in {**self._run(feed), **feed}.items()}
+        names = {id(quantizer): name for name, quantizer in qnn.act_quantizers().items()}
+        found = Differences()
+
+        def replaced(quantizer: ActQuantizer, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+            # Equal quantizers of one tensor are one in the graph, so they are told apart by their inputs.
+            pairs = [(there[before], there[behind]) for before, behind in self.pairs if there[before].shape == x.shape]
+            assert pairs, names[id(quantizer)]
+            before, behind = min(pairs, key=lambda pair: float((pair[0] - x).norm()))
+            name = names[id(quantizer)]
+            found.inputs[name], found.rounding[name] = relative(before, x), relative(behind, own(before))
+            return behind
+
+        with _quantizers_replaced(replaced), qnn.quantized(), torch.no_grad():
+            found.simulated = qnn(*inputs)
+        found.eps = relative(there["eps"], found.simulated)
+        assert found.inputs.keys() == set(names.values())
+        return found
+
+
+@contextmanager
+def _quantizers_replaced(replaced: Callable[..., Tensor]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        own = ActQuantizer.forward
+        patch.setattr(ActQuantizer, "forward", lambda self, x: replaced(self, x, lambda given: own(self, given)))
+        yield
+
+
+def _opened(runtime: str) -> Callable[[bytes], Callable[[dict], dict]]:
+    """Return what opens a model in a runtime as a function from named inputs to all named outputs."""
+
+    def onnxruntime(model: bytes) -> Callable[[dict], dict]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        names = [each.name for each in session.get_outputs()]
+        return lambda feed: dict(zip(names, session.run(None, feed), strict=True))
+
+    def openvino(model: bytes) -> Callable[[dict], dict]:
+        import openvino
+
+        core = openvino.Core()
+        core.set_property("CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
+        compiled = core.compile_model(core.read_model(model), "CPU")
+        return lambda feed: {name: value for key, value in compiled(feed).items() for name in key.get_names()}
+
+    return {"onnxruntime": onnxruntime, "openvino": openvino}[runtime]

@@ -1,0 +1,280 @@
+"""Exported files: what is stored, how large it is, that it is written whole; and files that cannot be run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from deploy_networks import network_inputs
+from following import RUNTIMES
+from torch import Tensor, nn
+
+from qdiff.config import QuantConfig, RangeMethod
+from qdiff.deploy.onnx_export import FORMAT, METADATA, export_onnx
+from qdiff.deploy.runtimes import OnnxNetwork, check_same, properties, read_model
+from qdiff.errors import UserError
+from qdiff.native_format import _layout as layout
+from qdiff.quant_model import QuantModel
+
+onnx = pytest.importorskip("onnx")
+for package in ("onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
+# Bytes of the file against the float32 parameters. What is not weights (the graph, norms, biases, step sizes) weighs
+# more in a model as small as the digits one (4.45 MB) than in a full-size one.
+W4_FILE = 0.21
+W4_WEIGHTS = 0.126  # four bits of 32, and a zero point a channel
+W8_WEIGHTS = 0.252
+
+
+class OneLayer(nn.Module):
+    """The least that can be exported."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, width, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) + t[:, None, None, None]
+
+
+SHAPE = (3, 5, 5)
+
+
+def one_layer(width: int = 6, **config) -> QuantModel:
+    torch.manual_seed(0)
+    qnn = QuantModel(OneLayer(width), QuantConfig(**{"weight_bits": 4, **config}))
+    for layer in qnn.layers().values():
+        layer.init_weight_ranges(RangeMethod.MIN_MAX)
+    for quantizer in qnn.act_quantizers().values():
+        quantizer.set(torch.tensor(0.02), torch.tensor(128))
+    return qnn
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A network of one layer, W4, and its file."""
+    qnn, path = one_layer(), tmp_path_factory.mktemp("small") / "small.onnx"
+    export_onnx(qnn, path, SHAPE, notes={"who": "small"})
+    return qnn, path
+
+
+def initialisers(model) -> dict[str, tuple[int, bytes]]:
+    return {t.name: (t.data_type, onnx.numpy_helper.to_array(t).tobytes()) for t in model.graph.initializer}
+
+
+def weight_bytes(path, kind: int) -> int:
+    stored = (t for t in read_model(path).graph.initializer if t.data_type == kind)
+    return sum(len(t.raw_data) for t in stored)
+
+
+# --- What is stored
+
+
+def test_expand_gives_the_integers_and_compact_takes_them_back(exported_digits):
+    from qdiff.deploy.onnx_weights import compact, expand
+
+    qnn, model = exported_digits.qnn, read_model(exported_digits.path)
+    stored = initialisers(model)
+    kinds = [kind for kind, _ in stored.values()]
+    assert kinds.count(onnx.TensorProto.UINT4) > 2 * 40 and onnx.TensorProto.INT8 not in kinds
+    expand(model)
+    expanded = initialisers(model)
+    assert onnx.TensorProto.UINT4 not in [kind for kind, _ in expanded.values()]
+    # Every slice of every layer is there, to the bit, as q − z.
+    there = {values for kind, values in expanded.values() if kind == onnx.TensorProto.INT8}
+    for name, layer in qnn.layers().items():
+        parts = layer.weight_int.split(layer.slices, dim=1)
+        for part, quantizer in zip(parts, layer.weight_quantizers, strict=True):
+            wanted = (part.int() - quantizer.zero_point).to(torch.int8)
+            assert wanted.numpy().tobytes() in there, name
+            wanted[0, 0] += 1  # planted
+            assert wanted.numpy().tobytes() not in there
+    compact(model)
+    again = initialisers(model)
+    assert again.keys() == expanded.keys() and stored.keys() <= again.keys()
+    assert all(again[name] == stored[name] for name in stored)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"),
+    [
+        ([[-8, 7, 0], [0, 15, 3], [-15, 0, -1]], "UINT4"),  # each channel has 16 levels of its own; 9 is odd
+        ([[0, 0, 0]], "UINT4"),
+        ([[2, 9, 15]], "UINT4"),
+        ([[-15, -9, -3]], "UINT4"),
+        ([[-8, 8, 0]], "INT8"),  # 17 levels
+        ([[-8, 7, 0], [1, 16, 5]], "INT8"),
+        ([[-128, 127, 0]], "INT8"),
+    ],
+)
+def test_four_bits_hold_what_they_can(rows, kind):
+    from onnx import TensorProto, helper
+
+    from qdiff.deploy.onnx_weights import compact, expand
+
+    values = np.array(rows, dtype=np.int8)
+    tensors = [
+        helper.make_tensor("weight", TensorProto.INT8, values.shape, values.tobytes(), raw=True),
+        helper.make_tensor("scale", TensorProto.FLOAT, (len(values),), [0.1] * len(values)),
+        helper.make_tensor("zero", TensorProto.INT8, (len(values),), bytes(len(values)), raw=True),
+    ]
+    node = helper.make_node("DequantizeLinear", ["weight", "scale", "zero"], ["out"], axis=0)
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, values.shape)
+    opset = [helper.make_opsetid("", 21)]
+    model = helper.make_model(helper.make_graph([node], "one", [], [out], tensors), opset_imports=opset)
+    before = model.SerializeToString()
+    expected = onnx.reference.ReferenceEvaluator(model).run(None, {})[0]
+    compact(model)
+    assert model.graph.initializer[0].data_type == getattr(TensorProto, kind)
+    onnx.checker.check_model(model)
+    # Standard ONNX: whoever reads the file as it is gets the same numbers.
+    assert np.array_equal(onnx.reference.ReferenceEvaluator(model).run(None, {})[0], expected)
+    expand(model)
+    assert model.SerializeToString() == before
+
+
+def test_file_bytes_against_float32(exported_digits, exported_ddim):
+    floats = sum(4 * p.weight.numel() for p in exported_digits.qnn.layers().values())
+    assert weight_bytes(exported_digits.path, onnx.TensorProto.UINT4) < W4_WEIGHTS * floats
+    assert exported_digits.path.stat().st_size < W4_FILE * _float_bytes(exported_digits.qnn)
+    floats = sum(4 * p.weight.numel() for p in exported_ddim.qnn.layers().values())
+    stored = weight_bytes(exported_ddim.path, onnx.TensorProto.INT8)
+    assert 0.25 * floats <= stored < W8_WEIGHTS * floats
+    assert exported_ddim.path.stat().st_size > stored  # what a W8 file stored as W4 would not have
+
+
+def _float_bytes(qnn: QuantModel) -> int:
+    return 4 * sum(p.numel() for n, p in qnn.model.named_parameters() if not n.endswith(".delta"))
+
+
+def test_metadata_says_what_it_is(exported_ddim):
+    found = properties(read_model(exported_ddim.path))
+    assert tuple(found) == METADATA and found["qdiff_format"] == FORMAT
+    assert QuantConfig.from_dict(json.loads(found["qdiff_config"])) == exported_ddim.qnn.config
+    assert found["qdiff_layout"] == layout(exported_ddim.qnn)
+    assert json.loads(found["qdiff_notes"]) == {"planted": "note"}
+    model = onnx.load(str(exported_ddim.path))
+    assert [i.name for i in model.graph.input] == ["x", "t"] and [o.name for o in model.graph.output] == ["eps"]
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert not any(node.metadata_props for node in model.graph.node)  # paths of this machine
+
+
+def test_export_does_not_change_the_network(small, tmp_path):
+    qnn, path = small
+    state = {n: v.clone() for n, v in qnn.state_dict().items()}
+    given = network_inputs(SHAPE)(2, 0)
+    with qnn.quantized(), torch.no_grad():
+        before = qnn(*given)
+    export_onnx(qnn, tmp_path / "again.onnx", SHAPE, notes={"who": "small"})
+    with qnn.quantized(), torch.no_grad():
+        assert torch.equal(qnn(*given), before)
+    assert all(torch.equal(v, state[n]) for n, v in qnn.state_dict().items())
+    # The same file, to the byte.
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+    other = one_layer()
+    other.layers()["layer"].weight_int[0, 0, 0, 0] ^= 1
+    export_onnx(other, tmp_path / "other.onnx", SHAPE, notes={"who": "small"})
+    assert (tmp_path / "other.onnx").read_bytes() != path.read_bytes()
+
+
+@pytest.mark.parametrize("failing", ["save", "checker"])
+def test_nothing_half_written_is_left(failing, small, tmp_path, monkeypatch):
+    qnn, path = small
+    shutil.copy(path, tmp_path / "model.onnx")
+
+    def save(model, file) -> None:
+        with open(file, "wb") as half:
+            half.write(model.SerializeToString()[:100])
+        raise OSError("disk full")
+
+    def check(model) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(onnx, "save", save) if failing == "save" else monkeypatch.setattr(
+        onnx.checker, "check_model", check
+    )
+    with pytest.raises((OSError, ValueError)):
+        export_onnx(qnn, tmp_path / "model.onnx", SHAPE)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
+    assert (tmp_path / "model.onnx").read_bytes() == path.read_bytes()
+
+
+# --- What cannot be exported or run
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"act_bits": 8, "act_dynamic": True}, "--quant_mode dynamic"),
+        ({"act_bits": 8, "act_dynamic": True, "rest_bits": 8}, "--quant_mode dynamic"),
+        ({"act_bits": 8, "modulate": True, "rest_bits": 8}, "--rest_abit"),
+        ({"act_bits": 8, "modulate": True, "ablation": "cleared-state"}, "--modulate_ablation"),
+    ],
+)
+def test_ranges_at_hand_are_refused(config, named, tmp_path):
+    with pytest.raises(UserError, match=f"^{named}.*leave it out$"):
+        export_onnx(one_layer(**config), tmp_path / "model.onnx", SHAPE)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_network_that_was_not_calibrated_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no range; calibrate"):
+        export_onnx(QuantModel(OneLayer(), QuantConfig(8, 8)), tmp_path / "model.onnx", SHAPE)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_export_without_the_extra(missing, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"^{missing} is not installed; pip install '\.\[deploy\]'$"):
+        export_onnx(small[0], tmp_path / "model.onnx", SHAPE)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_runtime_that_is_not_installed(runtime, small, monkeypatch):
+    assert OnnxNetwork(small[1], runtime)(*network_inputs(SHAPE)(1, 0)).shape == (1, 6, 5, 5)
+    monkeypatch.setitem(sys.modules, runtime, None)
+    with pytest.raises(UserError, match=rf"^{runtime} is not installed; pip install '\.\[deploy\]'$"):
+        OnnxNetwork(small[1], runtime)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_files_that_are_none_of_ours(runtime, small, tmp_path):
+    path = tmp_path / "model.onnx"
+    with pytest.raises(UserError, match=r"does not exist; write it with scripts/export\.py$"):
+        OnnxNetwork(path, runtime)
+    content = small[1].read_bytes()
+    for damaged in (content[: len(content) // 2], b"\xff" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"is damaged|is no ONNX model of ours"):
+            OnnxNetwork(path, runtime)
+    path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-1\)"):
+        OnnxNetwork(path, runtime)
+    foreign = onnx.load(str(small[1]))
+    del foreign.metadata_props[:]
+    onnx.save(foreign, str(path))
+    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-1\)"):
+        OnnxNetwork(path, runtime)
+
+
+def test_a_file_of_other_widths_or_another_network(small):
+    qnn, path = small
+    check_same(path, qnn.config, layout(qnn))
+    for config, sentence in (
+        ({"weight_bits": 3}, "weight_bits 4, this run asks for 3"),
+        ({"act_bits": 8}, "act_bits None, this run asks for 8"),
+        ({"weight_symmetric": True}, "weight_symmetric False, this run asks for True"),
+        ({"keep_ends": True}, "keep_ends None, this run asks for True"),
+    ):
+        with pytest.raises(UserError, match=f"exported with {sentence}; export it anew$"):
+            check_same(path, QuantConfig(**{"weight_bits": 4, **config}), layout(qnn))
+    other = one_layer(width=7)
+    with pytest.raises(UserError, match=r"exported from another network; export it anew with this model$"):
+        check_same(path, other.config, layout(other))

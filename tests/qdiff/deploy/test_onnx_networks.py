@@ -1,0 +1,187 @@
+"""Whole networks as both runtimes compute them, against the simulated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from deploy_networks import STEPS
+from following import RUNTIMES, Followed, relative
+from torch import Tensor
+
+from qdiff.deploy.runtimes import OnnxNetwork
+from qdiff.quant_model import QuantModel
+
+for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
+# Relative L2 of what lies between quantizers, both sides continuing from the same integers: last bits of float32,
+# which sines of large angles and norms of a few values make a few more.
+SUM_TOLERANCE = 2e-5
+# … and of what a quantizer makes of the same input: OpenVINO multiplies by 1/δ where torch divides, so a value on an
+# edge may fall to the other side; one in some thousand values then differs by a level.
+LEVEL_TOLERANCE = 1.5e-3
+ONE_LEVEL = 1 + 1 / 255  # changes what a quantizer makes by 3.9e-3
+# Final samples in [−1, 1], sampled with the runtime's integers: nothing visible.
+FOLLOWED_PSNR = 90.0
+# … and by each for itself: flips at rounding edges make 1 % of ε in one call, and a sampler adds them up.
+FREE_STEP_TOLERANCE, FREE_PSNR = 0.06, 20.0
+
+NETWORKS = ("ddim", "text", "digits")
+
+
+@pytest.fixture
+def exported(request):
+    return lambda name: request.getfixturevalue(f"exported_{name}")
+
+
+@contextmanager
+def scaled(delta: Tensor, channel: int | None = None) -> Iterator[None]:
+    """Plant: a step size that is one part in 255 too large inside the block."""
+    before = delta.clone()
+    (delta if channel is None else delta[channel]).mul_(ONE_LEVEL)
+    try:
+        yield
+    finally:
+        delta.copy_(before)
+
+
+def set_weights_anew(qnn: QuantModel) -> None:
+    for layer in qnn.layers().values():
+        layer.baked = None
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_is_the_simulated_one(name, runtime, exported):
+    network = exported(name)
+    followed = Followed(network.path, runtime)
+    for seed in (1, 2):
+        found = followed.differences(network.qnn, *network.inputs(2, seed))
+        assert found.sums() < SUM_TOLERANCE, max(found.inputs.items(), key=lambda item: item[1])
+        assert found.levels() < LEVEL_TOLERANCE, max(found.rounding.items(), key=lambda item: item[1])
+
+
+# A few of every kind. Layers of the time embedding move a whole channel, which the norm behind them mostly takes out.
+PLANTED = {
+    "ddim": ("conv_in", "down.0.block.0.conv1", "mid.attn_1.k", "up.0.block.0.nin_shortcut", "conv_out"),
+    "text": (
+        *("input_blocks.0.0", "input_blocks.1.1.transformer_blocks.0.attn2.to_k", "output_blocks.0.0.in_layers.2"),
+        *("input_blocks.1.1.transformer_blocks.0.ff.net.0.proj", "out.2"),
+    ),
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_scale_one_level_off_is_seen(name, runtime, exported):
+    network = exported(name)
+    followed, given = Followed(network.path, runtime), network.inputs(2, 1)
+    layers = network.qnn.layers()
+    for layer_name in PLANTED[name]:
+        layer = layers[layer_name]
+        with scaled(layer.act_quantizers[0].delta):
+            found = followed.differences(network.qnn, *given)
+        assert found.rounding[f"{layer_name}.act_quantizers.0"] > LEVEL_TOLERANCE, layer_name
+        with scaled(layer.weight_quantizers[0].delta, channel=0):
+            layer.baked = None
+            found = followed.differences(network.qnn, *given)
+        layer.baked = None
+        assert found.sums() > SUM_TOLERANCE, layer_name
+    cores = [q for n, q in network.qnn.act_quantizers().items() if n.endswith("act_quantizer_w")]
+    with scaled(cores[0].delta):
+        assert followed.differences(network.qnn, *given).levels() > LEVEL_TOLERANCE
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_one_weight_one_level_off_is_seen(runtime, exported_digits):
+    qnn, given = exported_digits.qnn, exported_digits.inputs(2, 1)
+    followed = Followed(exported_digits.path, runtime)
+    layer = qnn.layers()["mid.block_1.conv1"]
+    before = layer.weight_int.clone()
+    layer.weight_int[0, 0, 1, 1] += 1 if before[0, 0, 1, 1] == 0 else -1
+    set_weights_anew(qnn)
+    try:
+        assert followed.differences(qnn, *given).sums() > SUM_TOLERANCE
+    finally:
+        layer.weight_int.copy_(before)
+        set_weights_anew(qnn)
+    assert followed.differences(qnn, *given).sums() < SUM_TOLERANCE
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("name", ["ddim", "text"])
+def test_one_file_takes_any_batch(name, runtime, exported):
+    network = exported(name)
+    followed, real = Followed(network.path, runtime), OnnxNetwork(network.path, runtime)
+    for count in (1, 2, 5):
+        given = network.inputs(count, 3)
+        assert followed.differences(network.qnn, *given).sums() < SUM_TOLERANCE
+        out = real(*given)
+        assert out.shape == given[0].shape and out.dtype == torch.float32
+        # The samples of a batch do not mix: the last one alone is what it was among others, but for flips.
+        assert relative(real(*(value[-1:] for value in given)), out[-1:]) < FREE_STEP_TOLERANCE
+    assert relative(out[:1], out[1:2]) > 5 * FREE_STEP_TOLERANCE
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """In dB, of values in [−1, 1]."""
+    return float(10 * torch.log10(4 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean()))
+
+
+@torch.no_grad()
+def sampled(model, network) -> Tensor:
+    return model.trajectory(network, range(4))
+
+
+class _AfterRuntime:
+    """The simulated network on the integers of a runtime's own trajectory, call by call."""
+
+    def __init__(self, followed: Followed, qnn: QuantModel, calls: list[tuple[Tensor, ...]]) -> None:
+        self.followed, self.qnn, self.calls = followed, qnn, iter(calls)
+        self.errors: list[float] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        found = self.followed.differences(self.qnn, *next(self.calls))
+        self.errors.append(found.eps)
+        return found.simulated
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_samples_are_the_simulated_ones(runtime, exported_digits, digits_model):
+    qnn, real = exported_digits.qnn, OnnxNetwork(exported_digits.path, runtime)
+    followed, calls = Followed(exported_digits.path, runtime), []
+
+    def listened(*inputs: Tensor) -> Tensor:
+        calls.append(inputs)
+        return followed(*inputs)
+
+    made = sampled(digits_model, listened)
+    assert len(calls) == STEPS
+
+    after = _AfterRuntime(followed, qnn, calls)
+    assert psnr(sampled(digits_model, after), made) > FOLLOWED_PSNR
+    assert len(after.errors) == STEPS and max(after.errors) < SUM_TOLERANCE
+    # Planted: the weight scales of the last layer.
+    with scaled(qnn.layers()["conv_out"].weight_quantizers[0].delta):
+        set_weights_anew(qnn)
+        planted = _AfterRuntime(followed, qnn, calls)
+        assert psnr(sampled(digits_model, planted), made) < FOLLOWED_PSNR
+        assert min(planted.errors) > SUM_TOLERANCE
+    set_weights_anew(qnn)
+
+    # Each for itself, and the graph as it runs, where nobody looks inside: flips at edges take what they take.
+    with qnn.quantized(), torch.no_grad():
+        expected = sampled(digits_model, qnn)
+        errors = [relative(real(*given), qnn(*given)) for given in calls]
+    assert psnr(sampled(digits_model, real), expected) > FREE_PSNR
+    assert max(errors[:-1]) < FREE_STEP_TOLERANCE, errors
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_threads_do_not_change_the_integers(runtime, exported_ddim):
+    given = exported_ddim.inputs(3, 5)
+    one, two = (OnnxNetwork(exported_ddim.path, runtime, threads)(*given) for threads in (1, 2))
+    assert relative(one, two) < FREE_STEP_TOLERANCE

@@ -1,0 +1,71 @@
+"""scripts/export.py: the float network and a calibrated one, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from ddim_runs import SAMPLER, SCRIPT
+from run_checks import largest_difference, sha256, succeeded
+
+onnx = pytest.importorskip("onnx")
+for package in ("onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
+GREY_LEVELS = 1
+
+
+def notes(path) -> dict:
+    found = {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+    return json.loads(found["qdiff_notes"])
+
+
+def test_the_float_network(call, tiny, float_run, tmp_path):
+    path = tmp_path / "float.onnx"
+    outcome = succeeded(call("export", *tiny.options[:4], "--timesteps", 4, "--out", path))
+    assert outcome.out == f"{path}: {path.stat().st_size} bytes\n" and notes(path) == {"method": "float"}
+    assert tiny.weights.stat().st_size * 0.95 < path.stat().st_size < tiny.weights.stat().st_size * 1.2
+    words = ("--runtime", "openvino", "--onnx", path, "-l", tmp_path / "run")
+    succeeded(call(SCRIPT, *tiny.options, *SAMPLER, *words))
+    assert largest_difference(tmp_path / "run", float_run) <= GREY_LEVELS
+
+
+def test_a_calibrated_network(call, tiny, linear_run, tmp_path):
+    checkpoint, path = linear_run / "quantized.safetensors", tmp_path / "w4a8.onnx"
+    quant = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 8, "--split", "--quant_mode", "linear")
+    words = (*tiny.options[:4], "--timesteps", 4, *quant, "--cali_ckpt", checkpoint)
+    succeeded(call("export", *words, "--out", path))
+    assert notes(path) == {"checkpoint": sha256(checkpoint)}
+    assert path.stat().st_size < 0.6 * tiny.weights.stat().st_size  # the graph weighs more than so few weights
+    kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
+    assert kinds.count("QuantizeLinear") > 20
+    # Runs, and is not the float network.
+    words = (*tiny.options, *SAMPLER, *quant, "--cali_ckpt", checkpoint, "--runtime", "onnxruntime", "--onnx", path)
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
+
+
+def test_what_is_not_calibrated_is_refused(call, tiny, tmp_path):
+    words = (*tiny.options[:4], "--timesteps", 4, "--out", tmp_path / "model.onnx")
+    line = call("export", *words, "--ptq", "--weight_bit", 4).error_line()
+    assert "a calibrated checkpoint is what is exported; give --cali_ckpt PATH" in line
+    assert "--out" in call("export", *tiny.options[:4]).error_line()
+    line = call("export", *words[:-1], tmp_path).error_line()
+    assert "cannot be written" in line
+    assert not any(tmp_path.iterdir())
+
+
+def test_dynamic_ranges_are_refused(call, tiny, weights_only_run, tmp_path):
+    checkpoint = weights_only_run / "quantized.safetensors"
+    quant = ("--ptq", "--weight_bit", 4, "--split", "--quant_act", "--quant_mode", "dynamic", "--resume_w")
+    words = (*tiny.options[:4], "--timesteps", 4, *quant, "--cali_ckpt", checkpoint)
+    line = call("export", *words, "--out", tmp_path / "model.onnx").error_line()
+    assert "--quant_mode dynamic cannot be written as ONNX" in line and not any(tmp_path.iterdir())
+
+
+def test_without_the_extra(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    line = call("export", *tiny.options[:4], "--timesteps", 4, "--out", tmp_path / "model.onnx").error_line()
+    assert "onnxscript is not installed; pip install '.[deploy]'" in line
+    line = call(SCRIPT, *tiny.options, *SAMPLER, "--runtime", "openvino", "-l", tmp_path / "run").error_line()
+    assert "onnxscript is not installed" in line and not any(tmp_path.iterdir())

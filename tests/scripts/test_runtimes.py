@@ -1,0 +1,132 @@
+"""Sampling with ``--runtime``: the three families in both runtimes, continuing, and options that do not fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from ddim_runs import SAMPLER, SCRIPT
+from latent_models import FEW
+from run_checks import image_bytes, largest_difference, lose_images, manifest, snapshot, succeeded
+
+for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
+RUNTIMES = ("onnxruntime", "openvino")
+# Weights alone: no activation lies on a rounding edge, so the images are those of the simulation.
+GREY_LEVELS = 1
+W4 = ("--ptq", "--weight_bit", 4, "--quant_mode", "linear", *FEW)
+IMAGES = 3
+FAMILIES = {
+    "class": ("sample_diffusion_ldm_imagenet", ("--n_samples", IMAGES, "--n_batch", 2, "--ddim_steps", 4, "--seed", 7)),
+    "text": ("txt2img", ("--prompt", "seven", "--n_samples", IMAGES, "--n_iter", 1, "--ddim_steps", 4, "--seed", 7)),
+}
+
+
+@pytest.fixture(scope="module")
+def ddim_runs(call, tiny, weights_only_run, tmp_path_factory):
+    """Options of a run from the checkpoint of `weights_only_run`, and a finished run by ONNX Runtime."""
+    checkpoint = weights_only_run / "quantized.safetensors"
+    options = (*tiny.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", checkpoint)
+    folder = tmp_path_factory.mktemp("runtimes") / "onnxruntime"
+    outcome = succeeded(call(SCRIPT, *options, "--runtime", "onnxruntime", "-l", folder))
+    assert "exporting to" in outcome.err
+    return options, folder
+
+
+def test_ddim_in_both_runtimes(call, ddim_runs, weights_only_run, tmp_path):
+    options, folder = ddim_runs
+    run = manifest(folder)
+    assert run["config"]["runtime"] == "onnxruntime" and run["status"] == "finished"
+    assert "activation_quantizers" not in run  # nothing was simulated
+    assert largest_difference(folder, weights_only_run) <= GREY_LEVELS
+    words = ("--runtime", "openvino", "--onnx", folder / "model.onnx")
+    outcome = succeeded(call(SCRIPT, *options, *words, "-l", tmp_path / "openvino"))
+    assert "exporting" not in outcome.err and not (tmp_path / "openvino" / "model.onnx").exists()
+    assert manifest(tmp_path / "openvino")["config"]["runtime"] == "openvino"
+    assert largest_difference(tmp_path / "openvino", weights_only_run) <= GREY_LEVELS
+
+
+def test_the_file_that_is_named_is_what_runs(call, ddim_runs, weights_only_run, tmp_path):
+    """Planted: the first layer's scales twice as large, in the file alone."""
+    import onnx
+
+    options, folder = ddim_runs
+    model = onnx.load(str(folder / "model.onnx"))
+    scale = next(n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear")
+    tensor = next(t for t in model.graph.initializer if t.name == scale)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), scale))
+    onnx.save(model, str(tmp_path / "planted.onnx"))
+    for runtime in RUNTIMES:
+        words = ("--runtime", runtime, "--onnx", tmp_path / "planted.onnx")
+        succeeded(call(SCRIPT, *options, *words, "-l", tmp_path / runtime))
+        assert largest_difference(tmp_path / runtime, weights_only_run) > GREY_LEVELS
+
+
+def test_a_repeated_command_continues(call, ddim_runs, tmp_path):
+    options, finished = ddim_runs
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    images, exported = image_bytes(folder), snapshot(folder)["model.onnx"]
+    lose_images(folder, 1, 4)
+    outcome = succeeded(call(SCRIPT, *options, "--runtime", "onnxruntime", "-l", folder))
+    assert "exporting" not in outcome.err and snapshot(folder)["model.onnx"] == exported
+    assert image_bytes(folder).keys() == images.keys() and largest_difference(folder, finished) <= GREY_LEVELS
+    line = call(SCRIPT, *options, "--runtime", "openvino", "-l", folder).error_line()
+    assert "runtime: onnxruntime there, openvino here" in line
+    assert "runtime" in call(SCRIPT, *options, "-l", folder).error_line()  # simulated
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_latent_families_in_both_runtimes(kind, call, latent, tmp_path):
+    script, sampler = FAMILIES[kind]
+    option = "--outdir" if kind == "text" else "-l"
+    options = (*latent(kind).options, *sampler)
+    succeeded(call(script, *options, *W4, option, tmp_path / "simulated"))
+    loaded = (*options, "--ptq", "--weight_bit", 4, "--quant_mode", "linear")
+    loaded += ("--cali_ckpt", tmp_path / "simulated" / "quantized.safetensors")
+    for runtime in RUNTIMES:
+        given = () if runtime == RUNTIMES[0] else ("--onnx", tmp_path / RUNTIMES[0] / "model.onnx")
+        succeeded(call(script, *loaded, "--runtime", runtime, *given, option, tmp_path / runtime))
+        assert manifest(tmp_path / runtime)["config"]["runtime"] == runtime
+        assert largest_difference(tmp_path / runtime, tmp_path / "simulated") <= GREY_LEVELS
+    assert len(set(image_bytes(tmp_path / "simulated").values())) == IMAGES
+
+
+# --- Options and files that do not fit: one sentence, and nothing left behind
+
+
+def test_options_that_contradict_each_other(call, ddim_runs, tmp_path):
+    options, folder = ddim_runs
+    words = (*options, "-l", tmp_path / "run")
+    line = call(SCRIPT, *words, "--onnx", folder / "model.onnx").error_line()
+    assert "--onnx is for --runtime onnxruntime or openvino" in line
+    line = call(SCRIPT, *words, "--onnx", tmp_path / "none.onnx", "--runtime", "openvino").error_line()
+    assert "none.onnx does not exist; write it with scripts/export.py" in line
+    assert "--runtime" in call(SCRIPT, *words, "--runtime", "tensorrt").error_line()
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_shows_the_runtime(call, ddim_runs):
+    options, _ = ddim_runs
+    shown = json.loads(succeeded(call(SCRIPT, *options, "--runtime", "openvino", "--dry-run")).out)
+    assert shown["runtime"] == "openvino"
+    assert "runtime" not in json.loads(succeeded(call(SCRIPT, *options, "--dry-run")).out)  # as before there were any
+
+
+def last_error(outcome) -> str:
+    assert outcome.code == 2 and "Traceback" not in outcome.err
+    return outcome.err.splitlines()[-1]
+
+
+def test_files_of_other_networks(call, tiny, ddim_runs, weights_only_run, tmp_path):
+    options, folder = ddim_runs
+    run = ("--runtime", "openvino", "-l", tmp_path / "run")
+    line = last_error(call(SCRIPT, *tiny.options, *SAMPLER, *run, "--onnx", folder / "model.onnx"))
+    assert "was exported with weight_bits 4, this run asks for None; export it anew" in line
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "damaged.onnx").write_bytes((folder / "model.onnx").read_bytes()[:5000])
+    line = last_error(call(SCRIPT, *options, *run, "--onnx", tmp_path / "damaged.onnx"))
+    assert line.startswith("error: ") and ("is damaged" in line or "is no ONNX model of ours" in line)
+    assert not any((tmp_path / "run" / "img").iterdir())
