@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -114,7 +115,8 @@ def test_the_file_s_method_and_the_weights(made):
     from qdiff.native_format import read_metadata
 
     (learned, file), (extremes, _) = made("--modulate"), made("--modulate", "--cali_min_max")
-    assert '"method": "modiff"' in read_metadata(file)["notes"] and '"modulate": true' in read_metadata(file)["config"]
+    notes, config = (json.loads(read_metadata(file)[key]) for key in ("notes", "config"))
+    assert notes["method"] == "modiff" and config["modulate"] is True
     for name, layer in learned.layers().items():  # weights come first, and from the same draws
         assert torch.equal(layer.weight_int, extremes.layers()[name].weight_int)
     assert not torch.equal(outputs(learned), outputs(extremes))

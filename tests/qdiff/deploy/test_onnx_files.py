@@ -17,7 +17,7 @@ from qdiff.config import QuantConfig, RangeMethod
 from qdiff.deploy.onnx_export import FORMAT, METADATA, export_onnx
 from qdiff.deploy.runtimes import OnnxNetwork, check_same, properties, read_model
 from qdiff.errors import UserError
-from qdiff.native_format import _layout as layout
+from qdiff.native_format import layout
 from qdiff.quant_model import QuantModel
 
 onnx = pytest.importorskip("onnx")
