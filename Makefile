@@ -20,8 +20,9 @@ demo-ldm: $(READY)
 demo-txt2img: $(READY)
 	$(BIN)/python scripts/reproduce.py configs/tables/digits-text-demo.yaml
 
-# All of docs/results.md: more than an hour on two cores; repeat it to continue.
-TABLES := digits digits-methods digits-vq digits-kl digits-class digits-text
+# All of docs/results.md: several hours on two cores; repeat it to continue.
+TABLES := digits digits-methods digits-vq digits-kl digits-class digits-text \
+	modiff-digits modiff-digits-vq modiff-digits-class modiff-digits-text
 
 tables: $(READY)
 	for table in $(TABLES); do \
