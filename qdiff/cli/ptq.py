@@ -122,6 +122,7 @@ def resolve_ptq(
         act_symmetric=args.a_sym != searches,
         softmax_bits=args.sm_abit,
         split_shortcut=args.split,
+        weight_symmetric=args.w_sym,
         weight_range=RangeMethod(args.w_range or weight_range),
         act_range=RangeMethod(args.a_range or act_range),
         keep_ends=searches if args.keep_ends is None else args.keep_ends,

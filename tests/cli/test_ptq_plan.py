@@ -171,3 +171,8 @@ def test_dict_is_json_and_holds_what_decides_the_result():
     assert made.to_dict() == plan("--ptq", "--quant_act").to_dict()  # the memory budget decides nothing
     assert made.to_dict() != plan("--ptq", "--quant_act", "--cali_lr", 0.001).to_dict()
     assert json.loads(json.dumps(plan("--ptq", "--method", "linear").to_dict()))["recipe"] is None
+
+
+def test_weight_ranges_are_symmetric_where_asked_for():
+    assert plan("--ptq", "--w_sym").quant.weight_symmetric
+    assert not plan("--ptq").quant.weight_symmetric
