@@ -12,6 +12,7 @@ from ldm.checkpoint import build_without_weights
 from ldm.config import REPOSITORY, load_config
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from qdiff.files import check_writable, written_whole
+from qdiff.random_weights import random_values
 
 TOKENIZER = REPOSITORY / "models" / "ldm" / "digits_text" / "text_encoder"
 
@@ -51,6 +52,4 @@ def write_random_model(config_path: str | Path, folder: str | Path, seed: int) -
 def _random(like: Tensor, name: str, generator: torch.Generator) -> Tensor:
     if name == "scale_factor":
         return torch.ones(())
-    if like.dim() == 1:
-        return torch.full(like.shape, float(name.endswith("weight"))).half()
-    return (torch.randn(like.shape, generator=generator) * like[0].numel() ** -0.5).half()
+    return random_values(like, name, generator).half()

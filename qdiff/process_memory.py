@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class MemoryUse:
+class ProcessMemory:
     """Resident memory of a process in bytes.
 
     Attributes:
@@ -35,7 +35,7 @@ class MemoryUse:
         return self.peak - self.before
 
 
-def measured(task: Callable[..., Any], *args: Any, prepare: Callable[[], Any] | None = None) -> MemoryUse:
+def measured(task: Callable[..., Any], *args: Any, prepare: Callable[[], Any] | None = None) -> ProcessMemory:
     """Run a task in a fresh process and return what it took.
 
     Args:
@@ -50,12 +50,12 @@ def measured(task: Callable[..., Any], *args: Any, prepare: Callable[[], Any] | 
         return pool.apply(_measure, (task, args, prepare))
 
 
-def _measure(task: Callable[..., Any], args: tuple[Any, ...], prepare: Callable[[], Any] | None) -> MemoryUse:
+def _measure(task: Callable[..., Any], args: tuple[Any, ...], prepare: Callable[[], Any] | None) -> ProcessMemory:
     if prepare is not None:
         prepare()
     before = _resident("VmRSS")
     kept = task(*args)
-    use = MemoryUse(before, _resident("VmRSS"), _resident("VmHWM"))
+    use = ProcessMemory(before, _resident("VmRSS"), _resident("VmHWM"))
     del kept
     return use
 

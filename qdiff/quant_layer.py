@@ -42,7 +42,8 @@ class QuantModule(nn.Module):
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"padding mode {layer.padding_mode} is not supported: only zeros are exact")
         self.weight, self.bias = layer.weight, layer.bias
-        self._operation, self.geometry = _operation_of(layer), _geometry_of(layer)
+        self.geometry = _geometry_of(layer)
+        self._operation = _operation_of(layer, self.geometry)
         boundary = getattr(layer, "split_at", None) if config.split_shortcut else None
         channels = self.weight.shape[1]
         self.slices = [channels] if boundary is None else [boundary, channels - boundary]
@@ -271,12 +272,12 @@ class QuantModule(nn.Module):
         return f"weight={tuple(self.weight.shape)}, slices={self.slices}"
 
 
-def _operation_of(layer: nn.Module) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    if isinstance(layer, nn.Linear):
+def _operation_of(layer: nn.Module, geometry: Geometry | None) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    if geometry is None:
         return F.linear
     convolve = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
-    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return lambda x, weight, bias: convolve(x, weight, bias, *geometry)
+    where = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
+    return lambda x, weight, bias: convolve(x, weight, bias, *where)
 
 
 def _geometry_of(layer: nn.Module) -> Geometry | None:

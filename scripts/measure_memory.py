@@ -61,21 +61,14 @@ def build(config_path: str) -> tuple[Any, list[tuple[int, ...]]]:
 
 def write_random(config_path: str, folder: str, weight_bits: int, act_bits: int) -> None:
     """Write the same random network in float32 and quantized by nearest rounding."""
-    import torch
     from safetensors.torch import save_file
 
     from qdiff.checkpoint import save_checkpoint
     from qdiff.config import QuantConfig
     from qdiff.quant_model import QuantModel
+    from qdiff.random_weights import randomised
 
-    network = build(config_path)[0].to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(float(name.endswith("weight")))
-            else:
-                parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)
+    network = randomised(build(config_path)[0])
     save_file(network.state_dict(), Path(folder) / FLOAT_FILE)
     qnn = QuantModel(network, QuantConfig(weight_bits, act_bits, split_shortcut=True, act_dynamic=True))
     for layer in qnn.layers().values():

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint
@@ -26,6 +26,7 @@ from qdiff.files import check_writable
 from qdiff.methods import linear
 from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
+from qdiff.random_weights import randomised
 
 RANDOM_SAMPLES = 4
 
@@ -87,7 +88,7 @@ def run_benchmark(args: Namespace, model_class: Callable[[Namespace], FloatModel
 def _prepared(args: Namespace, model: FloatModel, plan: PtqPlan, folder: Path, variants: set[str]) -> benchmark.Network:
     if args.random:
         network, context_shape = model.build_network()
-        network = _randomised(network)
+        network = randomised(network)
     else:
         model.load(torch.device("cpu"))
         network, context_shape = model.network, model.context_shape
@@ -118,18 +119,3 @@ def _inputs(model: FloatModel, context_shape: tuple[int, ...] | None, count: int
     x = torch.randn(count, *model.input_shape, generator=generator)
     t = torch.linspace(0, 999, count)
     return (x, t) if context_shape is None else (x, t, torch.randn(count, *context_shape, generator=generator))
-
-
-@torch.no_grad()
-def _randomised(network: nn.Module) -> nn.Module:
-    """Give a network on the meta device weights of variance 1/fan-in and norms that are the identity."""
-    network = network.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in network.named_parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(float(name.endswith("weight")))
-        else:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter[0].numel() ** -0.5)
-    if next(network.buffers(), None) is not None:
-        raise UserError(f"{type(network).__name__} has buffers, which random weights do not fill; use --cali_ckpt")
-    return network
