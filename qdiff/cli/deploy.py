@@ -63,13 +63,11 @@ def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Pa
         UserError: the file is damaged, or of another network or other widths; or the network cannot be exported.
     """
     from qdiff.deploy.onnx_export import export_onnx
-    from qdiff.deploy.runtimes import OnnxNetwork, check_same
-    from qdiff.native_format import layout
+    from qdiff.deploy.runtimes import OnnxNetwork
 
     path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
     if args.onnx is None and not path.is_file() and processes.is_first:
         log.info("exporting to %s", path)
         export_onnx(qnn, path, model.input_shape, model.context_shape)
     processes.wait()
-    check_same(path, qnn.config, layout(qnn))
-    return OnnxNetwork(path, args.runtime)
+    return OnnxNetwork(path, args.runtime, qnn=qnn)

@@ -48,25 +48,16 @@ class OnnxRange(nn.Module):
 
 
 class _WeightSlice(nn.Module):
-    """The integers of a slice of a weight around zero, in int8, and δ; or float values where it is not quantized.
+    """The integers of a slice of a weight, their zero points and δ a channel; bytes, whatever their width."""
 
-    Kernels take per-channel weights whose zero point is 0. Up to 7 bits q − z fits; of 8 bits, q − 128 is taken, and
-    what is missing, δ·(128 − z)·Σx over each output's window, is added by `OnnxLayer`.
-    """
-
-    def __init__(self, integers: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> None:
+    def __init__(self, integers: Tensor, delta: Tensor, zero_point: Tensor) -> None:
         super().__init__()
-        middle = zero_point if bits < BYTE else torch.full_like(zero_point, 2 ** (bits - 1))
-        self.register_buffer("integers", (integers.int() - middle).to(torch.int8))
+        self.register_buffer("integers", integers.to(torch.uint8))
         self.register_buffer("scale", delta.detach().reshape(-1).clone())
-        self.register_buffer("zero", torch.zeros(len(integers), dtype=torch.int8))
-        self.corrects = bool((middle != zero_point).any())
-        if self.corrects:
-            self.register_buffer("window", torch.ones_like(integers[:1], dtype=torch.float32))
-            self.register_buffer("shift", (delta * (middle - zero_point)).detach().reshape(-1).clone())
+        self.register_buffer("zero_point", zero_point.reshape(-1).to(torch.uint8))
 
     def forward(self) -> Tensor:
-        return _node("DequantizeLinear", (self.integers, self.scale, self.zero), torch.float32, axis=0)
+        return _node("DequantizeLinear", (self.integers, self.scale, self.zero_point), torch.float32, axis=0)
 
 
 class OnnxLayer(nn.Module):
@@ -86,7 +77,7 @@ class OnnxLayer(nn.Module):
         if len(layer.weight_quantizers) > 0:
             parts = layer.integers().split(layer.slices, dim=1)
             for part, q in zip(parts, layer.weight_quantizers, strict=True):
-                self.slices.append(_WeightSlice(part, q.delta, q.zero_point, q.bits))
+                self.slices.append(_WeightSlice(part, q.delta, q.zero_point))
         else:
             self.weight = layer.weight
 
@@ -111,13 +102,8 @@ class OnnxLayer(nn.Module):
         total = None
         for part, weight in zip(parts, self.slices, strict=True):
             product = self.operation(part, weight(), bias)
-            if weight.corrects:
-                product = product + self.operation(part, weight.window, None) * self._along_channels(weight.shift, part)
             total, bias = product if total is None else total + product, None  # the bias counts once
         return total
-
-    def _along_channels(self, values: Tensor, like: Tensor) -> Tensor:
-        return values if self.channel_dim == -1 else values.reshape(-1, *[1] * (like.dim() - 2))
 
 
 class OnnxAttention(nn.Module):

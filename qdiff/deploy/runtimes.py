@@ -15,8 +15,10 @@ from torch import Tensor
 from qdiff.config import QuantConfig
 from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_onnx
 from qdiff.deploy.onnx_graph import INPUTS, STATE
-from qdiff.deploy.onnx_weights import expand
+from qdiff.deploy.onnx_lowering import lower
 from qdiff.errors import UserError
+from qdiff.native_format import layout
+from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:
     import onnx
@@ -31,15 +33,18 @@ class OnnxNetwork:
         path: a file of `qdiff.deploy.onnx_export.export_onnx`.
         runtime: ``onnxruntime`` or ``openvino``.
         threads: of the runtime; None takes torch's number.
+        qnn: what the file must have been exported from; None takes any.
 
     Raises:
-        UserError: the runtime is not installed, or the file is damaged or none of ours.
+        UserError: the runtime is not installed, or the file is damaged, none of ours, or of another network.
     """
 
-    def __init__(self, path: str | Path, runtime: str, threads: int | None = None) -> None:
+    def __init__(
+        self, path: str | Path, runtime: str, threads: int | None = None, qnn: QuantModel | None = None
+    ) -> None:
         path, threads = Path(path), threads or torch.get_num_threads()
-        self._graph = _Graph(path, runtime, threads)
-        self._first = _Graph(first_step_path(path), runtime, threads) if self._graph.states else None
+        self._graph = _Graph(path, runtime, threads, qnn)
+        self._first = _Graph(first_step_path(path), runtime, threads, qnn) if self._graph.states else None
         self._state: dict[str, np.ndarray] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
@@ -75,9 +80,11 @@ class OnnxNetwork:
 class _Graph:
     """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
 
-    def __init__(self, path: Path, runtime: str, threads: int) -> None:
+    def __init__(self, path: Path, runtime: str, threads: int, qnn: QuantModel | None) -> None:
         model = read_model(path)
-        expand(model)
+        if qnn is not None:
+            check_same(path, qnn, model)
+        lower(model, runtime)
         self.states = [each.name for each in model.graph.input if each.name.startswith(f"{STATE}.")]
         self.run = RUNTIMES[runtime](model, threads)
 
@@ -105,15 +112,15 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def check_same(path: Path, config: QuantConfig, layout: str) -> None:
-    """Raise a `UserError` where a file was exported with other widths or from another network."""
-    found = properties(read_model(path))
+def check_same(path: Path, qnn: QuantModel, model: onnx.ModelProto | None = None) -> None:
+    """Raise a `UserError` where a file, read or not, was exported with other widths or from another network."""
+    found, config = properties(read_model(path) if model is None else model), qnn.config
     there = QuantConfig.from_dict(json.loads(found[METADATA[1]]))
     if there != config:
         pairs = ((name, there.to_dict().get(name), config.to_dict().get(name)) for name in config.to_dict())
         name, theirs, ours = next(((n, a, b) for n, a, b in pairs if a != b), ("config", there, config))
         raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
-    if found[METADATA[2]] != layout:
+    if found[METADATA[2]] != layout(qnn):
         raise UserError(f"{path} was exported from another network; export it anew with this model")
 
 

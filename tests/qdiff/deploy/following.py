@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff.deploy.onnx_weights import expand
+from qdiff.deploy.onnx_lowering import lower
 from qdiff.deploy.runtimes import read_model
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -68,7 +68,6 @@ class Followed:
         from onnx import helper
 
         model = read_model(path)
-        expand(model)
         weights = {tensor.name for tensor in model.graph.initializer}
         made = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
         quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
@@ -78,6 +77,7 @@ class Followed:
         for name in dict.fromkeys(name for pair in self.pairs for name in pair):
             if name not in given:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
+        lower(model, runtime)  # as it runs; what is looked at stays
         self._run = _opened(runtime)(model.SerializeToString())
         self.names = [each.name for each in model.graph.input]
 

@@ -1,0 +1,196 @@
+"""What runtimes are given computes what the file says, in every geometry, with the kernels that were meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+onnx = pytest.importorskip("onnx")
+
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
+
+from qdiff.deploy.onnx_lowering import CHANGES, lower  # noqa: E402
+
+# Relative to the largest value: float32 sums in another order.
+TOLERANCE = 1e-6
+BATCH, INPUTS, OUTPUTS = 2, 3, 5
+SCALE, ZERO_POINT = 0.05, 118  # of the input
+
+GEOMETRIES = {
+    "3x3": ((3, 3), {"pads": [1, 1, 1, 1]}, (6, 7)),
+    "3x3_strided": ((3, 3), {"pads": [1, 1, 1, 1], "strides": [2, 2]}, (7, 6)),
+    "3x3_strided_unpadded": ((3, 3), {"strides": [2, 2]}, (7, 8)),
+    "3x3_one_sided": ((3, 3), {"pads": [0, 1, 2, 0]}, (6, 6)),
+    "1x1": ((1, 1), {}, (4, 5)),
+    "1x1_strided": ((1, 1), {"strides": [2, 2]}, (5, 4)),
+    "5x3": ((5, 3), {"pads": [2, 1, 2, 1]}, (6, 6)),
+    "1d": ((1,), {}, (9,)),
+    "1d_wide": ((3,), {"pads": [1, 1], "strides": [3]}, (9,)),
+}
+BITS = (8, 4)
+
+
+def weight(kernel: tuple[int, ...], bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Integers that use the whole width, δ and zero points that differ by channel, beside the middle."""
+    generator = np.random.default_rng(bits)
+    integers = generator.integers(0, 2**bits, (OUTPUTS, INPUTS, *kernel)).astype(np.uint8)
+    integers[:, 0, ...], integers[:, 1, ...] = 0, 2**bits - 1
+    zero_points = (2 ** (bits - 1) - 2 + np.arange(OUTPUTS)).astype(np.uint8)
+    return integers, (0.01 * (1 + np.arange(OUTPUTS))).astype(np.float32), zero_points
+
+
+def model_of(product: str, kernel: tuple[int, ...], attributes: dict, shape: tuple[int, ...], bits: int, bias: bool):
+    """x → quantized → product with a quantized weight → y."""
+    integers, scales, zero_points = weight(kernel, bits)
+    tensors = {
+        "scale": np.float32(SCALE),
+        "zero_point": np.uint8(ZERO_POINT),
+        "integers": integers,
+        "scales": scales,
+        "zero_points": zero_points,
+        "bias": np.linspace(-1, 1, OUTPUTS, dtype=np.float32),
+    }
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero_point"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero_point"], ["d"]),
+        helper.make_node("DequantizeLinear", ["integers", "scales", "zero_points"], ["w"], axis=0),
+    ]
+    operand = "w"
+    if product == "MatMul":
+        nodes.append(helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]))
+        operand = "wt"
+    nodes.append(helper.make_node(product, ["d", operand, *(["bias"] if bias else [])], ["y"], **attributes))
+    graph = helper.make_graph(
+        nodes,
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *shape])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * (len(shape) + 1))],
+        [numpy_helper.from_array(np.asarray(values), name) for name, values in tensors.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+CASES = {
+    **{
+        f"{name}{'' if bias else '_plain'}": ("Conv", kernel, attributes, (INPUTS, *shape), bias)
+        for name, (kernel, attributes, shape) in GEOMETRIES.items()
+        for bias in ((True, False) if name == "3x3" else (True,))
+    },
+    "gemm": ("Gemm", (), {"transB": 1}, (INPUTS,), True),
+    "gemm_plain": ("Gemm", (), {"transB": 1}, (INPUTS,), False),
+    "matmul": ("MatMul", (), {}, (4, INPUTS), False),
+}
+
+
+def given(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(0).standard_normal((BATCH, *shape)).astype(np.float32)
+    x.reshape(-1)[:2] = 30, -30  # saturate
+    return {"x": x}
+
+
+def run(model, feed: dict[str, np.ndarray]) -> np.ndarray:
+    return onnx.reference.ReferenceEvaluator(model).run(None, feed)[0]
+
+
+def difference(out: np.ndarray, expected: np.ndarray) -> float:
+    assert out.shape == expected.shape
+    return float(np.abs(out - expected).max() / np.abs(expected).max())
+
+
+def weights_of(model) -> list[tuple]:
+    """(node, integers, zero points) of the dequantized constants."""
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    nodes = (n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in stored)
+    return [(node, stored[node.input[0]], stored[node.input[2]]) for node in nodes]
+
+
+@pytest.mark.parametrize("runtime", CHANGES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_is_computed(name, bits, runtime):
+    product, kernel, attributes, shape, bias = CASES[name]
+    model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
+    expected = run(model, feed)
+    lower(model, runtime)
+    onnx.checker.check_model(model)
+    assert difference(run(model, feed), expected) < TOLERANCE
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    assert set(stored) == {name for node in model.graph.node for name in node.input} & set(stored)  # none is unused
+    for plant in ("integers", "zero", "shift"):
+        tensors = [t for t in stored.values() if t.name.endswith(f".{plant}") and ".window" not in t.name]
+        for tensor in tensors:
+            before = numpy_helper.to_array(tensor).copy()
+            values = before.copy()
+            values.reshape(-1)[0] += 1 if plant != "shift" else 0.01 * abs(before).max()
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+            assert difference(run(model, feed), expected) > TOLERANCE, tensor.name
+            tensor.CopyFrom(numpy_helper.from_array(before, tensor.name))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", CASES)
+def test_openvino_gets_weights_without_zero_points(name, bits):
+    product, kernel, attributes, shape, bias = CASES[name]
+    model = model_of(product, kernel, attributes, shape, bits, bias)
+    lower(model, "openvino")
+    weights = weights_of(model)
+    assert len(weights) == (2 if bits == 8 else 1)  # 8 bits need the sums of the windows
+    for _, integers, zero_points in weights:
+        assert integers.dtype == np.int8 and not zero_points.any()
+    assert Counter(node.op_type for node in model.graph.node)[product] == len(weights)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[0] != "Gemm"])
+def test_onnx_runtime_gets_integer_matrix_products(name, bits):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    product, kernel, attributes, shape, bias = CASES[name]
+    model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
+    expected = run(model, feed)
+    lower(model, "onnxruntime")
+    found = Counter(node.op_type for node in model.graph.node)
+    assert found["Conv"] == 0 and found["MatMul"] == 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert difference(session.run(None, feed)[0], expected) < TOLERANCE
+
+
+def test_onnx_runtime_runs_them_in_integers(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    for name in ("3x3", "1d", "matmul"):
+        product, kernel, attributes, shape, bias = CASES[name]
+        model = model_of(product, kernel, attributes, shape, 8, bias)
+        lower(model, "onnxruntime")
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimized.onnx"), 3
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        made = {node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node}
+        assert "MatMulIntegerToFloat" in made and not made & {"Conv", "MatMul"}, made
+
+
+def test_products_of_one_input_share_its_windows():
+    model = model_of("Conv", *CASES["3x3"][1:4], 8, False)
+    second = type(model.graph.node[-1]).FromString(model.graph.node[-1].SerializeToString())
+    second.output[0] = "z"
+    model.graph.node.append(second)
+    model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
+    lower(model, "onnxruntime")
+    found = Counter(node.op_type for node in model.graph.node)
+    assert found["MatMul"] == 2 and found["Concat"] == 1 and found["Slice"] == 9
+
+
+@pytest.mark.parametrize("runtime", CHANGES)
+@pytest.mark.parametrize("change", ["float input", "dilations"])
+def test_what_no_kernel_takes_stays_a_convolution(change, runtime):
+    """Weights alone are quantized, or a geometry that no network here has."""
+    product, kernel, attributes, shape, bias = CASES["3x3"]
+    attributes = {**attributes, **({"dilations": [2, 2]} if change == "dilations" else {})}
+    model, feed = model_of(product, kernel, attributes, shape, 8, bias), given(shape)
+    if change == "float input":
+        model.graph.node[-1].input[0] = "x"
+    expected = run(model, feed)
+    lower(model, runtime)
+    found = Counter(node.op_type for node in model.graph.node)
+    assert found["MatMul"] == 0 and found["Conv"] == (2 if (runtime, change) == ("openvino", "dilations") else 1)
+    assert difference(run(model, feed), expected) < TOLERANCE
