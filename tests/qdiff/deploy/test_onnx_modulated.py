@@ -1,0 +1,139 @@
+"""A network that modulates (MoDiff) as two exported models that take and give its state, against the simulated one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from following import RUNTIMES, relative
+from torch import Tensor, nn
+
+from qdiff.config import QuantConfig, RangeMethod
+from qdiff.deploy.onnx_export import export_onnx, first_step_path
+from qdiff.deploy.runtimes import OnnxNetwork, read_model
+from qdiff.errors import UserError
+from qdiff.interface import split_input
+from qdiff.quant_model import QuantModel
+
+for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+    pytest.importorskip(package)
+
+# Relative L2 of ε at every step: float32 sums in another order. A change of the second layer's input that a last bit
+# moves over a rounding edge would be 1e-4 at least; none of these inputs has one.
+TOLERANCE = 3e-6
+ONE_LEVEL = 1 + 1 / 15  # of 4 bits
+STEPS, SHAPE = 4, (4, 5, 5)
+LAYERS = ("conv", "split", "linear")
+
+
+class ThreeLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+        self.split = split_input(nn.Conv2d(6, 4, 3, padding=1), 2)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        hidden = self.split(torch.tanh(self.conv(x)))
+        return self.linear(hidden.movedim(1, -1)).movedim(-1, 1) + t[:, None, None, None]
+
+
+def made(weight_bits: int = 8, modulate: bool = True) -> QuantModel:
+    torch.manual_seed(0)
+    config = QuantConfig(weight_bits, 4, modulate=modulate, split_shortcut=True)
+    qnn = QuantModel(ThreeLayers(), config)
+    for layer in qnn.layers().values():
+        layer.init_weight_ranges(RangeMethod.MIN_MAX)
+    for number, quantizer in enumerate(qnn.act_quantizers().values()):
+        quantizer.set(torch.tensor(0.05 + 0.011 * number), torch.tensor(7 + number % 3))
+    return qnn.eval().requires_grad_(False)
+
+
+def steps(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Inputs of a trajectory: every step is a little away from the one before."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, *SHAPE, generator=generator)
+    moves = 0.2 * torch.randn(STEPS, count, *SHAPE, generator=generator)
+    return [(x + moves[: i + 1].sum(0), torch.full((count,), float(STEPS - i))) for i in range(STEPS)]
+
+
+def trajectory(network, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    with torch.no_grad(), network.trajectory():
+        return [network(*given) for given in inputs]
+
+
+def simulated(qnn: QuantModel, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    for layer in qnn.layers().values():
+        layer.baked = None
+    with qnn.quantized():
+        return trajectory(qnn, inputs)
+
+
+@pytest.fixture(scope="module", params=[8, 4])
+def exported(request, tmp_path_factory):
+    qnn, path = made(request.param), tmp_path_factory.mktemp("modulated") / "model.onnx"
+    export_onnx(qnn, path, SHAPE)
+    return qnn, path
+
+
+def test_the_models_take_and_give_the_state(exported):
+    _, path = exported
+    first, later = read_model(first_step_path(path)), read_model(path)
+    states = [f"state.{layer}.{part}" for layer in LAYERS for part in ("input", "output")]
+    assert [i.name for i in first.graph.input] == ["x", "t"]
+    assert [i.name for i in later.graph.input] == ["x", "t", *states]
+    for model in (first, later):
+        assert [o.name for o in model.graph.output] == ["eps", *(f"next.{state}" for state in states)]
+    # The first step is in float; of a change every layer's slices are quantized.
+    kinds = ["QuantizeLinear" in {node.op_type for node in model.graph.node} for model in (first, later)]
+    assert kinds == [False, True]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_every_step_is_the_simulated_one(runtime, exported):
+    qnn, path = exported
+    real = OnnxNetwork(path, runtime, qnn=qnn)
+    for count, seed in ((2, 0), (3, 1)):  # a second batch of another size: nothing is left of the first
+        inputs = steps(count, seed)
+        there, expected = trajectory(real, inputs), simulated(qnn, inputs)
+        assert max(relative(a, b) for a, b in zip(there, expected, strict=True)) < TOLERANCE
+    # What the state makes is seen: each step as a first one; and the same weights without modulation.
+    alone = [trajectory(real, [given])[0] for given in inputs]
+    assert min(relative(a, b) for a, b in zip(alone[1:], expected[1:], strict=True)) > 100 * TOLERANCE
+    plain = made(qnn.config.weight_bits, modulate=False)
+    with plain.quantized(), torch.no_grad():
+        assert relative(plain(*inputs[-1]), there[-1]) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_scale_one_level_off_is_seen_from_the_second_step_on(runtime, exported):
+    qnn, path = exported
+    inputs = steps(2)
+    there = trajectory(OnnxNetwork(path, runtime), inputs)
+    for name, quantizer in qnn.act_quantizers().items():
+        before = quantizer.delta.clone()
+        quantizer.delta.mul_(ONE_LEVEL)
+        wrong = simulated(qnn, inputs)
+        quantizer.delta.copy_(before)
+        assert relative(there[0], wrong[0]) < TOLERANCE  # the first step has no ranges
+        assert min(relative(a, b) for a, b in zip(there[1:], wrong[1:], strict=True)) > 3 * TOLERANCE, name
+    for name, layer in qnn.layers().items():
+        delta = layer.weight_quantizers[0].delta
+        before = delta.clone()
+        delta[0] *= ONE_LEVEL
+        wrong = simulated(qnn, inputs)
+        delta.copy_(before)
+        assert min(relative(a, b) for a, b in zip(there, wrong, strict=True)) > 3 * TOLERANCE, name
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_what_is_called_wrongly_is_said(runtime, exported, tmp_path):
+    _, path = exported
+    real = OnnxNetwork(path, runtime)
+    with pytest.raises(RuntimeError, match=r"runs inside `with network\.trajectory"):
+        real(*steps(2)[0])
+    with pytest.raises(RuntimeError, match="a batch of 3 came in a trajectory of 2"):
+        trajectory(real, [steps(2)[0], steps(3)[1]])
+    alone = tmp_path / "alone.onnx"
+    alone.write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"alone\.first\.onnx does not exist; write it with scripts/export\.py$"):
+        OnnxNetwork(alone, runtime)
