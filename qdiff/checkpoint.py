@@ -11,7 +11,8 @@ from torch import nn
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import written_whole
-from qdiff.native_format import load_native, load_native_packed, read_config, save_native
+from qdiff.native_format import load_native, load_native_packed, save_native
+from qdiff.native_metadata import read_config
 from qdiff.packed_weight import PACKED
 from qdiff.published_format import load_published, to_published
 from qdiff.quant_model import QuantModel

@@ -26,30 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.functional import max_level
+from qdiff.native_metadata import FIRST_FORMAT, FORMAT, check_metadata, read_metadata
 from qdiff.packing import deflate_floats, inflate_floats, pack, packed_bytes, unpack
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
 from qdiff.tensor_files import read_safetensors
 
-FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
 FLOAT_BYTES = 4
-# Config fields that a file and the options of a run must agree on, and the option that sets each.
-_WEIGHT_OPTIONS = {
-    "weight_bits": "--weight_bit",
-    "split_shortcut": "--split",
-    "weight_symmetric": "--w_sym",
-    "keep_ends": "--keep_ends",
-}
-_ACT_OPTIONS = {
-    "act_bits": "--act_bit",
-    "act_symmetric": "--a_sym",
-    "softmax_bits": "--sm_abit",
-}
 
 
 def _layers(qnn: QuantModel) -> dict[str, QuantModule]:
@@ -109,30 +96,6 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     }
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata of a safetensors file.
-
-    Raises:
-        UserError: not a safetensors file, or truncated.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
-
-
-def read_config(path: Path) -> QuantConfig:
-    """Return what a file of ours was made with.
-
-    Raises:
-        UserError: no file of ours, or damaged.
-    """
-    return _config_of(read_metadata(path), path)
 
 
 def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
@@ -199,7 +162,7 @@ class _Contents:
 def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     metadata = read_metadata(path)
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())] if activations else []
-    _check(qnn, metadata, path, bool(act))
+    check_metadata(metadata, path, qnn.config, layout(qnn), bool(act))
     tensors, expected = read_safetensors(path), _float_tensors(qnn)
     try:
         separated = _first_format if metadata["format"] == FIRST_FORMAT else _this_format
@@ -263,52 +226,6 @@ def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 def _separated(values: Tensor, like: list[Tensor]) -> list[Tensor]:
     parts = _split(values, [t.numel() for t in like])
     return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]
-
-
-def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
-    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
-        found = metadata.get("format", "none")
-        raise UserError(f"{path} is no quantized checkpoint of ours (format {found}, not {FORMAT}); give another file")
-    try:
-        return QuantConfig.from_dict(json.loads(metadata["config"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file anew"
-        ) from error
-
-
-def _check(qnn: QuantModel, metadata: dict[str, str], path: Path, activations: bool) -> None:
-    there, here = _config_of(metadata, path), qnn.config
-    if activations and there.act_bits is None:
-        raise UserError(
-            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
-            "calibrate them with --resume_w"
-        )
-    if activations and there.act_dynamic:
-        raise UserError(
-            f"checkpoint {path} holds no ranges of activations, they were taken from the tensor at hand; add "
-            "--quant_mode dynamic, or calibrate them with --resume_w"
-        )
-    if activations and there.modulate != here.modulate:
-        held, other = ("changes of activations", "add") if there.modulate else ("activations themselves", "leave out")
-        raise UserError(
-            f"checkpoint {path} holds ranges of {held}; {other} --modulate, or calibrate others with --resume_w"
-        )
-    options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
-    if here.calibrates_changes:  # attention, the only user of it, has no calibrated ranges then
-        options.pop("softmax_bits", None)
-    for field, option in options.items():
-        a, b = getattr(there, field), getattr(here, field)
-        if a != b:
-            change = ("add " if a else "leave out ") + option if isinstance(a, bool) else f"give {option} {a}"
-            if field == "act_symmetric" and RangeMethod.SEARCH in (there.act_range, here.act_range):
-                change = f"EDA-DM means the opposite by {option}: give the --method that it was made by"
-            raise UserError(f"checkpoint {path} was made with {field} {a}, this run asks for {b}; {change}")
-    if metadata.get("layout") != layout(qnn):
-        raise UserError(
-            f"checkpoint {path} belongs to another network (names or shapes of its layers differ); give the --config "
-            "that it was calibrated with"
-        )
 
 
 def counted_bytes(qnn: QuantModel) -> int:

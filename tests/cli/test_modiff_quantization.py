@@ -112,7 +112,7 @@ def test_changes_are_calibrated_once_and_come_back_from_the_file(more, made, tin
 
 
 def test_the_file_s_method_and_the_weights(made):
-    from qdiff.native_format import read_metadata
+    from qdiff.native_metadata import read_metadata
 
     (learned, file), (extremes, _) = made("--modulate"), made("--modulate", "--cali_min_max")
     notes, config = (json.loads(read_metadata(file)[key]) for key in ("notes", "config"))

@@ -16,8 +16,9 @@ from ddim.models.diffusion import Model
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
 from qdiff import accounting
-from qdiff.accounting import LayerCost, account, stored_bytes
+from qdiff.accounting import account, stored_bytes
 from qdiff.config import QuantConfig
+from qdiff.cost import LayerCost
 from qdiff.interface import AttentionCore
 from qdiff.modes import leaves
 from qdiff.native_format import content_bytes, counted_bytes, save_native

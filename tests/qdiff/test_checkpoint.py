@@ -18,7 +18,8 @@ from ddim.models.diffusion import Model
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.native_format import content_bytes, counted_bytes, read_metadata
+from qdiff.native_format import content_bytes, counted_bytes
+from qdiff.native_metadata import read_metadata
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import load_tensors
 

@@ -19,7 +19,8 @@ from qdiff.accounting import account
 from qdiff.checkpoint import load_checkpoint, load_packed, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.native_format import FIRST_FORMAT, FORMAT, content_bytes, counted_bytes, read_metadata
+from qdiff.native_format import content_bytes, counted_bytes
+from qdiff.native_metadata import FIRST_FORMAT, FORMAT, read_metadata
 from qdiff.packing import deflate_floats, inflate_floats
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import read_float_tensors

@@ -21,7 +21,8 @@ from qdiff.methods.common import CalibrationRun
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
-from qdiff.native_format import counted_bytes, read_metadata
+from qdiff.native_format import counted_bytes
+from qdiff.native_metadata import read_metadata
 from qdiff.packed_weight import WeightCache
 from qdiff.packing import packed_bytes
 
