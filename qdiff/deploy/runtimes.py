@@ -83,7 +83,7 @@ class _Graph:
     def __init__(self, path: Path, runtime: str, threads: int, qnn: QuantModel | None) -> None:
         model = read_model(path)
         if qnn is not None:
-            check_same(path, qnn, model)
+            _check_same(path, model, qnn)
         lower(model, runtime)
         self.states = [each.name for each in model.graph.input if each.name.startswith(f"{STATE}.")]
         self.run = RUNTIMES[runtime](model, threads)
@@ -112,9 +112,9 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def check_same(path: Path, qnn: QuantModel, model: onnx.ModelProto | None = None) -> None:
-    """Raise a `UserError` where a file, read or not, was exported with other widths or from another network."""
-    found, config = properties(read_model(path) if model is None else model), qnn.config
+def _check_same(path: Path, model: onnx.ModelProto, qnn: QuantModel) -> None:
+    """Raise a `UserError` where a file was exported with other widths or from another network."""
+    found, config = properties(model), qnn.config
     there = QuantConfig.from_dict(json.loads(found[METADATA[1]]))
     if there != config:
         pairs = ((name, there.to_dict().get(name), config.to_dict().get(name)) for name in config.to_dict())
@@ -131,7 +131,12 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
     options.intra_op_num_threads = threads
     # Or it would quantize float activations that meet quantized weights, by ranges of its own.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],  # which rounds biases
+    )
     return lambda feed: session.run(None, feed)
 
 

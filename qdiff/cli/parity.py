@@ -1,0 +1,267 @@
+"""What a network becomes in each runtime: ε and images against the simulated network's."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qdiff.checkpoint import load_checkpoint
+from qdiff.cli.float_model import FloatModel, Network
+from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES
+from qdiff.cli.ptq import PtqPlan, resolve_ptq
+from qdiff.cli.runtime import choose_device
+from qdiff.config import QuantConfig, ScalePer
+from qdiff.errors import UserError
+from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
+from qdiff.images import to_uint8
+from qdiff.modes import leaves
+from qdiff.quant_model import QuantModel
+
+if TYPE_CHECKING:
+    from qdiff.deploy.runtimes import OnnxNetwork
+
+RUNTIMES = (*TORCH_RUNTIMES, *ONNX_RUNTIMES)
+FLOAT, LAST_BITS = "float", "simulated, last bits moved"
+LAST_BIT = 2.0**-23  # of a float32's mantissa
+
+Trajectory = Callable[[], contextlib.AbstractContextManager]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One batch as the simulated network samples it.
+
+    Attributes:
+        rows: numbers of its images.
+        calls: what the network was fed at every call, in order (guidance has doubled it).
+        eps: what it gave.
+        images: uint8 [N, H, W, C].
+    """
+
+    rows: Sequence[int]
+    calls: list[tuple[Tensor, ...]]
+    eps: list[Tensor]
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far a network is from the simulated one.
+
+    Attributes:
+        by_call: ‖ε − ε_simulated‖ / ‖ε_simulated‖ at every call of the sampler, both fed what the simulated network was
+            fed there.
+        mean, largest: over the calls.
+        psnr: of the images that it samples by itself against the simulated ones: the mean over the images in dB, each
+            at most `PSNR_CAP`.
+        identical: how many images are equal in every pixel.
+    """
+
+    by_call: list[float]
+    mean: float
+    largest: float
+    psnr: float
+    identical: int
+
+
+def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dict[str, str]]:
+    """Return the plan of a command's options, the runtimes to compare, and why each of the others is left out.
+
+    Raises:
+        UserError: no finished checkpoint is named, or a runtime is named that is none, is not installed or cannot run
+            such a network; or ``--onnx`` does not fit.
+    """
+    plan = resolve_ptq(args, model.weight_range, model.act_range)
+    if plan is None or plan.action != "load":
+        raise UserError("a calibrated network is what is compared; give --ptq and --cali_ckpt PATH")
+    if args.images < 1:
+        raise UserError(f"--images is {args.images}; give at least 1")
+    chosen, skipped = list(RUNTIMES), {}
+    if args.runtimes is not None:
+        chosen = list(dict.fromkeys(name.strip() for name in args.runtimes.split(",")))
+        if wrong := [name for name in chosen if name not in RUNTIMES]:
+            raise UserError(f"--runtimes has no {wrong[0]!r}; choose from {', '.join(RUNTIMES)}")
+    for name in chosen:
+        if (obstacle := _obstacle(name, plan.quant)) is not None:
+            if args.runtimes is not None:
+                raise UserError(obstacle)
+            skipped[name] = obstacle
+    chosen = [name for name in chosen if name not in skipped]
+    if args.onnx is not None:
+        if not set(chosen) & set(ONNX_RUNTIMES):
+            raise UserError(f"--onnx is for the runtimes {' and '.join(ONNX_RUNTIMES)}; name one, or leave --onnx out")
+        if not Path(args.onnx).is_file():
+            raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
+    return plan, chosen, skipped
+
+
+def _obstacle(name: str, quant: QuantConfig) -> str | None:
+    """Return why a runtime cannot run such a network here, as a sentence with the fix; None where it can."""
+    if name in ONNX_RUNTIMES:
+        from qdiff.deploy.onnx_export import import_onnx
+
+        try:
+            import_onnx()
+            importlib.import_module(name)
+        except UserError as error:
+            return str(error)
+        except ImportError:
+            return f"{name} is not installed; pip install '.[deploy]'"
+        if quant.act_dynamic or quant.rest_bits is not None or quant.ablation is not None:
+            return (
+                f"{name} runs calibrated ranges alone; leave out --quant_mode dynamic, --rest_abit and "
+                "--modulate_ablation, or name other --runtimes"
+            )
+    if name == "torch-int8":
+        if quant.act_bits is None:
+            return "torch-int8 multiplies quantized activations; add --quant_act, or name other --runtimes"
+        if quant.act_dynamic and quant.act_scale_per is ScalePer.CHANNEL:
+            return "torch-int8 has no range a channel; give --act_scale_per tensor or sample, or name other --runtimes"
+    return None
+
+
+@torch.no_grad()
+def compare(
+    model: FloatModel,
+    plan: PtqPlan,
+    runtimes: Sequence[str],
+    images: int,
+    device: str | None = None,
+    onnx: str | Path | None = None,
+) -> dict[str, Any]:
+    """Sample with the simulated network, then compare float and every runtime with it.
+
+    Args:
+        runtimes: of `RUNTIMES`.
+        images: the first so many of the sampler's.
+        onnx: the exported model; None exports into a temporary folder.
+
+    Returns:
+        ``timesteps`` of the sampler's calls; ``rows``, by network the values of a `Parity`: `FLOAT` and `LAST_BITS` for
+        scale (the simulated network with `last_bits_moved`: what another order of summation does), then the runtimes.
+    """
+    model.load(choose_device(device))
+    qnn = QuantModel(model.network, plan.quant)
+    load_checkpoint(qnn, plan.checkpoint)
+    # Before anything is packed, and before the long work: a file may not fit.
+    networks = _exported(model, qnn, [name for name in runtimes if name in ONNX_RUNTIMES], onnx)
+    batches = list(_simulated(model, qnn, images))
+    found = {FLOAT: measure(model, qnn, batches, qnn.trajectory)}
+    with qnn.quantized(), last_bits_moved(qnn):
+        found[LAST_BITS] = measure(model, qnn, batches, qnn.trajectory)
+    for name in runtimes:
+        if name in networks:
+            found[name] = measure(model, networks[name], batches, networks[name].trajectory)
+            continue
+        qnn.pack_weights(integer=name == "torch-int8")  # for good
+        with qnn.quantized():
+            found[name] = measure(model, qnn, batches, qnn.trajectory)
+    return {
+        "timesteps": [float(t[0]) for _, t, *_ in batches[0].calls],
+        "rows": {name: asdict(parity) for name, parity in found.items()},
+    }
+
+
+def _exported(
+    model: FloatModel, qnn: QuantModel, names: Sequence[str], given: str | Path | None
+) -> dict[str, OnnxNetwork]:
+    """Return the network in ONNX runtimes, from a file or exported for them."""
+    if not names:
+        return {}
+    from qdiff.deploy.onnx_export import export_onnx
+    from qdiff.deploy.runtimes import OnnxNetwork
+
+    with tempfile.TemporaryDirectory(prefix="parity-") as folder:
+        path = Path(folder) / "model.onnx" if given is None else Path(given)
+        if given is None:
+            export_onnx(qnn, path, model.input_shape, model.context_shape)
+        return {name: OnnxNetwork(path, name, qnn=qnn) for name in names}
+
+
+def _simulated(model: FloatModel, qnn: QuantModel, images: int) -> Iterator[Sampled]:
+    with qnn.quantized():  # once: entering dequantizes every weight
+        for first in range(0, images, model.batch_size):
+            rows, calls, eps = range(first, min(first + model.batch_size, images)), [], []
+
+            def listened(*inputs: Tensor, calls: list = calls, eps: list = eps) -> Tensor:
+                calls.append(inputs)
+                eps.append(qnn(*inputs))
+                return eps[-1]
+
+            made = _images(model, listened, rows, qnn.trajectory)
+            yield Sampled(rows, calls, eps, made)
+
+
+@contextlib.contextmanager
+def last_bits_moved(qnn: QuantModel) -> Iterator[None]:
+    """Move every value that comes to a quantized layer by its last bit, up or down, inside the block."""
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(leaf: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        ups = [torch.rand(x.shape, generator=generator) < 0.5 for x in inputs]
+        return tuple(x * torch.where(up, 1 + LAST_BIT, 1 - LAST_BIT).to(x) for x, up in zip(inputs, ups, strict=True))
+
+    hooks = [leaf.register_forward_pre_hook(moved) for leaf in leaves(qnn.model)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _images(model: FloatModel, network: Network, rows: Sequence[int], trajectory: Trajectory) -> np.ndarray:
+    with trajectory():
+        return to_uint8(model.to_images(model.trajectory(network, rows)))
+
+
+@torch.no_grad()
+def measure(model: FloatModel, network: Network, batches: Sequence[Sampled], trajectory: Trajectory) -> Parity:
+    """Compare a network with what the simulated one sampled.
+
+    Args:
+        network: ε(x, t[, context]).
+        trajectory: opens what a batch is sampled in; modulated networks remember the call before inside.
+    """
+    errors, squares = np.zeros((2, len(batches[0].calls)))
+    psnr: list[np.ndarray] = []
+    for batch in batches:
+        with trajectory():
+            for i, (inputs, expected) in enumerate(zip(batch.calls, batch.eps, strict=True)):
+                errors[i] += float((network(*inputs).double() - expected.double()).square().sum())
+                squares[i] += float(expected.double().square().sum())
+        psnr.append(image_psnr(_images(model, network, batch.rows, trajectory), batch.images))
+    by_call, each = np.sqrt(errors / squares), np.concatenate(psnr)
+    same = int(np.isinf(each).sum())
+    return Parity(
+        by_call.tolist(), float(by_call.mean()), float(by_call.max()), float(each.clip(max=PSNR_CAP).mean()), same
+    )
+
+
+def image_psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Return 10·log10(255² / mean squared error) in dB of every pair of images uint8 [N, H, W, C]; ∞ for equal ones."""
+    error = np.square(images.astype(float) - others.astype(float)).mean(axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(PEAK**2 / error)
+
+
+def markdown(found: dict[str, Any], images: int) -> str:
+    """Return the rows of `compare` as a table."""
+    lines = [
+        "| against simulated | error of ε, mean ↓ | largest ↓ | PSNR of the images ↑ | identical |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, row in found["rows"].items():
+        error = [f"{row[key]:.1e}" if row[key] else "0" for key in ("mean", "largest")]
+        psnr = "–" if row["identical"] == images else f"{row['psnr']:.1f} dB"
+        lines.append("| " + " | ".join([name, *error, psnr, f"{row['identical']} of {images}"]) + " |")
+    return "\n".join(lines)
