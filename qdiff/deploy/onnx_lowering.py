@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 MIDDLE = 128  # of 8 bits
 END = np.iinfo(np.int64).max  # of a slice: as far as it goes
+NO_BIAS = 1e-30  # vanishes in every sum, and is not 0, which would be taken out
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,8 @@ def _without_zero_points(graph: _Rewriting, product: onnx.NodeProto, given: onnx
 
     product.input[1] = operand(output, integers, weight.scale)
     graph.nodes.append(product)
+    if product.op_type == "Conv" and not (len(product.input) > 2 and graph.array(product.input[2]).any()):
+        _add_bias(graph, product, len(integers))
     if weight.centred is not None:
         return
     # One more output channel, of ones, whose kernel sums windows in integers too.
@@ -172,6 +175,15 @@ def _without_zero_points(graph: _Rewriting, product: onnx.NodeProto, given: onnx
     graph.nodes.append(window)
     graph.node("Mul", [window.output[0], missing], f"{output}.missing")
     graph.node("Add", [product.output[0], f"{output}.missing"], output)
+
+
+def _add_bias(graph: _Rewriting, conv: onnx.NodeProto, channels: int) -> None:
+    """Give a convolution without a bias one that changes nothing.
+
+    OpenVINO (2026.4) otherwise adds what comes behind it, a residual, to its output before that is scaled.
+    """
+    del conv.input[2:]
+    conv.input.append(graph.constant(f"qdiff.bias.{channels}", np.full(channels, NO_BIAS, np.float32)))
 
 
 # --- ONNX Runtime
