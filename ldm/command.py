@@ -102,10 +102,6 @@ class LatentModel(FloatModel):
         condition, _ = self.conditions([0], calibration=True)
         return None if condition is None else tuple(condition.shape[1:])
 
-    def conditions(self, indices: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Return the conditional and the unconditional context of images, each [N, L, D] or None."""
-        return None, None
-
     def _contexts(self, values: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
         """Encode values, and the absence of a value unless the guidance scale makes it irrelevant."""
         nothing = self.model.cond_stage_model.unconditional
@@ -126,7 +122,7 @@ class LatentModel(FloatModel):
         on_step: OnStep | None = None,
     ) -> Tensor:
         with self._precision():
-            condition, unconditional = self.conditions(indices, calibration)
+            condition, unconditional = self.encoded or self.conditions(indices, calibration)
             return self.sampler(network, indices, condition, unconditional, calibration, on_call, on_step)
 
     def to_images(self, x_0: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ def split_input(layer: nn.Module, at: int) -> nn.Module:
     return layer
 
 
-@dataclass(frozen=True)
+# Without eq: torch.compile asks for the hash of the object before its fields are there.
+@dataclass(frozen=True, eq=False)
 class Step:
     """One step of a network's forward: the unit that reconstruction works on.
 

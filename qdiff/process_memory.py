@@ -1,13 +1,17 @@
-"""What a task takes of the machine's memory, measured in a fresh process: nothing of before is in the way."""
+"""What tasks take of the machine's memory, measured in a fresh process: nothing of before is in the way."""
 
 from __future__ import annotations
 
 import multiprocessing
 import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from qdiff.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class ProcessMemory:
     """Resident memory of a process in bytes.
 
     Attributes:
-        before: when the preparation was done.
+        before: when the task began.
         after: when the task was done, with what it returned still alive.
         peak: the most at any time.
     """
@@ -35,29 +39,62 @@ class ProcessMemory:
         return self.peak - self.before
 
 
-def measured(task: Callable[..., Any], *args: Any, prepare: Callable[[], Any] | None = None) -> ProcessMemory:
-    """Run a task in a fresh process and return what it took.
+class FreshProcess:
+    """A process that runs tasks one after the other, from its first task to `close` or the end of the block.
 
-    Args:
-        task: a function of a module's top level; what it returns is kept until the end of the measurement.
-        args: can be pickled.
-        prepare: likewise; called before, and not measured. Imports belong there.
-
-    Raises:
-        Whatever the task raises.
+    Tasks are functions of a module's top level; they and their arguments can be pickled.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (task, args, prepare))
+
+    def __init__(self) -> None:
+        # Not a Pool: that waits for ever for a worker that was killed, and lets none start processes of its own.
+        self._executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+    def __enter__(self) -> FreshProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process."""
+        self._executor.shutdown()
+
+    def run(self, task: Callable[..., Any], *args: Any) -> Any:
+        """Return what a task returns there, or raise what it raises.
+
+        Raises:
+            UserError: the process was killed meanwhile.
+        """
+        try:
+            return self._executor.submit(task, *args).result()
+        except BrokenProcessPool:
+            raise UserError(
+                f"the process of {task.__name__.strip('_')} was killed, most likely for want of memory; free some, or "
+                "ask for less"
+            ) from None
+
+    def measured(self, task: Callable[..., Any], *args: Any) -> ProcessMemory:
+        """Run a task and return what it took; what it returned is kept there for `on_kept`."""
+        return self.run(_measure, task, args)
+
+    def on_kept(self, task: Callable[..., Any], *args: Any) -> Any:
+        """Run a task on what the one measured last returned, ``task(kept, *args)``."""
+        return self.run(_on_kept, task, args)
 
 
-def _measure(task: Callable[..., Any], args: tuple[Any, ...], prepare: Callable[[], Any] | None) -> ProcessMemory:
-    if prepare is not None:
-        prepare()
+_kept: Any = None
+"""In the fresh process: what the task measured last returned."""
+
+
+def _measure(task: Callable[..., Any], args: tuple[Any, ...]) -> ProcessMemory:
+    global _kept
     before = _resident("VmRSS")
-    kept = task(*args)
-    use = ProcessMemory(before, _resident("VmRSS"), _resident("VmHWM"))
-    del kept
-    return use
+    _kept = task(*args)
+    return ProcessMemory(before, _resident("VmRSS"), _resident("VmHWM"))
+
+
+def _on_kept(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    return task(_kept, *args)
 
 
 def _resident(field: str) -> int:

@@ -44,7 +44,10 @@ class FloatModel:
         runs: folder of the default run folders.
         eda_dm: EDA-DM's values for this model by option name, of its config's section of that name.
         notes: sentences that the user should read; `load` may add some.
-        network, weights, device: after `load`.
+        encoded: `conditions` of the images that `trajectory` is asked for, where that is known: it then needs no
+            `load`. None encodes them.
+        network, weights: after `load`.
+        device: where sampling runs; the CPU until `load` or `move_to`.
     """
 
     name: str
@@ -57,9 +60,10 @@ class FloatModel:
     labels: list[int] | None = None
     runs = Path("runs")
     eda_dm: Mapping[str, Any] = MappingProxyType({})
+    encoded: tuple[Tensor | None, Tensor | None] | None = None
     network: SteppedNetwork
     weights: Path
-    device: torch.device
+    device = torch.device("cpu")
 
     def __init__(self, args: Namespace) -> None:
         self.args = args
@@ -95,6 +99,10 @@ class FloatModel:
     def move_to(self, device: torch.device) -> None:
         """Move what was loaded to another device."""
         raise NotImplementedError
+
+    def conditions(self, indices: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Return the conditional and the unconditional context of images, each [N, L, D] or None, after `load`."""
+        return None, None
 
     def trajectory(
         self,

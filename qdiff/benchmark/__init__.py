@@ -1,0 +1,1 @@
+"""Measure float, simulated and real runtimes of one network side by side: scripts/benchmark.py."""

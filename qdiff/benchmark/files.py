@@ -1,0 +1,162 @@
+"""The files that the variants of a benchmark load: written first, by processes that then end."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.cli.float_model import FloatModel
+from qdiff.cli.ptq import PtqPlan
+from qdiff.cli.script import LIKE, load_object
+from qdiff.config import QuantConfig
+from qdiff.methods import linear, modiff
+from qdiff.methods.common import CalibrationRun
+from qdiff.quant_model import QuantModel
+from qdiff.random_weights import randomised
+from qdiff.tensor_files import is_pickle, read_safetensors
+
+RANDOM_SAMPLES = 4
+FLOAT, NATIVE, FLOAT_ONNX, ONNX = "float.safetensors", "quantized.safetensors", "float.onnx", "quantized.onnx"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured, as every process of a benchmark gets it.
+
+    Attributes:
+        args: the options of scripts/benchmark.py.
+        plan: what they say of quantization.
+        folder: where files are written.
+    """
+
+    args: Namespace
+    plan: PtqPlan
+    folder: Path
+
+    def model(self) -> FloatModel:
+        """Return the family's part, without weights."""
+        return load_object(LIKE[self.args.like][1])(self.args)
+
+    @property
+    def takes_checkpoint(self) -> bool:
+        """Whether ``--cali_ckpt`` is the native file itself."""
+        return self.plan.checkpoint is not None and not is_pickle(Path(self.plan.checkpoint))
+
+    def path(self, name: str) -> Path:
+        """Return where one of the files lies."""
+        return Path(self.plan.checkpoint) if name == NATIVE and self.takes_checkpoint else self.folder / name
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """(x, t) or (x, t, context) of one call."""
+        return self._given["inputs"]
+
+    @property
+    def conditions(self) -> tuple[Tensor | None, Tensor | None]:
+        """Conditions of one batch, as `FloatModel.conditions` gives them."""
+        return self._given["conditions"]
+
+    def output(self, name: str) -> Tensor:
+        """Return what that call gives in float (`FLOAT`) or simulated (`NATIVE`)."""
+        return self._given["outputs"][name]
+
+    @property
+    def _given(self) -> dict:
+        return torch.load(self.folder / "inputs.pt", weights_only=True)
+
+    def float_network(self, copied: bool = False) -> nn.Module:
+        """Return the float network, its weights where the file is mapped, or in memory of its own."""
+        network, _ = self.model().build_network()
+        state = read_safetensors(self.path(FLOAT))
+        if copied:
+            state = {name: state.pop(name).clone() for name in list(state)}
+        network.load_state_dict(state, assign=True)
+        return network.eval().requires_grad_(False)
+
+    def simulated(self) -> QuantModel:
+        """Return the quantized network in float32; its float weights are there as well."""
+        qnn = QuantModel(self.float_network(copied=True), self.plan.quant)
+        load_checkpoint(qnn, self.path(NATIVE))
+        return qnn
+
+
+@torch.no_grad()
+def write_checkpoints(job: Job) -> list[str]:
+    """Write the float32 file, the quantized one and the inputs; return the model's notes."""
+    from safetensors.torch import save_file
+
+    model, is_random = job.model(), job.args.random
+    if is_random:
+        network, context_shape = model.build_network()
+        network, conditions = _with_biases(randomised(network)), (None, None)
+    else:
+        model.load(torch.device("cpu"))
+        network, context_shape = model.network, model.context_shape
+        conditions = model.conditions(range(job.args.batch), calibration=False)
+    network.eval().requires_grad_(False)
+    save_file({name: value.float().contiguous() for name, value in network.state_dict().items()}, job.path(FLOAT))
+    inputs = _inputs(model, context_shape, job.args.batch)
+    outputs = {FLOAT: network(*inputs)}
+    qnn = QuantModel(network, job.plan.quant)
+    if is_random:
+        _calibrate_on_noise(qnn, job.plan, _inputs(model, context_shape, RANDOM_SAMPLES))
+    else:
+        load_checkpoint(qnn, job.plan.checkpoint)
+    if not job.takes_checkpoint:
+        save_checkpoint(qnn, job.path(NATIVE))
+    with qnn.quantized(), qnn.trajectory():
+        outputs[NATIVE] = qnn(*inputs)
+    torch.save({"inputs": inputs, "conditions": conditions, "outputs": outputs}, job.folder / "inputs.pt")
+    return model.notes
+
+
+@torch.no_grad()
+def write_onnx(job: Job, name: str) -> None:
+    """Export the float network (`FLOAT_ONNX`) or the quantized one (`ONNX`)."""
+    from qdiff.deploy.onnx_export import export_onnx
+
+    unquantized = QuantConfig(weight_bits=None, act_bits=None)
+    qnn = QuantModel(job.float_network(), unquantized) if name == FLOAT_ONNX else job.simulated()
+    x, _, *context = job.inputs
+    export_onnx(qnn, job.path(name), tuple(x.shape[1:]), tuple(context[0].shape[1:]) if context else None)
+
+
+def file_bytes(job: Job, name: str) -> int:
+    """Return the bytes of a file; of a modulated ONNX model those of both its files."""
+    files = [job.path(name)]
+    if name == ONNX and job.plan.quant.modulate:
+        from qdiff.deploy.onnx_export import first_step_path
+
+        files.append(first_step_path(files[0]))
+    return sum(file.stat().st_size for file in files)
+
+
+def _inputs(model: FloatModel, context_shape: tuple[int, ...] | None, count: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(count, *model.input_shape, generator=generator), torch.linspace(0, 999, count)
+    return (x, t) if context_shape is None else (x, t, torch.randn(count, *context_shape, generator=generator))
+
+
+def _with_biases(network: nn.Module) -> nn.Module:
+    """Give random biases to a random network: a runtime may drop those that are 0, which trained ones are not."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias"):
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return network
+
+
+def _calibrate_on_noise(qnn: QuantModel, plan: PtqPlan, inputs: tuple[Tensor, ...]) -> None:
+    """Take the ranges that random inputs give: as good as any for time and memory."""
+    run = CalibrationRun(show_progress=False)
+    linear.calibrate(qnn, CalibrationSet(inputs), run)
+    if plan.changes is not None:
+        x, t, *context = inputs
+        pairs = ((x, 0.9 * x), (t, 0.9 * t), *((c, c) for c in context))
+        modiff.calibrate_changes(qnn, CalibrationSet(tuple(torch.stack(p, dim=1) for p in pairs)), plan.changes, run)

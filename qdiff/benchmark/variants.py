@@ -1,0 +1,197 @@
+"""The variants that a benchmark can measure: each opens its own file in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qdiff.benchmark.files import FLOAT, FLOAT_ONNX, NATIVE, ONNX, Job
+from qdiff.checkpoint import load_packed
+from qdiff.cli.float_model import FloatModel, Network
+from qdiff.errors import UserError
+
+BASE = "float"
+# Relative L2 error of a call. Rounding edges account for hundredths; beyond this it is another network that runs.
+MOST_ERROR = 0.5
+
+
+def _float(job: Job) -> Network:
+    return job.float_network()
+
+
+def _channels_last(job: Job) -> Network:
+    network = job.float_network().to(memory_format=torch.channels_last)
+    return lambda x, *rest: network(x.contiguous(memory_format=torch.channels_last), *rest)
+
+
+def _compiled(job: Job) -> Network:
+    return torch.compile(job.float_network())
+
+
+def _simulated(job: Job) -> Network:
+    qnn = job.simulated()
+    qnn.release_float_weights()  # as while sampling
+    return _for_good(qnn)
+
+
+def _packed(integer: bool) -> Callable[[Job], Network]:
+    def opened(job: Job) -> Network:
+        network, _ = job.model().build_network()
+        cache = 0 if integer else int(job.args.weight_cache * 2**20)
+        return _for_good(
+            load_packed(network.eval(), job.path(NATIVE), job.plan.quant, cache_bytes=cache, integer=integer)
+        )
+
+    return opened
+
+
+def _for_good(qnn: Network) -> Network:
+    """Enter the quantized mode until the process ends: a call then costs what a step of sampling costs."""
+    stack = contextlib.ExitStack()
+    stack.enter_context(qnn.quantized())
+    qnn.mode = stack  # or it would be collected, and the mode left
+    return qnn
+
+
+def _onnx(runtime: str, file: str) -> Callable[[Job], Network]:
+    def opened(job: Job) -> Network:
+        from qdiff.deploy.runtimes import OnnxNetwork
+
+        return OnnxNetwork(job.path(file), runtime, job.args.threads)
+
+    return opened
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the network.
+
+    Attributes:
+        file: what it loads.
+        open: from that file.
+        own_float: the same runtime's float variant, where it is not the base.
+        imports: packages that are no business of the memory measured.
+    """
+
+    file: str
+    open: Callable[[Job], Network]
+    own_float: str | None = None
+    imports: tuple[str, ...] = ()
+
+
+VARIANTS: dict[str, Variant] = {
+    BASE: Variant(FLOAT, _float),
+    "float-channels-last": Variant(FLOAT, _channels_last),
+    "float-compile": Variant(FLOAT, _compiled, imports=("torch._dynamo", "torch._inductor.compile_fx")),
+    "simulated": Variant(NATIVE, _simulated),
+    "torch": Variant(NATIVE, _packed(integer=False)),
+    "torch-int8": Variant(NATIVE, _packed(integer=True)),
+}
+for _runtime in ("onnxruntime", "openvino"):
+    _own_float, _packages = f"{_runtime}-float", ("onnx", _runtime)
+    VARIANTS[_own_float] = Variant(FLOAT_ONNX, _onnx(_runtime, FLOAT_ONNX), imports=_packages)
+    VARIANTS[_runtime] = Variant(ONNX, _onnx(_runtime, ONNX), _own_float, _packages)
+
+
+def chosen_variants(text: str | None) -> list[str]:
+    """Return the variants of ``--runtimes``, names separated by commas; all for None.
+
+    Raises:
+        UserError: a name that is none.
+    """
+    if text is None:
+        return list(VARIANTS)
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in VARIANTS:
+            raise UserError(f"--runtimes has no {name!r}; choose from {', '.join(VARIANTS)}")
+    return list(dict.fromkeys(names))
+
+
+class Opened:
+    """A variant that was loaded and has had its first turn.
+
+    Args:
+        model: whose sampler a turn runs; None makes it one call.
+        inputs: of that call.
+        batch: images of a sampling.
+    """
+
+    def __init__(self, network: Network, model: FloatModel | None, inputs: tuple[Tensor, ...], batch: int) -> None:
+        self._network, self._model, self._inputs, self._batch = network, model, inputs, batch
+        self._calls = 0
+        self.turn()
+
+    def _counted(self, *inputs: Tensor | None) -> Tensor:
+        self._calls += 1
+        return self._network(*inputs)
+
+    @torch.no_grad()
+    def turn(self, clock: Callable[[], float] = time.perf_counter) -> tuple[float, int]:
+        """Call the network once, or sample one batch; return the seconds and the network calls."""
+        self._calls, started = 0, clock()
+        if self._model is None:
+            self._counted(*self._inputs)
+        else:
+            with _trajectory(self._network):
+                self._model.trajectory(self._counted, range(self._batch))
+        return clock() - started, self._calls
+
+
+def _trajectory(network: Network) -> contextlib.AbstractContextManager:
+    return network.trajectory() if hasattr(network, "trajectory") else contextlib.nullcontext()
+
+
+def _check(network: Network, job: Job, name: str) -> None:
+    reference = FLOAT if VARIANTS[name].file in (FLOAT, FLOAT_ONNX) else NATIVE
+    expected = job.output(reference)
+    with _trajectory(network):
+        error = float((network(*job.inputs) - expected).norm() / expected.norm())
+    if not error < MOST_ERROR:
+        other = "float" if reference == FLOAT else "the simulation"
+        raise UserError(f"it computes something else (relative error {error:.2f} against {other})")
+
+
+def take_turn(opened: Opened) -> tuple[float, int]:
+    """What a benchmark asks the process of a variant for."""
+    return opened.turn()
+
+
+def prepare(job: Job, name: str) -> None:
+    """Import what a variant needs, and let PyTorch set up what it sets up once."""
+    torch.set_num_threads(job.args.threads)
+    for package in ("safetensors.torch", *VARIANTS[name].imports):
+        with contextlib.suppress(ImportError):  # said when it is opened
+            importlib.import_module(package)
+    job.model().build_network()
+    _ = job.inputs
+    torch.zeros_like(torch.empty(1, device="meta"))  # its first use imports sympy, 38 MB
+    with torch.no_grad():
+        torch.nn.Conv2d(32, 32, 3)(torch.zeros(1, 32, 8, 8))
+
+
+@torch.no_grad()
+def open_variant(job: Job, name: str) -> Opened:
+    """Load a variant, check what it computes and give it its first turn, both of which warm it up.
+
+    Raises:
+        UserError: it cannot run, or computes something else; the message says why.
+    """
+    try:
+        network, model = VARIANTS[name].open(job), None
+        _check(network, job, name)
+        if job.args.measure == "sampling":
+            model = job.model()
+            model.encoded = job.conditions
+        return Opened(network, model, job.inputs, job.args.batch)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a compiler or a kernel raises, which may not survive another process
+        first = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{type(error).__name__}: {first}"[:160]) from None
