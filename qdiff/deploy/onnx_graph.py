@@ -91,7 +91,11 @@ def trace(
     model = program.model_proto
     for node in model.graph.node:  # where in Python each came from: more bytes than the weights
         del node.metadata_props[:]
+    # Shapes are kept where kernels are chosen by them: of what convolutions take.
+    taken = {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
+    shapes = [value for value in model.graph.value_info if value.name in taken]
     del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
     return model
 
 

@@ -8,8 +8,7 @@ matrix product gives float32 and takes zero points: a convolution becomes a prod
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 MIDDLE = 128  # of 8 bits
-END = np.iinfo(np.int64).max  # of a slice: as far as it goes
 NO_BIAS = 1e-30  # vanishes in every sum, and is not 0, which would be taken out
 
 
@@ -70,6 +68,7 @@ class _Rewriting:
         self.graph = model.graph
         self.stored = {tensor.name: tensor for tensor in self.graph.initializer}
         self.made_by = {output: node for node in self.graph.node for output in node.output}
+        self.sizes = {value.name: side for value in self.graph.value_info if (side := _sides(value)) is not None}
         self.nodes: list[onnx.NodeProto] = []
         self._done: set[str] = set()
         self._made: list[str] = []
@@ -133,6 +132,12 @@ class _Rewriting:
         self.graph.node.extend(nodes)
         keep_initialisers(self.graph, wanted)
         self.graph.initializer.extend(self.stored[name] for name in self._made if name in wanted)
+
+
+def _sides(value: onnx.ValueInfoProto) -> list[int] | None:
+    """Return the sides of what [N, C, …] describes; None where they are not fixed."""
+    sides = [dim.dim_value for dim in value.type.tensor_type.shape.dim[2:]]
+    return sides if all(sides) else None
 
 
 def _dequantized(
@@ -212,32 +217,41 @@ def _windows(graph: _Rewriting, conv: onnx.NodeProto, given: onnx.NodeProto, wei
     """Append what gathers a convolution's windows as integers, [N, …, K·I]; None for what no network here has."""
     from onnx import helper
 
-    kernel = weight.integers.shape[2:]
-    rank = len(kernel)
+    channels, *kernel = weight.integers.shape[1:]
+    rank, size = len(kernel), graph.sizes.get(conv.input[0])
     attributes = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
     pads, strides = attributes.get("pads", [0] * 2 * rank), attributes.get("strides", [1] * rank)
     plain = attributes.get("auto_pad", b"NOTSET") == b"NOTSET" and attributes.get("group", 1) == 1
-    if not plain or any(d != 1 for d in attributes.get("dilations", [])):
+    if size is None or not plain or any(d != 1 for d in attributes.get("dilations", [])):
         return None
     integers, scale, zero_point = given.input
-    name = f"{integers}.windows.{'x'.join(map(str, (*kernel, *strides, *pads)))}"  # products of one input share them
+    name = f"{integers}.windows.{_text(*kernel, *strides, *pads)}"  # products of one input share them
     gathered = graph.node("Transpose", [integers], f"{integers}.last", perm=[0, *range(2, rank + 2), 1])
     if any(pads):
         widths = np.array([0, *pads[:rank], 0, 0, *pads[rank:], 0], np.int64)
-        key = f"qdiff.pads.{'x'.join(map(str, pads))}"
-        gathered = graph.node("Pad", [gathered, graph.constant(key, widths), zero_point], f"{name}.padded")
+        size = [side + pads[i] + pads[rank + i] for i, side in enumerate(size)]
+        widths_name = graph.constant(f"qdiff.pads.{_text(*pads)}", widths)
+        gathered = graph.node("Pad", [gathered, widths_name, zero_point], f"{name}.padded")
     if any(k != 1 for k in (*kernel, *strides)):
-        axes = graph.constant(f"qdiff.axes.{rank}", np.arange(1, rank + 1))
-        steps = graph.constant(f"qdiff.steps.{'x'.join(map(str, strides))}", np.array(strides, np.int64))
-        parts = []
-        for place in itertools.product(*map(range, kernel)):
-            key = "x".join(map(str, place))
-            ends = [p - k + 1 or END for p, k in zip(place, kernel, strict=True)]
-            starts = graph.constant(f"qdiff.starts.{key}", np.array(place, np.int64))
-            stops = graph.constant(f"qdiff.ends.{'x'.join(map(str, ends))}", np.array(ends, np.int64))
-            parts.append(graph.node("Slice", [gathered, starts, stops, axes, steps], f"{name}.{key}"))
-        gathered = graph.node("Concat", parts, f"{name}.gathered", axis=rank + 1)
+        places, out = _places(size, kernel, strides)
+        flat = graph.constant(f"qdiff.flat.{channels}", np.array([0, -1, channels]))
+        unfolded = graph.constant(f"qdiff.unfolded.{_text(*out, *kernel, channels)}", np.array([0, *out, -1]))
+        where = graph.constant(f"qdiff.places.{_text(*size, *kernel, *strides)}", places)
+        gathered = graph.node("Reshape", [gathered, flat], f"{name}.flat")
+        gathered = graph.node("Gather", [gathered, where], f"{name}.gathered", axis=1)
+        gathered = graph.node("Reshape", [gathered, unfolded], f"{name}.unfolded")
     return graph.node("DequantizeLinear", [gathered, scale, zero_point], name)
+
+
+def _places(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Return where in a flattened input each window's values lie, [windows, K], and how many windows each side has."""
+    out = [(side - k) // s + 1 for side, k, s in zip(size, kernel, strides, strict=True)]
+    corners = np.ravel_multi_index(np.indices(out).reshape(len(out), -1) * np.array(strides)[:, None], size)
+    return corners[:, None] + np.ravel_multi_index(np.indices(kernel).reshape(len(out), -1), size), out
+
+
+def _text(*numbers: int) -> str:
+    return "x".join(map(str, numbers))
 
 
 CHANGES = {"onnxruntime": _as_matrix_product, "openvino": _without_zero_points}
