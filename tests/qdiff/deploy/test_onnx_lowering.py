@@ -195,3 +195,26 @@ def test_what_no_kernel_takes_stays_a_convolution(change, runtime):
     found = Counter(node.op_type for node in model.graph.node)
     assert found["MatMul"] == 0 and found["Conv"] == (2 if (runtime, change) == ("openvino", "dilations") else 1)
     assert difference(run(model, feed), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 4), (6, 9)])
+def test_group_normalisation_for_onnx_runtime(shape):
+    generator = np.random.default_rng(0)
+    tensors = {name: generator.standard_normal(6).astype(np.float32) for name in ("scale", "bias")}
+    graph = helper.make_graph(
+        [helper.make_node("GroupNormalization", ["x", "scale", "bias"], ["y"], num_groups=3, epsilon=0.1)],
+        "norm",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", *shape])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", *shape])],
+        [numpy_helper.from_array(values, name) for name, values in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    feed = {"x": generator.standard_normal((2, *shape)).astype(np.float32)}
+    feed["x"][:, 0] += 3  # groups differ, and so do their channels
+    expected = run(model, feed)
+    lower(model, "onnxruntime")
+    assert "GroupNormalization" not in [node.op_type for node in model.graph.node]
+    assert difference(run(model, feed), expected) < TOLERANCE
+    planted = next(node for node in model.graph.node if node.op_type == "InstanceNormalization")
+    planted.attribute[0].f = 0.2
+    assert difference(run(model, feed), expected) > TOLERANCE

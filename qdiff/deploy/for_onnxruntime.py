@@ -1,0 +1,103 @@
+"""What ONNX Runtime's integer kernels take: matrix products.
+
+Its integer convolution wants its output quantized too, but its integer matrix product gives float32, and takes zero
+points: a convolution becomes a product of the windows of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qdiff.deploy.onnx_rewriting import Rewriting, Weight, dequantized, of_integers
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def _as_matrix_product(graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> None:
+    output, (integers, zero_points) = product.output[0], weight.shifted
+    is_conv = product.op_type == "Conv"
+    operand = _windows(graph, product, given, weight) if is_conv else product.input[0]
+    if operand is None:
+        graph.nodes.append(product)
+        return
+    rows = np.moveaxis(integers, (0, 1), (-1, -2)).reshape(-1, len(integers))
+    steps = [("MatMul", [dequantized(graph, output, rows, zero_points, weight.scale, axis=1)], {})]
+    if bias := product.input[2:]:
+        steps.append(("Add", list(bias), {}))
+    if is_conv:
+        rank = integers.ndim
+        steps.append(("Transpose", [], {"perm": [0, rank - 1, *range(1, rank - 1)]}))
+    for left, (op, others, attributes) in zip(reversed(range(len(steps))), steps, strict=True):
+        operand = graph.node(op, [operand, *others], f"{output}.{left}" if left else output, **attributes)
+
+
+def _windows(graph: Rewriting, conv: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> str | None:
+    """Append what gathers a convolution's windows as integers, [N, …, K·I]; None for what no network here has."""
+    from onnx import helper
+
+    channels, *kernel = weight.integers.shape[1:]
+    rank, size = len(kernel), graph.sizes.get(conv.input[0])
+    attributes = {a.name: helper.get_attribute_value(a) for a in conv.attribute}
+    pads, strides = attributes.get("pads", [0] * 2 * rank), attributes.get("strides", [1] * rank)
+    plain = attributes.get("auto_pad", b"NOTSET") == b"NOTSET" and attributes.get("group", 1) == 1
+    if size is None or not plain or any(d != 1 for d in attributes.get("dilations", [])):
+        return None
+    integers, scale, zero_point = given.input
+    name = f"{integers}.windows.{_text(*kernel, *strides, *pads)}"  # products of one input share them
+    gathered = graph.node("Transpose", [integers], f"{integers}.last", perm=[0, *range(2, rank + 2), 1])
+    if any(pads):
+        widths = np.array([0, *pads[:rank], 0, 0, *pads[rank:], 0], np.int64)
+        size = [side + pads[i] + pads[rank + i] for i, side in enumerate(size)]
+        widths_name = graph.constant(f"qdiff.pads.{_text(*pads)}", widths)
+        gathered = graph.node("Pad", [gathered, widths_name, zero_point], f"{name}.padded")
+    if any(k != 1 for k in (*kernel, *strides)):
+        places, out = _places(size, kernel, strides)
+        flat = graph.constant(f"qdiff.flat.{channels}", np.array([0, -1, channels]))
+        unfolded = graph.constant(f"qdiff.unfolded.{_text(*out, *kernel, channels)}", np.array([0, *out, -1]))
+        where = graph.constant(f"qdiff.places.{_text(*size, *kernel, *strides)}", places)
+        gathered = graph.node("Reshape", [gathered, flat], f"{name}.flat")
+        gathered = graph.node("Gather", [gathered, where], f"{name}.gathered", axis=1)
+        gathered = graph.node("Reshape", [gathered, unfolded], f"{name}.unfolded")
+    return graph.node("DequantizeLinear", [gathered, scale, zero_point], name)
+
+
+def _places(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+    """Return where in a flattened input each window's values lie, [windows, K], and how many windows each side has."""
+    out = [(side - k) // s + 1 for side, k, s in zip(size, kernel, strides, strict=True)]
+    corners = np.ravel_multi_index(np.indices(out).reshape(len(out), -1) * np.array(strides)[:, None], size)
+    return corners[:, None] + np.ravel_multi_index(np.indices(kernel).reshape(len(out), -1), size), out
+
+
+def _text(*numbers: int) -> str:
+    return "x".join(map(str, numbers))
+
+
+def _normalised(graph: Rewriting, norm: onnx.NodeProto) -> None:
+    """Group normalisation by the kernel of instance normalisation: the runtime has none, and expands it to 20 nodes."""
+    from onnx import helper
+
+    (x, scale, bias), output = norm.input, norm.output[0]
+    attributes = {a.name: helper.get_attribute_value(a) for a in norm.attribute}
+    groups, channels = attributes["num_groups"], len(graph.array(scale))
+    by_group = graph.constant(f"qdiff.groups.{groups}", np.array([0, groups, -1]))
+    by_channel = graph.constant(f"qdiff.channels.{channels}", np.array([0, channels, -1]))
+    one = graph.constant(f"qdiff.ones.{groups}", np.ones(groups, np.float32))
+    none = graph.constant(f"qdiff.zeros.{groups}", np.zeros(groups, np.float32))
+    scale, bias = (graph.constant(f"{name}.column", graph.array(name).reshape(-1, 1)) for name in (scale, bias))
+    made = graph.node("Reshape", [x, by_group], f"{output}.groups")
+    made = graph.node("InstanceNormalization", [made, one, none], f"{output}.normal", epsilon=attributes["epsilon"])
+    made = graph.node("Reshape", [made, by_channel], f"{output}.channels")
+    made = graph.node("Mul", [made, scale], f"{output}.scaled")
+    made = graph.node("Add", [made, bias], f"{output}.shifted")
+    graph.node("Reshape", [made, graph.node("Shape", [x], f"{x}.shape")], output)
+
+
+# Not Gemm (the embedding of t, a row a sample): its product would come back as one, and be computed in float.
+CHANGES = {
+    **dict.fromkeys(("Conv", "MatMul"), of_integers(_as_matrix_product)),
+    "GroupNormalization": _normalised,
+}
