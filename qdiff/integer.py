@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdiff.config import QuantConfig, ScalePer
+from qdiff.errors import UserError
 from qdiff.functional import dequantize, max_level
 
 ROWS_BYTES = 1 << 26  # of unfolded patches at a time
@@ -67,6 +69,17 @@ class Geometry:
     padding: tuple[int, ...] | str
     dilation: tuple[int, ...]
     groups: int
+
+
+def check_integer_products(config: QuantConfig) -> None:
+    """Raise a `UserError` where the products of a network cannot be integer ones."""
+    if config.act_bits is None:
+        raise UserError("integer products are of quantized activations, which have no width; add --quant_act")
+    if config.act_dynamic and config.act_scale_per is ScalePer.CHANNEL:
+        raise UserError(
+            "one range a channel has no place in integer products: a sum over channels is scaled once; give "
+            "--act_scale_per tensor or sample"
+        )
 
 
 def integer_product(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:

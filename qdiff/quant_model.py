@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import Ablation, QuantConfig, ScalePer
+from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
+from qdiff.integer import check_integer_products
 from qdiff.interface import AttentionCore, family_of
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
@@ -157,13 +158,7 @@ class QuantModel(nn.Module):
             layer.packed.cache, layer.packed.multiplies_integers = cache, integer and len(layer.act_quantizers) > 0
 
     def _assert_multiplies_integers(self) -> None:
-        if self.config.act_bits is None:
-            raise UserError("integer products are of quantized activations, which have no width; add --quant_act")
-        if self.config.act_dynamic and self.config.act_scale_per is ScalePer.CHANNEL:
-            raise UserError(
-                "one range a channel has no place in integer products: a sum over channels is scaled once; give "
-                "--act_scale_per tensor or sample"
-            )
+        check_integer_products(self.config)
         for name, layer in self.layers().items():
             layer.assert_multiplies_integers(name)
 

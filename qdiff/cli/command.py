@@ -75,7 +75,7 @@ class SampleCommand:
         }
         if self.args.generate is not None:
             self.config["generate"] = self._recording_asked_for()
-        check_runtime(self.args)
+        check_runtime(self.args, None if self.plan is None else self.plan.quant)
         if self.args.runtime != SIMULATED:
             self.config["runtime"] = self.args.runtime
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from argparse import Namespace
@@ -14,6 +15,7 @@ from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES
 from qdiff.cli.runtime import Processes
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.integer import check_integer_products
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -21,23 +23,40 @@ log = logging.getLogger("qdiff")
 EXPORTED = "model.onnx"
 
 
-def check_runtime(args: Namespace) -> None:
-    """Raise a `UserError` where options of a runtime contradict each other."""
+def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
+    """Raise a `UserError` where options of a runtime contradict each other, or it cannot run what they ask for.
+
+    Args:
+        quant: None for a float network.
+    """
     if args.onnx is not None and args.runtime not in ONNX_RUNTIMES:
         raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
     if args.weight_cache and args.runtime != "torch":
         raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
     if not 0 <= args.weight_cache < math.inf:
         raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
-    if args.runtime in TORCH_RUNTIMES and not args.ptq:
-        raise UserError(f"--runtime {args.runtime} is for quantized weights; add --ptq, or leave --runtime out")
-    if args.runtime not in ONNX_RUNTIMES:
-        return
-    from qdiff.deploy.onnx_export import import_onnx
-
-    import_onnx()
+    check_can_run(args.runtime, quant)
     if args.onnx is not None and not Path(args.onnx).is_file():
         raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
+
+
+def check_can_run(runtime: str, quant: QuantConfig | None) -> None:
+    """Raise a `UserError` where a runtime is not installed, or cannot run such a network."""
+    if runtime in TORCH_RUNTIMES and quant is None:
+        raise UserError(f"--runtime {runtime} is for quantized weights; add --ptq, or leave --runtime out")
+    if runtime == "torch-int8":
+        check_integer_products(quant)
+    if runtime not in ONNX_RUNTIMES:
+        return
+    from qdiff.deploy.onnx_export import check_exportable, import_onnx
+
+    import_onnx()
+    try:
+        importlib.import_module(runtime)
+    except ImportError:
+        raise UserError(f"{runtime} is not installed; pip install '.[deploy]'") from None
+    if quant is not None:
+        check_exportable(quant)
 
 
 def wrapped(network: nn.Module) -> QuantModel:

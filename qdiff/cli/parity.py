@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoint import load_checkpoint
+from qdiff.cli.deploy import check_can_run
 from qdiff.cli.float_model import FloatModel, Network
 from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES
 from qdiff.cli.ptq import PtqPlan, resolve_ptq
 from qdiff.cli.runtime import choose_device
-from qdiff.config import QuantConfig, ScalePer
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
 from qdiff.images import to_uint8
@@ -92,10 +91,12 @@ def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dic
         if wrong := [name for name in chosen if name not in RUNTIMES]:
             raise UserError(f"--runtimes has no {wrong[0]!r}; choose from {', '.join(RUNTIMES)}")
     for name in chosen:
-        if (obstacle := _obstacle(name, plan.quant)) is not None:
+        try:
+            check_can_run(name, plan.quant)
+        except UserError as error:
             if args.runtimes is not None:
-                raise UserError(obstacle)
-            skipped[name] = obstacle
+                raise
+            skipped[name] = str(error)
     chosen = [name for name in chosen if name not in skipped]
     if args.onnx is not None:
         if not set(chosen) & set(ONNX_RUNTIMES):
@@ -103,31 +104,6 @@ def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dic
         if not Path(args.onnx).is_file():
             raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
     return plan, chosen, skipped
-
-
-def _obstacle(name: str, quant: QuantConfig) -> str | None:
-    """Return why a runtime cannot run such a network here, as a sentence with the fix; None where it can."""
-    if name in ONNX_RUNTIMES:
-        from qdiff.deploy.onnx_export import import_onnx
-
-        try:
-            import_onnx()
-            importlib.import_module(name)
-        except UserError as error:
-            return str(error)
-        except ImportError:
-            return f"{name} is not installed; pip install '.[deploy]'"
-        if quant.act_dynamic or quant.rest_bits is not None or quant.ablation is not None:
-            return (
-                f"{name} runs calibrated ranges alone; leave out --quant_mode dynamic, --rest_abit and "
-                "--modulate_ablation, or name other --runtimes"
-            )
-    if name == "torch-int8":
-        if quant.act_bits is None:
-            return "torch-int8 multiplies quantized activations; add --quant_act, or name other --runtimes"
-        if quant.act_dynamic and quant.act_scale_per is ScalePer.CHANNEL:
-            return "torch-int8 has no range a channel; give --act_scale_per tensor or sample, or name other --runtimes"
-    return None
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.native_format import layout
@@ -57,14 +58,10 @@ def export_onnx(
     from qdiff.deploy.onnx_graph import trace
     from qdiff.deploy.onnx_weights import compact
 
-    config = qnn.config
-    if config.act_dynamic or config.rest_bits is not None or config.ablation is not None:
-        option = "--rest_abit" if config.rest_bits else "--modulate_ablation"
-        option = "--quant_mode dynamic" if config.act_dynamic else option
-        raise UserError(f"{option} cannot be written as ONNX, which needs calibrated ranges; leave it out")
+    check_exportable(qnn.config)
     qnn.assert_initialised()
-    files = {Path(path): trace(qnn, image_shape, context_shape, later=config.modulate)}
-    if config.modulate:
+    files = {Path(path): trace(qnn, image_shape, context_shape, later=qnn.config.modulate)}
+    if qnn.config.modulate:
         files[first_step_path(path)] = trace(qnn, image_shape, context_shape)
     for model in files.values():
         compact(model)
@@ -79,6 +76,14 @@ def export_onnx(
     for file, model in files.items():
         with written_whole(file) as temporary:
             onnx.save(model, str(temporary))
+
+
+def check_exportable(config: QuantConfig) -> None:
+    """Raise a `UserError` where a network has no ONNX form here."""
+    if config.act_dynamic or config.rest_bits is not None or config.ablation is not None:
+        option = "--rest_abit" if config.rest_bits else "--modulate_ablation"
+        option = "--quant_mode dynamic" if config.act_dynamic else option
+        raise UserError(f"{option} cannot be written as ONNX, which needs calibrated ranges; leave it out")
 
 
 def metadata_of(qnn: QuantModel, notes: dict[str, Any]) -> dict[str, str]:

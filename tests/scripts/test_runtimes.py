@@ -17,6 +17,7 @@ RUNTIMES = ("onnxruntime", "openvino")
 # Weights alone: no activation lies on a rounding edge, so the images are those of the simulation.
 GREY_LEVELS = 1
 W4 = ("--ptq", "--weight_bit", 4, "--quant_mode", "linear", *FEW)
+DYNAMIC = ("--quant_act", "--quant_mode", "dynamic")
 IMAGES = 3
 FAMILIES = {
     "class": ("sample_diffusion_ldm_imagenet", ("--n_samples", IMAGES, "--n_batch", 2, "--ddim_steps", 4, "--seed", 7)),
@@ -105,6 +106,30 @@ def test_options_that_contradict_each_other(call, ddim_runs, tmp_path):
     line = call(SCRIPT, *words, "--onnx", tmp_path / "none.onnx", "--runtime", "openvino").error_line()
     assert "none.onnx does not exist; write it with scripts/export.py" in line
     assert "--runtime" in call(SCRIPT, *words, "--runtime", "tensorrt").error_line()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words", "sentence"),
+    [
+        ("torch-int8", (), "have no width; add --quant_act"),
+        (
+            "torch-int8",
+            ("--quant_act", "--quant_mode", "dynamic", "--act_scale_per", "channel"),
+            "_scale_per tensor or sample",
+        ),
+        ("openvino", ("--quant_act", "--quant_mode", "dynamic"), "dynamic cannot be written as ONNX"),
+        (
+            "onnxruntime",
+            ("--quant_act", "--quant_mode", "dynamic", "--modulate", "--rest_abit", 8),
+            "cannot be written",
+        ),
+    ],
+)
+def test_what_a_runtime_cannot_run_is_said_before_anything_else(runtime, words, sentence, call, ddim_runs, tmp_path):
+    options, _ = ddim_runs
+    line = call(SCRIPT, *options, *words, "--runtime", runtime, "-l", tmp_path / "run").error_line()
+    assert sentence in line
     assert not (tmp_path / "run").exists()
 
 
