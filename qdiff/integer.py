@@ -23,8 +23,6 @@ from qdiff.errors import UserError
 from qdiff.functional import dequantize, max_level
 
 ROWS_BYTES = 1 << 26  # of unfolded patches at a time
-# What torch._int_mm asks of its factors on CUDA: more than 16 rows, and inner and outer sizes in multiples of 8.
-_CUDA_ROWS, _CUDA_MULTIPLE = 17, 8
 
 
 @dataclass(frozen=True)
@@ -155,28 +153,22 @@ def _patches(x: Tensor, fill: Tensor, kernel: tuple[int, ...], geometry: Geometr
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a·b in int32 for int8 a [M, K] and b [K, N]; see `int8_is_exact`."""
-    return _padded_matmul(a, b) if a.is_cuda else torch._int_mm(a, b)
-
-
-def _padded_matmul(a: Tensor, b: Tensor) -> Tensor:
-    (rows, inner), columns = a.shape, b.shape[1]
-    more_inner = -inner % _CUDA_MULTIPLE
-    a = F.pad(a, (0, more_inner, 0, max(0, _CUDA_ROWS - rows)))
-    b = F.pad(b, (0, -columns % _CUDA_MULTIPLE, 0, more_inner))
-    return torch._int_mm(a, b)[:rows, :columns]
+    """Return a·b in int32 for int8 a [M, K] and b [K, N] on the CPU; see `int8_is_exact`."""
+    return torch._int_mm(a, b)
 
 
 @functools.cache
 def int8_is_exact(device: torch.device) -> bool:
-    """Whether `int8_matmul` is exact on a device.
+    """Whether `int8_matmul` is exact on a device, of which only CPUs are known.
 
     CPUs without VNNI may add pairs of products in 16 bits and saturate there, which no rounding error explains.
     """
+    if device.type != "cpu":
+        return False
     pairs = torch.tensor([[-128, -128], [-128, 127], [127, -128], [127, 127]], dtype=torch.int8)
     a = pairs.repeat(8, 32)  # [32, 64]: every pair of extremes meets every other
     try:
-        found = int8_matmul(a.to(device), a.t().contiguous().to(device))
+        found = int8_matmul(a, a.t().contiguous())
     except (RuntimeError, AttributeError):  # not there on this device
         return False
-    return torch.equal(found.cpu().long(), a.long() @ a.t().long())
+    return torch.equal(found.long(), a.long() @ a.t().long())
