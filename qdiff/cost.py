@@ -85,6 +85,7 @@ class Account:
 
     @property
     def parameters(self) -> int:
+        """How many weights and biases."""
         return sum(layer.parameters for layer in self.layers)
 
     @property

@@ -70,6 +70,19 @@ def _concatenated(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([t.detach().reshape(-1).cpu().to(dtype) for t in tensors] or [torch.empty(0, dtype=dtype)])
 
 
+def content_hash(qnn: QuantModel) -> str:
+    """Return a hash of every value of a calibrated network: what tells it from others of its `layout`."""
+    found = hashlib.sha256()
+    for layer in _layers(qnn).values():
+        values = layer.packed_integers() if len(layer.weight_quantizers) > 0 else layer.weight.detach().float()
+        found.update(values.cpu().contiguous().numpy())
+    quantizers = [*_weight_quantizers(qnn).values(), *(q for _, q in sorted(qnn.calibrated_act_quantizers().items()))]
+    found.update(_concatenated(list(_plain(qnn).values()), torch.float32).numpy())
+    found.update(_concatenated([q.delta for q in quantizers], torch.float32).numpy())
+    found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
+    return found.hexdigest()[:16]
+
+
 def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     """Write the file whole or not at all."""
     from safetensors.torch import save_file

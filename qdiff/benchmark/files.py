@@ -62,9 +62,14 @@ class Job:
         """Conditions of one batch, as `FloatModel.conditions` gives them."""
         return self._given["conditions"]
 
-    def output(self, name: str) -> Tensor:
-        """Return what that call gives in float (`FLOAT`) or simulated (`NATIVE`)."""
+    def outputs(self, name: str) -> list[Tensor]:
+        """Return what `checked_calls` give in float (`FLOAT`) or simulated (`NATIVE`)."""
         return self._given["outputs"][name]
+
+    @property
+    def checked_calls(self) -> list[tuple[Tensor, ...]]:
+        """Inputs of one call; of a modulated network of three in a trajectory, whose later steps run other weights."""
+        return _checked_calls(self.inputs, self.plan.quant)
 
     @property
     def _given(self) -> dict:
@@ -102,7 +107,8 @@ def write_checkpoints(job: Job) -> list[str]:
     network.eval().requires_grad_(False)
     save_file({name: value.float().contiguous() for name, value in network.state_dict().items()}, job.path(FLOAT))
     inputs = _inputs(model, context_shape, job.args.batch)
-    outputs = {FLOAT: network(*inputs)}
+    calls = _checked_calls(inputs, job.plan.quant)
+    outputs = {FLOAT: [network(*given) for given in calls]}
     qnn = QuantModel(network, job.plan.quant)
     if is_random:
         _calibrate_on_noise(qnn, job.plan, _inputs(model, context_shape, RANDOM_SAMPLES))
@@ -111,7 +117,7 @@ def write_checkpoints(job: Job) -> list[str]:
     if not job.takes_checkpoint:
         save_checkpoint(qnn, job.path(NATIVE))
     with qnn.quantized(), qnn.trajectory():
-        outputs[NATIVE] = qnn(*inputs)
+        outputs[NATIVE] = [qnn(*given) for given in calls]
     torch.save({"inputs": inputs, "conditions": conditions, "outputs": outputs}, job.folder / "inputs.pt")
     return model.notes
 
@@ -141,6 +147,11 @@ def _inputs(model: FloatModel, context_shape: tuple[int, ...] | None, count: int
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(count, *model.input_shape, generator=generator), torch.linspace(0, 999, count)
     return (x, t) if context_shape is None else (x, t, torch.randn(count, *context_shape, generator=generator))
+
+
+def _checked_calls(inputs: tuple[Tensor, ...], quant: QuantConfig) -> list[tuple[Tensor, ...]]:
+    x, t, *context = inputs
+    return [(factor * x, factor * t, *context) for factor in ((1, 0.9, 0.8) if quant.modulate else (1,))]
 
 
 def _with_biases(network: nn.Module) -> nn.Module:

@@ -45,7 +45,7 @@ class Row:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"  # no 1.23e+03
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"  # no 1.23e+03
 
 
 def _turn(row: Row) -> str:

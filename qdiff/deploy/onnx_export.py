@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import written_whole
-from qdiff.native_format import layout
+from qdiff.native_format import FLOAT_BYTES, content_hash, layout
 from qdiff.quant_model import QuantModel
 
-if TYPE_CHECKING:
-    pass
-
-FORMAT = "qdiff-onnx-1"
-METADATA = ("qdiff_format", "qdiff_config", "qdiff_layout", "qdiff_notes")
+FORMAT = "qdiff-onnx-2"
+METADATA = ("qdiff_format", "qdiff_config", "qdiff_layout", "qdiff_content", "qdiff_notes")
 PROTOBUF_LIMIT = 2_000_000_000  # bytes of one file
 
 
@@ -60,22 +57,32 @@ def export_onnx(
 
     check_exportable(qnn.config)
     qnn.assert_initialised()
+    _check_size(qnn)
+    # The one that names the other is written last: where it is, both are.
     files = {Path(path): trace(qnn, image_shape, context_shape, later=qnn.config.modulate)}
     if qnn.config.modulate:
-        files[first_step_path(path)] = trace(qnn, image_shape, context_shape)
+        files = {first_step_path(path): trace(qnn, image_shape, context_shape), **files}
+    metadata = metadata_of(qnn, notes or {})
     for model in files.values():
         compact(model)
-        for key, value in metadata_of(qnn, notes or {}).items():
+        for key, value in metadata.items():
             entry = model.metadata_props.add()
             entry.key, entry.value = key, value
-        if model.ByteSize() > PROTOBUF_LIMIT:
-            raise UserError(
-                f"the ONNX model of this network takes {model.ByteSize()} bytes, more than one file may; use fewer bits"
-            )
         onnx.checker.check_model(model)
     for file, model in files.items():
         with written_whole(file) as temporary:
             onnx.save(model, str(temporary))
+
+
+def _check_size(qnn: QuantModel) -> None:
+    """Raise a `UserError` where protobuf could not hold the network, while it is traced or in the end."""
+    weights = {f"{name}.weight": 1 for name, layer in qnn.layers().items() if len(layer.weight_quantizers) > 0}
+    size = sum(p.numel() * weights.get(name, FLOAT_BYTES) for name, p in qnn.model.named_parameters())
+    if size > PROTOBUF_LIMIT:
+        raise UserError(
+            f"this network takes {size / 1e9:.1f} GB as ONNX, more than one file holds ({PROTOBUF_LIMIT / 1e9:.0f}); "
+            "export it with quantized weights, or run it with another --runtime"
+        )
 
 
 def check_exportable(config: QuantConfig) -> None:
@@ -88,7 +95,7 @@ def check_exportable(config: QuantConfig) -> None:
 
 def metadata_of(qnn: QuantModel, notes: dict[str, Any]) -> dict[str, str]:
     """Return what an exported file says of its network."""
-    values = (FORMAT, json.dumps(qnn.config.to_dict()), layout(qnn), json.dumps(notes))
+    values = (FORMAT, json.dumps(qnn.config.to_dict()), layout(qnn), content_hash(qnn), json.dumps(notes))
     return dict(zip(METADATA, values, strict=True))
 
 

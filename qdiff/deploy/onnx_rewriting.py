@@ -87,6 +87,7 @@ class Rewriting:
         return output
 
     def array(self, name: str) -> np.ndarray:
+        """Return the values of a stored tensor."""
         from onnx import numpy_helper
 
         return numpy_helper.to_array(self.stored[name])

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from qdiff.config import QuantConfig
+from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_onnx
 from qdiff.deploy.onnx_graph import INPUTS, STATE
 from qdiff.deploy.onnx_lowering import lower
 from qdiff.errors import UserError
-from qdiff.native_format import layout
+from qdiff.native_format import content_hash, layout
 from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ class _Graph:
         model = read_model(path)
         if qnn is not None:
             _check_same(path, model, qnn)
+        if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+            check_exact(runtime, RUNTIMES[runtime])
         lower(model, runtime)
         self.states = [each.name for each in model.graph.input if each.name.startswith(f"{STATE}.")]
         self.run = RUNTIMES[runtime](model, threads)
@@ -122,6 +125,8 @@ def _check_same(path: Path, model: onnx.ModelProto, qnn: QuantModel) -> None:
         raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
     if found[METADATA[2]] != layout(qnn):
         raise UserError(f"{path} was exported from another network; export it anew with this model")
+    if found[METADATA[3]] != content_hash(qnn):
+        raise UserError(f"{path} was exported with other weights or ranges; export it anew with this checkpoint")
 
 
 def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
@@ -129,6 +134,8 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Without VNNI, its fastest kernels add pairs of products in 16 bits and saturate there.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     # Or it would quantize float activations that meet quantized weights, by ranges of its own.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     session = onnxruntime.InferenceSession(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 
@@ -150,7 +151,7 @@ def test_repeated_the_document_has_one_table(measured, tmp_path):
     texts = []
     for _ in range(2):
         measured(*words)
-        texts.append(document.read_text())
+        texts.append(re.sub(r"\d+", "#", document.read_text()))  # the load differs, and memory may
     assert texts[0] == texts[1] and texts[0].count("| variant |") == 1 and "doc.md" not in texts[0]
     assert texts[0].startswith("before\n") and texts[0].endswith("\nafter\n")
 

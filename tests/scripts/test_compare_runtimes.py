@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from ddim.config import load_config
 from ddim.models.diffusion import Model
 from qdiff.cli import parity
+from qdiff.deploy import runtimes
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -132,7 +133,8 @@ def planted_after(owner: object, function: str, plant: Callable[[QuantModule], N
         *((wrong_activations, "mid.block_1.conv2"), (wrong_activations, "conv_out")),
     ],
 )
-def test_one_level_of_a_scale_is_seen(plant, layer, rows):
+def test_one_level_of_a_scale_is_seen(plant, layer, rows, monkeypatch):
+    monkeypatch.setattr(runtimes, "_check_same", lambda *_: None)  # which sees other weights before
     with planted_after(parity, "load_checkpoint", plant, layer):  # in what is simulated; the exported file is right
         found = rows(*ONNX)
     for name in ONNX:

@@ -77,6 +77,8 @@ def test_one_turn_has_no_spread():
 def test_large_numbers_are_written_out():
     row = Row("float", Spread(1234.5, 2000, 2500.2), 1)
     assert cells(markdown([row], ABOUT).splitlines()[2])[1:3] == ["2000 (1234–2500) s", "2000000 ms"]
+    row = Row("float", Spread(0.9996, 0.9997, 0.9998), 1)  # no 1e+03
+    assert cells(markdown([row], ABOUT).splitlines()[2])[1:3] == ["1000 (1000–1000) ms", "1000 ms"]
 
 
 def test_json_holds_every_number(tmp_path):

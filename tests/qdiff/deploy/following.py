@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
 from qdiff.deploy.runtimes import read_model
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -78,12 +79,16 @@ class Followed:
             if name not in given:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
         lower(model, runtime)  # as it runs; what is looked at stays
-        self._run = _opened(runtime)(model.SerializeToString())
+        self._session = SESSIONS[runtime](model, 1)
         self.names = [each.name for each in model.graph.input]
+        self._outputs = [each.name for each in model.graph.output]
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """ε of the runtime."""
         return torch.from_numpy(np.array(self._run(self._feed(inputs))["eps"]))
+
+    def _run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session(feed), strict=True))
 
     def _feed(self, inputs: tuple[Tensor, ...]) -> dict[str, np.ndarray]:
         return {name: value.float().numpy() for name, value in zip(self.names, inputs, strict=True)}
@@ -117,26 +122,3 @@ def _quantizers_replaced(replaced: Callable[..., Tensor]) -> Iterator[None]:
         own = ActQuantizer.forward
         patch.setattr(ActQuantizer, "forward", lambda self, x: replaced(self, x, lambda given: own(self, given)))
         yield
-
-
-def _opened(runtime: str) -> Callable[[bytes], Callable[[dict], dict]]:
-    """Return what opens a model in a runtime as a function from named inputs to all named outputs."""
-
-    def onnxruntime(model: bytes) -> Callable[[dict], dict]:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        names = [each.name for each in session.get_outputs()]
-        return lambda feed: dict(zip(names, session.run(None, feed), strict=True))
-
-    def openvino(model: bytes) -> Callable[[dict], dict]:
-        import openvino
-
-        core = openvino.Core()
-        core.set_property("CPU", {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"})
-        compiled = core.compile_model(core.read_model(model), "CPU")
-        return lambda feed: {name: value for key, value in compiled(feed).items() for name in key.get_names()}
-
-    return {"onnxruntime": onnxruntime, "openvino": openvino}[runtime]

@@ -253,6 +253,22 @@ def test_ranges_at_hand_are_refused(config, named, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_more_than_a_file_holds_is_refused_before_tracing(tmp_path, monkeypatch):
+    from qdiff.deploy import onnx_export, onnx_graph
+
+    size = 3 * 6 * 9 + 4 * (6 + 6)  # a byte a weight, four a bias and a step size
+    monkeypatch.setattr(onnx_graph, "trace", None)
+    monkeypatch.setattr(onnx_export, "PROTOBUF_LIMIT", size - 1)
+    with pytest.raises(UserError, match="as ONNX, more than one file holds"):
+        export_onnx(one_layer(), tmp_path / "model.onnx", SHAPE)
+    monkeypatch.undo()
+    monkeypatch.setattr(onnx_export, "PROTOBUF_LIMIT", size)
+    export_onnx(one_layer(), tmp_path / "model.onnx", SHAPE)
+    monkeypatch.setattr(onnx_export, "PROTOBUF_LIMIT", 4 * (3 * 6 * 9 + 6) - 1)
+    with pytest.raises(UserError, match="more than one file holds"):
+        export_onnx(QuantModel(OneLayer(), QuantConfig(weight_bits=None)), tmp_path / "float.onnx", SHAPE)
+
+
 def test_a_network_that_was_not_calibrated_is_refused(tmp_path):
     with pytest.raises(UserError, match="has no range; calibrate"):
         export_onnx(QuantModel(OneLayer(), QuantConfig(8, 8)), tmp_path / "model.onnx", SHAPE)
@@ -286,12 +302,12 @@ def test_files_that_are_none_of_ours(runtime, small, tmp_path):
         with pytest.raises(UserError, match=r"is damaged|is no ONNX model of ours"):
             OnnxNetwork(path, runtime)
     path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-1\)"):
+    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-2\)"):
         OnnxNetwork(path, runtime)
     foreign = onnx.load(str(small[1]))
     del foreign.metadata_props[:]
     onnx.save(foreign, str(path))
-    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-1\)"):
+    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-2\)"):
         OnnxNetwork(path, runtime)
 
 
@@ -308,3 +324,7 @@ def test_a_file_of_other_widths_or_another_network(runtime, small):
             OnnxNetwork(path, runtime, qnn=one_layer(**config))
     with pytest.raises(UserError, match=r"exported from another network; export it anew with this model$"):
         OnnxNetwork(path, runtime, qnn=one_layer(width=7))
+    other = one_layer()
+    other.layers()["layer"].weight_int[0, 0, 0, 0] ^= 1
+    with pytest.raises(UserError, match=r"exported with other weights or ranges; export it anew with this checkpoint$"):
+        OnnxNetwork(path, runtime, qnn=other)

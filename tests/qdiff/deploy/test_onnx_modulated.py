@@ -137,3 +137,20 @@ def test_what_is_called_wrongly_is_said(runtime, exported, tmp_path):
     alone.write_bytes(path.read_bytes())
     with pytest.raises(UserError, match=r"alone\.first\.onnx does not exist; write it with scripts/export\.py$"):
         OnnxNetwork(alone, runtime)
+
+
+def test_an_export_that_fails_between_its_files_can_be_repeated(tmp_path, monkeypatch):
+    """Where model.onnx is, both are: whoever finds it does not export again."""
+    onnx = pytest.importorskip("onnx")
+    save, written = onnx.save, []
+
+    def failing(model, path) -> None:
+        if written:
+            raise OSError("disk full")
+        written.append(path)
+        save(model, path)
+
+    monkeypatch.setattr(onnx, "save", failing)
+    with pytest.raises(OSError, match="disk full"):
+        export_onnx(made(), tmp_path / "model.onnx", SHAPE)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.first.onnx"]
