@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import resource
 from collections.abc import Callable
@@ -21,7 +22,7 @@ class ProcessMemory:
     Attributes:
         before: when the task began.
         after: when the task was done, with what it returned still alive.
-        peak: the most at any time.
+        peak: the most since the task began; on systems that cannot tell since the process began.
     """
 
     before: int
@@ -88,6 +89,8 @@ _kept: Any = None
 
 def _measure(task: Callable[..., Any], args: tuple[Any, ...]) -> ProcessMemory:
     global _kept
+    with contextlib.suppress(OSError):  # the most so far, e.g. while importing, is forgotten where the system can
+        Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     _kept = task(*args)
     return ProcessMemory(before, _resident("VmRSS"), _resident("VmHWM"))

@@ -15,6 +15,7 @@ from qdiff.cli.float_model import FloatModel
 from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
+from qdiff.errors import UserError
 from qdiff.methods import linear, modiff
 from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
@@ -124,13 +125,18 @@ def write_checkpoints(job: Job) -> list[str]:
 
 @torch.no_grad()
 def write_onnx(job: Job, name: str) -> None:
-    """Export the float network (`FLOAT_ONNX`) or the quantized one (`ONNX`)."""
+    """Export the float network (`FLOAT_ONNX`) or the quantized one (`ONNX`); any failure is a `UserError`."""
     from qdiff.deploy.onnx_export import export_onnx
 
     unquantized = QuantConfig(weight_bits=None, act_bits=None)
     qnn = QuantModel(job.float_network(), unquantized) if name == FLOAT_ONNX else job.simulated()
     x, _, *context = job.inputs
-    export_onnx(qnn, job.path(name), tuple(x.shape[1:]), tuple(context[0].shape[1:]) if context else None)
+    try:
+        export_onnx(qnn, job.path(name), tuple(x.shape[1:]), tuple(context[0].shape[1:]) if context else None)
+    except UserError:
+        raise
+    except Exception as error:  # of the exporter: the other variants can be measured all the same
+        raise UserError(f"the export failed ({type(error).__name__}: {str(error).splitlines()[:1]})"[:160]) from None
 
 
 def file_bytes(job: Job, name: str) -> int:

@@ -51,6 +51,17 @@ def test_kept_and_taken():
     assert abs(planted.kept - SIZE) > MEMORY_TOLERANCE
 
 
+def test_what_was_taken_before_does_not_count():
+    try:
+        open("/proc/self/clear_refs", "w").close()
+    except OSError:
+        pytest.skip("this system cannot forget a process's peak")
+    with FreshProcess() as process:
+        process.run(keep, 0, 2 * SIZE)  # as imports do
+        use = process.measured(keep, SIZE // 2, 0)
+    assert abs(use.taken - SIZE // 2) < MEMORY_TOLERANCE
+
+
 def test_errors_of_a_task_come_through_and_the_process_goes_on():
     with FreshProcess() as process:
         with pytest.raises(ZeroDivisionError, match="of the task"):
