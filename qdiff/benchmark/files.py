@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.cli.deploy import wrapped
 from qdiff.cli.float_model import FloatModel
 from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.script import LIKE, load_object
@@ -72,7 +74,7 @@ class Job:
         """Inputs of one call; of a modulated network of three in a trajectory, whose later steps run other weights."""
         return _checked_calls(self.inputs, self.plan.quant)
 
-    @property
+    @functools.cached_property
     def _given(self) -> dict:
         return torch.load(self.folder / "inputs.pt", weights_only=True)
 
@@ -128,8 +130,7 @@ def write_onnx(job: Job, name: str) -> None:
     """Export the float network (`FLOAT_ONNX`) or the quantized one (`ONNX`); any failure is a `UserError`."""
     from qdiff.deploy.onnx_export import export_onnx
 
-    unquantized = QuantConfig(weight_bits=None, act_bits=None)
-    qnn = QuantModel(job.float_network(), unquantized) if name == FLOAT_ONNX else job.simulated()
+    qnn = wrapped(job.float_network()) if name == FLOAT_ONNX else job.simulated()
     x, _, *context = job.inputs
     try:
         export_onnx(qnn, job.path(name), tuple(x.shape[1:]), tuple(context[0].shape[1:]) if context else None)

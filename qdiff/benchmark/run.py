@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import math
 import shlex
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from qdiff.benchmark.machine import describe_machine
 from qdiff.benchmark.table import Row, markdown, write_json
 from qdiff.benchmark.timing import Spread, Turns, alternated
 from qdiff.benchmark.variants import BASE, VARIANTS, chosen_variants, open_variant, prepare, take_turn
+from qdiff.cli.deploy import check_weight_cache
 from qdiff.cli.document import DocumentBlock
 from qdiff.cli.float_model import FloatModel
 from qdiff.cli.ptq import PtqPlan, resolve_ptq
@@ -78,8 +78,7 @@ def _resolved(args: Namespace) -> tuple[FloatModel, PtqPlan]:
         value = getattr(args, option)
         if value is not None and value < least:
             raise UserError(f"--{option} is {value}; give at least {least}")
-    if not 0 <= args.weight_cache < math.inf:
-        raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
+    check_weight_cache(args)
     if args.random:
         _imply_random(args)
     args.threads = args.threads or torch.get_num_threads()
@@ -92,8 +91,7 @@ def _resolved(args: Namespace) -> tuple[FloatModel, PtqPlan]:
         is_pickle(Path(plan.checkpoint))  # it is there and can be read
     if plan.quant.modulate and args.measure != SAMPLING:
         raise UserError("--modulate is about changes from step to step, which one call has not; add --measure sampling")
-    if plan.quant.modulate and model.calls < 2:
-        raise UserError("--modulate is about changes from step to step, and this sampler has one; give it more")
+    model.check_modulation(plan.quant)
     if args.random and model.conditional and args.measure == SAMPLING:
         raise UserError(
             f"--like {args.like} samples with conditions, which need an encoder's file; leave out --random and give "

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from qdiff.benchmark.files import FLOAT, FLOAT_ONNX, NATIVE, ONNX, Job
 from qdiff.checkpoint import load_packed
-from qdiff.cli.float_model import FloatModel, Network
+from qdiff.cli.float_model import FloatModel, Network, trajectory_of
+from qdiff.cli.parser import chosen_runtimes
 from qdiff.errors import UserError
 
 BASE = "float"
@@ -106,13 +107,7 @@ def chosen_variants(text: str | None) -> list[str]:
     Raises:
         UserError: a name that is none.
     """
-    if text is None:
-        return list(VARIANTS)
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in VARIANTS:
-            raise UserError(f"--runtimes has no {name!r}; choose from {', '.join(VARIANTS)}")
-    return list(dict.fromkeys(names))
+    return list(VARIANTS) if text is None else chosen_runtimes(text, VARIANTS)
 
 
 class Opened:
@@ -140,13 +135,9 @@ class Opened:
         if self._model is None:
             self._counted(*self._inputs)
         else:
-            with _trajectory(self._network):
+            with trajectory_of(self._network):
                 self._model.trajectory(self._counted, range(self._batch))
         return clock() - started, self._calls
-
-
-def _trajectory(network: Network) -> contextlib.AbstractContextManager:
-    return network.trajectory() if hasattr(network, "trajectory") else contextlib.nullcontext()
 
 
 def _check(network: Network, job: Job, name: str) -> None:
@@ -154,7 +145,7 @@ def _check(network: Network, job: Job, name: str) -> None:
     expected, limit = job.outputs(reference), FLOAT_ERROR
     if reference == NATIVE:
         limit = max(QUANTIZED_ERROR, 0.5 * _largest_error(job.outputs(FLOAT), expected))
-    with _trajectory(network):
+    with trajectory_of(network):
         error = _largest_error([network(*given) for given in job.checked_calls], expected)
     if not error < limit:
         other = "float" if reference == FLOAT else "the simulation"

@@ -19,7 +19,7 @@ from qdiff.accounting import account
 from qdiff.calibration.samples import network_calls, save_recording, select_samples
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.cli.deploy import check_runtime, onnx_network, pack, wrapped
-from qdiff.cli.float_model import FloatModel
+from qdiff.cli.float_model import FloatModel, trajectory_of
 from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.ptq import resolve_ptq
 from qdiff.cli.quantize import Quantization, measure_noise_error, measure_trajectory_error
@@ -61,8 +61,8 @@ class SampleCommand:
         self.model, self.args = model, model.args
         values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
         self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, {**values, **model.eda_dm})
-        if self.plan is not None and self.plan.quant.modulate and model.calls < 2:
-            raise UserError("--modulate is about changes from step to step, and this sampler has one; give it more")
+        if self.plan is not None:
+            model.check_modulation(self.plan.quant)
         records_steps = self.plan is not None and self.plan.draw is None
         if records_steps and self.plan.data is None and self.plan.action != "load":
             model.recorded_calls(self.plan.steps, self.plan.changes is not None)  # checks --cali_st
@@ -156,12 +156,12 @@ class SampleCommand:
         started = time.perf_counter()
 
         def images(rows: Sequence[int]) -> Tensor:
-            with _trajectory(denoiser):
+            with trajectory_of(denoiser):
                 return model.to_images(model.trajectory(denoiser, rows))
 
         with contextlib.nullcontext() if qnn is None else qnn.quantized():
             if getattr(self.args, "sequence", False) and processes.is_first:
-                with _trajectory(denoiser):
+                with trajectory_of(denoiser):
                     self._write_sequence(run, denoiser)
             made = sample_pending(run, images, model.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
@@ -261,8 +261,3 @@ class SampleCommand:
             keep_images=not getattr(args, "skip_save", False),
         )
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)
-
-
-def _trajectory(network: Any) -> contextlib.AbstractContextManager:
-    """What a batch is sampled in: networks that may modulate know it."""
-    return network.trajectory() if hasattr(network, "trajectory") else contextlib.nullcontext()

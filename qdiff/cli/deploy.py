@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 from argparse import Namespace
@@ -33,11 +32,16 @@ def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
         raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
     if args.weight_cache and args.runtime != "torch":
         raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
-    if not 0 <= args.weight_cache < math.inf:
-        raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
+    check_weight_cache(args)
     check_can_run(args.runtime, quant)
     if args.onnx is not None and not Path(args.onnx).is_file():
         raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
+
+
+def check_weight_cache(args: Namespace) -> None:
+    """Raise a `UserError` where ``--weight_cache`` is no size."""
+    if not 0 <= args.weight_cache < math.inf:
+        raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
 
 
 def check_can_run(runtime: str, quant: QuantConfig | None) -> None:
@@ -48,13 +52,10 @@ def check_can_run(runtime: str, quant: QuantConfig | None) -> None:
         check_integer_products(quant)
     if runtime not in ONNX_RUNTIMES:
         return
-    from qdiff.deploy.onnx_export import check_exportable, import_onnx
+    from qdiff.deploy.onnx_export import check_exportable, import_extra, import_onnx
 
     import_onnx()
-    try:
-        importlib.import_module(runtime)
-    except ImportError:
-        raise UserError(f"{runtime} is not installed; pip install '.[deploy]'") from None
+    import_extra(runtime)
     if quant is not None:
         check_exportable(quant)
 

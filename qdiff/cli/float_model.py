@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from qdiff.calibration.allocation import Allocation, tdac
 from qdiff.calibration.collect import OnCall, assign, record_assigned, record_calls, record_features
 from qdiff.calibration.draws import Draw, Schedule
 from qdiff.calibration.schedules import evenly_spaced, normal_counts, uniform_counts
-from qdiff.config import RangeMethod
+from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork, family_of
 
@@ -25,6 +26,11 @@ LOOKED_AT = 64
 
 Network = Callable[..., Tensor]
 OnStep = Callable[[int, float, Tensor, Tensor], None]
+
+
+def trajectory_of(network: Network) -> contextlib.AbstractContextManager:
+    """What a batch is sampled in: networks that may modulate know it."""
+    return network.trajectory() if hasattr(network, "trajectory") else contextlib.nullcontext()
 
 
 class FloatModel:
@@ -77,6 +83,11 @@ class FloatModel:
     def calls(self) -> int:
         """How often one image's sampling calls the network."""
         raise NotImplementedError
+
+    def check_modulation(self, quant: QuantConfig) -> None:
+        """Raise a `UserError` where a network that modulates would be sampled in one step."""
+        if quant.modulate and self.calls < 2:
+            raise UserError("--modulate is about changes from step to step, and this sampler has one; give it more")
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qdiff.checkpoint import load_checkpoint
 from qdiff.cli.deploy import check_can_run
 from qdiff.cli.float_model import FloatModel, Network
-from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES
+from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES, chosen_runtimes
 from qdiff.cli.ptq import PtqPlan, resolve_ptq
 from qdiff.cli.runtime import choose_device
 from qdiff.errors import UserError
@@ -87,9 +87,7 @@ def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dic
         raise UserError(f"--images is {args.images}; give at least 1")
     chosen, skipped = list(RUNTIMES), {}
     if args.runtimes is not None:
-        chosen = list(dict.fromkeys(name.strip() for name in args.runtimes.split(",")))
-        if wrong := [name for name in chosen if name not in RUNTIMES]:
-            raise UserError(f"--runtimes has no {wrong[0]!r}; choose from {', '.join(RUNTIMES)}")
+        chosen = chosen_runtimes(args.runtimes, RUNTIMES)
     for name in chosen:
         try:
             check_can_run(name, plan.quant)

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Collection
 from typing import NoReturn
 
 from qdiff.errors import UserError
 
 SIMULATED, TORCH_RUNTIMES, ONNX_RUNTIMES = "simulated", ("torch", "torch-int8"), ("onnxruntime", "openvino")
+
+
+def chosen_runtimes(text: str, known: Collection[str]) -> list[str]:
+    """Return what ``--runtimes`` names, separated by commas, each once.
+
+    Raises:
+        UserError: a name that is none of the ``known`` ones.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--runtimes has no {name!r}; choose from {', '.join(known)}")
+    return names
 
 
 class Parser(argparse.ArgumentParser):

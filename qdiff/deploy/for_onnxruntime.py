@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _as_matrix_product(graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> None:
-    output, (integers, zero_points) = product.output[0], weight.shifted
+    output, (integers, zero_points) = product.output[0], weight.shifted()
     is_conv = product.op_type == "Conv"
     operand = _windows(graph, product, given, weight) if is_conv else product.input[0]
     if operand is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdiff.deploy.onnx_rewriting import MIDDLE, Rewriting, Weight, dequantized, of_integers
+from qdiff.deploy.onnx_rewriting import Rewriting, Weight, dequantized, of_integers
 
 if TYPE_CHECKING:
     import onnx
@@ -18,8 +18,7 @@ NO_BIAS = 1e-30  # vanishes in every sum, and is not 0, which would be taken out
 
 
 def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> None:
-    output = product.output[0]
-    integers = weight.shifted[0]
+    output, (integers, zero_points) = product.output[0], weight.shifted()
 
     def operand(name: str, values: np.ndarray, scale: str) -> str:
         zero = np.zeros(len(values), np.int8)
@@ -31,7 +30,7 @@ def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.
     graph.nodes.append(product)
     if product.op_type == "Conv" and not (len(product.input) > 2 and graph.array(product.input[2]).any()):
         _add_bias(graph, product, len(integers))
-    if weight.centred is not None:
+    if not zero_points.any():
         return
     # One more output channel, of ones, whose kernel sums windows in integers too.
     ones, one = np.ones_like(integers[:1]), graph.constant("qdiff.one", np.ones(1, np.float32))
@@ -41,8 +40,8 @@ def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.
     window.output[0] = f"{output}.window.sum"
     product.output[0] = f"{output}.product"
     shape = (-1,) if product.op_type != "Conv" else (-1, *[1] * (integers.ndim - 2))
-    shift = graph.array(weight.scale) * (MIDDLE - weight.zero_points)
-    missing = graph.constant(f"{output}.shift", shift.astype(np.float32).reshape(shape))
+    shift = graph.array(weight.scale) * -zero_points.astype(np.float32)
+    missing = graph.constant(f"{output}.shift", shift.reshape(shape))
     graph.nodes.append(window)
     graph.node("Mul", [window.output[0], missing], f"{output}.missing")
     graph.node("Add", [product.output[0], f"{output}.missing"], output)

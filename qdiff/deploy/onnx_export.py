@@ -11,6 +11,7 @@ and gives it.
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,16 @@ def metadata_of(qnn: QuantModel, notes: dict[str, Any]) -> dict[str, str]:
     return dict(zip(METADATA, values, strict=True))
 
 
-def import_onnx() -> Any:
-    """Import onnx, or say how to get it."""
+def import_extra(name: str) -> Any:
+    """Import a package of the ``deploy`` extra, or say how to get it."""
     try:
-        import onnx
-        import onnxscript  # noqa: F401
+        return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install '.[deploy]'") from None
+        raise UserError(f"{error.name or name} is not installed; pip install '.[deploy]'") from None
+
+
+def import_onnx() -> Any:
+    """Import onnx and what writes it, or say how to get them."""
+    onnx = import_extra("onnx")
+    import_extra("onnxscript")
     return onnx

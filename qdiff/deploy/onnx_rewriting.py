@@ -35,25 +35,12 @@ class Weight:
     scale: str
     transposed: bool
 
-    @property
-    def centred(self) -> np.ndarray | None:
-        """int8 q − z; None where that does not fit."""
-        return _int8(self.integers - self._along_channels(self.zero_points))
-
-    @property
     def shifted(self) -> tuple[np.ndarray, np.ndarray]:
-        """int8 q and z, both less the same number, which is 0 for z where it can be."""
-        if self.centred is not None:
-            return self.centred, np.zeros(len(self.zero_points), np.int8)
+        """Return int8 q and z, each channel's less the same number: q − z and 0 where all of them fit."""
+        centred = self.integers - self.zero_points.reshape(-1, *[1] * (self.integers.ndim - 1))
+        if centred.min() >= -MIDDLE and centred.max() < MIDDLE:
+            return centred.astype(np.int8), np.zeros(len(self.zero_points), np.int8)
         return (self.integers - MIDDLE).astype(np.int8), (self.zero_points - MIDDLE).astype(np.int8)
-
-    def _along_channels(self, values: np.ndarray) -> np.ndarray:
-        return values.reshape(-1, *[1] * (self.integers.ndim - 1))
-
-
-def _int8(values: np.ndarray) -> np.ndarray | None:
-    fits = values.min() >= -MIDDLE and values.max() < MIDDLE
-    return values.astype(np.int8) if fits else None
 
 
 class Rewriting:

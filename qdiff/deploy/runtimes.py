@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from qdiff.config import QuantConfig
 from qdiff.deploy.exactness import check_exact
-from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_onnx
+from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_extra, import_onnx, metadata_of
 from qdiff.deploy.onnx_graph import INPUTS, STATE
 from qdiff.deploy.onnx_lowering import lower
 from qdiff.errors import UserError
-from qdiff.native_format import content_hash, layout
 from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:
@@ -44,8 +43,9 @@ class OnnxNetwork:
         self, path: str | Path, runtime: str, threads: int | None = None, qnn: QuantModel | None = None
     ) -> None:
         path, threads = Path(path), threads or torch.get_num_threads()
-        self._graph = _Graph(path, runtime, threads, qnn)
-        self._first = _Graph(first_step_path(path), runtime, threads, qnn) if self._graph.states else None
+        expected = None if qnn is None else metadata_of(qnn, {})
+        self._graph = _Graph(path, runtime, threads, expected)
+        self._first = _Graph(first_step_path(path), runtime, threads, expected) if self._graph.states else None
         self._state: dict[str, np.ndarray] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
@@ -81,10 +81,10 @@ class OnnxNetwork:
 class _Graph:
     """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
 
-    def __init__(self, path: Path, runtime: str, threads: int, qnn: QuantModel | None) -> None:
+    def __init__(self, path: Path, runtime: str, threads: int, expected: dict[str, str] | None) -> None:
         model = read_model(path)
-        if qnn is not None:
-            _check_same(path, model, qnn)
+        if expected is not None:
+            _check_same(path, properties(model), expected)
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             check_exact(runtime, RUNTIMES[runtime])
         lower(model, runtime)
@@ -115,23 +115,22 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _check_same(path: Path, model: onnx.ModelProto, qnn: QuantModel) -> None:
-    """Raise a `UserError` where a file was exported with other widths or from another network."""
-    found, config = properties(model), qnn.config
-    there = QuantConfig.from_dict(json.loads(found[METADATA[1]]))
-    if there != config:
-        pairs = ((name, there.to_dict().get(name), config.to_dict().get(name)) for name in config.to_dict())
-        name, theirs, ours = next(((n, a, b) for n, a, b in pairs if a != b), ("config", there, config))
+def _check_same(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    """Raise a `UserError` where a file's metadata are not those of a network: other widths, or other values."""
+    _, config, layout, content, _ = METADATA
+    there, here = (QuantConfig.from_dict(json.loads(metadata[config])) for metadata in (found, expected))
+    if there != here:
+        pairs = ((name, there.to_dict().get(name), here.to_dict().get(name)) for name in here.to_dict())
+        name, theirs, ours = next(((n, a, b) for n, a, b in pairs if a != b), ("config", there, here))
         raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
-    if found[METADATA[2]] != layout(qnn):
+    if found[layout] != expected[layout]:
         raise UserError(f"{path} was exported from another network; export it anew with this model")
-    if found[METADATA[3]] != content_hash(qnn):
+    if found[content] != expected[content]:
         raise UserError(f"{path} was exported with other weights or ranges; export it anew with this checkpoint")
 
 
 def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
-    import onnxruntime
-
+    onnxruntime = import_extra("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     # Without VNNI, its fastest kernels add pairs of products in 16 bits and saturate there.
@@ -148,8 +147,7 @@ def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
 
 
 def _openvino(model: onnx.ModelProto, threads: int) -> Run:
-    import openvino
-
+    openvino = import_extra("openvino")
     core = openvino.Core()
     # Elsewhere it may choose bfloat16 for what is not quantized, or quantize it by ranges of its own.
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
@@ -160,14 +158,4 @@ def _openvino(model: onnx.ModelProto, threads: int) -> Run:
     return lambda feed: [value.copy() for value in compiled([feed[name] for name in names]).values()]
 
 
-def _checked(name: str, open_runtime: Callable[[Any, int], Run]) -> Callable[[Any, int], Run]:
-    def opened(model: Any, threads: int) -> Run:
-        try:
-            return open_runtime(model, threads)
-        except ImportError:
-            raise UserError(f"{name} is not installed; pip install '.[deploy]'") from None
-
-    return opened
-
-
-RUNTIMES = {name: _checked(name, f) for name, f in (("onnxruntime", _onnxruntime), ("openvino", _openvino))}
+RUNTIMES = {"onnxruntime": _onnxruntime, "openvino": _openvino}
