@@ -59,7 +59,7 @@ def watching():
     watched, names, inside = Watched(), {}, False
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "HELD_OUT_IMAGES", 2)
-        trajectory, forward = command._trajectory, QuantModel.forward
+        trajectory, forward = command.trajectory_of, QuantModel.forward
         layer_forward = QuantModule.forward
 
         @contextlib.contextmanager
@@ -99,7 +99,7 @@ def watching():
 
             return quantizer
 
-        patch.setattr(command, "_trajectory", batch)
+        patch.setattr(command, "trajectory_of", batch)
         patch.setattr(QuantModel, "forward", network)
         patch.setattr(QuantModule, "forward", layer)
         for kind in (ActQuantizer, DynamicActQuantizer):
