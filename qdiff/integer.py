@@ -73,6 +73,11 @@ def check_integer_products(config: QuantConfig) -> None:
     """Raise a `UserError` where the products of a network cannot be integer ones."""
     if config.act_bits is None:
         raise UserError("integer products are of quantized activations, which have no width; add --quant_act")
+    check_one_scale(config)
+
+
+def check_one_scale(config: QuantConfig) -> None:
+    """Raise a `UserError` where a sum over channels could not be scaled at once."""
     if config.act_dynamic and config.act_scale_per is ScalePer.CHANNEL:
         raise UserError(
             "one range a channel has no place in integer products: a sum over channels is scaled once; give "

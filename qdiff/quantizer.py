@@ -65,18 +65,20 @@ class ActQuantizer(Quantizer):
             self.observer.update(x)
             return x
         self.fired += 1
-        if torch.is_grad_enabled() and (self.delta.requires_grad or x.requires_grad):
-            y = fake_quantize(x, self.delta, self.zero_point, self.bits)
+        delta, zero_point = self.range_of(x)
+        if torch.is_grad_enabled() and (delta.requires_grad or x.requires_grad):
+            y = fake_quantize(x, delta, zero_point, self.bits)
             return y if self.dropping is None else self.dropping(y, x)
-        return fake_quantize_inference(x, self.delta, self.zero_point, self.bits)
+        return fake_quantize_inference(x, delta, zero_point, self.bits)
 
     def levels(self, x: Tensor) -> Levels:
         """Return the integers of which `forward` returns the values; without gradients, and nothing is watched."""
         self.fired += 1
-        delta, zero_point = self._range(x)
+        delta, zero_point = self.range_of(x)
         return Levels(quantize(x, delta, zero_point, self.bits), delta, zero_point, self.bits)
 
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the δ and z by which a tensor is quantized; they broadcast against it."""
         return self.delta, self.zero_point
 
     def settle(self) -> None:
@@ -100,19 +102,16 @@ class DynamicActQuantizer(ActQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.fired += 1
-        return fake_quantize_inference(x, *self._range(x), self.bits)
+        return fake_quantize_inference(x, *self.range_of(x), self.bits)
 
-    def _range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = torch.aminmax(x) if self.scale_per is ScalePer.TENSOR else self._extremes(x)
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept = {ScalePer.TENSOR: None, ScalePer.SAMPLE: 0, ScalePer.CHANNEL: self.channel_dim % x.dim()}[self.scale_per]
+        over = [d for d in range(x.dim()) if d != kept]
+        low, high = x.amin(over, keepdim=kept is not None), x.amax(over, keepdim=kept is not None)
         if self.scale_per is ScalePer.TENSOR:
             low, high = low.double(), high.double()  # as published, where one range is a pair of Python's numbers
         delta, zero_point = qparams(low, high, self.bits, self.symmetric, self.unsigned)
         return delta.to(x.dtype), zero_point
-
-    def _extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        kept = 0 if self.scale_per is ScalePer.SAMPLE else self.channel_dim % x.dim()
-        over = [d for d in range(x.dim()) if d != kept]
-        return x.amin(over, keepdim=True), x.amax(over, keepdim=True)
 
 
 def calibrated_act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:

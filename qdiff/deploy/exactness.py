@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 TERMS, CHANNELS, LARGEST = 64, 16, 255
 EXACT = 1e-5
 
+Open = Callable[[Any, int], Callable[[dict], list[np.ndarray]]]
 
-def check_exact(runtime: str, open_runtime: Callable[[Any, int], Callable[[dict], list[np.ndarray]]]) -> None:
+
+def check_exact(runtime: str, open_runtime: Open) -> None:
     """Raise a `UserError` where a runtime's integer products saturate here.
 
     Args:
         open_runtime: opens a lowered model with a number of threads.
     """
-    if not _is_exact(runtime, open_runtime):
+    if not is_exact(runtime, open_runtime):
         raise UserError(
             f"the integer products of {runtime} saturate on this CPU, which has no VNNI; give --runtime torch-int8 or "
             "simulated"
@@ -36,7 +38,8 @@ def check_exact(runtime: str, open_runtime: Callable[[Any, int], Callable[[dict]
 
 
 @functools.cache
-def _is_exact(runtime: str, open_runtime: Callable[[Any, int], Callable[[dict], list[np.ndarray]]]) -> bool:
+def is_exact(runtime: str, open_runtime: Open) -> bool:
+    """Whether the products of the largest integers come out right; see `check_exact`."""
     model = _extremes()
     lower(model, runtime)
     feed = {"x": np.full((1, TERMS, 2, 2), LARGEST, np.float32), "y": np.full((1, 2, TERMS), LARGEST, np.float32)}

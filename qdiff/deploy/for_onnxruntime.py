@@ -11,31 +11,34 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdiff.deploy.onnx_rewriting import Rewriting, Weight, dequantized, of_integers
+from qdiff.deploy.onnx_rewriting import Rewriting, Weight, of_integers
 
 if TYPE_CHECKING:
     import onnx
+
+OWN = "com.microsoft"  # the domain of the runtime's own operations
 
 
 def _as_matrix_product(graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> None:
     output, (integers, zero_points) = product.output[0], weight.shifted()
     is_conv = product.op_type == "Conv"
-    operand = _windows(graph, product, given, weight) if is_conv else product.input[0]
-    if operand is None:
+    operand, scale, zero_point = given.input
+    windows = _windows(graph, product, operand, zero_point, weight) if is_conv else operand
+    if windows is None:
         graph.nodes.append(product)
         return
     rows = np.moveaxis(integers, (0, 1), (-1, -2)).reshape(-1, len(integers))
-    steps = [("MatMul", [dequantized(graph, output, rows, zero_points, weight.scale, axis=1)], {})]
-    if bias := product.input[2:]:
-        steps.append(("Add", list(bias), {}))
+    # Without zero points it need not sum the rows of its first operand. An input without a name is one left out.
+    zeros = graph.constant(f"{output}.zeros", zero_points) if zero_points.any() else ""
+    operands = [windows, graph.constant(f"{output}.rows", rows), scale, weight.scale, zero_point, zeros]
+    made = f"{output}.product" if is_conv else output
+    graph.node("MatMulIntegerToFloat", [*operands, *product.input[2:]], made, domain=OWN)
     if is_conv:
         rank = integers.ndim
-        steps.append(("Transpose", [], {"perm": [0, rank - 1, *range(1, rank - 1)]}))
-    for left, (op, others, attributes) in zip(reversed(range(len(steps))), steps, strict=True):
-        operand = graph.node(op, [operand, *others], f"{output}.{left}" if left else output, **attributes)
+        graph.node("Transpose", [made], output, perm=[0, rank - 1, *range(1, rank - 1)])
 
 
-def _windows(graph: Rewriting, conv: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> str | None:
+def _windows(graph: Rewriting, conv: onnx.NodeProto, integers: str, zero_point: str, weight: Weight) -> str | None:
     """Append what gathers a convolution's windows as integers, [N, …, K·I]; None for what no network here has."""
     from onnx import helper
 
@@ -46,7 +49,6 @@ def _windows(graph: Rewriting, conv: onnx.NodeProto, given: onnx.NodeProto, weig
     plain = attributes.get("auto_pad", b"NOTSET") == b"NOTSET" and attributes.get("group", 1) == 1
     if size is None or not plain or any(d != 1 for d in attributes.get("dilations", [])):
         return None
-    integers, scale, zero_point = given.input
     name = f"{integers}.windows.{_text(*kernel, *strides, *pads)}"  # products of one input share them
     gathered = graph.node("Transpose", [integers], f"{integers}.last", perm=[0, *range(2, rank + 2), 1])
     if any(pads):
@@ -61,8 +63,8 @@ def _windows(graph: Rewriting, conv: onnx.NodeProto, given: onnx.NodeProto, weig
         where = graph.constant(f"qdiff.places.{_text(*size, *kernel, *strides)}", places)
         gathered = graph.node("Reshape", [gathered, flat], f"{name}.flat")
         gathered = graph.node("Gather", [gathered, where], f"{name}.gathered", axis=1)
-        gathered = graph.node("Reshape", [gathered, unfolded], f"{name}.unfolded")
-    return graph.node("DequantizeLinear", [gathered, scale, zero_point], name)
+        gathered = graph.node("Reshape", [gathered, unfolded], name)
+    return gathered
 
 
 def _places(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, list[int]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdiff.deploy.onnx_rewriting import Rewriting, Weight, dequantized, of_integers
+from qdiff.deploy.onnx_rewriting import Rewriting, Weight, of_integers
 
 if TYPE_CHECKING:
     import onnx
@@ -21,8 +21,9 @@ def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.
     output, (integers, zero_points) = product.output[0], weight.shifted()
 
     def operand(name: str, values: np.ndarray, scale: str) -> str:
-        zero = np.zeros(len(values), np.int8)
-        made = dequantized(graph, name, values, zero, scale, axis=0)
+        zeros = graph.constant(f"{name}.zero", np.zeros(len(values), np.int8))
+        operands = [graph.constant(f"{name}.integers", values), scale, zeros]
+        made = graph.node("DequantizeLinear", operands, f"{name}.weight", axis=0)
         # Behind the node, as the file has it: OpenVINO takes integers with the output channels first.
         return graph.node("Transpose", [made], f"{name}.transposed", perm=[1, 0]) if weight.transposed else made
 

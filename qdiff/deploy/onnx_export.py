@@ -19,6 +19,7 @@ from typing import Any
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import written_whole
+from qdiff.integer import check_one_scale
 from qdiff.native_format import FLOAT_BYTES, content_hash, layout
 from qdiff.quant_model import QuantModel
 
@@ -49,8 +50,8 @@ def export_onnx(
         notes: anything JSON can hold, kept in the metadata.
 
     Raises:
-        UserError: a quantizer was never set; ranges are dynamic, which has no ONNX form here; or the ``deploy`` extra
-            is missing.
+        UserError: a quantizer was never set; what is asked for has no ONNX form here (`check_exportable`); or the
+            ``deploy`` extra is missing.
     """
     onnx = import_onnx()
     from qdiff.deploy.onnx_graph import trace
@@ -88,10 +89,9 @@ def _check_size(qnn: QuantModel) -> None:
 
 def check_exportable(config: QuantConfig) -> None:
     """Raise a `UserError` where a network has no ONNX form here."""
-    if config.act_dynamic or config.rest_bits is not None or config.ablation is not None:
-        option = "--rest_abit" if config.rest_bits else "--modulate_ablation"
-        option = "--quant_mode dynamic" if config.act_dynamic else option
-        raise UserError(f"{option} cannot be written as ONNX, which needs calibrated ranges; leave it out")
+    check_one_scale(config)
+    if config.ablation is not None:
+        raise UserError("--modulate_ablation cannot be written as ONNX; leave it out, or leave --runtime out")
 
 
 def metadata_of(qnn: QuantModel, notes: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.deploy.onnx_leaves import OPSET, OnnxAttention, OnnxLayer
+from qdiff.deploy.onnx_leaves import OnnxAttention, OnnxLayer
+from qdiff.deploy.onnx_ranges import OPSET
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel

@@ -10,41 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.functional import fake_quantize_inference, max_level
+from qdiff.deploy.onnx_ranges import Quantized, onnx_node, onnx_range
+from qdiff.functional import dequantize
+from qdiff.integer import Geometry
 from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
-from qdiff.quantizer import ActQuantizer
-
-OPSET = 21
-BYTE = 8  # the widest integers that QuantizeLinear's kernels take
-
-
-def _node(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, **attributes: int) -> Tensor:
-    """One ONNX node whose output has the shape of its first input."""
-    return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=OPSET)
-
-
-class OnnxRange(nn.Module):
-    """Quantizes and dequantizes an activation, by the range of a calibrated quantizer."""
-
-    def __init__(self, quantizer: ActQuantizer) -> None:
-        super().__init__()
-        self.bits = quantizer.bits
-        self.register_buffer("scale", quantizer.delta.detach().reshape(()).clone())
-        zero_point = quantizer.zero_point.reshape(())
-        self.low = float(-zero_point * self.scale)
-        self.high = float((max_level(self.bits) - zero_point) * self.scale)
-        # Wider than a byte, no kernel takes it: it stays arithmetic on float values.
-        self.register_buffer("zero_point", zero_point.to(torch.uint8 if self.bits <= BYTE else torch.int32))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bits > BYTE:
-            return fake_quantize_inference(x, self.scale, self.zero_point, self.bits)
-        if self.bits < BYTE:  # the node saturates at 255
-            x = x.clamp(self.low, self.high)
-        quantized = _node("QuantizeLinear", (x, self.scale, self.zero_point), torch.uint8)
-        return _node("DequantizeLinear", (quantized, self.scale, self.zero_point), torch.float32)
+from qdiff.quantizer import DynamicActQuantizer
 
 
 class _WeightSlice(nn.Module):
@@ -55,9 +27,12 @@ class _WeightSlice(nn.Module):
         self.register_buffer("integers", integers.to(torch.uint8))
         self.register_buffer("scale", delta.detach().reshape(-1).clone())
         self.register_buffer("zero_point", zero_point.reshape(-1).to(torch.uint8))
+        # Of every tap of a kernel, what an input of ones gives: [O], or [O, kernel…].
+        sums = dequantize(integers, delta.detach().double(), zero_point).sum(dim=1)
+        self.register_buffer("tap_sums", sums.float())
 
     def forward(self) -> Tensor:
-        return _node("DequantizeLinear", (self.integers, self.scale, self.zero_point), torch.float32, axis=0)
+        return onnx_node("DequantizeLinear", (self.integers, self.scale, self.zero_point), torch.float32, axis=0)
 
 
 class OnnxLayer(nn.Module):
@@ -71,10 +46,16 @@ class OnnxLayer(nn.Module):
         super().__init__()
         self.memory = LayerMemory(name) if layer.modulates else None
         self.operation, self.sizes, self.channel_dim = layer._operation, layer.slices, layer._channel_dim
-        self.bias = layer.bias
-        self.ranges = nn.ModuleList(OnnxRange(q) for q in layer.act_quantizers)
+        self.bias, self.geometry = layer.bias, layer.geometry
+        if any(isinstance(q, DynamicActQuantizer) for q in (*layer.act_quantizers, *layer.first_quantizers)):
+            layer.assert_multiplies_integers(name)
+        quantizes_weight = len(layer.weight_quantizers) > 0
+        self.ranges, self.first_ranges = (
+            nn.ModuleList(onnx_range(q, in_bytes=quantizes_weight) for q in quantizers)
+            for quantizers in (layer.act_quantizers, layer.first_quantizers)
+        )
         self.slices = nn.ModuleList()
-        if len(layer.weight_quantizers) > 0:
+        if quantizes_weight:
             parts = layer.integers().split(layer.slices, dim=1)
             for part, q in zip(parts, layer.weight_quantizers, strict=True):
                 self.slices.append(_WeightSlice(part, q.delta, q.zero_point))
@@ -83,27 +64,54 @@ class OnnxLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.memory is None:
-            return self._product(self._quantized(x), self.bias)
-        if self.memory.is_empty:  # the first step, in float
-            return self.memory.begin(x, self._product(self._parts(x), self.bias))
-        changes = self._quantized(self.memory.difference(x))
-        return self.memory.advance(x, torch.cat(changes, dim=self.channel_dim), self._product(changes, None))
+            return self._product(self._quantized(x, self.ranges), self.bias)
+        if self.memory.is_empty:  # the first step, which has no change
+            first = self._quantized(x, self.first_ranges)
+            return self.memory.begin(self._values(first), self._product(first, self.bias))
+        changes = self._quantized(self.memory.difference(x), self.ranges)
+        return self.memory.advance(x, self._values(changes), self._product(changes, None))
 
-    def _parts(self, x: Tensor) -> list[Tensor]:
-        return [x] if len(self.sizes) == 1 else list(x.split(self.sizes, dim=self.channel_dim))
+    def _quantized(self, x: Tensor, ranges: nn.ModuleList) -> list[Quantized]:
+        parts = [x] if len(self.sizes) == 1 else list(x.split(self.sizes, dim=self.channel_dim))
+        if len(ranges) == 0:
+            return [Quantized(part) for part in parts]
+        return [quantize(part) for quantize, part in zip(ranges, parts, strict=True)]
 
-    def _quantized(self, x: Tensor) -> list[Tensor]:
-        parts = self._parts(x)
-        return [q(part) for q, part in zip(self.ranges, parts, strict=True)] if len(self.ranges) > 0 else parts
+    def _values(self, parts: list[Quantized]) -> Tensor:
+        values = [part.values() for part in parts]
+        return values[0] if len(values) == 1 else torch.cat(values, dim=self.channel_dim)
 
-    def _product(self, parts: list[Tensor], bias: Tensor | None) -> Tensor:
+    def _product(self, parts: list[Quantized], bias: Tensor | None) -> Tensor:
         if len(self.slices) == 0:
-            return self.operation(torch.cat(parts, dim=self.channel_dim), self.weight, bias)
-        total = None
+            return self.operation(self._values(parts), self.weight, bias)
+        # A product that is scaled afterwards takes its bias after that.
+        late = bias if parts[0].scale is not None else None
+        early, total = None if late is not None else bias, None
         for part, weight in zip(parts, self.slices, strict=True):
-            product = self.operation(part, weight(), bias)
-            total, bias = product if total is None else total + product, None  # the bias counts once
-        return total
+            product = self.operation(part.operand, weight(), early)
+            if part.shift is not None:
+                product = product + part.shift * self._of_ones(weight, part.operand.shape)
+            if part.scale is not None:
+                product = product * part.scale
+            total, early = product if total is None else total + product, None  # the bias counts once
+        if late is None:
+            return total
+        return total + (late if self.geometry is None else late.view(-1, *[1] * len(self.geometry.stride)))
+
+    def _of_ones(self, weight: _WeightSlice, shape: torch.Size) -> Tensor:
+        """Return the product of the weight and ones, [O] or [O, …]: at the borders fewer taps lie inside."""
+        sums = weight.tap_sums
+        if self.geometry is not None:
+            for dim, size in enumerate(shape[2:]):
+                sums = sums.movedim(1, -1) @ _inside(size, weight.integers.shape[2 + dim], self.geometry, dim)
+        return sums
+
+
+def _inside(size: int, kernel: int, geometry: Geometry, dim: int) -> Tensor:
+    """Return which taps of a kernel lie inside an input, [kernel, output positions], 0 or 1."""
+    stride, padding, dilation = geometry.stride[dim], geometry.padding[dim], geometry.dilation[dim]
+    first = range(-padding, size + padding - dilation * (kernel - 1), stride)
+    return torch.tensor([[float(0 <= at + tap * dilation < size) for at in first] for tap in range(kernel)])
 
 
 class OnnxAttention(nn.Module):
@@ -115,13 +123,15 @@ class OnnxAttention(nn.Module):
         self.quantizes = hasattr(attention, "act_quantizer_q")
         if self.quantizes:
             for operand in "qkvw":
-                setattr(self, operand, OnnxRange(getattr(attention, f"act_quantizer_{operand}")))
+                # Of two operands with a scale at hand: no kernel is worth their corrections.
+                quantizer = getattr(attention, f"act_quantizer_{operand}")
+                setattr(self, operand, onnx_range(quantizer, in_bytes=False))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = q.shape[-1] ** -0.5
         if self.prescale:
             q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
         if self.quantizes:
-            q, k, v = self.q(q), self.k(k), self.v(v)
+            q, k, v = self.q(q).values(), self.k(k).values(), self.v(v).values()
         weights = F.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
-        return (self.w(weights) if self.quantizes else weights) @ v
+        return (self.w(weights).values() if self.quantizes else weights) @ v

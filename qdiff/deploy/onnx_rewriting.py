@@ -47,7 +47,7 @@ class Rewriting:
     """A graph whose nodes are gone through in order; new ones are appended in the place of the one at hand."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
-        self.graph = model.graph
+        self.model, self.graph = model, model.graph
         self.stored = {tensor.name: tensor for tensor in self.graph.initializer}
         self.made_by = {output: node for node in self.graph.node for output in node.output}
         self.sizes = {value.name: side for value in self.graph.value_info if (side := _sides(value)) is not None}
@@ -64,13 +64,19 @@ class Rewriting:
             self._made.append(name)
         return name
 
-    def node(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
-        """Append a node, unless its output is there already, and return its output."""
+    def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
+        """Append a node, unless its output is there already, and return its output.
+
+        Args:
+            domain: of the operation; empty for ONNX's own.
+        """
         from onnx import helper
 
         if output not in self._done:
-            self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
+            self.nodes.append(helper.make_node(op, inputs, [output], domain=domain, **attributes))
             self._done.add(output)
+        if all(known.domain != domain for known in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(domain, 1))
         return output
 
     def array(self, name: str) -> np.ndarray:
@@ -136,11 +142,3 @@ def _sides(value: onnx.ValueInfoProto) -> list[int] | None:
     """Return the sides of what [N, C, …] describes; None where they are not fixed."""
     sides = [dim.dim_value for dim in value.type.tensor_type.shape.dim[2:]]
     return sides if all(sides) else None
-
-
-def dequantized(
-    graph: Rewriting, name: str, integers: np.ndarray, zero_points: np.ndarray, scale: str, axis: int
-) -> str:
-    """Append the node that dequantizes a constant."""
-    operands = [graph.constant(f"{name}.integers", integers), scale, graph.constant(f"{name}.zero", zero_points)]
-    return graph.node("DequantizeLinear", operands, f"{name}.weight", axis=axis)

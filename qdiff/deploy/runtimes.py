@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qdiff.config import QuantConfig
-from qdiff.deploy.exactness import check_exact
+from qdiff.deploy.exactness import check_exact, is_exact
 from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_extra, import_onnx, metadata_of
 from qdiff.deploy.onnx_graph import INPUTS, STATE
 from qdiff.deploy.onnx_lowering import lower
@@ -130,13 +130,21 @@ def _check_same(path: Path, found: dict[str, str], expected: dict[str, str]) -> 
 
 
 def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
+    return _session(model, threads, fast=is_exact("onnxruntime", _fast_session))
+
+
+def _fast_session(model: onnx.ModelProto, threads: int) -> Run:
+    return _session(model, threads, fast=True)
+
+
+def _session(model: onnx.ModelProto, threads: int, fast: bool) -> Run:
     onnxruntime = import_extra("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Without VNNI, its fastest kernels add pairs of products in 16 bits and saturate there.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     # Or it would quantize float activations that meet quantized weights, by ranges of its own.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not fast:  # kernels that never add pairs of products in 16 bits, and take twice the time; with VNNI none does
+        options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(),
         options,

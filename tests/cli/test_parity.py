@@ -184,7 +184,11 @@ def test_the_table():
             {"runtimes": "torch-int8"},
             "one range a channel has no place",
         ),
-        (("--ptq", *DYNAMIC), {"runtimes": "torch,openvino"}, "--quant_mode dynamic cannot be written as ONNX"),
+        (
+            ("--ptq", *DYNAMIC, "--modulate", "--modulate_ablation", "cleared-state"),
+            {"runtimes": "torch,openvino"},
+            "--modulate_ablation cannot be written as ONNX",
+        ),
         (("--ptq", *W4A8), {"runtimes": "torch", "onnx": "m.onnx"}, "--onnx is for the runtimes onnxruntime and"),
         (("--ptq", *W4A8), {"onnx": "none.onnx"}, "ONNX file none.onnx does not exist; write it with scripts/export"),
     ],
@@ -199,9 +203,9 @@ def test_bad_options(words, others, message, model):
 
 
 def test_what_cannot_run_is_left_out_where_nothing_is_named(model):
-    plan, names, skipped = parity.resolve(options("--ptq", *DYNAMIC), model)
-    assert plan.action == "load" and names == ["torch", "torch-int8"]
-    assert list(skipped) == ["onnxruntime", "openvino"] and all("\n" not in why for why in skipped.values())
+    plan, names, skipped = parity.resolve(options("--ptq", *DYNAMIC, "--act_scale_per", "channel"), model)
+    assert plan.action == "load" and names == ["torch"]
+    assert list(skipped) == ["torch-int8", "onnxruntime", "openvino"] and all("\n" not in why for why in skipped.values())
     _, names, skipped = parity.resolve(options("--ptq", "--quant_mode", "linear", runtimes="torch, torch"), model)
     assert names == ["torch"] and skipped == {}
 

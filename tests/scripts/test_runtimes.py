@@ -115,15 +115,11 @@ def test_options_that_contradict_each_other(call, ddim_runs, tmp_path):
         ("torch-int8", (), "have no width; add --quant_act"),
         (
             "torch-int8",
-            ("--quant_act", "--quant_mode", "dynamic", "--act_scale_per", "channel"),
+            (*DYNAMIC, "--act_scale_per", "channel"),
             "_scale_per tensor or sample",
         ),
-        ("openvino", ("--quant_act", "--quant_mode", "dynamic"), "dynamic cannot be written as ONNX"),
-        (
-            "onnxruntime",
-            ("--quant_act", "--quant_mode", "dynamic", "--modulate", "--rest_abit", 8),
-            "cannot be written",
-        ),
+        ("openvino", (*DYNAMIC, "--act_scale_per", "channel"), "_scale_per tensor or sample"),
+        ("onnxruntime", (*DYNAMIC, "--modulate", "--modulate_ablation", "cleared-state"), "cannot be written as ONNX"),
     ],
 )
 def test_what_a_runtime_cannot_run_is_said_before_anything_else(runtime, words, sentence, call, ddim_runs, tmp_path):

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from qdiff.deploy import runtimes
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.runtimes import RUNTIMES
 from qdiff.errors import UserError
@@ -34,6 +35,20 @@ def test_saturating_products_are_refused(runtime):
 
     with pytest.raises(UserError, match=f"^the integer products of {runtime} saturate on this CPU, "):
         check_exact(runtime, saturating)
+
+
+def test_onnx_runtime_takes_slower_kernels_where_the_fast_ones_saturate(monkeypatch):
+    taken = []
+
+    def session(model, threads, fast):
+        taken.append(fast)
+        return lambda feed: []
+
+    monkeypatch.setattr(runtimes, "_session", session)
+    for exact in (True, False):
+        monkeypatch.setattr(runtimes, "is_exact", lambda runtime, opened, exact=exact: exact)
+        RUNTIMES["onnxruntime"](None, 1)
+    assert taken == [True, False]
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="what oneDNN limits is x86's")

@@ -16,7 +16,7 @@ from qdiff.modes import leaf_modes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import ActQuantizer
+from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, calibrated_act_quantizers
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package)
@@ -54,16 +54,23 @@ CONFIGS = {
     "w3a16": {"weight_bits": 3, "act_bits": 16},
     "w8": {"weight_bits": 8},
     "a8": {"weight_bits": None, "act_bits": 8},
+    # Ranges of the tensor at hand: 8 bits need what the zero point is away from the middle, fewer do not.
+    "d8_sample": {"act_bits": 8, "act_dynamic": True, "act_scale_per": "sample"},
+    "d8": {"weight_bits": 4, "act_bits": 8, "act_dynamic": True},
+    "d4_sample": {"weight_bits": 4, "act_bits": 4, "act_dynamic": True, "act_scale_per": "sample"},
+    "d3_symmetric": {"act_bits": 3, "act_dynamic": True, "act_symmetric": True},
+    "d16": {"weight_bits": 3, "act_bits": 16, "act_dynamic": True},
+    "d8_alone": {"weight_bits": None, "act_bits": 8, "act_dynamic": True},
 }
 # Which layers meet which widths: all of them the widths of the kernels, some the rest.
-CASES = [(c, n) for c in ("w8a8",) for n in LAYERS] + [
-    (c, n) for c in tuple(CONFIGS)[1:] for n in ("split", "rows", "tokens")
-]
+EVERY_LAYER = ("w8a8", "d8_sample")
+CASES = [(c, n) for c in CONFIGS for n in (LAYERS if c in EVERY_LAYER else ("split", "rows", "tokens"))]
 ATTENTION = {
     "plain": (False, {"act_bits": 8}),
     "prescaled": (True, {"act_bits": 8, "act_symmetric": True}),
     "wide_softmax": (False, {"act_bits": 8, "softmax_bits": 16}),
     "unquantized": (True, {"act_bits": None}),
+    "dynamic": (False, {"act_bits": 4, "act_dynamic": True, "rest_bits": 8}),
 }
 
 
@@ -90,7 +97,18 @@ class Leaves(nn.Module):
         return torch.cat([*outputs, t[:, None]], dim=1)
 
 
+class Alone(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x) + t[:, None, None, None]
+
+
 def set_range(quantizer: ActQuantizer, high: float = HIGH, low: float = LOW) -> None:
+    if isinstance(quantizer, DynamicActQuantizer):
+        return
     levels = 2**quantizer.bits - 1
     if quantizer.unsigned:
         quantizer.set(torch.tensor(1 / levels), torch.tensor(0))
@@ -137,7 +155,8 @@ def leaves() -> QuantModel:
 
 @pytest.fixture(scope="module")
 def x(leaves) -> Tensor:
-    deltas = {float(q.delta) for q in leaves.act_quantizers().values() if not q.unsigned and q.bits <= 8}
+    calibrated = calibrated_act_quantizers(leaves.model).values()
+    deltas = {float(q.delta) for q in calibrated if not q.unsigned and q.bits <= 8}
     given = torch.randn(3, CHANNELS, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     given[0, :, 0, 0], given[1, :, 0, 0] = 6.0, -5.0  # beyond every range: zero points show where values saturate
     return away_from_edges(given, [torch.tensor(d) for d in sorted(deltas)])
@@ -168,6 +187,12 @@ def simulated(qnn: QuantModel, x: Tensor) -> dict[str, Tensor]:
         return qnn.model.outputs(x)
 
 
+def misplace(quantizer: ActQuantizer, scale: float = 1.0, levels: int = 0) -> None:
+    """Plant an error in a range."""
+    right = quantizer.range_of
+    quantizer.range_of = lambda x: (right(x)[0] * scale, right(x)[1] + levels)
+
+
 def planted(qnn: QuantModel, name: str, x: Tensor) -> dict[str, Tensor]:
     """Return what a leaf computes with an error of one level, by what is wrong."""
     results = {}
@@ -182,9 +207,9 @@ def planted(qnn: QuantModel, name: str, x: Tensor) -> dict[str, Tensor]:
 
     layer = qnn.model.layers[name]
     for i in range(len(layer.act_quantizers)):
-        tried(f"input scale {i}", lambda leaf, i=i: leaf.act_quantizers[i].delta.mul_(ONE_LEVEL))
+        tried(f"input scale {i}", lambda leaf, i=i: misplace(leaf.act_quantizers[i], scale=ONE_LEVEL))
         if layer.act_quantizers[i].bits <= 8:
-            tried(f"input zero point {i}", lambda leaf, i=i: leaf.act_quantizers[i].zero_point.add_(1))
+            tried(f"input zero point {i}", lambda leaf, i=i: misplace(leaf.act_quantizers[i], levels=1))
     for i, quantizer in enumerate(layer.weight_quantizers):
         tried(f"weight scale {i}", lambda leaf, i=i: leaf.weight_quantizers[i].delta[1].mul_(ONE_LEVEL))
         middle = 2 ** (quantizer.bits - 1)
@@ -234,6 +259,25 @@ def test_padding_is_zero_at_the_borders(name, runtime, computed, leaves, x):
         assert relative(out[..., ~border], wrong[..., ~border]) < TOLERANCE
 
 
+def test_a_zero_point_at_hand_counts_where_taps_lie_inside(leaves, x, computed, tmp_path, monkeypatch):
+    """Planted: as if every tap of a kernel lay inside, also at the borders."""
+    from qdiff.deploy import onnx_leaves
+    from qdiff.deploy.onnx_export import export_onnx
+    from qdiff.deploy.runtimes import OnnxNetwork
+
+    inside = onnx_leaves._inside
+    monkeypatch.setattr(onnx_leaves, "_inside", lambda *where: torch.ones_like(inside(*where)))
+    config = QuantConfig(**CONFIGS["d8_sample"])
+    for name, sees_it in (("conv2d", True), ("strided", True), ("unpadded", False)):
+        alone = QuantModel(Alone(LAYERS[name]()), config)
+        alone.model.layer = leaves.model.layers[f"d8_sample-{name}"]
+        path = tmp_path / f"{name}.onnx"
+        export_onnx(alone, path, tuple(x.shape[1:]))
+        out = OnnxNetwork(path, "onnxruntime")(x, torch.zeros(len(x)))
+        error = relative(out, computed["simulated"][f"d8_sample-{name}"])
+        assert (error > 1000 * TOLERANCE) if sees_it else (error < TOLERANCE), name
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_is_the_simulated_one(name, runtime, computed, leaves, x):
@@ -246,10 +290,9 @@ def test_attention_is_the_simulated_one(name, runtime, computed, leaves, x):
         quantizer = getattr(core, f"act_quantizer_{operand}")
         if quantizer.bits > 8:  # one of 65,536 levels
             continue
-        before = quantizer.delta.clone()
-        quantizer.delta.mul_(ONE_LEVEL)
+        misplace(quantizer, scale=ONE_LEVEL)
         wrong[operand] = simulated(leaves, x)[name]
-        quantizer.delta.copy_(before)
+        del quantizer.range_of
     if name == "unquantized":  # scaled twice, or not at all
         tokens = VIEWS["tokens"](x).unflatten(1, (2, -1))
         wrong = {s: core(tokens * s, 0.8 * tokens[:, :, :5], 1.2 * tokens[:, :, :5]) for s in (ONE_LEVEL, 0.5)}
