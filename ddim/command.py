@@ -66,7 +66,11 @@ class DdimModel(FloatModel):
         with torch.device("meta"):
             return Model(self.model_config), None
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, network: bool = True) -> None:
+        if not network:
+            self.network, _ = self.build_network()
+            self.device = device
+            return
         self.weights = (
             Path(self.args.ckpt) if self.args.ckpt else pretrained_path(self.model_config, self.args.model_dir)
         )

@@ -18,7 +18,7 @@ from qdiff.tensor_files import check_state, read_float_tensors
 
 log = logging.getLogger("qdiff")
 
-EMA = "model_ema."
+UNET, EMA = "model.diffusion_model.", "model_ema."
 # What released checkpoints hold beside the model: schedules (ours come from the config), losses, training counters.
 SCHEDULE = frozenset(
     {
@@ -55,21 +55,23 @@ def build_without_weights(config: Any) -> LatentDiffusion:
     return model
 
 
-def load_latent_diffusion(config: Any, path: str | Path) -> LatentDiffusion:
+def load_latent_diffusion(config: Any, path: str | Path, network: bool = True) -> LatentDiffusion:
     """Build the model of a config and fill it from a checkpoint, in float32 on the CPU.
 
     Averaged weights (``model_ema.*``), where present and used, take the place of the UNet's. Schedules, losses and
     training counters in the file are ignored and reported.
+
+    Args:
+        network: False leaves the UNet on the meta device, without weights.
 
     Raises:
         UserError: missing, damaged, or the weights of another model.
     """
     path = Path(path)
     state = read_float_tensors(path)
-    prefix = "model.diffusion_model."
-    if not any(name.startswith(prefix) for name in state):
+    if not any(name.startswith(UNET) for name in state):
         raise UserError(
-            f"{path} is not a latent diffusion checkpoint (it has no {prefix}*); give a released model.ckpt or a "
+            f"{path} is not a latent diffusion checkpoint (it has no {UNET}*); give a released model.ckpt or a "
             "model.safetensors of models/ldm"
         )
     model = build_without_weights(config)
@@ -87,9 +89,11 @@ def load_latent_diffusion(config: Any, path: str | Path) -> LatentDiffusion:
         state["scale_factor"] = expected["scale_factor"]
     _ignore_leftovers(state, expected, path)
     check_state(state, expected, path)
+    if not network:
+        state = {name: value for name, value in state.items() if not name.startswith(UNET)}
     # Copied one at a time, so that nothing hangs on the mapped file and no half-precision copy of it stays.
     tensors = {name: state.pop(name).to(torch.float32, copy=True) for name in list(state)}
-    model.load_state_dict(tensors, strict=True, assign=True)
+    model.load_state_dict(tensors, strict=network, assign=True)
     return model.requires_grad_(False).eval()
 
 

@@ -81,16 +81,19 @@ class LatentModel(FloatModel):
         # A text is padded to the encoder's length; a class is one token.
         return network, (getattr(encoder, "max_length", 1), network.context_dim)
 
-    def load(self, device: torch.device) -> None:
+    def load(self, device: torch.device, network: bool = True) -> None:
         if not self.weights.is_file():
             raise UserError(f"checkpoint {self.weights} does not exist; {how_to_get(self.model_config)}")
-        self.model: LatentDiffusion = load_latent_diffusion(self.model_config, self.weights)
+        self.model: LatentDiffusion = load_latent_diffusion(self.model_config, self.weights, network)
         if getattr(self.args, "no_grad_ckpt", False):
             for module in self.model.modules():
                 if isinstance(module, Checkpointed):
                     module.use_checkpoint = False
         self.network = self.model.network
-        self.move_to(device)
+        if network:
+            self.move_to(device)
+        else:
+            self.device = device
 
     def move_to(self, device: torch.device) -> None:
         self.device = device
@@ -248,8 +251,8 @@ class TextModel(GuidedModel):
         self.labels = asked_classes(self.prompts, pretrained.get("class_words", []))
         self.config |= {"prompts": self.prompts, "calibration_prompts": self.calibration_prompts}
 
-    def load(self, device: torch.device) -> None:
-        super().load(device)
+    def load(self, device: torch.device, network: bool = True) -> None:
+        super().load(device, network)
         encoder: FrozenCLIPEmbedder = self.model.cond_stage_model
         for prompt in dict.fromkeys(self.prompts + self.calibration_prompts):
             if cut := encoder.cut(prompt):

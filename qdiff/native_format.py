@@ -191,7 +191,8 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             deltas = _separated(tensors["act_delta"], [q.delta for q in act])
             ranges += zip(act, deltas, _separated(tensors["act_zero_point"], [q.zero_point for q in act]), strict=True)
         for quantizer, delta, zero_point in ranges:
-            if not (torch.isfinite(delta) & (delta > 0)).all() or zero_point.max() > max_level(quantizer.bits):
+            levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
+            if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
                 raise ValueError("step sizes or zero points out of range")
         for (name, layer), size in zip(_layers(qnn).items(), _weight_sizes(qnn), strict=True):
             if weights[name].numel() != size:

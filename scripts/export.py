@@ -33,15 +33,20 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.checkpoint import load_checkpoint
     from qdiff.cli.deploy import wrapped
     from qdiff.cli.ptq import resolve_ptq
-    from qdiff.deploy.onnx_export import export_onnx
+    from qdiff.deploy.onnx_export import check_exportable, export_onnx, import_onnx
     from qdiff.errors import UserError
     from qdiff.files import check_writable, sha256
     from qdiff.quant_model import QuantModel
+    from qdiff.tensor_files import is_pickle
 
     model = load_object(LIKE[args.like][1])(args)
     plan = resolve_ptq(args, model.weight_range, model.act_range)
     if plan is not None and plan.action != "load":
         raise UserError("a calibrated checkpoint is what is exported; give --cali_ckpt PATH")
+    import_onnx()
+    if plan is not None:
+        check_exportable(plan.quant)
+        is_pickle(Path(plan.checkpoint))  # it is there and can be read
     check_writable(args.out)
     model.load(torch.device("cpu"))
     for note in model.notes:
@@ -51,8 +56,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         qnn, notes = QuantModel(model.network, plan.quant), {"checkpoint": sha256(plan.checkpoint)}
         load_checkpoint(qnn, plan.checkpoint)
-    export_onnx(qnn, args.out, model.input_shape, model.context_shape, notes)
-    print(f"{args.out}: {Path(args.out).stat().st_size} bytes")
+    for path in export_onnx(qnn, args.out, model.input_shape, model.context_shape, notes):
+        print(f"{path}: {path.stat().st_size} bytes")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from torch import Tensor
 from qdiff.accounting import account
 from qdiff.calibration.samples import network_calls, save_recording, select_samples
 from qdiff.calibration.schedules import evenly_spaced
-from qdiff.cli.deploy import check_runtime, onnx_network, pack, wrapped
+from qdiff.checkpoint import load_packed
+from qdiff.cli.deploy import check_runtime, onnx_network, pack, starts_packed, wrapped
 from qdiff.cli.float_model import FloatModel, trajectory_of
 from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.ptq import resolve_ptq
@@ -118,31 +119,36 @@ class SampleCommand:
             log.info("%s is finished already", run.path)
             run.discard_images()  # a kill may have come before all were deleted
             return
-        model.load(choose_device(args.device))
+        packs = starts_packed(args, self.plan)
+        model.load(choose_device(args.device), network=not packs)
+        packed = load_packed(model.network, self.plan.checkpoint, self.plan.quant) if packs else None
         if args.cond and not model.conditional:
             model.notes.append("--cond is ignored: this network is unconditional")
         processes = Processes(model.device)
         model.move_to(processes.device)
         # Only the first process calibrates; the others read what it wrote.
-        prepared = self._prepare(run) if processes.is_first else None
+        prepared = self._prepare(run) if processes.is_first and packed is None else None
         with contextlib.ExitStack() as stack:
             if processes.is_first:
                 run.open()
                 stack.enter_context(run.logged())
                 for note in model.notes:
                     log.warning(note)
-                run.add_file("float weights", model.weights)
+                if model.weights is not None:
+                    run.add_file("float weights", model.weights)
+                if packed is not None:
+                    run.add_file("quantized checkpoint", self.plan.checkpoint)
                 run.manifest["network_bytes"] = sum(p.numel() * 4 for p in model.network.parameters())
                 if model.labels is not None:
                     run.manifest["labels"] = model.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], model.device)
-                counted = model.network if prepared is None else prepared.qnn
+                counted = packed or (model.network if prepared is None else prepared.qnn)
                 run.manifest["cost"] = account(counted, model.input_shape, model.context_shape).summary(model.calls)
                 self._complete(prepared, run)
             processes.wait()
-            if prepared is None and (prepared := self._prepare(run)) is not None:
+            if packed is None and prepared is None and (prepared := self._prepare(run)) is not None:
                 prepared.qnn.release_float_weights()
-            self._sample(run, None if prepared is None else prepared.qnn, processes)
+            self._sample(run, packed if prepared is None else prepared.qnn, processes)
 
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
         model = self.model

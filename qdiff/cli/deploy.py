@@ -10,16 +10,19 @@ from pathlib import Path
 from torch import nn
 
 from qdiff.cli.float_model import FloatModel, Network
-from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES
+from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED, TORCH_RUNTIMES
+from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.runtime import Processes
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.integer import check_integer_products
 from qdiff.quant_model import QuantModel
+from qdiff.tensor_files import is_pickle
 
 log = logging.getLogger("qdiff")
 
 EXPORTED = "model.onnx"
+FLOAT = QuantConfig(weight_bits=None, act_bits=None)
 
 
 def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
@@ -34,8 +37,19 @@ def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
         raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
     check_weight_cache(args)
     check_can_run(args.runtime, quant)
-    if args.onnx is not None and not Path(args.onnx).is_file():
-        raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
+    if args.onnx is not None:
+        check_onnx_file(Path(args.onnx), quant)
+
+
+def check_onnx_file(path: Path, quant: QuantConfig | None) -> None:
+    """Raise a `UserError` where a file is none of ours, or was exported with other widths or modes.
+
+    Args:
+        quant: None for a float network.
+    """
+    from qdiff.deploy.runtimes import check_config, read_model
+
+    check_config(path, read_model(path), FLOAT if quant is None else quant)
 
 
 def check_weight_cache(args: Namespace) -> None:
@@ -56,18 +70,30 @@ def check_can_run(runtime: str, quant: QuantConfig | None) -> None:
 
     import_onnx()
     import_extra(runtime)
-    if quant is not None:
-        check_exportable(quant)
+    if quant is None:
+        return
+    check_exportable(quant)
+    if quant.act_bits is not None:
+        from qdiff.deploy.runtimes import RUNTIMES, check_exact
+
+        check_exact(runtime, RUNTIMES[runtime])
 
 
 def wrapped(network: nn.Module) -> QuantModel:
     """Return a float network as a `QuantModel` without quantizers."""
-    return QuantModel(network, QuantConfig(weight_bits=None, act_bits=None))
+    return QuantModel(network, FLOAT)
+
+
+def starts_packed(args: Namespace, plan: PtqPlan | None) -> bool:
+    """Whether the float network need not be loaded: a native file has all that the runtime runs."""
+    if args.runtime == SIMULATED or plan is None or plan.action != "load" or plan.quant.weight_bits is None:
+        return False
+    return not is_pickle(Path(plan.checkpoint))
 
 
 def pack(args: Namespace, qnn: QuantModel) -> None:
-    """Keep the weights packed from now on, where a torch runtime is asked for."""
-    if args.runtime in TORCH_RUNTIMES:
+    """Keep the weights packed from now on, where another runtime than simulation is asked for and they have a width."""
+    if args.runtime != SIMULATED and qnn.config.weight_bits is not None:
         qnn.pack_weights(int(args.weight_cache * 2**20), integer=args.runtime == "torch-int8")
 
 
@@ -77,6 +103,7 @@ def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Pa
     Args:
         qnn: what is or was exported.
         folder: of the run, where the exported model is kept unless ``--onnx`` names one.
+            Its weights are given up unless they are packed: the runtime holds its own.
         processes: the first of them exports.
 
     Raises:
@@ -86,8 +113,13 @@ def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Pa
     from qdiff.deploy.runtimes import OnnxNetwork
 
     path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
-    if args.onnx is None and not path.is_file() and processes.is_first:
+    shapes = (model.input_shape, model.context_shape)
+    is_new = args.onnx is None and not path.is_file() and processes.is_first
+    if is_new:
         log.info("exporting to %s", path)
-        export_onnx(qnn, path, model.input_shape, model.context_shape)
+        export_onnx(qnn, path, *shapes)
     processes.wait()
-    return OnnxNetwork(path, args.runtime, qnn=qnn)
+    network = OnnxNetwork(path, args.runtime, qnn=None if is_new else qnn, shapes=shapes)
+    if not qnn.is_packed:
+        qnn.to("meta")
+    return network

@@ -68,7 +68,7 @@ class FloatModel:
     eda_dm: Mapping[str, Any] = MappingProxyType({})
     encoded: tuple[Tensor | None, Tensor | None] | None = None
     network: SteppedNetwork
-    weights: Path
+    weights: Path | None = None
     device = torch.device("cpu")
 
     def __init__(self, args: Namespace) -> None:
@@ -103,8 +103,13 @@ class FloatModel:
         """Return the network on the meta device, and the [L, D] of its context: shapes without files."""
         raise NotImplementedError
 
-    def load(self, device: torch.device) -> None:
-        """Load the float weights onto a device."""
+    def load(self, device: torch.device, network: bool = True) -> None:
+        """Load the float weights onto a device.
+
+        Args:
+            network: False leaves the network without weights, on the meta device, and everything else on the CPU until
+                `move_to`: for who fills the network from a quantized file. ``weights`` is None where nothing was read.
+        """
         raise NotImplementedError
 
     def move_to(self, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoint import load_checkpoint
-from qdiff.cli.deploy import check_can_run
+from qdiff.cli.deploy import check_can_run, check_onnx_file
 from qdiff.cli.float_model import FloatModel, Network
 from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES, chosen_runtimes
 from qdiff.cli.ptq import PtqPlan, resolve_ptq
@@ -99,8 +99,7 @@ def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dic
     if args.onnx is not None:
         if not set(chosen) & set(ONNX_RUNTIMES):
             raise UserError(f"--onnx is for the runtimes {' and '.join(ONNX_RUNTIMES)}; name one, or leave --onnx out")
-        if not Path(args.onnx).is_file():
-            raise UserError(f"ONNX file {args.onnx} does not exist; write it with scripts/export.py")
+        check_onnx_file(Path(args.onnx), plan.quant)
     return plan, chosen, skipped
 
 
@@ -156,10 +155,12 @@ def _exported(
     from qdiff.deploy.runtimes import OnnxNetwork
 
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        path = Path(folder) / "model.onnx" if given is None else Path(given)
-        if given is None:
-            export_onnx(qnn, path, model.input_shape, model.context_shape)
-        return {name: OnnxNetwork(path, name, qnn=qnn) for name in names}
+        shapes = (model.input_shape, model.context_shape)
+        if given is not None:
+            return {name: OnnxNetwork(given, name, qnn=qnn, shapes=shapes) for name in names}
+        path = Path(folder) / "model.onnx"
+        export_onnx(qnn, path, *shapes)
+        return {name: OnnxNetwork(path, name) for name in names}
 
 
 def _simulated(model: FloatModel, qnn: QuantModel, images: int) -> Iterator[Sampled]:

@@ -1,7 +1,7 @@
 """Write a calibrated network as an ONNX model with explicit quantize and dequantize pairs.
 
 Inputs: ``x`` float32 [N, C, H, W], ``t`` float32 [N] and, where conditional, ``context`` float32 [N, L, D]; output
-``eps``, x's shape; N is free. Weights up to 4 bits are stored as UINT4 with a zero point a channel, wider ones as INT8
+``eps``, x's shape; N is free. Weights up to 4 bits are stored as UINT4 with a zero point a channel, wider ones as UINT8
 (`qdiff.deploy.onnx_weights`). The metadata tells what the model is: `METADATA`.
 
 A network that modulates (MoDiff) is two models: that of the first step, which also gives the state
@@ -30,7 +30,7 @@ PROTOBUF_LIMIT = 2_000_000_000  # bytes of one file
 
 def first_step_path(path: str | Path) -> Path:
     """Return where the first step's model of a network that modulates lies."""
-    return Path(path).with_suffix(".first.onnx")
+    return Path(f"{str(path).removesuffix('.onnx')}.first.onnx")
 
 
 def export_onnx(
@@ -39,8 +39,8 @@ def export_onnx(
     image_shape: tuple[int, ...],
     context_shape: tuple[int, ...] | None = None,
     notes: dict[str, Any] | None = None,
-) -> None:
-    """Write a network, whole or not at all; the network is not changed.
+) -> list[Path]:
+    """Write a network, whole or not at all, and return its files; the network is not changed.
 
     Args:
         qnn: calibrated or loaded.
@@ -74,6 +74,7 @@ def export_onnx(
     for file, model in files.items():
         with written_whole(file) as temporary:
             onnx.save(model, str(temporary))
+    return list(files)
 
 
 def _check_size(qnn: QuantModel) -> None:

@@ -101,8 +101,9 @@ def trace(
 
 
 def _with_onnx_leaves(qnn: QuantModel) -> nn.Module:
-    """Return a copy of the network on the CPU with traceable leaves; tensors that need not change are shared."""
-    memo: dict[int, Any] = {id(t): t for t in (*qnn.model.parameters(), *qnn.model.buffers())}
+    """Return a copy of the network in float32 on the CPU with traceable leaves; tensors that are so are shared."""
+    tensors = (*qnn.model.parameters(), *qnn.model.buffers())
+    memo: dict[int, Any] = {id(tensor): _on_cpu(tensor) for tensor in tensors}
     network = copy.deepcopy(qnn.model, memo)
     for path, parent in list(network.named_modules()):
         for name, child in list(parent.named_children()):
@@ -110,4 +111,13 @@ def _with_onnx_leaves(qnn: QuantModel) -> nn.Module:
                 setattr(parent, name, OnnxLayer(child, f"{path}.{name}" if path else name))
             elif isinstance(child, QuantAttention):
                 setattr(parent, name, OnnxAttention(child))
-    return network.float().cpu().eval()
+    return network.eval()
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 (integers as they are) on the CPU, itself where it is that or has no values."""
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    if tensor.is_meta or (tensor.dtype == dtype and tensor.device.type == "cpu"):
+        return tensor
+    moved = tensor.detach().to("cpu", dtype)
+    return nn.Parameter(moved, requires_grad=False) if isinstance(tensor, nn.Parameter) else moved

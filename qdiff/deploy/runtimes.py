@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ from qdiff.quant_model import QuantModel
 if TYPE_CHECKING:
     import onnx
 
+# How ranges were chosen shows in the ranges.
+HOW_CHOSEN = ("weight_range", "act_range")
+
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
 
 
@@ -34,18 +38,32 @@ class OnnxNetwork:
         runtime: ``onnxruntime`` or ``openvino``.
         threads: of the runtime; None takes torch's number.
         qnn: what the file must have been exported from; None takes any.
+        shapes: (C, H, W) of the images and (L, D) of the context that the file must take; () takes any.
 
     Raises:
         UserError: the runtime is not installed, or the file is damaged, none of ours, or of another network.
     """
 
     def __init__(
-        self, path: str | Path, runtime: str, threads: int | None = None, qnn: QuantModel | None = None
+        self,
+        path: str | Path,
+        runtime: str,
+        threads: int | None = None,
+        qnn: QuantModel | None = None,
+        shapes: tuple[tuple[int, ...] | None, ...] = (),
     ) -> None:
         path, threads = Path(path), threads or torch.get_num_threads()
-        expected = None if qnn is None else metadata_of(qnn, {})
-        self._graph = _Graph(path, runtime, threads, expected)
-        self._first = _Graph(first_step_path(path), runtime, threads, expected) if self._graph.states else None
+        model = read_model(path)
+        if qnn is not None:
+            check_config(path, model, qnn.config)
+            _check_content(path, properties(model), metadata_of(qnn, {}))
+        _check_shapes(path, model, shapes)
+        first, self._first = first_step_path(path), None
+        if any(each.name.startswith(f"{STATE}.") for each in model.graph.input):
+            earlier = read_model(first)
+            _check_content(first, properties(earlier), properties(model))
+            self._first = _Graph(earlier, runtime, threads)
+        self._graph = _Graph(model, runtime, threads)
         self._state: dict[str, np.ndarray] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
@@ -81,10 +99,7 @@ class OnnxNetwork:
 class _Graph:
     """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
 
-    def __init__(self, path: Path, runtime: str, threads: int, expected: dict[str, str] | None) -> None:
-        model = read_model(path)
-        if expected is not None:
-            _check_same(path, properties(model), expected)
+    def __init__(self, model: onnx.ModelProto, runtime: str, threads: int) -> None:
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
             check_exact(runtime, RUNTIMES[runtime])
         lower(model, runtime)
@@ -115,18 +130,30 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in model.metadata_props}
 
 
-def _check_same(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
-    """Raise a `UserError` where a file's metadata are not those of a network: other widths, or other values."""
-    _, config, layout, content, _ = METADATA
-    there, here = (QuantConfig.from_dict(json.loads(metadata[config])) for metadata in (found, expected))
-    if there != here:
-        pairs = ((name, there.to_dict().get(name), here.to_dict().get(name)) for name in here.to_dict())
-        name, theirs, ours = next(((n, a, b) for n, a, b in pairs if a != b), ("config", there, here))
-        raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
+def check_config(path: Path, model: onnx.ModelProto, here: QuantConfig) -> None:
+    """Raise a `UserError` where a file was exported with other widths or modes than a run asks for."""
+    there = QuantConfig.from_dict(json.loads(properties(model)[METADATA[1]]))
+    for name in (field.name for field in fields(QuantConfig) if field.name not in HOW_CHOSEN):
+        theirs, ours = (getattr(value, "value", value) for value in (getattr(there, name), getattr(here, name)))
+        if theirs != ours:
+            raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
+
+
+def _check_content(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    _, _, layout, content, _ = METADATA
     if found[layout] != expected[layout]:
         raise UserError(f"{path} was exported from another network; export it anew with this model")
     if found[content] != expected[content]:
         raise UserError(f"{path} was exported with other weights or ranges; export it anew with this checkpoint")
+
+
+def _check_shapes(path: Path, model: onnx.ModelProto, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
+    dims = {each.name: each.type.tensor_type.shape.dim[1:] for each in model.graph.input}
+    for name, shape in zip((INPUTS[0], INPUTS[2]), shapes, strict=False):
+        taken = tuple(dim.dim_value for dim in dims.get(name, ()))
+        if taken != tuple(shape or ()):
+            there, here = ("×".join(map(str, sides)) or "none" for sides in (taken, shape or ()))
+            raise UserError(f"{path} was exported for {name} of shape {there}, this run has {here}; export it anew")
 
 
 def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:

@@ -50,17 +50,29 @@ def test_what_is_not_calibrated_is_refused(call, tiny, tmp_path):
     line = call("export", *words, "--ptq", "--weight_bit", 4).error_line()
     assert "a calibrated checkpoint is what is exported; give --cali_ckpt PATH" in line
     assert "--out" in call("export", *tiny.options[:4]).error_line()
+    line = call("export", *words, "--ptq", "--weight_bit", 4, "--cali_ckpt", tmp_path / "none").error_line()
+    assert "none does not exist; check the path" in line
     line = call("export", *words[:-1], tmp_path).error_line()
     assert "cannot be written" in line
     assert not any(tmp_path.iterdir())
 
 
-def test_dynamic_ranges_are_refused(call, tiny, weights_only_run, tmp_path):
+def test_one_range_a_channel_is_refused(call, tiny, weights_only_run, tmp_path):
     checkpoint = weights_only_run / "quantized.safetensors"
     quant = ("--ptq", "--weight_bit", 4, "--split", "--quant_act", "--quant_mode", "dynamic", "--resume_w")
+    quant += ("--act_scale_per", "channel")
     words = (*tiny.options[:4], "--timesteps", 4, *quant, "--cali_ckpt", checkpoint)
     line = call("export", *words, "--out", tmp_path / "model.onnx").error_line()
-    assert "--quant_mode dynamic cannot be written as ONNX" in line and not any(tmp_path.iterdir())
+    assert "one range a channel has no place in integer products" in line and not any(tmp_path.iterdir())
+
+
+def test_both_files_of_a_network_that_modulates_are_named(call, tiny, weights_only_run, tmp_path):
+    checkpoint, path = weights_only_run / "quantized.safetensors", tmp_path / "w4.a4.onnx"
+    quant = ("--ptq", "--weight_bit", 4, "--split", "--quant_act", "--act_bit", 4, "--quant_mode", "dynamic")
+    words = (*tiny.options[:4], "--timesteps", 4, *quant, "--modulate", "--cali_ckpt", checkpoint)
+    outcome = succeeded(call("export", *words, "--out", path))
+    both = (tmp_path / "w4.a4.first.onnx", path)
+    assert outcome.out == "".join(f"{each}: {each.stat().st_size} bytes\n" for each in both)
 
 
 def test_without_the_extra(call, tiny, tmp_path, monkeypatch):

@@ -18,13 +18,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from qdiff.cli.float_model import FloatModel
 from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.onnx_ranges import BYTE
 from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
-from qdiff.deploy.runtimes import read_model
+from qdiff.deploy.runtimes import OnnxNetwork, read_model
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
 RUNTIMES = ("onnxruntime", "openvino")
+# Final samples, sampled with the runtime's integers: nothing visible.
+FOLLOWED_PSNR = 90.0
+# … and by each for itself: flips at rounding edges make 1 % of ε in one call, and a sampler adds them up. On what comes
+# last there is little noise, of which they are more.
+FREE_STEP_TOLERANCE, FREE_LAST_STEP_TOLERANCE, FREE_PSNR = 0.06, 0.2, 20.0
 
 
 def relative(out: Tensor, expected: Tensor) -> float:
@@ -97,10 +104,12 @@ class Followed:
         """Run both; see `Differences`."""
         feed = self._feed(inputs)
         there = {name: torch.from_numpy(np.array(v)) for name, v in {**self._run(feed), **feed}.items()}
-        names = {id(quantizer): name for name, quantizer in qnn.act_quantizers().items()}
+        names = {id(q): name for name, q in qnn.act_quantizers().items() if q.bits <= BYTE}
         found = Differences()
 
         def replaced(quantizer: ActQuantizer, x: Tensor, own: Callable[[Tensor], Tensor]) -> Tensor:
+            if quantizer.bits > BYTE:  # arithmetic on float values in the runtime too
+                return own(x)
             # Equal quantizers of one tensor are one in the graph, so they are told apart by their inputs.
             pairs = [(there[before], there[behind]) for before, behind in self.pairs if there[before].shape == x.shape]
             assert pairs, names[id(quantizer)]
@@ -122,3 +131,64 @@ def _quantizers_replaced(replaced: Callable[..., Tensor]) -> Iterator[None]:
         own = ActQuantizer.forward
         patch.setattr(ActQuantizer, "forward", lambda self, x: replaced(self, x, lambda given: own(self, given)))
         yield
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """In dB, of images or latents whose values are some [−1, 1]."""
+    return float(10 * torch.log10(4 / (a - b).square().mean()))
+
+
+class _AfterRuntime:
+    """The simulated network on the integers of a runtime's own trajectory, call by call."""
+
+    def __init__(self, followed: Followed, qnn: QuantModel, calls: list[tuple[Tensor, ...]]) -> None:
+        self.followed, self.qnn, self.calls = followed, qnn, iter(calls)
+        self.errors: list[float] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        found = self.followed.differences(self.qnn, *next(self.calls))
+        self.errors.append(found.eps)
+        return found.simulated
+
+
+@torch.no_grad()
+def check_samples(
+    qnn: QuantModel, path: Path, runtime: str, model: FloatModel, last: str, calls: int, tolerance: float
+) -> None:
+    """Assert that what a runtime samples is what is simulated, at every step and in the end.
+
+    Args:
+        last: the network's last layer, in which a scale that is one level off is planted.
+        calls: of the sampler.
+        tolerance: of ε at every step, relative, on the runtime's integers.
+    """
+    real, followed, fed = OnnxNetwork(path, runtime), Followed(path, runtime), []
+
+    def sampled(network: Callable[..., Tensor]) -> Tensor:
+        return model.trajectory(network, range(2))
+
+    def listened(*inputs: Tensor | None) -> Tensor:
+        fed.append(tuple(value for value in inputs if value is not None))
+        return followed(*fed[-1])
+
+    made = sampled(listened)
+    assert len(fed) == calls
+    after = _AfterRuntime(followed, qnn, fed)
+    assert psnr(sampled(after), made) > FOLLOWED_PSNR
+    assert len(after.errors) == calls and max(after.errors) < tolerance, after.errors
+
+    weights = qnn.layers()[last]
+    before = weights.weight_quantizers[0].delta.clone()
+    weights.weight_quantizers[0].delta.mul_(1 + 1 / 255)
+    weights.baked = None
+    planted = _AfterRuntime(followed, qnn, fed)
+    assert psnr(sampled(planted), made) < FOLLOWED_PSNR
+    assert min(planted.errors) > tolerance, planted.errors
+    weights.weight_quantizers[0].delta.copy_(before)
+    weights.baked = None
+
+    # Each for itself, and the graph as it runs, where nobody looks inside: flips at edges take what they take.
+    with qnn.quantized():
+        errors = [relative(real(*given), qnn(*given)) for given in fed]
+        assert psnr(sampled(real), sampled(qnn)) > FREE_PSNR
+    assert max(errors[:-1]) < FREE_STEP_TOLERANCE and errors[-1] < FREE_LAST_STEP_TOLERANCE, errors

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deploy_networks import network_inputs
-from following import RUNTIMES, Followed, relative
+from following import RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
 from qdiff.calibration.samples import CalibrationSet
@@ -29,6 +29,7 @@ for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
 
 REPOSITORY = Path(__file__).parents[3]
 LATENT = REPOSITORY / "models" / "ldm"
+STEPS = 4  # of the latent models' samplers
 
 # Relative L2 of a layer's output on the same integers, where the sum alone differs: last bits of float32.
 LAYER_TOLERANCE = 1e-5
@@ -57,20 +58,24 @@ MODELS = {
         ("--config", str(REPOSITORY / "configs" / "digits.yml"), "--use_pretrained"),
         {"split_shortcut": True},
     ),
-    "vq": Bundled("sample_diffusion_ldm", ("-r", str(LATENT / "digits_vq"), "--seed", "1"), {"act_symmetric": True}),
-    "kl": Bundled("sample_diffusion_ldm", ("-r", str(LATENT / "digits_kl"), "--seed", "1"), {}),
+    "vq": Bundled(
+        "sample_diffusion_ldm",
+        ("-r", str(LATENT / "digits_vq"), "--seed", "1", "-c", str(STEPS)),
+        {"act_symmetric": True},
+    ),
+    "kl": Bundled("sample_diffusion_ldm", ("-r", str(LATENT / "digits_kl"), "--seed", "1", "-c", str(STEPS)), {}),
     "class": Bundled(
         "sample_diffusion_ldm_imagenet",
-        ("--config", str(LATENT / "digits_class" / "config.yaml")),
+        ("--config", str(LATENT / "digits_class" / "config.yaml"), "--ddim_steps", str(STEPS), "--scale", "2"),
         {"split_shortcut": True},
     ),
     "text": Bundled(
         "txt2img",
-        ("--config", str(LATENT / "digits_text" / "config.yaml")),
+        ("--config", str(LATENT / "digits_text" / "config.yaml"), "--ddim_steps", str(STEPS), "--scale", "2"),
         {"split_shortcut": True, "softmax_bits": 16},
     ),
 }
-EXPORTED = ("vq",)  # the attention of latent UNets without a context; digits is in test_onnx_networks
+LATENTS = ("vq", "kl", "class", "text")  # digits is in test_onnx_networks
 
 
 def quantized(name: str) -> tuple[QuantModel, FloatModel, tuple[Tensor, ...]]:
@@ -140,11 +145,11 @@ def exported(tmp_path_factory):
     from qdiff.deploy.onnx_export import export_onnx
 
     @functools.cache
-    def made(name: str) -> tuple[QuantModel, Path, tuple[Tensor, ...]]:
+    def made(name: str) -> tuple[QuantModel, FloatModel, Path, tuple[Tensor, ...]]:
         qnn, model, given = quantized(name)
         path = tmp_path_factory.mktemp("bundled") / f"{name}.onnx"
         export_onnx(qnn, path, model.input_shape, model.context_shape)
-        return qnn, path, given
+        return qnn, model, path, given
 
     return made
 
@@ -164,18 +169,21 @@ PLANTED = ("input_blocks.0.0", "middle_block.0.out_layers.3", "out.2")
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("name", LATENTS)
 @torch.no_grad()
 def test_exported(name, runtime, exported):
     from qdiff.deploy.runtimes import OnnxNetwork
 
-    qnn, path, given = exported(name)
+    qnn, model, path, given = exported(name)
     followed = Followed(path, runtime)
     found = followed.differences(qnn, *given)
     assert found.sums() < SUM_TOLERANCE, max(found.inputs.items(), key=lambda item: item[1])
     assert found.levels() < LEVEL_TOLERANCE, max(found.rounding.items(), key=lambda item: item[1])
     with qnn.quantized():
         assert relative(OnnxNetwork(path, runtime)(*given), qnn(*given)) < FREE_TOLERANCE
+    check_samples(qnn, path, runtime, model, "out.2", STEPS, SUM_TOLERANCE)
+    if name != "vq":  # the same layers in all of them
+        return
     for layer_name in PLANTED:
         layer = qnn.layers()[layer_name]
         with scaled(layer.weight_quantizers[0].delta):

@@ -213,6 +213,20 @@ def test_export_does_not_change_the_network(small, tmp_path):
     assert (tmp_path / "other.onnx").read_bytes() != path.read_bytes()
 
 
+def test_export_does_not_change_a_network_in_half_precision(tmp_path):
+    """Which an exported one is not: the same happens to a network on another device."""
+    qnn = one_layer(act_bits=8).half()
+    before = {n: (v.dtype, v.clone()) for n, v in qnn.state_dict().items()}
+    export_onnx(qnn, tmp_path / "model.onnx", SHAPE)
+    after = qnn.state_dict()
+    assert {v.dtype for v in after.values()} >= {torch.float16}
+    assert all(after[n].dtype == dtype and torch.equal(after[n], v) for n, (dtype, v) in before.items())
+    given = network_inputs(SHAPE)(2, 0)
+    with qnn.float().quantized(), torch.no_grad():
+        expected = qnn(*given)
+    assert torch.allclose(OnnxNetwork(tmp_path / "model.onnx", "onnxruntime")(*given), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("failing", ["save", "checker"])
 def test_nothing_half_written_is_left(failing, small, tmp_path, monkeypatch):
     qnn, path = small
@@ -326,3 +340,23 @@ def test_a_file_of_other_widths_or_another_network(runtime, small):
     other.layers()["layer"].weight_int[0, 0, 0, 0] ^= 1
     with pytest.raises(UserError, match=r"exported with other weights or ranges; export it anew with this checkpoint$"):
         OnnxNetwork(path, runtime, qnn=other)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_file_for_other_shapes(runtime, small, exported_text):
+    OnnxNetwork(small[1], runtime, shapes=(SHAPE, None))
+    with pytest.raises(UserError, match=r"for x of shape 3×5×5, this run has 3×7×5; export it anew$"):
+        OnnxNetwork(small[1], runtime, shapes=((3, 7, 5), None))
+    with pytest.raises(UserError, match=r"for context of shape none, this run has 5×12; export it anew$"):
+        OnnxNetwork(small[1], runtime, shapes=(SHAPE, (5, 12)))
+    OnnxNetwork(exported_text.path, runtime, shapes=((4, 4, 4), (5, 12)))
+    with pytest.raises(UserError, match=r"for context of shape 5×12, this run has 6×12; export it anew$"):
+        OnnxNetwork(exported_text.path, runtime, shapes=((4, 4, 4), (6, 12)))
+
+
+def test_how_ranges_were_chosen_is_no_matter(small):
+    """The ranges themselves are in the file."""
+    qnn, path = small
+    again = one_layer(weight_range="mse", act_range="mse")
+    OnnxNetwork(path, "onnxruntime", qnn=again)
+    assert torch.equal(again.layers()["layer"].weight_int, qnn.layers()["layer"].weight_int)

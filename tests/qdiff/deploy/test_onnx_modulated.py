@@ -151,6 +151,18 @@ def test_what_is_called_wrongly_is_said(runtime, exported, tmp_path):
         OnnxNetwork(alone, runtime)
 
 
+def test_the_first_step_of_another_network_is_refused(tmp_path):
+    export_onnx(made(weight_bits=8), tmp_path / "model.onnx", SHAPE)
+    export_onnx(made(weight_bits=4), tmp_path / "other.onnx", SHAPE)
+    first_step_path(tmp_path / "other.onnx").replace(first_step_path(tmp_path / "model.onnx"))
+    with pytest.raises(UserError, match=r"model\.first\.onnx was exported with other weights or ranges"):
+        OnnxNetwork(tmp_path / "model.onnx", "onnxruntime")
+
+
+def test_the_name_of_the_first_step_keeps_all_of_the_other():
+    assert [first_step_path(name).name for name in ("w4.a8.onnx", "w4.a8")] == ["w4.a8.first.onnx"] * 2
+
+
 def test_an_export_that_fails_between_its_files_can_be_repeated(tmp_path, monkeypatch):
     """Where model.onnx is, both are: whoever finds it does not export again."""
     onnx = pytest.importorskip("onnx")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from deploy_networks import STEPS
-from following import RUNTIMES, Followed, relative
+from following import FREE_STEP_TOLERANCE, RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
 from qdiff.deploy.runtimes import OnnxNetwork
@@ -24,10 +24,6 @@ SUM_TOLERANCE = 2e-5
 # edge may fall to the other side; one in some thousand values then differs by a level.
 LEVEL_TOLERANCE = 1.5e-3
 ONE_LEVEL = 1 + 1 / 255  # changes what a quantizer makes by 3.9e-3
-# Final samples in [−1, 1], sampled with the runtime's integers: nothing visible.
-FOLLOWED_PSNR = 90.0
-# … and by each for itself: flips at rounding edges make 1 % of ε in one call, and a sampler adds them up.
-FREE_STEP_TOLERANCE, FREE_PSNR = 0.06, 20.0
 
 NETWORKS = ("ddim", "text", "digits")
 
@@ -126,58 +122,10 @@ def test_one_file_takes_any_batch(name, runtime, exported):
     assert relative(out[:1], out[1:2]) > 5 * FREE_STEP_TOLERANCE
 
 
-def psnr(a: Tensor, b: Tensor) -> float:
-    """In dB, of values in [−1, 1]."""
-    return float(10 * torch.log10(4 / (a.clamp(-1, 1) - b.clamp(-1, 1)).square().mean()))
-
-
-@torch.no_grad()
-def sampled(model, network) -> Tensor:
-    return model.trajectory(network, range(4))
-
-
-class _AfterRuntime:
-    """The simulated network on the integers of a runtime's own trajectory, call by call."""
-
-    def __init__(self, followed: Followed, qnn: QuantModel, calls: list[tuple[Tensor, ...]]) -> None:
-        self.followed, self.qnn, self.calls = followed, qnn, iter(calls)
-        self.errors: list[float] = []
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        found = self.followed.differences(self.qnn, *next(self.calls))
-        self.errors.append(found.eps)
-        return found.simulated
-
-
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_samples_are_the_simulated_ones(runtime, exported_digits, digits_model):
-    qnn, real = exported_digits.qnn, OnnxNetwork(exported_digits.path, runtime)
-    followed, calls = Followed(exported_digits.path, runtime), []
-
-    def listened(*inputs: Tensor) -> Tensor:
-        calls.append(inputs)
-        return followed(*inputs)
-
-    made = sampled(digits_model, listened)
-    assert len(calls) == STEPS
-
-    after = _AfterRuntime(followed, qnn, calls)
-    assert psnr(sampled(digits_model, after), made) > FOLLOWED_PSNR
-    assert len(after.errors) == STEPS and max(after.errors) < SUM_TOLERANCE
-    # Planted: the weight scales of the last layer.
-    with scaled(qnn.layers()["conv_out"].weight_quantizers[0].delta):
-        set_weights_anew(qnn)
-        planted = _AfterRuntime(followed, qnn, calls)
-        assert psnr(sampled(digits_model, planted), made) < FOLLOWED_PSNR
-        assert min(planted.errors) > SUM_TOLERANCE
-    set_weights_anew(qnn)
-
-    # Each for itself, and the graph as it runs, where nobody looks inside: flips at edges take what they take.
-    with qnn.quantized(), torch.no_grad():
-        expected = sampled(digits_model, qnn)
-        errors = [relative(real(*given), qnn(*given)) for given in calls]
-    assert psnr(sampled(digits_model, real), expected) > FREE_PSNR
-    assert max(errors[:-1]) < FREE_STEP_TOLERANCE, errors
+    network = exported_digits
+    check_samples(network.qnn, network.path, runtime, digits_model, "conv_out", STEPS, SUM_TOLERANCE)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
