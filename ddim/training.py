@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from ddim.config import build_schedule
 from ddim.models.diffusion import Model
 from ddim.samplers import DiffusionSchedule
+from qdiff.errors import UserError
 
 
 class OptimisedTask(pl.LightningModule):
@@ -98,12 +100,27 @@ class NoisePredictionTask(DenoisingTask):
         return self.denoising_loss(*batch)
 
 
-def fit(task: OptimisedTask, loader: DataLoader, epochs: int, workdir: str | Path, grad_clip: float) -> dict[str, Any]:
+def fit(
+    task: OptimisedTask,
+    loader: DataLoader,
+    epochs: int,
+    workdir: str | Path,
+    grad_clip: float,
+    settings: dict[str, Any],
+) -> dict[str, Any]:
     """Train, continuing from the last checkpoint in ``workdir``.
+
+    Args:
+        settings: JSON values that decide what is trained: a checkpoint made with others is not continued.
 
     Returns:
         ``epochs``, ``steps``, ``images``, ``final_loss`` (None where not finite), ``minutes`` of this call, ``torch``.
+
+    Raises:
+        UserError: the checkpoint in ``workdir`` is of other settings.
     """
+    last = Path(workdir) / "last.ckpt"
+    _keep_settings(last, settings)
     checkpoints = pl.callbacks.ModelCheckpoint(
         dirpath=workdir, filename="last", save_last=False, every_n_epochs=10, enable_version_counter=False
     )
@@ -116,7 +133,6 @@ def fit(task: OptimisedTask, loader: DataLoader, epochs: int, workdir: str | Pat
         logger=False,
         log_every_n_steps=1,
     )
-    last = Path(workdir) / "last.ckpt"
     started = time.time()
     trainer.fit(task, loader, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     loss = float(trainer.callback_metrics.get("loss", math.nan))
@@ -128,3 +144,20 @@ def fit(task: OptimisedTask, loader: DataLoader, epochs: int, workdir: str | Pat
         "minutes": round((time.time() - started) / 60, 1),
         "torch": torch.__version__,
     }
+
+
+def _keep_settings(last: Path, settings: dict[str, Any]) -> None:
+    kept, settings = last.with_name("settings.json"), json.loads(json.dumps(settings))
+    if last.is_file():
+        before = json.loads(kept.read_text()) if kept.is_file() else {}
+        for name in sorted(settings.keys() | before.keys()):
+            if before.get(name) != settings.get(name):
+                raise UserError(
+                    f"{last} was trained with another {name}; choose another --workdir, or delete it to begin anew"
+                )
+        return
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        raise UserError(f"{kept.parent} cannot be written ({error.strerror}); choose another --workdir") from None

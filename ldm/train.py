@@ -36,7 +36,7 @@ def train_first_stage(args: Namespace) -> dict[str, Any]:
     images = load_training_images(config.data)
     loader = _loader(stage.batch_size, images)
     task = FirstStageTask(model, stage, epochs * len(loader))
-    notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip)
+    notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip, _notes(args))
     _save({PREFIX + k: v for k, v in model.eval().state_dict().items()}, args.out, notes)
     latents, _ = latent_moments(model, images)
     with torch.no_grad():
@@ -82,7 +82,7 @@ def train_diffusion(args: Namespace) -> dict[str, Any]:
         model.scale_factor.fill_(1.0 / (mean + std * torch.randn_like(std)).std())
     loader = _loader(stage.batch_size, mean, std, load_training_labels(config.data))
     task = LatentDenoisingTask(model, stage, epochs * len(loader), _describer(model, args.seed), args.seed)
-    notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip)
+    notes = _notes(args) | fit(task, loader, epochs, _workdir(args), stage.optim.grad_clip, _notes(args))
     averaged = task.ema.module
     model.model.diffusion_model = averaged.diffusion_model
     model.cond_stage_model = averaged.cond_stage_model

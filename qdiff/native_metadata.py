@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
@@ -36,6 +37,14 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Return the notes of a file of ours: what made it."""
+    try:
+        return dict(json.loads(read_metadata(path).get("notes", "{}")))
+    except ValueError:
+        return {}
 
 
 def read_config(path: Path) -> QuantConfig:

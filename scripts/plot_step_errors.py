@@ -34,12 +34,16 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.cli.step_errors import resolve, step_errors
+    from qdiff.errors import UserError
     from qdiff.evaluation.step_error_plot import step_error_picture
     from qdiff.files import check_writable, written_whole
 
     model = load_object(LIKE[args.like][1])(args)
     plan, numbers = resolve(args, model), Path(args.out).with_suffix(".json")
-    check_writable(args.out)
+    if Path(args.out).suffix != ".png":
+        raise UserError(f"--out is {args.out}; name a picture .png (the numbers go beside it as .json)")
+    for path in (args.out, numbers):
+        check_writable(path)
     found = step_errors(model, plan, args.images, args.device)
     quant = plan.quant
     title = f"{model.name}, W{quant.weight_bits}A{quant.act_bits}, one range a {quant.act_scale_per.value}"

@@ -18,7 +18,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="model config, e.g. configs/digits.yml")
     parser.add_argument("--out", required=True, help="where the EMA weights go (.safetensors)")
-    parser.add_argument("--workdir", default="runs/train_ddim", help="checkpoints to continue from")
+    parser.add_argument("--workdir", help="checkpoints to continue from (default: --out with .work)")
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--epochs", type=int, help="instead of the config's training.n_epochs")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -31,14 +31,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     import pytorch_lightning as pl
     import torch
+    from omegaconf import OmegaConf
     from safetensors.torch import save_file
     from torch.utils.data import DataLoader, TensorDataset
 
     from ddim.config import load_config
     from ddim.datasets import load_training_images
     from ddim.training import NoisePredictionTask, fit
+    from qdiff.errors import UserError
     from qdiff.files import check_writable, written_whole
 
+    for option, least in (("epochs", 1), ("threads", 1), ("seed", 0)):
+        value = getattr(args, option)
+        if value is not None and value < least:
+            raise UserError(f"--{option} is {value}; give at least {least}")
     check_writable(args.out)
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)
@@ -48,7 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
     loader = DataLoader(TensorDataset(images), batch_size=config.training.batch_size, shuffle=True, drop_last=True)
     task = NoisePredictionTask(config, total_steps=epochs * len(loader))
     notes = {"config": args.config, "seed": args.seed}
-    notes |= fit(task, loader, epochs, args.workdir, config.optim.grad_clip)
+    settings = {"config": OmegaConf.to_container(config, resolve=True), "seed": args.seed}
+    notes |= fit(task, loader, epochs, args.workdir or f"{args.out}.work", config.optim.grad_clip, settings)
     weights = {k: v.contiguous().cpu() for k, v in task.ema.module.state_dict().items()}
     with written_whole(args.out) as path:
         save_file(weights, path, metadata={"training": json.dumps(notes)})

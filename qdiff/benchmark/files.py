@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from argparse import Namespace
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.deploy import wrapped
 from qdiff.cli.float_model import FloatModel
+from qdiff.cli.parity import LAST_BITS, last_bits_moved
 from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
@@ -66,7 +68,7 @@ class Job:
         return self._given["conditions"]
 
     def outputs(self, name: str) -> list[Tensor]:
-        """Return what `checked_calls` give in float (`FLOAT`) or simulated (`NATIVE`)."""
+        """Return what `checked_calls` give in float (`FLOAT`), simulated (`NATIVE`) or with `LAST_BITS` moved."""
         return self._given["outputs"][name]
 
     @property
@@ -119,8 +121,9 @@ def write_checkpoints(job: Job) -> list[str]:
         load_checkpoint(qnn, job.plan.checkpoint)
     if not job.takes_checkpoint:
         save_checkpoint(qnn, job.path(NATIVE))
-    with qnn.quantized(), qnn.trajectory():
-        outputs[NATIVE] = [qnn(*given) for given in calls]
+    for name, moved in ((NATIVE, contextlib.nullcontext()), (LAST_BITS, last_bits_moved(qnn))):
+        with qnn.quantized(), qnn.trajectory(), moved:
+            outputs[name] = [qnn(*given) for given in calls]
     torch.save({"inputs": inputs, "conditions": conditions, "outputs": outputs}, job.folder / "inputs.pt")
     return model.notes
 

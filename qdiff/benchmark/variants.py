@@ -14,13 +14,14 @@ from torch import Tensor
 from qdiff.benchmark.files import FLOAT, FLOAT_ONNX, NATIVE, ONNX, Job
 from qdiff.checkpoint import load_packed
 from qdiff.cli.float_model import FloatModel, Network, trajectory_of
+from qdiff.cli.parity import LAST_BITS
 from qdiff.cli.parser import chosen_runtimes
 from qdiff.errors import UserError
 
 BASE = "float"
 # Relative L2 error of a call. Of float variants it is another order of sums. Of quantized ones rounding edges account
-# for hundredths; half of what quantization does, or more, is another network.
-FLOAT_ERROR, QUANTIZED_ERROR = 1e-3, 0.06
+# for hundredths, in modulated ones for more: what last bits alone do to the simulated network tells how much.
+FLOAT_ERROR, QUANTIZED_ERROR, LAST_BITS_ERRORS = 1e-3, 0.06, 1.5
 
 
 def _float(job: Job) -> Network:
@@ -77,12 +78,14 @@ class Variant:
     Attributes:
         file: what it loads.
         open: from that file.
+        is_simulation: it computes what is simulated to the bit.
         own_float: the same runtime's float variant, where it is not the base.
         imports: packages that are no business of the memory measured.
     """
 
     file: str
     open: Callable[[Job], Network]
+    is_simulation: bool = False
     own_float: str | None = None
     imports: tuple[str, ...] = ()
 
@@ -91,14 +94,14 @@ VARIANTS: dict[str, Variant] = {
     BASE: Variant(FLOAT, _float),
     "float-channels-last": Variant(FLOAT, _channels_last),
     "float-compile": Variant(FLOAT, _compiled, imports=("torch._dynamo", "torch._inductor.compile_fx")),
-    "simulated": Variant(NATIVE, _simulated),
-    "torch": Variant(NATIVE, _packed(integer=False)),
+    "simulated": Variant(NATIVE, _simulated, is_simulation=True),
+    "torch": Variant(NATIVE, _packed(integer=False), is_simulation=True),
     "torch-int8": Variant(NATIVE, _packed(integer=True)),
 }
 for _runtime in ("onnxruntime", "openvino"):
     _own_float, _packages = f"{_runtime}-float", ("onnx", _runtime)
     VARIANTS[_own_float] = Variant(FLOAT_ONNX, _onnx(_runtime, FLOAT_ONNX), imports=_packages)
-    VARIANTS[_runtime] = Variant(ONNX, _onnx(_runtime, ONNX), _own_float, _packages)
+    VARIANTS[_runtime] = Variant(ONNX, _onnx(_runtime, ONNX), own_float=_own_float, imports=_packages)
 
 
 def chosen_variants(text: str | None) -> list[str]:
@@ -141,10 +144,11 @@ class Opened:
 
 
 def _check(network: Network, job: Job, name: str) -> None:
-    reference = FLOAT if VARIANTS[name].file in (FLOAT, FLOAT_ONNX) else NATIVE
+    variant = VARIANTS[name]
+    reference = FLOAT if variant.file in (FLOAT, FLOAT_ONNX) else NATIVE
     expected, limit = job.outputs(reference), FLOAT_ERROR
-    if reference == NATIVE:
-        limit = max(QUANTIZED_ERROR, 0.5 * _largest_error(job.outputs(FLOAT), expected))
+    if reference == NATIVE and not variant.is_simulation:
+        limit = max(QUANTIZED_ERROR, LAST_BITS_ERRORS * _largest_error(job.outputs(LAST_BITS), expected))
     with trajectory_of(network):
         error = _largest_error([network(*given) for given in job.checked_calls], expected)
     if not error < limit:

@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import json
 import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from qdiff.calibration.samples import network_calls, save_recording, select_samp
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.checkpoint import load_packed
 from qdiff.cli.deploy import check_runtime, onnx_network, pack, starts_packed, wrapped
+from qdiff.cli.eda_dm import of_width
 from qdiff.cli.float_model import FloatModel, trajectory_of
 from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
-from qdiff.cli.ptq import resolve_ptq
-from qdiff.cli.quantize import Quantization, measure_noise_error, measure_trajectory_error
+from qdiff.cli.ptq import resolve_ptq, weight_width
+from qdiff.cli.quantize import Quantization, add_checkpoint, measure_noise_error, measure_trajectory_error
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
@@ -59,9 +61,11 @@ class SampleCommand:
     """
 
     def __init__(self, script: str, model: FloatModel, preset: str | None = None) -> None:
-        self.model, self.args = model, model.args
+        self.model, self.args, self._told = model, model.args, False
         values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
-        self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, {**values, **model.eda_dm})
+        bits = weight_width(self.args)
+        preset_values = {**of_width(values, bits), **of_width(model.eda_dm, bits)}
+        self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, preset_values)
         if self.plan is not None:
             model.check_modulation(self.plan.quant)
         records_steps = self.plan is not None and self.plan.draw is None
@@ -79,6 +83,19 @@ class SampleCommand:
         check_runtime(self.args, None if self.plan is None else self.plan.quant)
         if self.args.runtime != SIMULATED:
             self.config["runtime"] = self.args.runtime
+
+    @contextlib.contextmanager
+    def notes_told(self) -> Iterator[None]:
+        """Tell on stderr what the user should know of the model, where nothing in the block logged it, or failed first.
+
+        An error may well come of it, e.g. of a bundled model in the place of the one that was meant.
+        """
+        try:
+            yield
+        finally:
+            if not self._told:
+                for note in self.model.notes:
+                    print(note, file=sys.stderr)
 
     def _folder(self) -> Path:
         if self.args.logdir not in (None, "none"):
@@ -128,16 +145,18 @@ class SampleCommand:
         model.move_to(processes.device)
         # Only the first process calibrates; the others read what it wrote.
         prepared = self._prepare(run) if processes.is_first and packed is None else None
+        self._told = not processes.is_first  # which says nothing
         with contextlib.ExitStack() as stack:
             if processes.is_first:
                 run.open()
                 stack.enter_context(run.logged())
                 for note in model.notes:
                     log.warning(note)
+                self._told = True
                 if model.weights is not None:
                     run.add_file("float weights", model.weights)
                 if packed is not None:
-                    run.add_file("quantized checkpoint", self.plan.checkpoint)
+                    add_checkpoint(run, "quantized checkpoint", self.plan.checkpoint)
                 run.manifest["network_bytes"] = sum(p.numel() * 4 for p in model.network.parameters())
                 if model.labels is not None:
                     run.manifest["labels"] = model.labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 from qdiff.calibration.draws import Draw, Schedule
@@ -31,6 +32,8 @@ _RECIPE = {
     "cali_iters": "iterations",
     "cali_batch_size": "batch_size",
 }
+# Values of a preset that the papers have for 8-bit weights alone.
+WIDE, WIDE_BITS = "w8", 8
 _WHOLE = ("calib_num_samples", "batch_samples", "cali_iters", "cali_batch_size")
 # A command with one of these means EDA-DM where it does not say --method.
 IMPLYING = (
@@ -63,6 +66,15 @@ def add_eda_dm_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--change_block_recon", action="store_true", help="accepted: blocks are always fitted in execution order"
     )
+
+
+def of_width(preset: dict[str, Any], weight_bits: int) -> dict[str, Any]:
+    """Return a preset's values for a width: those of its section ``w8`` come first for 8 bits."""
+    wide = preset.get(WIDE) or {}
+    if not isinstance(wide, Mapping):
+        raise UserError(f"the preset of EDA-DM has {WIDE}: {wide!r}; make it values by option name in the YAML file")
+    rest = {option: value for option, value in preset.items() if option != WIDE}
+    return {**rest, **wide} if weight_bits == WIDE_BITS else rest
 
 
 def implied_by(args: Namespace) -> list[str]:

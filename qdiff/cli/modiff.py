@@ -10,6 +10,8 @@ from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
 
 RECORDINGS = ("raw", "residual")
+# Options that mean nothing to a float network.
+QUANTIZING = ("modulate", "act_tensor", "act_scale_per", "rest_abit", "cali_min_max", "modulate_ablation")
 
 
 def add_modiff_options(parser: argparse.ArgumentParser) -> None:

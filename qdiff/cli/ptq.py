@@ -17,6 +17,8 @@ from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
 
+BITS = 8
+
 
 @dataclass(frozen=True)
 class PtqPlan:
@@ -84,6 +86,22 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
     modiff.add_modiff_options(parser)
 
 
+def weight_width(args: Namespace) -> int:
+    """Return ``--weight_bit``, or what it is where it was not given."""
+    return BITS if args.weight_bit is None else args.weight_bit
+
+
+def _refuse_quantization(args: Namespace) -> None:
+    """Raise a `UserError` where an option asks for what only ``--ptq`` does: float would pass for quantized."""
+    options = ["quant_act", "resume", "resume_w", "cali_ckpt", "method", "weight_bit", "act_bit"]
+    options += ["split", "a_sym", "w_sym", "w_range", "a_range", "keep_ends", *modiff.QUANTIZING, *eda_dm.IMPLYING]
+    if args.generate is None:
+        options.append("cali_data_path")
+    for option in options:
+        if getattr(args, option, None):
+            raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
+
+
 def resolve_ptq(
     args: Namespace, weight_range: RangeMethod, act_range: RangeMethod, preset: dict[str, Any] | None = None
 ) -> PtqPlan | None:
@@ -98,12 +116,7 @@ def resolve_ptq(
         UserError: options that contradict each other (both are named) or are out of range.
     """
     if not args.ptq:
-        options = ["quant_act", "resume", "resume_w", "cali_ckpt", "modulate", "method"]
-        if args.generate is None:
-            options.append("cali_data_path")
-        for option in options:
-            if getattr(args, option, None):
-                raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
+        _refuse_quantization(args)
         return None
     if args.generate is not None:
         raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
@@ -115,9 +128,11 @@ def resolve_ptq(
         weight_range = act_range = RangeMethod.SEARCH
     if modulate:  # of changes
         act_range = RangeMethod.MIN_MAX
+    if args.act_bit is not None and not args.quant_act:
+        raise UserError("--act_bit has no meaning without --quant_act; add it, or leave --act_bit out")
     quant = QuantConfig(
-        weight_bits=args.weight_bit,
-        act_bits=args.act_bit if args.quant_act else None,
+        weight_bits=weight_width(args),
+        act_bits=(BITS if args.act_bit is None else args.act_bit) if args.quant_act else None,
         # EDA-DM's scripts mean the opposite by it: absent is the symmetric search.
         act_symmetric=args.a_sym != searches,
         softmax_bits=args.sm_abit,

@@ -30,7 +30,9 @@ from qdiff.interface import SteppedNetwork
 from qdiff.methods import eda_dm, linear, modiff, qdiffusion
 from qdiff.methods.common import CalibrationRun
 from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.native_metadata import read_notes
 from qdiff.quant_model import QuantModel
+from qdiff.tensor_files import is_pickle
 
 log = logging.getLogger("qdiff")
 
@@ -107,8 +109,7 @@ class Quantization:
         """
         if self.is_complete:
             role = "quantized checkpoint" if self.plan.action == "load" else "calibrated checkpoint"
-            self.run.add_file(role, self._source)
-            log.info("loaded %s", self._source)
+            add_checkpoint(self.run, role, self._source)
             return self.qnn
         memory = self._memory()
         log.info("calibration needs %s", memory)
@@ -167,6 +168,15 @@ class Quantization:
         journal.discard()
         run.save_manifest()
         log.info("calibrated checkpoint: %s (%d bytes)", self.finished, self.finished.stat().st_size)
+
+
+def add_checkpoint(run: RunFolder, role: str, path: str | Path) -> None:
+    """Note a quantized checkpoint that was read, and what made it: a command's options do not say."""
+    run.add_file(role, path)
+    made_by = {} if is_pickle(Path(path)) else {k: v for k, v in read_notes(Path(path)).items() if k != "plan"}
+    if made_by:
+        run.manifest["checkpoint_notes"] = made_by
+    log.info("loaded %s%s", path, f", calibrated by {made_by['method']}" if "method" in made_by else "")
 
 
 @torch.no_grad()

@@ -73,9 +73,10 @@ def sampling_script(
         from qdiff.cli.command import SampleCommand
 
         command = SampleCommand(name, load_object(model)(args), preset)
-        if args.dry_run:
-            print(json.dumps(command.config, indent=1))
-            return
-        command.run()
+        with command.notes_told():
+            if args.dry_run:
+                print(json.dumps(command.config, indent=1))
+            else:
+                command.run()
 
     return main

@@ -301,7 +301,8 @@ def test_shipped_presets_are_complete(name, tmp_path):
     from qdiff.config_files import read_config
 
     values = dict(read_config(REPOSITORY / "configs" / "eda-dm" / f"{name}.yaml", ""))
-    assert set(values) == set(NUMBERS) - {"qdrop"}
+    wide = values.pop("w8", {})
+    assert set(values) == set(NUMBERS) - {"qdrop"} and set(wide) < set(values)
     made = plan("--method", "eda-dm", preset=values)
     for option, value in values.items():
         _, part, field = NUMBERS[option]
@@ -310,3 +311,34 @@ def test_shipped_presets_are_complete(name, tmp_path):
     assert made.recipe.iterations == (1000 if big else 5000)
     assert made.recipe.batch_size == (2 if name == "stable-diffusion" else 32)
     assert made.draw.radius == (3.0 if name in ("cifar10", "imagenet") else 0.3)
+
+
+# λ, γ, learning rates of rounding and of step sizes, as the commands of EDA-DM's README have them at W4A8 and W8A8.
+PUBLISHED = {
+    "cifar10": ((1.2, 0.8, 0.5, 5e-4), (1.3, 3.0, 5e-2, 1e-3)),
+    "bedroom": ((100.0, 0.001, 1e-2, 5e-3), (100.0, 0.1, 5e-4, 1e-4)),
+    "church": ((1.0, 1.0, 5e-2, 1e-4), (1.0, 1.0, 5e-2, 1e-4)),
+    "imagenet": ((0.5, 1.3, 0.5, 1e-4), (0.5, 1.3, 1e-4, 1e-3)),
+    "stable-diffusion": ((50.0, 0.5, 3e-2, 1e-4), (50.0, 0.5, 5e-4, 1e-4)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_presets_know_the_width(name, tmp_path):
+    from qdiff.cli.command import REPOSITORY
+
+    preset = yaml.safe_load((REPOSITORY / "configs" / "eda-dm" / f"{name}.yaml").read_text())
+    for bits, numbers in zip((4, 8), PUBLISHED[name], strict=True):
+        made = command(tmp_path, "--method", "eda-dm", "--weight_bit", bits, preset=preset)
+        found = (made.draw.lamda, made.recipe.layer_weight, made.recipe.lr_rounding, made.recipe.lr_act)
+        assert found == numbers
+    assert made == command(tmp_path, "--method", "eda-dm", preset=preset)  # 8 is the default
+
+
+def test_a_model_comes_before_the_width_of_a_preset(tmp_path):
+    preset, section = {"lr_w": 0.1, "lr_a": 0.1, "w8": {"lr_w": 0.2, "lr_a": 0.2}}, {"lr_w": 0.3}
+    for bits, numbers in ((8, (0.3, 0.2)), (4, (0.3, 0.1))):
+        made = command(tmp_path, "--method", "eda-dm", "--weight_bit", bits, preset=preset, section=section).recipe
+        assert (made.lr_rounding, made.lr_act) == numbers
+    with pytest.raises(UserError, match="w8: 3; make it values by option name"):
+        command(tmp_path, "--method", "eda-dm", preset={"w8": 3})

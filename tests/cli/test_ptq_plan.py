@@ -176,3 +176,25 @@ def test_dict_is_json_and_holds_what_decides_the_result():
 def test_weight_ranges_are_symmetric_where_asked_for():
     assert plan("--ptq", "--w_sym").quant.weight_symmetric
     assert not plan("--ptq").quant.weight_symmetric
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("--weight_bit", 4), ("--act_bit", 8), ("--quant_act",), ("--split",), ("--a_sym",), ("--w_sym",)),
+        *(("--w_range", "mse"), ("--keep_ends",), ("--act_tensor",), ("--rest_abit", 8), ("--modulate",)),
+        *(("--lamda", 1.2), ("--recon",), ("--cali_ckpt", "c.pth"), ("--cali_data_path", "d.pt")),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_float_run_does_not_pass_for_a_quantized_one(words):
+    with pytest.raises(UserError, match=f"^{words[0]} has no meaning without --ptq; add --ptq, or leave"):
+        plan(*words)
+    assert plan("--cali_st", 5) is None  # numbers of a calibration decide nothing
+
+
+def test_a_width_without_its_side():
+    with pytest.raises(UserError, match=r"^--act_bit has no meaning without --quant_act; add it"):
+        plan("--ptq", "--act_bit", 4)
+    made = plan("--ptq", "--quant_act")
+    assert (made.quant.weight_bits, made.quant.act_bits) == (8, 8)

@@ -45,6 +45,7 @@ def test_ddim(runtime, call, tiny, weights_only_run, tmp_path, no_float_network)
     (network,) = no_float_network
     assert network.is_packed and all(layer.weight.is_meta for layer in network.layers().values())
     run = manifest(tmp_path)
+    assert run["checkpoint_notes"]["method"] == "qdiff"
     assert list(run["files"]) == ["quantized checkpoint"] and "noise_error" not in run
     assert run["cost"] == manifest(weights_only_run)["cost"]
     if runtime == "torch":

@@ -65,11 +65,20 @@ def test_two_epochs_write_weights_that_sample(call, command, steps, tmp_path):
 def test_repeated_command_continues_from_the_last_checkpoint(call, command, steps, tmp_path):
     assert call(SCRIPT, *command(CHECKPOINT_EVERY)).code == 0
     assert len(steps) == CHECKPOINT_EVERY * STEPS_AN_EPOCH
-    assert [p.name for p in (tmp_path / "work").iterdir()] == ["last.ckpt"]
+    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["last.ckpt", "settings.json"]
     steps.clear()
     assert call(SCRIPT, *command(CHECKPOINT_EVERY + 1)).code == 0
     first = CHECKPOINT_EVERY * STEPS_AN_EPOCH
     assert steps == [first, first + 1]
+    # Another seed or model is not what lies there.
+    steps.clear()
+    line = call(SCRIPT, *command(CHECKPOINT_EVERY + 2), "--seed", 7).error_line()
+    assert "last.ckpt was trained with another seed; choose another --workdir" in line
+    other = tmp_path / "other.yml"
+    other.write_text((tmp_path / "train.yml").read_text().replace("dropout: 0.1", "dropout: 0.2"))
+    assert other.read_text() != (tmp_path / "train.yml").read_text()
+    line = call(SCRIPT, *command(CHECKPOINT_EVERY + 2), "--config", other).error_line()
+    assert "last.ckpt was trained with another config" in line and steps == []
 
 
 def test_interrupted_training_writes_no_weights_and_continues(call, command, steps, tmp_path, monkeypatch):
@@ -110,4 +119,7 @@ def test_bad_input_is_one_sentence_before_any_training(call, command, steps, tmp
     assert "none.yml" in call(SCRIPT, *command(1), "--config", "none.yml").error_line()
     (tmp_path / "file").write_text("")
     assert "cannot be written" in call(SCRIPT, *command(1), "--out", tmp_path / "file" / "w").error_line()
+    for option, value in (("--epochs", -1), ("--threads", 0), ("--seed", -1)):
+        assert f"{option} is {value}; give at least" in call(SCRIPT, *command(1), option, value).error_line()
+    assert "choose another --workdir" in call(SCRIPT, *command(1), "--workdir", tmp_path / "file" / "w").error_line()
     assert steps == [] and not (tmp_path / "work").exists()

@@ -88,6 +88,13 @@ def test_a_bundled_model_in_place_of_stable_diffusion_is_said(call, latent, tmp_
         assert "models/ldm/stable-diffusion-v1/model.ckpt is not there" in text and str(latent("text").folder) in text
     succeeded(call(SCRIPT, *given, "--seed", 8))
     assert len(list(folder.parent.iterdir())) == 2
+    # Once; and before anything is there to be logged: in a dry run, and beside an error that may come of it.
+    assert outcome.err.count("is not there: the bundled model") == 1
+    outcome = succeeded(call(SCRIPT, *given, "--dry-run"))
+    assert "model.ckpt is not there: the bundled model" in outcome.err and json.loads(outcome.out)
+    (tmp_path / "c.pth").write_bytes(b"PK")
+    outcome = call(SCRIPT, *given, "--ptq", "--cali_ckpt", "c.pth")
+    assert outcome.code == 2 and "model.ckpt is not there: the bundled model" in outcome.err
 
 
 def test_dry_run_needs_no_weights_data_or_device(call, latent, tmp_path):
