@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from pathlib import Path
@@ -19,6 +18,9 @@ from ddim.config import build_schedule
 from ddim.models.diffusion import Model
 from ddim.samplers import DiffusionSchedule
 from qdiff.errors import UserError
+from qdiff.files import check_writable
+
+SETTINGS = "qdiff_settings"  # of a checkpoint
 
 
 class OptimisedTask(pl.LightningModule):
@@ -32,6 +34,10 @@ class OptimisedTask(pl.LightningModule):
     def __init__(self, optim: Any, total_steps: int) -> None:
         super().__init__()
         self.optim, self.total_steps = optim, total_steps
+        self.settings: dict[str, Any] = {}  # what a checkpoint belongs to
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[SETTINGS] = self.settings
 
     def configure_optimizers(self) -> dict[str, Any]:
         optim = self.optim
@@ -120,7 +126,8 @@ def fit(
         UserError: the checkpoint in ``workdir`` is of other settings.
     """
     last = Path(workdir) / "last.ckpt"
-    _keep_settings(last, settings)
+    _check_settings(last, settings)
+    task.settings = settings
     checkpoints = pl.callbacks.ModelCheckpoint(
         dirpath=workdir, filename="last", save_last=False, every_n_epochs=10, enable_version_counter=False
     )
@@ -146,18 +153,13 @@ def fit(
     }
 
 
-def _keep_settings(last: Path, settings: dict[str, Any]) -> None:
-    kept, settings = last.with_name("settings.json"), json.loads(json.dumps(settings))
-    if last.is_file():
-        before = json.loads(kept.read_text()) if kept.is_file() else {}
-        for name in sorted(settings.keys() | before.keys()):
-            if before.get(name) != settings.get(name):
-                raise UserError(
-                    f"{last} was trained with another {name}; choose another --workdir, or delete it to begin anew"
-                )
+def _check_settings(last: Path, settings: dict[str, Any]) -> None:
+    check_writable(last)
+    if not last.is_file():
         return
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(settings, indent=1))
-    except OSError as error:
-        raise UserError(f"{kept.parent} cannot be written ({error.strerror}); choose another --workdir") from None
+    before = torch.load(last, map_location="cpu", weights_only=True, mmap=True).get(SETTINGS, {})
+    for name in sorted(settings.keys() | before.keys()):
+        if before.get(name) != settings.get(name):
+            raise UserError(
+                f"{last} was trained with another {name}; choose another --workdir, or delete it to begin anew"
+            )

@@ -24,7 +24,7 @@ from qdiff.cli.deploy import check_runtime, onnx_network, pack, starts_packed, w
 from qdiff.cli.eda_dm import of_width
 from qdiff.cli.float_model import FloatModel, trajectory_of
 from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
-from qdiff.cli.ptq import resolve_ptq, weight_width
+from qdiff.cli.ptq import ignored_options, resolve_ptq
 from qdiff.cli.quantize import Quantization, add_checkpoint, measure_noise_error, measure_trajectory_error
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
@@ -63,7 +63,8 @@ class SampleCommand:
     def __init__(self, script: str, model: FloatModel, preset: str | None = None) -> None:
         self.model, self.args, self._told = model, model.args, False
         values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
-        bits = weight_width(self.args)
+        bits = self.args.weight_bit
+        model.notes += ignored_options(self.args)
         preset_values = {**of_width(values, bits), **of_width(model.eda_dm, bits)}
         self.plan = resolve_ptq(self.args, model.weight_range, model.act_range, preset_values)
         if self.plan is not None:

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from qdiff.errors import UserError
 
+BITS = 8
 SIMULATED, TORCH_RUNTIMES, ONNX_RUNTIMES = "simulated", ("torch", "torch-int8"), ("onnxruntime", "openvino")
 
 
@@ -51,9 +52,9 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         default="qdiff",
         help="linear: round to nearest, min-max; dynamic: activation ranges from the tensor at hand",
     )
-    group.add_argument("--weight_bit", type=int, help="width of weights, 1-8 (default 8)")
+    group.add_argument("--weight_bit", type=int, default=BITS, help="width of weights, 1-8")
     group.add_argument("--quant_act", action="store_true", help="quantize activations too")
-    group.add_argument("--act_bit", type=int, help="width of activations, 2-16 (default 8)")
+    group.add_argument("--act_bit", type=int, default=BITS, help="width of activations, 2-16")
     group.add_argument("--sm_abit", type=int, default=8, help="width of the softmax output, 2-16")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation ranges")
     group.add_argument("--w_sym", action="store_true", help="symmetric weight ranges: what int8 kernels want at 8 bits")

@@ -10,14 +10,12 @@ from typing import Any, Literal
 
 from qdiff.calibration.draws import Draw
 from qdiff.cli import eda_dm, modiff
-from qdiff.cli.parser import add_calibration_options, add_quantization_options
+from qdiff.cli.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
-
-BITS = 8
 
 
 @dataclass(frozen=True)
@@ -86,20 +84,17 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
     modiff.add_modiff_options(parser)
 
 
-def weight_width(args: Namespace) -> int:
-    """Return ``--weight_bit``, or what it is where it was not given."""
-    return BITS if args.weight_bit is None else args.weight_bit
-
-
-def _refuse_quantization(args: Namespace) -> None:
-    """Raise a `UserError` where an option asks for what only ``--ptq`` does: float would pass for quantized."""
-    options = ["quant_act", "resume", "resume_w", "cali_ckpt", "method", "weight_bit", "act_bit"]
-    options += ["split", "a_sym", "w_sym", "w_range", "a_range", "keep_ends", *modiff.QUANTIZING, *eda_dm.IMPLYING]
-    if args.generate is None:
-        options.append("cali_data_path")
-    for option in options:
-        if getattr(args, option, None):
-            raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
+def ignored_options(args: Namespace) -> list[str]:
+    """Return a sentence for what was given and has no effect: the papers' scripts take it, and a float run would pass
+    for a quantized one."""
+    widths = {name: getattr(args, name) != BITS for name in ("weight_bit", "act_bit")}
+    if args.ptq:
+        unused = widths["act_bit"] and not args.quant_act
+        return ["--act_bit has no effect without --quant_act: activations stay in float"] if unused else []
+    flags = ("split", "a_sym", "w_sym", "w_range", "a_range", "keep_ends", *modiff.QUANTIZING, *eda_dm.IMPLYING)
+    given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
+    named = ", ".join(f"--{name}" for name in given)
+    return [f"without --ptq the float model samples, and {named} has no effect"] if given else []
 
 
 def resolve_ptq(
@@ -116,7 +111,12 @@ def resolve_ptq(
         UserError: options that contradict each other (both are named) or are out of range.
     """
     if not args.ptq:
-        _refuse_quantization(args)
+        options = ["quant_act", "resume", "resume_w", "cali_ckpt", "modulate", "method"]
+        if args.generate is None:
+            options.append("cali_data_path")
+        for option in options:
+            if getattr(args, option, None):
+                raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
         return None
     if args.generate is not None:
         raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
@@ -128,11 +128,9 @@ def resolve_ptq(
         weight_range = act_range = RangeMethod.SEARCH
     if modulate:  # of changes
         act_range = RangeMethod.MIN_MAX
-    if args.act_bit is not None and not args.quant_act:
-        raise UserError("--act_bit has no meaning without --quant_act; add it, or leave --act_bit out")
     quant = QuantConfig(
-        weight_bits=weight_width(args),
-        act_bits=(BITS if args.act_bit is None else args.act_bit) if args.quant_act else None,
+        weight_bits=args.weight_bit,
+        act_bits=args.act_bit if args.quant_act else None,
         # EDA-DM's scripts mean the opposite by it: absent is the symmetric search.
         act_symmetric=args.a_sym != searches,
         softmax_bits=args.sm_abit,

@@ -65,7 +65,7 @@ def test_two_epochs_write_weights_that_sample(call, command, steps, tmp_path):
 def test_repeated_command_continues_from_the_last_checkpoint(call, command, steps, tmp_path):
     assert call(SCRIPT, *command(CHECKPOINT_EVERY)).code == 0
     assert len(steps) == CHECKPOINT_EVERY * STEPS_AN_EPOCH
-    assert sorted(p.name for p in (tmp_path / "work").iterdir()) == ["last.ckpt", "settings.json"]
+    assert [p.name for p in (tmp_path / "work").iterdir()] == ["last.ckpt"]
     steps.clear()
     assert call(SCRIPT, *command(CHECKPOINT_EVERY + 1)).code == 0
     first = CHECKPOINT_EVERY * STEPS_AN_EPOCH
@@ -121,5 +121,5 @@ def test_bad_input_is_one_sentence_before_any_training(call, command, steps, tmp
     assert "cannot be written" in call(SCRIPT, *command(1), "--out", tmp_path / "file" / "w").error_line()
     for option, value in (("--epochs", -1), ("--threads", 0), ("--seed", -1)):
         assert f"{option} is {value}; give at least" in call(SCRIPT, *command(1), option, value).error_line()
-    assert "choose another --workdir" in call(SCRIPT, *command(1), "--workdir", tmp_path / "file" / "w").error_line()
+    assert "cannot be written" in call(SCRIPT, *command(1), "--workdir", tmp_path / "file" / "w").error_line()
     assert steps == [] and not (tmp_path / "work").exists()
