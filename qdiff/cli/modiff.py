@@ -10,8 +10,8 @@ from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
 
 RECORDINGS = ("raw", "residual")
-# Options that mean nothing to a float network.
-QUANTIZING = ("modulate", "act_tensor", "act_scale_per", "rest_abit", "cali_min_max", "modulate_ablation")
+# Options that mean nothing to a float network, beside --modulate, which is refused there.
+QUANTIZING = ("act_tensor", "act_scale_per", "rest_abit", "cali_min_max", "modulate_ablation")
 
 
 def add_modiff_options(parser: argparse.ArgumentParser) -> None:
