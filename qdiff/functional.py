@@ -9,17 +9,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-PRODUCTS_AT_A_TIME = 1 << 20
-
-
 def max_level(bits: int) -> int:
     """Return 2^b − 1, the largest integer of a b-bit quantizer."""
     return 2**bits - 1
 
 
+def at_least_single(x: Tensor) -> Tensor:
+    """Return x in float32 where it is in half precision, else x itself.
+
+    Integers above 2,048 have no place in float16 (2^16 − 1 is infinite there), and below that x/δ is rounded twice.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def quantize(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return clamp(round(x/δ) + z, 0, 2^b − 1), in x's dtype; δ and z broadcast against x."""
-    return (torch.round(x / delta) + zero_point).clamp_(0, max_level(bits))
+    """Return clamp(round(x/δ) + z, 0, 2^b − 1), in x's dtype, float32 at least; δ and z broadcast against x."""
+    return (torch.round(at_least_single(x) / delta) + zero_point).clamp_(0, max_level(bits))
 
 
 def dequantize(q: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:
@@ -63,30 +68,10 @@ def fake_quantize(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Te
 
 
 def fake_quantize_inference(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The same values as `fake_quantize`, without gradients.
+    """The same values as `fake_quantize`, without gradients; computed in float32 at least, returned in x's dtype.
 
     PyTorch's fused kernel is not used: it multiplies by 1/δ, so values on a rounding edge land elsewhere, and on
     the CPU these in-place steps take a third of its time.
     """
-    q = (x / delta).round_().add_(zero_point).clamp_(0, max_level(bits))
-    return q.sub_(zero_point).mul_(delta)
-
-
-def linear_in_fixed_order(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x·Wᵀ + b with every sum in the same order, whatever the batch size and whoever made the CPU.
-
-    Matrix libraries choose the order by both, and a value that lies on a rounding edge of the next quantizer then falls
-    to one side here and to the other there: in the published Stable Diffusion test case MKL's paths for Intel and for
-    other CPUs differ by 0.85 % for one such value behind the time embedding. For the few rows of an embedding it
-    costs nothing.
-
-    Args:
-        x: [N, in].
-        weight: [out, in]; bias: [out].
-
-    Returns:
-        [N, out].
-    """
-    at_a_time = max(1, PRODUCTS_AT_A_TIME // weight.numel())
-    out = torch.cat([(part[:, None, :] * weight).sum(dim=-1) for part in x.split(at_a_time)])
-    return out if bias is None else out + bias
+    q = (at_least_single(x) / delta).round_().add_(zero_point).clamp_(0, max_level(bits))
+    return q.sub_(zero_point).mul_(delta).to(x.dtype)

@@ -96,15 +96,15 @@ class Family:
         network: the class of its denoising network.
         published_names: (pattern, replacement) pairs that turn the engine's names into those of published
             checkpoint files, tried in order with ``re.sub``; only attention quantizers differ.
-        symmetric_softmax: the family's published checkpoints give the softmax quantizer the symmetric range too
-            when activations are symmetric.
+        symmetric_softmax: pattern of the published names of those softmax quantizers that published checkpoints give
+            a symmetric range where activations are symmetric; None of none.
         ends: names of the layer that takes the network's input and of the one that gives its output.
         middle: name of the module whose output is the input of the middle attention block.
     """
 
     network: type[nn.Module]
     published_names: tuple[tuple[str, str], ...] = ()
-    symmetric_softmax: bool = False
+    symmetric_softmax: str | None = None
     ends: tuple[str, str] | None = None
     middle: str | None = None
 

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from qdiff.functional import at_least_single
+
 
 class LayerMemory:
     """The reconstruction of a layer's input so far, and the output that belongs to it.
@@ -36,7 +38,7 @@ class LayerMemory:
             raise RuntimeError(f"modulation has no gradients; run {self.name} under torch.no_grad()")
         # In float32 at least: under autocast, hundreds of half-precision additions would show. The input is copied: it
         # may be the sampler's own x.
-        self.input, self.output = _exact(x).clone(), _exact(output)
+        self.input, self.output = at_least_single(x).clone(), at_least_single(output)
         return output
 
     def difference(self, x: Tensor) -> Tensor:
@@ -55,7 +57,7 @@ class LayerMemory:
     def advance(self, x: Tensor, change: Tensor, output_change: Tensor) -> Tensor:
         """Add the quantized change of the input to ``x``, and its output; return the output."""
         # New tensors: what was returned the step before may still be in use.
-        self.input = self.input + change if self.compensates else _exact(x)
+        self.input = self.input + change if self.compensates else at_least_single(x)
         self.output = self.output + output_change
         return self.output.to(output_change.dtype)
 
@@ -67,10 +69,6 @@ class LayerMemory:
     def bytes(self) -> int:
         """What is remembered takes."""
         return sum(t.numel() * t.element_size() for t in (self.input, self.output) if t is not None)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Modulated(Protocol):

@@ -45,7 +45,10 @@ def _is_signed(qnn: QuantModel, prefix: str, quantizer: Quantizer) -> bool:
     """Whether the published code stores this activation quantizer as signed with z = 0."""
     if not _ACT_KEY.search(prefix + ".") or not qnn.config.act_symmetric:
         return False
-    return not quantizer.unsigned or qnn.family.symmetric_softmax
+    if not quantizer.unsigned:
+        return True
+    pattern = qnn.family.symmetric_softmax
+    return pattern is not None and re.search(pattern, prefix) is not None
 
 
 def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activations: bool) -> None:
@@ -182,8 +185,8 @@ def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path
 def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     """Return the published form of a calibrated network.
 
-    A softmax quantizer of a family whose published code makes it signed is widened to its 2^(b−1) − 1 positive
-    levels, since the published code cannot express the unsigned one.
+    A softmax quantizer that the published code makes signed (`Family.symmetric_softmax`) is widened to its 2^(b−1) − 1
+    positive levels, since the published code cannot express the unsigned one.
 
     Raises:
         UserError: weights stay in float, or the float weights are not those that were quantized (a native file does

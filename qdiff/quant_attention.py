@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
+from qdiff.functional import at_least_single
 from qdiff.interface import AttentionCore
 from qdiff.quantizer import act_quantizer
 
@@ -42,5 +42,6 @@ class QuantAttention(nn.Module):
         if self.prescale:  # each operand carries the square root, so what is quantized is already scaled
             q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
         logits = self.act_quantizer_q(q) @ self.act_quantizer_k(k).transpose(-2, -1) * scale
-        weights = F.softmax(logits.float(), dim=-1).to(torch.promote_types(logits.dtype, v.dtype))
-        return self.act_quantizer_w(weights) @ self.act_quantizer_v(v)
+        # Quantized before it goes back to half precision, whose steps near 1 are wider than those of 16 bits.
+        weights = self.act_quantizer_w(F.softmax(at_least_single(logits), dim=-1))
+        return weights.to(v.dtype) @ self.act_quantizer_v(v)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
-from qdiff.functional import dequantize, linear_in_fixed_order, quantize
+from qdiff.functional import dequantize, quantize
 from qdiff.integer import Geometry, Levels, integer_product
 from qdiff.modulation import LayerMemory
 from qdiff.packed_weight import PACKED, PackedWeight
@@ -168,7 +168,7 @@ class QuantModule(nn.Module):
             return self._modulated(x)
         if self.multiplies_integers:
             return self._integer_product(self._levels(x, self.act_quantizers), self.bias)
-        return self._operate(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
+        return self._operation(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
 
     def _modulated(self, x: Tensor) -> Tensor:
         """o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
@@ -227,11 +227,6 @@ class QuantModule(nn.Module):
         if bias is None:
             return out
         return out.add_(bias if self.geometry is None else bias.view(-1, *[1] * len(self.geometry.stride)))
-
-    def _operate(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if x.dim() == 2 and x.device.type == "cpu" and not torch.is_grad_enabled():
-            return linear_in_fixed_order(x, weight, bias)
-        return self._operation(x, weight, bias)
 
     def _assert_not_packed(self) -> None:
         if self.packed is not None:

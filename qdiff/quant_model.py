@@ -53,6 +53,11 @@ class QuantModel(nn.Module):
                     setattr(parent, name, QuantAttention(child, config))
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
+        device = self.device
+        if device.type != "meta":  # of a network without values, the quantizers have theirs on the CPU
+            for module in network.modules():
+                if isinstance(module, Quantizer):
+                    module.to(device)
         self.requires_grad_(False)
         self.eval()
 
@@ -107,14 +112,17 @@ class QuantModel(nn.Module):
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:
         """Raise a `UserError` naming the first quantizer of the kinds asked for that was never set."""
-        for name, module in self.model.named_modules():
-            if not isinstance(module, Quantizer) or module.initialised:
-                continue
-            is_act = isinstance(module, ActQuantizer)
-            if activations if is_act else weights:
-                kind = "activation" if is_act else "weight"
+        kinds = {"activation": activations, "weight": weights}
+        found = {n: m for n, m in self.model.named_modules() if isinstance(m, Quantizer) and kinds[_kind(m)]}
+        if not found:
+            return
+        # Stacked: read one by one, each would make the host wait for the GPU.
+        flags = torch.stack([m.initialised for m in found.values()]).tolist()
+        for (name, module), initialised in zip(found.items(), flags, strict=True):
+            if not initialised:
                 raise UserError(
-                    f"the {kind} quantizer {name} has no range; calibrate the network or load a checkpoint first"
+                    f"the {_kind(module)} quantizer {name} has no range; calibrate the network or load a checkpoint "
+                    "first"
                 )
 
     def release_float_weights(self) -> None:
@@ -190,3 +198,7 @@ class QuantModel(nn.Module):
         """Where the network is; the shapes that packed layers keep of their float weights are nowhere."""
         parameters = list(self.parameters())
         return next((p for p in parameters if not p.is_meta), parameters[0]).device
+
+
+def _kind(quantizer: Quantizer) -> str:
+    return "activation" if isinstance(quantizer, ActQuantizer) else "weight"

@@ -22,7 +22,8 @@ class Quantizer(nn.Module):
         unsigned: the input is never negative (softmax): the zero point stays 0.
         shape: shape of δ and z; () is one for the whole tensor.
 
-    State: ``delta`` float32, ``zero_point`` int32, ``initialised`` bool.
+    State: ``delta`` float32 (float64 after `double`; half precision does not narrow it), ``zero_point`` int32,
+    ``initialised`` bool.
     """
 
     def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False, shape: tuple[int, ...] = ()) -> None:
@@ -40,6 +41,16 @@ class Quantizer(nn.Module):
         self.delta.copy_(delta)
         self.zero_point.copy_(zero_point)
         self.initialised.fill_(True)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
+        """Move or convert; a step size stays in float32 at least: that of 16 bits is hardly a float16 number."""
+
+        def at_least_single(t: Tensor) -> Tensor:
+            made = fn(t)
+            narrowed = t.is_floating_point() and made.element_size() < torch.float32.itemsize
+            return t.to(made.device) if narrowed else made
+
+        return super()._apply(at_least_single, recurse)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, symmetric={self.symmetric}, unsigned={self.unsigned}"

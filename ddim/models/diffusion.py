@@ -92,7 +92,7 @@ class Model(SteppedNetwork):
 
     def start(self, x: Tensor, t: Tensor) -> State:
         """State: ``x`` and ``t`` as given, ``temb``, the running activation ``h``, and the ``skips`` stack."""
-        return {"x": x, "temb": timestep_embedding(t, self.ch).to(x.dtype), "h": x, "skips": []}
+        return {"x": x, "temb": timestep_embedding(t, self.ch, x.dtype), "h": x, "skips": []}
 
     def steps(self) -> Iterator[Step]:
         yield Step("temb.dense.0", self.temb.dense[0], lambda s: (s["temb"],), _set("temb"))
@@ -149,7 +149,7 @@ register_family(
     Family(
         network=Model,
         published_names=((r"\.core\.(act_quantizer_)", r".\1"),),
-        symmetric_softmax=True,
+        symmetric_softmax=r"\.act_quantizer_w$",
         ends=("conv_in", "conv_out"),
         middle="mid.block_1",
     )

@@ -11,22 +11,21 @@ from torch import Tensor, nn
 from qdiff.interface import AttentionCore, split_input
 
 
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Sinusoidal embedding of timesteps (Vaswani et al., 2017; frequencies as in DDPM).
 
     Args:
         t: [N], integer or fractional timesteps.
         dim: width of the embedding.
+        dtype: of the embedding; angles are computed in float32 at least.
 
     Returns:
-        [N, dim] float32: sines, then cosines, of t·10000^(−i/(dim/2−1)).
+        [N, dim]: sines, then cosines, of t·10000^(−i/(dim/2−1)).
     """
-    half = dim // 2
-    frequencies = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / (half - 1))
-    )
-    angles = t.float()[:, None] * frequencies[None, :]
-    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+    half, exact = dim // 2, torch.promote_types(dtype, torch.float32)
+    frequencies = torch.exp(torch.arange(half, dtype=exact, device=t.device) * (-math.log(10000.0) / (half - 1)))
+    angles = t.to(exact)[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2)).to(dtype)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

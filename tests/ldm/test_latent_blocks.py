@@ -23,7 +23,7 @@ def test_timestep_embedding(dim):
     t, half = torch.tensor([0.0, 1.0, 7.5, 999.0]), dim // 2
     angles = t.double()[:, None] * 10000.0 ** (-torch.arange(half).double() / half)
     expected = F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
-    made = timestep_embedding(t, dim)
+    made = timestep_embedding(t, dim, torch.float32)
     assert made.dtype == torch.float32
     assert float((made - expected).abs().max()) < EMBEDDING_TOLERANCE
     # Planted: DDIM's exponent, and its order.

@@ -142,7 +142,7 @@ class UNetModel(SteppedNetwork):
         if (context is None) != (self.context_dim is None):
             needs = "needs a context" if context is None else "takes no context"
             raise ValueError(f"this UNetModel {needs} (context_dim {self.context_dim})")
-        emb = timestep_embedding(t, self.model_channels).to(x.dtype)
+        emb = timestep_embedding(t, self.model_channels, x.dtype)
         return {"x": x, "emb": emb, "context": context, "h": x, "skips": []}
 
     def steps(self) -> Iterator[Step]:
@@ -221,6 +221,7 @@ register_family(
             (r"\.attention\.(act_quantizer_[vw])", r".attention.smv_matmul.\1"),
             (r"\.core\.(act_quantizer_)", r".\1"),
         ),
+        symmetric_softmax=r"\.attn[12]\.act_quantizer_w$",  # of transformer blocks, not of `AttentionBlock`
         ends=("input_blocks.0.0", "out.2"),
         middle="middle_block.0",
     )

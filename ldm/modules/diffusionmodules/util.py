@@ -13,20 +13,21 @@ from torch.utils.checkpoint import checkpoint
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype, max_period: float = 10000.0) -> Tensor:
     """Sinusoidal embedding as latent diffusion uses it: unlike DDIM's, cosines first and frequencies over dim/2.
 
     Args:
         t: [N], integer or fractional timesteps.
         dim: width of the embedding.
+        dtype: of the embedding; angles are computed in float32 at least.
 
     Returns:
-        [N, dim] float32: cosines, then sines, of t·max_period^(−i/(dim/2)).
+        [N, dim]: cosines, then sines, of t·max_period^(−i/(dim/2)).
     """
-    half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(max_period) / half))
-    angles = t.float()[:, None] * frequencies[None, :]
-    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+    half, exact = dim // 2, torch.promote_types(dtype, torch.float32)
+    frequencies = torch.exp(torch.arange(half, dtype=exact, device=t.device) * (-math.log(max_period) / half))
+    angles = t.to(exact)[:, None] * frequencies[None, :]
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2)).to(dtype)
 
 
 def normalization(channels: int) -> nn.GroupNorm:
