@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-ldm demo-txt2img tables test lint format clean
+.PHONY: demo demo-ldm demo-txt2img tables test test-cpus lint format clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: set PYTHON=/path/to/python3')"
@@ -30,6 +30,10 @@ tables: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# The numeric part as smaller CPUs run it, and with two threads: about as long as the suite for each.
+test-cpus: $(READY)
+	$(BIN)/python tests/on_every_cpu.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

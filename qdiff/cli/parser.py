@@ -103,7 +103,8 @@ def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True
         "--memory_budget",
         "--memory-budget",
         type=float,
-        help="GiB for what calibration holds beside the weights: stored activations go to disk beyond it",
+        help="GiB for what calibration holds beside the weights, in RAM and on the GPU each; stored activations go to "
+        "disk beyond it",
     )
     group.add_argument("--cond", action="store_true", help="the model is conditional")
 

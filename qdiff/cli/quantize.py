@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.journal import CalibrationJournal
-from qdiff.calibration.memory import MemoryUse, measure_footprint, plan_memory
+from qdiff.calibration.memory import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.samples import (
     CalibrationSet,
@@ -144,11 +145,12 @@ class Quantization:
         plan, run = self.plan, self.run
         calibration = CalibrationRun(
             seed,
-            ActivationStorage(memory.for_storage),
+            ActivationStorage(memory.for_storage, device=memory.gpu if memory.on_gpu else None),
             journal,
             show_progress,
             footprint=memory.footprint,
             pass_bytes=memory.pass_bytes,
+            resident_bytes=memory.resident_bytes,
         )
         log.info("calibrating with %s on %d samples", plan.name, len(self.data))
         weights = plan.action == "calibrate"
@@ -161,6 +163,8 @@ class Quantization:
             if plan.changes is not None:
                 modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
         run.manifest["estimated_peak_bytes"] = memory.peak
+        if memory.gpu is not None:
+            run.manifest["estimated_gpu_peak_bytes"] = memory.gpu_peak
         run.manifest["reconstruction_errors"] = calibration.errors
         run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
         notes = {"method": plan.name, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}

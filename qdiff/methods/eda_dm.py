@@ -98,9 +98,8 @@ def calibrate(
                 for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=activations)):
                     if not config.reconstruct:
                         break
-                    tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-                    generator = run.generator(3, index, part)
-                    error = fit_unit(small, lp_error(2.0), settings, generator, walker.device, tick, size)
+                    tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+                    error = fit_unit(small, lp_error(2.0), settings, run.generator(3, index, part), feeding, tick)
                     run.errors[small.name] = error
                 if run.journal is not None:
                     run.journal.record("joint", index, unit.module)

@@ -78,9 +78,8 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
                 for part, (layer, share) in enumerate(parts if config.learn else ()):
                     if not calibrated_act_quantizers(layer.module):  # attention, whose ranges are those at hand
                         continue
-                    tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-                    generator = run.generator(4, index, part)
-                    error = fit_unit(layer, objective, settings, generator, walker.device, tick, size)
+                    tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+                    error = fit_unit(layer, objective, settings, run.generator(4, index, part), feeding, tick)
                     run.errors[f"changes {layer.name.replace('.module', '', 1)}"] = error  # less that of `PairedCall`
                 if run.journal is not None:
                     run.journal.record("changes", index, unit.module)

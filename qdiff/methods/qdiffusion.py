@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qdiff.calibration.capture import walk
 from qdiff.calibration.fisher import output_gradients
-from qdiff.calibration.objectives import fisher_error, lp_error
+from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
@@ -170,9 +170,10 @@ def _fit_weights(
                 continue
             objective = lp_error(2.0)
             if final is not None:
-                objective = fisher_error(output_gradients(qnn.model, index, state, final, walker))
-            tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-            error = fit_unit(small, objective, settings, run.generator(0, index, part), walker.device, tick, size)
+                objective = weighted_error
+                small.weights = fisher_weights(output_gradients(qnn.model, index, state, final, walker))
+            tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+            error = fit_unit(small, objective, settings, run.generator(0, index, part), feeding, tick)
             run.errors[f"weights {small.name}"] = error
 
 
@@ -191,7 +192,6 @@ def _fit_activations(
         if config.running_stat:
             observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
         for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=True)):
-            tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-            generator = run.generator(1, index, part)
-            error = fit_unit(small, lp_error(config.p), settings, generator, walker.device, tick, size)
+            tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+            error = fit_unit(small, lp_error(config.p), settings, run.generator(1, index, part), feeding, tick)
             run.errors[f"activations {small.name}"] = error

@@ -10,16 +10,8 @@ import pytest
 import torch
 
 from qdiff.calibration.capture import Walker, walk
-from qdiff.calibration.memory import (
-    DEFAULT_PASS,
-    GRADIENT_COPIES,
-    SMALLEST_PASS,
-    Footprint,
-    MemoryUse,
-    measure_footprint,
-    plan_memory,
-    resident_memory,
-)
+from qdiff.calibration.footprint import GRADIENT_COPIES, Footprint, measure_footprint
+from qdiff.calibration.memory import DEFAULT_PASS, SMALLEST_PASS, MemoryUse, plan_memory, resident_memory
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.errors import UserError
 from qdiff.methods import qdiffusion
