@@ -6,7 +6,7 @@ c = 2^(b−1) makes int8 of every unsigned b-bit integer,
 
     Σ (q_x − z_x)(q_w − z_w) = Σ q'_x·q'_w − z'_w·Σ q'_x − z'_x·Σ q'_w + K·z'_x·z'_w   over K terms.
 
-Wider activations, and machines whose int8 products are not exact, take float64, which holds every such sum exactly.
+Wider activations, and devices whose int8 products are not exact, take float64, which holds every such sum exactly.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from qdiff.errors import UserError
 from qdiff.functional import dequantize, max_level
 
 ROWS_BYTES = 1 << 26  # of unfolded patches at a time
+# What CUDA's `torch._int_mm` asks for (`_int_mm_out_cuda` in PyTorch's aten/src/ATen/native/cuda/Blas.cpp).
+CUDA_ROWS = 32  # more than 16
+CUDA_MULTIPLE = 8  # of K and N
 
 
 @dataclass(frozen=True)
@@ -158,22 +161,39 @@ def _patches(x: Tensor, fill: Tensor, kernel: tuple[int, ...], geometry: Geometr
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a·b in int32 for int8 a [M, K] and b [K, N] on the CPU; see `int8_is_exact`."""
-    return torch._int_mm(a, b)
+    """Return a·b in int32 for int8 a [M, K] and b [K, N] on the CPU or on CUDA; see `int8_is_exact`."""
+    return _padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
+
+
+def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply in the sizes and the memory layout that CUDA's kernel takes; zeros add nothing to a sum.
+
+    It refuses less than 17 rows, and K and N that are no multiples of 8. Integer tensor cores read both factors along
+    K, so b lies by columns.
+    """
+    (rows, terms), columns = a.shape, b.shape[1]
+    more_terms = -terms % CUDA_MULTIPLE
+    a = F.pad(a, (0, more_terms, 0, max(0, CUDA_ROWS - rows))).contiguous()
+    b = F.pad(b.t(), (0, more_terms, 0, -columns % CUDA_MULTIPLE)).contiguous().t()
+    return torch._int_mm(a, b)[:rows, :columns]
 
 
 @functools.cache
 def int8_is_exact(device: torch.device) -> bool:
-    """Whether `int8_matmul` is exact on a device, of which only CPUs are known.
+    """Whether `int8_matmul` is exact on a device: a CPU, or a CUDA device that multiplies integers.
 
-    CPUs without VNNI may add pairs of products in 16 bits and saturate there, which no rounding error explains.
+    CPUs without VNNI may add pairs of products in 16 bits and saturate there, which no rounding error explains. The
+    first call for a device waits for it.
     """
-    if device.type != "cpu":
+    if device.type not in ("cpu", "cuda"):
         return False
     pairs = torch.tensor([[-128, -128], [-128, 127], [127, -128], [127, 127]], dtype=torch.int8)
     a = pairs.repeat(8, 32)  # [32, 64]: every pair of extremes meets every other
+    # On the CPU: CUDA has no product of wider integers.
+    expected = a.long() @ a.t().long()
+    there = a.to(device)
     try:
-        found = int8_matmul(a, a.t().contiguous())
+        found = int8_matmul(there, there.t().contiguous())
     except (RuntimeError, AttributeError):  # not there on this device
         return False
-    return torch.equal(found.long(), a.long() @ a.t().long())
+    return torch.equal(found.cpu().long(), expected)

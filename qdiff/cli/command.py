@@ -34,6 +34,7 @@ from qdiff.config_files import read_config
 from qdiff.errors import UserError
 from qdiff.files import check_writable
 from qdiff.images import save_png, to_uint8
+from qdiff.kernels.switch import check_available, fused
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -137,6 +138,8 @@ class SampleCommand:
             log.info("%s is finished already", run.path)
             run.discard_images()  # a kill may have come before all were deleted
             return
+        if args.fused_kernels:
+            check_available(choose_device(args.device))
         packs = starts_packed(args, self.plan)
         model.load(choose_device(args.device), network=not packs)
         packed = load_packed(model.network, self.plan.checkpoint, self.plan.quant) if packs else None
@@ -148,6 +151,8 @@ class SampleCommand:
         prepared = self._prepare(run) if processes.is_first and packed is None else None
         self._told = not processes.is_first  # which says nothing
         with contextlib.ExitStack() as stack:
+            if args.fused_kernels:
+                stack.enter_context(fused())
             if processes.is_first:
                 run.open()
                 stack.enter_context(run.logged())
@@ -158,6 +163,7 @@ class SampleCommand:
                     run.add_file("float weights", model.weights)
                 if packed is not None:
                     add_checkpoint(run, "quantized checkpoint", self.plan.checkpoint)
+                run.manifest["fused_kernels"] = args.fused_kernels
                 run.manifest["network_bytes"] = sum(p.numel() * 4 for p in model.network.parameters())
                 if model.labels is not None:
                     run.manifest["labels"] = model.labels

@@ -128,4 +128,10 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
         "multiply integers; the others run an exported ONNX model in integers on the CPU",
     )
     group.add_argument("--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, packed")
+    group.add_argument(
+        "--fused_kernels",
+        action="store_true",
+        help="fake quantization on CUDA by the project's own Triton kernels; the images are the same to the bit (not "
+        "timed on a GPU yet)",
+    )
     group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")

@@ -188,6 +188,15 @@ def test_other_devices_take_float64():
     assert not int8_is_exact(torch.device("meta"))
 
 
+def test_packing_finds_out_whether_products_are_exact():
+    """The check waits for the device; a network call then does not."""
+    qnn, steps = one_layer("conv2d", (4, 8), "calibrated")
+    int8_is_exact.cache_clear()
+    qnn.pack_weights(integer=True)
+    run(qnn, steps)
+    assert int8_is_exact.cache_info().misses == 1 and int8_is_exact.cache_info().hits >= len(steps)
+
+
 def test_sums_beyond_32_bits():
     terms = 40_000  # 40,000 · 255² > 2³¹
     one = torch.ones(())
