@@ -91,7 +91,7 @@ def _alternating(largest: int) -> np.ndarray:
 
 
 def _extremes(largest: int) -> onnx.ModelProto:
-    """Convolutions, a linear layer and a product of two activations, of the largest integers; weights to ``largest``."""
+    """Convolutions, a linear layer and a product of two activations; all of the largest integers, weights as given."""
     from onnx import TensorProto, helper, numpy_helper
 
     def integers(*kernel: int) -> np.ndarray:
