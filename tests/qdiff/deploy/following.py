@@ -19,14 +19,17 @@ import torch
 from torch import Tensor
 
 from qdiff.cli.float_model import FloatModel
-from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.exactness import check_exact
+from qdiff.deploy.onnx_lowering import ProductLimits, lower
 from qdiff.deploy.onnx_ranges import BYTE
+from qdiff.deploy.onnx_rewriting import HALF
 from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
 from qdiff.deploy.runtimes import OnnxNetwork, read_model
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
 RUNTIMES = ("onnxruntime", "openvino")
+SPLIT = ProductLimits(HALF, activations=False)  # what OpenVINO's integers hold without VNNI
 # Final samples, sampled with the runtime's integers: nothing visible.
 FOLLOWED_PSNR = 90.0
 # … and by each for itself: flips at rounding edges make 1 % of ε in one call, and a sampler adds them up. On what comes
@@ -85,7 +88,8 @@ class Followed:
         for name in dict.fromkeys(name for pair in self.pairs for name in pair):
             if name not in given:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
-        lower(model, runtime)  # as it runs; what is looked at stays
+        # As it runs; what is looked at stays.
+        lower(model, runtime, check_exact(runtime, SESSIONS[runtime]))
         self._session = SESSIONS[runtime](model, 1)
         self.names = [each.name for each in model.graph.input]
         self._outputs = [each.name for each in model.graph.output]
