@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 

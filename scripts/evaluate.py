@@ -13,6 +13,8 @@ kept in $QDIFF_CACHE/features. Nothing is downloaded but with --download.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 import sys

@@ -7,6 +7,8 @@ Repeating the command after an interruption continues from the last finished che
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 

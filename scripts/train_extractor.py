@@ -13,6 +13,8 @@ size, ``models/digits32_reference.npz``.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 from pathlib import Path

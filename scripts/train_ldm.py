@@ -9,6 +9,8 @@ Models with first stages of the same config may share one. Repeating a command a
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 
