@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qdiff.calibration.memory import available_memory
 from qdiff.errors import UserError
@@ -19,6 +18,7 @@ from qdiff.evaluation.extractors import EXTRACTORS, weights_hash
 from qdiff.evaluation.gaussians import Gaussian, RunningGaussian
 from qdiff.evaluation.image_sets import Images, ImageSet, add_pixels, open_images
 from qdiff.files import DAMAGED_NPZ, written_whole
+from qdiff.progress import progress_bar
 
 # sFID takes the first 7 channels of a map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
 SPATIAL_CHANNELS = 7
@@ -85,7 +85,7 @@ def extract_features(
     if batch_size < 1:
         raise UserError(f"The batch size must be 1 or more, not {batch_size}.")
     first = 0
-    with tqdm(total=len(images), desc="features", unit="img", disable=not progress) as bar:
+    with progress_bar(len(images), "features", "img", disable=not progress) as bar:
         for batch in images.batches(batch_size):
             add_pixels(pixels, batch)
             outputs, middle = forward(extractor, batch)
