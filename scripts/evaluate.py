@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.parser import Parser
 from qdiff.errors import UserError
 
@@ -68,7 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     to_file = args.json not in (None, "-")
     if to_file:
         check_writable(args.json)
-    result = Evaluation(args).run()
+    evaluation = Evaluation(args)
+    advice = "give a --batch_size, e.g. 16" if args.batch_size is None else smaller_batch(args.batch_size)
+    with memory_advice("evaluating", advice):
+        result = evaluation.run()
     text = json.dumps(result, indent=1) + "\n"
     if to_file:
         with written_whole(args.json) as path:
