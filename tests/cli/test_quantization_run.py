@@ -142,10 +142,10 @@ def test_too_little_memory_for_a_calibration_names_its_option(tiny_network, tmp_
 
     monkeypatch.setattr(qdiffusion, "fit_unit", fails)
     with pytest.raises(
-        UserError, match="out of GPU memory while calibrating .*with a --memory_budget in GiB to continue"
+        UserError, match=r"out of GPU memory while calibrating .*with a --memory_budget in GiB to continue"
     ):
         completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK))
-    with pytest.raises(UserError, match="with a --memory_budget of less than 0.5 to continue"):
+    with pytest.raises(UserError, match=r"with a --memory_budget of less than 0\.5 to continue"):
         completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--memory_budget", 0.5))
     monkeypatch.undo()
     completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--memory_budget", 0.25))  # goes on

@@ -183,8 +183,8 @@ def test_features_of_a_gpu_are_kept_apart(digits, extractor, tmp_path, monkeypat
     """No device is at hand: what counts is where the extractor says that its weights are."""
     kept = cached_features(digits, extractor, tmp_path, COUNT, progress=False)
     on_cpu = {path.name for path in tmp_path.iterdir()}
-    monkeypatch.setattr(features, "_device_of", lambda _: torch.device("cuda:1"))
-    monkeypatch.setattr(features, "extract_features", lambda *_: kept)
+    monkeypatch.setattr(module, "_device_of", lambda _: torch.device("cuda:1"))
+    monkeypatch.setattr(module, "extract_features", lambda *_: kept)
     cached_features(digits, extractor, tmp_path, COUNT, progress=False)
     (name,) = on_cpu
     assert {path.name for path in tmp_path.iterdir()} - on_cpu == {name.replace(".npz", "-cuda.npz")}
