@@ -115,6 +115,11 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
     text = "run folder; repeat a command to continue it"
     group.add_argument(*folder, dest="logdir", nargs="?", default="none", help=text)
     group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="faster products on NVIDIA GPUs by rounding their inputs to 10 bits of mantissa",
+    )
     group.add_argument("--batch_size", type=int, help="images sampled at a time")
     group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")

@@ -24,8 +24,10 @@ from qdiff.calibration.samples import (
 )
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.runtime import arithmetic_of
 from qdiff.files import sha256
 from qdiff.interface import SteppedNetwork
 from qdiff.methods import eda_dm, linear, modiff, qdiffusion
@@ -123,9 +125,20 @@ class Quantization:
         if self.plan.action == "activations":
             weights = sha256(self.plan.checkpoint)
             self.run.add_file("quantized checkpoint", self.plan.checkpoint)
-        settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights}
-        self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), memory, seed, show_progress)
+        settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights, **arithmetic_of(self.qnn.device)}
+        journal = CalibrationJournal(self.run.path / JOURNAL, settings)
+        with memory_advice("calibrating", self._calibration_advice):
+            self._calibrate(journal, memory, seed, show_progress)
         return self.qnn
+
+    @property
+    def _calibration_advice(self) -> str:
+        given = self.plan.memory_budget
+        budget = "a --memory_budget in GiB" if given is None else f"a --memory_budget of less than {given:g}"
+        return (
+            f"repeat the command with {budget} to continue: finished units are kept; where that is not enough, begin "
+            "anew with a smaller --cali_batch_size in another --logdir"
+        )
 
     def _memory(self) -> MemoryUse:
         """Plan the memory of the calibration; before a recording is there, for the size that it will have."""

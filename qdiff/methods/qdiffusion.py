@@ -9,7 +9,6 @@ from functools import partial
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from qdiff.calibration.capture import walk
 from qdiff.calibration.fisher import output_gradients
@@ -21,6 +20,7 @@ from qdiff.interface import State
 from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
 from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
 from qdiff.methods.ranges import observe_unit
+from qdiff.progress import Progress, progress_bar
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -120,7 +120,7 @@ def calibrate(
     activations = qnn.config.calibrates_acts
     count = sum(1 for _ in qnn.model.steps())
     total = count * (weights * config.iterations + activations * config.act_iterations)
-    with tqdm(total=total, desc="calibrating", unit="it", disable=not run.show_progress) as bar:
+    with progress_bar(total, "calibrating", disable=not run.show_progress) as bar:
         if weights:
             init_weights(qnn)
             _fit_weights(qnn, data, config, run, bar)
@@ -135,7 +135,7 @@ def _unfinished(
     data: CalibrationSet,
     config: QDiffusionConfig,
     run: CalibrationRun,
-    bar: tqdm,
+    bar: Progress,
 ) -> Iterator[tuple[int, Unit, State]]:
     """Walk over the network and yield (index, unit, state before it) where there is something left to fit.
 
@@ -157,7 +157,7 @@ def _unfinished(
 
 
 def _fit_weights(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: tqdm
+    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
     walker = run.walker(qnn)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
@@ -178,7 +178,7 @@ def _fit_weights(
 
 
 def _fit_activations(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: tqdm
+    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
     walker = run.walker(qnn)
     # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
