@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -230,11 +231,27 @@ class SampleCommand:
             return
         qnn = prepared.complete(self._calibration_seed, lambda: self._record(run))
         if "noise_error" not in run.manifest:
-            run.manifest["noise_error"] = self._noise_error(qnn)
+            run.manifest["noise_error"] = self._checked_noise_error(qnn)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
         qnn.release_float_weights()  # sampling needs one copy of the weights, not two
         qnn.reset_fired()
+
+    def _checked_noise_error(self, qnn: QuantModel) -> dict[str, Any]:
+        """Return `_noise_error`.
+
+        Raises:
+            UserError: it is not finite: every image would be black.
+        """
+        found = self._noise_error(qnn)
+        if not math.isfinite(found["mse"]):
+            advice = "look for layers whose values leave the range of float32"
+            if getattr(self.args, "precision", "full") != "full":
+                advice = "half precision overflows; give --precision full"
+            raise UserError(
+                f"the ε of the quantized network is {found['mse']}, and images of it would be black; {advice}"
+            )
+        return found
 
     def _noise_error(self, qnn: QuantModel) -> dict[str, Any]:
         model, steps = self.model, min(HELD_OUT_STEPS, self.model.calls)
@@ -243,9 +260,11 @@ class SampleCommand:
         recording = model.record(recorded, HELD_OUT_IMAGES, first=HELD_OUT_FROM, show_progress=False)
         if qnn.config.modulate:
             compared = evenly_spaced(model.calls, steps)
-            return measure_trajectory_error(qnn, network_calls(recording), compared, release=True)
+            return measure_trajectory_error(
+                qnn, network_calls(recording), compared, release=True, precision=model.precision
+            )
         held_out = select_samples(recording, steps, HELD_OUT_IMAGES, model.input_shape, model.conditional)
-        return measure_noise_error(qnn, held_out, release=True)
+        return measure_noise_error(qnn, held_out, release=True, precision=model.precision)
 
     @torch.no_grad()
     def _write_sequence(self, run: RunFolder, denoiser: Any) -> None:
