@@ -111,7 +111,7 @@ class LatentModel(FloatModel):
         condition = self.model.condition(values)
         return condition, None if self.options.scale == 1.0 else self.model.condition([nothing] * len(values))
 
-    def _precision(self) -> contextlib.AbstractContextManager:
+    def precision(self) -> contextlib.AbstractContextManager:
         if getattr(self.args, "precision", "full") == "autocast" and self.device.type == "cuda":
             return torch.autocast("cuda")
         return contextlib.nullcontext()
@@ -124,12 +124,12 @@ class LatentModel(FloatModel):
         on_call: OnCall | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        with self._precision():
+        with self.precision():
             condition, unconditional = self.encoded or self.conditions(indices, calibration)
             return self.sampler(network, indices, condition, unconditional, calibration, on_call, on_step)
 
     def to_images(self, x_0: Tensor) -> Tensor:
-        with self._precision():
+        with self.precision():
             return self.model.decode(x_0).float()
 
 

@@ -42,6 +42,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def cuda():
+    """A virtual GPU, a `virtual_cuda.VirtualDevice`: ``--device cuda`` runs on it."""
+    from virtual_cuda import virtual_cuda
+
+    with virtual_cuda() as device:
+        yield device
+
+
+@pytest.fixture
 def tiny_config():
     """A DDIM config of 280k parameters that runs in milliseconds: 8×8, 1 channel, attention, up and down."""
     from omegaconf import OmegaConf

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,7 @@ from qdiff.config import Ablation
 from qdiff.config_files import read_config
 from qdiff.errors import UserError
 from qdiff.files import check_writable
+from qdiff.half_weights import halve_weights
 from qdiff.images import save_png, to_uint8
 from qdiff.kernels.switch import check_available, fused
 from qdiff.quant_model import QuantModel
@@ -144,10 +146,10 @@ class SampleCommand:
             log.info("%s is finished already", run.path)
             run.discard_images()  # a kill may have come before all were deleted
             return
-        if args.fused_kernels:
-            check_available(choose_device(args.device))
         packs = starts_packed(args, self.plan)
         device = choose_device(args.device, args.tf32)
+        if args.fused_kernels:
+            check_available(device)
         if args.tf32 and device.type != "cuda":
             model.notes.append("--tf32 has no effect on the CPU")
         with memory_advice("loading the model", "free some, or give --device cpu"):
@@ -195,6 +197,10 @@ class SampleCommand:
             denoiser = onnx_network(self.args, model, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
             # What is simulated in torch does not run.
             qnn = None
+        else:
+            with model.precision():
+                if torch.is_autocast_enabled(model.device.type):
+                    halve_weights(denoiser, torch.get_autocast_dtype(model.device.type))
         started = time.perf_counter()
 
         def images(rows: Sequence[int]) -> Tensor:
@@ -251,11 +257,27 @@ class SampleCommand:
         qnn = prepared.complete(self._calibration_seed, lambda: self._record(run))
         if "noise_error" not in run.manifest:
             with memory_advice("measuring the error of ε", smaller_batch(self.model.batch_size)):
-                run.manifest["noise_error"] = self._noise_error(qnn)
+                run.manifest["noise_error"] = self._checked_noise_error(qnn)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
         qnn.release_float_weights()  # sampling needs one copy of the weights, not two
         qnn.reset_fired()
+
+    def _checked_noise_error(self, qnn: QuantModel) -> dict[str, Any]:
+        """Return `_noise_error`.
+
+        Raises:
+            UserError: it is not finite: every image would be black.
+        """
+        found = self._noise_error(qnn)
+        if not math.isfinite(found["mse"]):
+            advice = "look for layers whose values leave the range of float32"
+            if getattr(self.args, "precision", "full") != "full":
+                advice = "half precision overflows; give --precision full"
+            raise UserError(
+                f"the ε of the quantized network is {found['mse']}, and images of it would be black; {advice}"
+            )
+        return found
 
     def _noise_error(self, qnn: QuantModel) -> dict[str, Any]:
         model, steps = self.model, min(HELD_OUT_STEPS, self.model.calls)
@@ -264,9 +286,12 @@ class SampleCommand:
         recording = model.record(recorded, HELD_OUT_IMAGES, first=HELD_OUT_FROM, show_progress=False)
         if qnn.config.modulate:
             compared = evenly_spaced(model.calls, steps)
-            return measure_trajectory_error(qnn, network_calls(recording), compared, release=True)
+            return measure_trajectory_error(
+                qnn, network_calls(recording), compared, release=True, precision=model.precision
+            )
         held_out = select_samples(recording, steps, HELD_OUT_IMAGES, model.input_shape, model.conditional)
-        return measure_noise_error(qnn, held_out, min(ERROR_BATCH, model.batch_size), release=True)
+        batch_size = min(ERROR_BATCH, model.batch_size)
+        return measure_noise_error(qnn, held_out, batch_size, release=True, precision=model.precision)
 
     @torch.no_grad()
     def _write_sequence(self, run: RunFolder, denoiser: Any) -> None:

@@ -138,6 +138,10 @@ class FloatModel:
         """
         raise NotImplementedError
 
+    def precision(self) -> contextlib.AbstractContextManager:
+        """Return the context in which sampling calls the network: autocast where half precision was asked for."""
+        return contextlib.nullcontext()
+
     def to_images(self, x_0: Tensor) -> Tensor:
         """Turn what `trajectory` returns into images [N, C, H, W] in [−1, 1]."""
         return x_0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.runtime import Processes
+from qdiff.errors import UserError
 from qdiff.images import to_uint8
 from qdiff.progress import progress_bar
 
@@ -41,6 +42,22 @@ def sample_pending(
     ):
         for start in range(0, len(pending), batch_size):
             indices = pending[start : start + batch_size]
-            run.save_images(indices, to_uint8(sample(indices)))
+            run.save_images(indices, to_uint8(_finite(sample(indices), indices)))
             bar.update(len(indices))
     return len(pending)
+
+
+def _finite(images: Tensor, indices: Sequence[int]) -> Tensor:
+    """Return the images.
+
+    Raises:
+        UserError: one has a value that is not finite, which a file would show as black.
+    """
+    finite = images.isfinite().flatten(1).all(dim=1).tolist()
+    if not all(finite):
+        number = indices[finite.index(False)]
+        raise UserError(
+            f"image {number} has values that are not finite and would be black; if half precision overflows, give "
+            "--precision full, else look at the weights"
+        )
+    return images

@@ -66,7 +66,9 @@ def step_errors(model: FloatModel, plan: PtqPlan, images: int, device: str | Non
         model.load(model.device)  # wrapping replaces the network's layers
         qnn = QuantModel(model.network, change(plan.quant))
         load_checkpoint(qnn, plan.checkpoint)
-        found["errors"][name] = measure_trajectory_error(qnn, calls, range(len(calls)))["by_call"]
+        found["errors"][name] = measure_trajectory_error(qnn, calls, range(len(calls)), precision=model.precision)[
+            "by_call"
+        ]
         counts = [quantizer.fired for quantizer in qnn.act_quantizers().values()]
         found["fired"][name] = sum(counts) / (len(counts) * len(calls))
     return found

@@ -18,6 +18,8 @@ from ddim_runs import DATA, FEW, SAMPLER, SCRIPT, W4A8
 from latent_models import LatentModelFiles, write_latent_model
 from run_checks import succeeded
 from safetensors.torch import save_file
+from script_device import IS_VIRTUAL, ON_DEVICE
+from virtual_cuda import virtual_cuda
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -60,6 +62,13 @@ def load_script(name: str):
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def device_of_the_scripts():
+    """Where ``QDIFF_TEST_DEVICE=virtual``, all script tests run on the virtual GPU."""
+    with virtual_cuda() if IS_VIRTUAL else contextlib.nullcontext():
+        yield
+
+
 @pytest.fixture(scope="session")
 def call():
     """``call("sample_diffusion_ddim", "--config", …)`` runs the script's main in this process."""
@@ -92,7 +101,7 @@ class TinyModel:
 
     @property
     def options(self) -> tuple[object, ...]:
-        return "--config", self.config, "--ckpt", self.weights, "--device", "cpu"
+        return "--config", self.config, "--ckpt", self.weights, *ON_DEVICE
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from script_device import ON_DEVICE
 from torch import Tensor, nn
 
 from ldm.config import load_config
@@ -42,7 +43,7 @@ class LatentModelFiles:
     @property
     def options(self) -> tuple[object, ...]:
         """Of the guided scripts."""
-        return "--config", self.config, "--ckpt", self.weights, "--device", "cpu"
+        return "--config", self.config, "--ckpt", self.weights, *ON_DEVICE
 
 
 def write_latent_model(

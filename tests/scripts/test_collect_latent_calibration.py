@@ -6,6 +6,7 @@ import pytest
 import torch
 from latent_models import CLASSES, FEW, TOKENS, W4A8
 from run_checks import image_bytes, manifest, sha256, succeeded
+from script_device import ON_DEVICE
 
 COLLECT = "collect_calibration"
 SCRIPTS = {"unconditional": "sample_diffusion_ldm", "class": "sample_diffusion_ldm_imagenet", "text": "txt2img"}
@@ -25,7 +26,7 @@ def model_options(latent):
 
     def options(kind: str) -> tuple[object, ...]:
         files = latent(kind)
-        named = ("-r", files.folder, "--device", "cpu") if kind == "unconditional" else files.options
+        named = ("-r", files.folder, *ON_DEVICE) if kind == "unconditional" else files.options
         return *named, STEPS[kind], 4, "--seed", 7
 
     return options

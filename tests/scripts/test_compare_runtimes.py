@@ -12,6 +12,7 @@ import torch
 from ddim_runs import DATA, SAMPLER, SCRIPT
 from run_checks import succeeded
 from safetensors.torch import save_file
+from script_device import ON_DEVICE
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
@@ -53,12 +54,12 @@ def given(call, tmp_path_factory):
     network = Model(load_config(folder / "tiny.yml"))
     save_file(network.state_dict(), folder / "tiny.safetensors")
     files = ("--config", folder / "tiny.yml", "--ckpt", folder / "tiny.safetensors")
-    words = (*files, "--device", "cpu", *SAMPLER, *W8A16, "--quant_mode", "linear", *DATA)
+    words = (*files, *ON_DEVICE, *SAMPLER, *W8A16, "--quant_mode", "linear", *DATA)
     succeeded(call(SCRIPT, *words, "-l", folder / "run"))
     model = (*files, "--timesteps", STEPS, "--seed", 7, *W8A16, "--quant_mode", "linear")
     model += ("--cali_ckpt", folder / "run" / "quantized.safetensors")
     succeeded(call("export", *model, "--out", folder / "model.onnx"))
-    return (*model, "--device", "cpu", "--images", IMAGES, "--batch_size", 4), folder / "model.onnx"
+    return (*model, *ON_DEVICE, "--images", IMAGES, "--batch_size", 4), folder / "model.onnx"
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import torch
 from latent_models import TOKENS
 from run_checks import image_bytes, lose_images, manifest, pixels, snapshot, succeeded
 from safetensors.torch import load_file
+from script_device import ON_DEVICE
 
 DDIM = "sample_diffusion_ddim"
 COUNT, STEPS = 6, 4
@@ -191,7 +192,7 @@ def run_of(call, latent, tmp_path_factory):
         if (script, more) not in made:
             kind, options = SCRIPTS[script]
             model = latent(kind)
-            named = ("-r", model.folder, "--device", "cpu") if kind == "unconditional" else model.options
+            named = ("-r", model.folder, *ON_DEVICE) if kind == "unconditional" else model.options
             made[script, more] = tmp_path_factory.mktemp("eda-dm") / "run"
             succeeded(call(script, *named, *options, *more, "-l", made[script, more]))
         return made[script, more]

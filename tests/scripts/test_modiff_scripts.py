@@ -25,6 +25,7 @@ from modulated_runs import (
     watching,
 )
 from run_checks import image_bytes, lose_images, manifest, pixels, snapshot, succeeded
+from script_device import ON_DEVICE
 
 from qdiff.calibration.samples import load_recording
 from qdiff.tensor_files import read_safetensors
@@ -44,7 +45,7 @@ def options(tiny, latent):
     made = {
         "ddim": (*tiny.options, "--timesteps", STEPS, "--seed", 7, "--max_images", IMAGES),
         "ldm": (
-            *("-r", latent("unconditional").weights, "--device", "cpu"),
+            *("-r", latent("unconditional").weights, *ON_DEVICE),
             *("-c", STEPS, "-e", 0.5, "--seed", 7, "-n", IMAGES),
         ),
         "text": (*latent("text").options, *text),

@@ -9,6 +9,7 @@ import urllib.request
 import numpy as np
 import pytest
 from PIL import Image
+from script_device import ON_DEVICE
 from threadpoolctl import threadpool_limits
 
 from qdiff.evaluation.datasets import DATASETS
@@ -16,7 +17,7 @@ from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.reference import compute_reference, find_reference, load_reference
 
 SCRIPT = "prepare_reference"
-DIGITS = ("--extractor", "digits-classifier", "--device", "cpu")
+DIGITS = ("--extractor", "digits-classifier", *ON_DEVICE)
 COUNT = 8
 
 
@@ -191,7 +192,7 @@ def test_bad_input_is_one_sentence_before_any_work(words, says, folder, call, ca
     places = {"FOLDER": folder, "WRONG": tmp_path / "wrong", "SMALL": tmp_path / "small"}
     words = [places.get(w, w) for w in words]
     options = [] if "--extractor" in words else DIGITS
-    options = [o for o in options if "--device" not in words or o not in ("--device", "cpu")]
+    options = [o for o in options if "--device" not in words or o not in ON_DEVICE]
     assert says in call(SCRIPT, *words, *options).error_line()
     assert not cache.exists()
 

@@ -6,6 +6,7 @@ import pytest
 from golden_cases import LDM_CASES, GoldenCase
 from latent_models import write_latent_model
 from run_checks import image_bytes, manifest, sha256, succeeded
+from script_device import ON_DEVICE
 
 # case → (kind of model, script, options of its sampler)
 RUNS = {
@@ -28,7 +29,7 @@ def test_all_cases_are_here():
 def test_with_activations_and_weights_alone(name, call, tmp_path):
     golden, (kind, script, sampler) = GoldenCase(name), RUNS[name]
     files = write_latent_model(kind, tmp_path / "model", golden.case["model"], golden.float_weights())
-    model = ("-r", files.weights, "--device", "cpu") if kind == "unconditional" else files.options
+    model = ("-r", files.weights, *ON_DEVICE) if kind == "unconditional" else files.options
     given = golden.options
     quant = ["--ptq", "--weight_bit", given["weight_bits"], "--cali_ckpt", golden.path]
     quant += ["--split"] if given["split_shortcut"] else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from run_checks import image_bytes, manifest, sha256, succeeded
 from safetensors.torch import load_file
+from script_device import ON_DEVICE
 
 SCRIPT = "random_checkpoint"
 SAMPLE = {
@@ -22,7 +23,7 @@ def test_it_samples_like_a_real_one(kind, latent, call, tmp_path, monkeypatch):
     named = ("-r", folder)
     if kind != "unconditional":
         named = ("--config", folder / "config.yaml", "--ckpt", folder / "model.safetensors")
-    succeeded(call(script, *named, *options, "--device", "cpu", "-l", tmp_path / "run"))
+    succeeded(call(script, *named, *options, *ON_DEVICE, "-l", tmp_path / "run"))
     assert manifest(tmp_path / "run")["status"] == "finished" and len(image_bytes(tmp_path / "run")) == 2
     shapes = {name: tensor.shape for name, tensor in load_file(folder / "model.safetensors").items()}
     assert shapes == {name: tensor.shape for name, tensor in load_file(latent(kind).weights).items()}

@@ -15,6 +15,7 @@ from golden_cases import GoldenCase
 from PIL import Image
 from run_checks import image_bytes, manifest, pixels, sha256, snapshot, succeeded
 from safetensors.torch import load_file, save_file
+from script_device import DEVICE, ON_DEVICE
 
 # What W4A8 may move a pixel of the tiny model on average, in grey levels: 2.2 to 2.3 were seen; weights that do not
 # belong to the model moved it by 18.
@@ -54,7 +55,7 @@ def test_manifest_of_a_float_run(float_run, tiny):
     assert "--timesteps 4" in run["command"] and f"{SCRIPT}.py" in run["command"]
     assert run["files"] == {"float weights": {"path": str(tiny.weights), "sha256": sha256(tiny.weights)}}
     assert run["packages"]["torch"] == torch.__version__.partition("+")[0]
-    assert run["device"] == "cpu"
+    assert run["device"] == DEVICE
     assert run["seconds"]["sampling"] > 0
     assert run["peak_memory_bytes"][0]["ram"] > 1 << 26  # Python with torch takes more than 64 MiB
     assert "activation_quantizers" not in run
@@ -170,7 +171,7 @@ def test_published_checkpoint_runs(call, tmp_path):
     golden = GoldenCase("ddim_w4a8_split")
     (tmp_path / "model.yml").write_text(json.dumps(golden.case["config"]))  # JSON is YAML
     save_file(golden.float_weights(), tmp_path / "float.safetensors")
-    options = ("--config", tmp_path / "model.yml", "--ckpt", tmp_path / "float.safetensors", "--device", "cpu")
+    options = ("--config", tmp_path / "model.yml", "--ckpt", tmp_path / "float.safetensors", *ON_DEVICE)
     options += (*SAMPLER, *W4A8, "--a_sym", "--cali_ckpt", golden.path, "-l", tmp_path / "run")
     succeeded(call(SCRIPT, *options))
     assert pixels(tmp_path / "run").shape == (IMAGES, 16, 16, 3)

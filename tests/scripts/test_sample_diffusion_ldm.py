@@ -13,6 +13,7 @@ import torch
 from latent_models import FEW, GREY_LEVELS
 from latent_models import W4A8 as W4A8_UNSIGNED
 from run_checks import image_bytes, largest_difference, lose_images, manifest, pixels, sha256, snapshot, succeeded
+from script_device import ON_DEVICE
 
 SCRIPT = "sample_diffusion_ldm"
 REPOSITORY = Path(__file__).parents[2]
@@ -31,7 +32,7 @@ def model(latent):
 
 @pytest.fixture(scope="module")
 def options(model):
-    return "-r", model.weights, "--device", "cpu", *SAMPLER
+    return "-r", model.weights, *ON_DEVICE, *SAMPLER
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_calibrated_run(calibrated_run, float_run):
 
 
 def test_folder_and_file_name_the_same_model(call, model, float_run, tmp_path):
-    succeeded(call(SCRIPT, "-r", model.folder, "--device", "cpu", *SAMPLER, "-l", tmp_path / "run"))
+    succeeded(call(SCRIPT, "-r", model.folder, *ON_DEVICE, *SAMPLER, "-l", tmp_path / "run"))
     assert image_bytes(tmp_path / "run") == image_bytes(float_run)
 
 

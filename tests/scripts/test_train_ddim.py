@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from script_device import ON_DEVICE
 
 SCRIPT = "train_ddim"
 IMAGES, BATCH = 40, 16
@@ -61,7 +62,7 @@ def test_two_epochs_write_weights_that_sample(call, command, steps, tmp_path):
     assert (notes["epochs"], notes["steps"], notes["images"], notes["seed"]) == (2, 4, IMAGES, 1234)
     assert 0 < notes["final_loss"] < 3
     options = ("--config", tmp_path / "train.yml", "--ckpt", weights, "--timesteps", 2, "--max_images", 1)
-    assert call("sample_diffusion_ddim", *options, "--device", "cpu", "-l", tmp_path / "run").code == 0
+    assert call("sample_diffusion_ddim", *options, *ON_DEVICE, "-l", tmp_path / "run").code == 0
 
 
 def test_repeated_command_continues_from_the_last_checkpoint(call, command, steps, tmp_path):

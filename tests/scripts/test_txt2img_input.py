@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from run_checks import succeeded
+from script_device import ON_DEVICE
 
 SCRIPT = "txt2img"
 REPOSITORY = Path(__file__).parents[2]
@@ -81,7 +82,7 @@ def test_a_bundled_model_in_place_of_stable_diffusion_is_said(call, latent, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ldm.locate, "REPOSITORY", tmp_path)
     monkeypatch.setitem(ldm.command.BUNDLED, "text", latent("text").folder)
-    given = (*SAMPLER, "--n_samples", 1, "--n_iter", 1, "--prompt", "two", "--device", "cpu")
+    given = (*SAMPLER, "--n_samples", 1, "--n_iter", 1, "--prompt", "two", *ON_DEVICE)
     outcome = succeeded(call(SCRIPT, *given))
     (folder,) = (tmp_path / "outputs" / "txt2img-samples").iterdir()  # the published place, a folder for each run
     for text in (outcome.err, (folder / "run.log").read_text()):

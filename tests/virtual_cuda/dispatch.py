@@ -1,0 +1,190 @@
+"""What happens to every operation: checked as CUDA would, counted, computed on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from virtual_cuda.checks import INDEXING, check_devices, check_generator, check_products
+from virtual_cuda.counts import Direction, Recorder
+from virtual_cuda.tensor import CPU, VirtualTensor, pinned
+
+aten = torch.ops.aten
+
+recorder = Recorder()
+
+_WAITING = {
+    aten._local_scalar_dense.default: "item",
+    aten.equal.default: "torch.equal",
+    aten.is_nonzero.default: "is_nonzero",
+    aten.nonzero.default: "nonzero",
+    aten.masked_select.default: "masked_select",
+    aten._unique2.default: "unique",
+    aten.unique_dim.default: "unique",
+    aten.unique_consecutive.default: "unique",
+    aten.repeat_interleave.Tensor: "repeat_interleave",
+    aten.bincount.default: "bincount",
+}
+# Operations that launch no kernel: views, and memory that is not written.
+_NO_KERNEL = {
+    *("detach", "alias", "view", "_unsafe_view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"),
+    *("select", "slice", "split", "split_with_sizes", "unbind", "as_strided", "_reshape_alias", "unfold", "diagonal"),
+    *("movedim", "lift_fresh", "is_pinned", "_local_scalar_dense", "empty", "empty_like", "new_empty", "chunk"),
+    *("empty_strided", "new_empty_strided", "_fused_sdp_choice", "view_as_real", "is_same_size"),
+}
+_MATH, _EFFICIENT = 0, 2  # of torch.nn.attention.SDPBackend
+
+
+class VirtualMode(TorchDispatchMode):
+    """Passes every operation to `run`, those that create tensors included."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or every operation would go through `torch._dynamo`
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return run(func, args, kwargs or {})
+
+
+def run(func, args: tuple, kwargs: dict):
+    """Carry out an operation as CUDA would, or raise what it raises."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    virtual = [t for t in tensors if isinstance(t, VirtualTensor)]
+    asked = kwargs.get("device")
+    asked = None if asked is None else _indexed(torch.device(asked))
+    to_device = asked is not None and asked.type == "cuda"
+    if not virtual and not to_device:
+        return _on_the_host(func, args, kwargs)
+    if func is aten._to_copy.default:
+        return _to_copy(args[0], asked, kwargs)
+    if func is aten.copy_.default:
+        return _copy_into(*args, **kwargs)
+    if virtual:
+        check_devices(func, args, tensors)
+        check_products(func, tensors)
+    target = asked if asked is not None else virtual[0].device
+    check_generator(kwargs, target)
+    _count(func, args)
+    if func is aten._fused_sdp_choice.default:
+        return _attention_kernel(*args)
+    inner_args, inner_kwargs = tree_map_only(VirtualTensor, lambda t: t.inner, (args, kwargs))
+    if to_device:
+        inner_kwargs["device"] = CPU
+    result = _compute(func, inner_args, inner_kwargs)
+    written = [
+        value
+        for value, argument in zip((*args, *kwargs.values()), func._schema.arguments, strict=False)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    returns = func._schema.returns
+    if written and returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
+        return written[0] if len(returns) == 1 else tuple(written)
+    if target.type != "cuda":
+        return result
+    return tree_map_only(Tensor, lambda t: VirtualTensor(t, target), result)
+
+
+def _on_the_host(func, args: tuple, kwargs: dict):
+    """Pinned memory is the one thing of the host that a CUDA build without a GPU refuses."""
+    if func is aten._pin_memory.default:
+        return pinned.add(args[0].clone())
+    if func is aten.is_pinned.default:
+        return args[0] in pinned
+    check_generator(kwargs, None)
+    if kwargs.get("pin_memory"):
+        return pinned.add(func(*args, **{**kwargs, "pin_memory": False}))
+    return func(*args, **kwargs)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _count(func, args: tuple) -> None:
+    if func in _WAITING:
+        recorder.wait(_WAITING[func])
+    if func in INDEXING:
+        indices = [i for i in args[1] if i is not None]
+        for index in indices:
+            if not isinstance(index, VirtualTensor):
+                _count_transfer(index, CPU, args[0].device, non_blocking=False)
+        if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            recorder.wait("index by a mask")
+    name = func._schema.name.split("::")[1]
+    if name not in _NO_KERNEL:
+        recorder.kernel(name)
+
+
+def _attention_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: object) -> int:
+    """Return CUDA's fused attention where it takes the shapes; with gradients the plain composition."""
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    return _MATH if learns or mask is not None or query.shape[-1] % 8 or query.dim() != 4 else _EFFICIENT
+
+
+def _compute(func, args: tuple, kwargs: dict):
+    if func is aten._scaled_dot_product_efficient_attention.default:
+        made = aten._scaled_dot_product_attention_math.default(*args[:3], None, *args[5:7], **kwargs)
+        return made[0], made[0].new_empty(0), torch.empty(0), torch.empty(0)
+    half = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.float16]
+    # CUDA takes the bounds in float32; the CPU's kernel refuses those that half precision cannot hold.
+    if half and func in (aten.clamp.default, aten.clamp_.default):
+        found = args[0].float().clamp(*args[1:], **kwargs).half()
+        return args[0].copy_(found) if func is aten.clamp_.default else found
+    return func(*args, **kwargs)
+
+
+def _to_copy(tensor: Tensor, asked: torch.device | None, kwargs: dict) -> Tensor:
+    source = tensor.device
+    target = source if asked is None else asked
+    inner = tensor.inner if isinstance(tensor, VirtualTensor) else tensor
+    options = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
+    if target.type == "meta":
+        return aten._to_copy.default(inner, device=target, **options)
+    non_blocking = bool(kwargs.get("non_blocking"))
+    changes = kwargs.get("dtype", tensor.dtype) != tensor.dtype
+    leaves = source.type == "cuda" and target.type == "cpu"
+    # Where the host need not wait, the copy goes to pinned memory.
+    _count_transfer(tensor, source, target, non_blocking, changes, to_pinned=leaves and non_blocking)
+    made = aten._to_copy.default(inner, **options)
+    if target.type == "cuda":
+        return VirtualTensor(made, target)
+    return pinned.add(made) if leaves and non_blocking else made
+
+
+def _copy_into(own: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    plain = own.dtype == source.dtype and own.shape == source.shape and own.is_contiguous()
+    to_pinned = not isinstance(own, VirtualTensor) and own in pinned
+    _count_transfer(source, source.device, own.device, bool(non_blocking), not plain, to_pinned)
+    aten.copy_.default(*tree_map_only(VirtualTensor, lambda t: t.inner, (own, source)))
+    return own
+
+
+def _count_transfer(
+    tensor: Tensor,
+    source: torch.device,
+    target: torch.device,
+    non_blocking: bool,
+    converts: bool = False,
+    to_pinned: bool = False,
+) -> None:
+    """Count a copy.
+
+    Args:
+        converts: dtype or layout change on the way: what leaves the host is then a pageable temporary.
+        to_pinned: the copy's end on the host is pinned memory.
+    """
+    if source == target:
+        recorder.kernel("_to_copy")
+        return
+    size = tensor.numel() * tensor.element_size()
+    if source.type == target.type:
+        recorder.transfer(Direction.D2D, True, False, size)
+    elif target.type == "cuda":
+        is_pinned = tensor in pinned and not converts and tensor.is_contiguous()
+        recorder.transfer(Direction.H2D, is_pinned, not (is_pinned and non_blocking), size)
+    else:
+        recorder.transfer(Direction.D2H, to_pinned, not (to_pinned and non_blocking), size)
