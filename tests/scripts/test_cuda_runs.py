@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 from cuda_checks import assert_sampling_never_waits
 from ddim_runs import DATA, SAMPLER, SCRIPT, W4A8
-from golden_cases import GoldenCase
-from latent_models import write_latent_model
-from modulated_runs import psnr
-from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
-from safetensors.torch import save_file
+from run_checks import image_bytes, manifest, succeeded
 from script_device import ON_DEVICE
 
 ON_CUDA = ("--device", "cuda")
