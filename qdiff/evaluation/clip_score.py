@@ -81,7 +81,7 @@ def clip_scores(
     clip.model.to(device)
     with (
         torch.inference_mode(),
-        # cuDNN's TF32 has 10 bits of mantissa, which is more than a card's name should change.
+        # Disable TF32 so results do not depend on the GPU, also where no script has done so.
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     ):
         distinct = list(dict.fromkeys(prompts))

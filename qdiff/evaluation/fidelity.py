@@ -73,7 +73,7 @@ def compare_runs(
     found: dict[str, list[Tensor]] = {"psnr": [], "identical": [], "ssim": []} | ({"lpips": []} if lpips else {})
     with (
         torch.inference_mode(),
-        # cuDNN's TF32 has 10 bits of mantissa, which is more than a card's name should change.
+        # Disable TF32 so results do not depend on the GPU, also where no script has done so.
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         progress_bar(len(images), "fidelity", "img", disable=not progress) as bar,
     ):
