@@ -20,16 +20,14 @@ from torch import Tensor
 
 from qdiff.cli.float_model import FloatModel
 from qdiff.deploy.exactness import check_exact
-from qdiff.deploy.onnx_lowering import ProductLimits, lower
+from qdiff.deploy.onnx_lowering import lower
 from qdiff.deploy.onnx_ranges import BYTE
-from qdiff.deploy.onnx_rewriting import HALF
 from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
 from qdiff.deploy.runtimes import OnnxNetwork, read_model
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
 RUNTIMES = ("onnxruntime", "openvino")
-SPLIT = ProductLimits(HALF, activations=False)  # what OpenVINO's integers hold without VNNI
 # Final samples, sampled with the runtime's integers: nothing visible.
 FOLLOWED_PSNR = 90.0
 # … and by each for itself: flips at rounding edges make 1 % of ε in one call, and a sampler adds them up. On what comes

@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from following import RUNTIMES, SPLIT, relative
+from exact_runtimes import SPLIT, require_runtimes
+from following import RUNTIMES, relative
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
@@ -18,8 +19,7 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, calibrated_act_quantizers
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 # Relative L2: float32 sums in another order. No input lies on a rounding edge (`away_from_edges`).
 TOLERANCE = 3e-6

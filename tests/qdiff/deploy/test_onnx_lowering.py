@@ -9,7 +9,7 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
-from following import SPLIT  # noqa: E402
+from exact_runtimes import SPLIT  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from following import RUNTIMES, SPLIT, relative
+from exact_runtimes import SPLIT, require_runtimes
+from following import RUNTIMES, relative
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.quant_model import QuantModel
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 TOLERANCE = 3e-6  # relative L2; the wrong sum is 1
 SHAPE = (8, 6, 6)
