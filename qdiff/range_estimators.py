@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from qdiff.config import RangeMethod
-from qdiff.functional import dequantize, max_level, quantize
-from qdiff.range_search import ERROR_NORM, TINY, Side, affine, search_range
+from qdiff.functional import max_level
+from qdiff.range_errors import first_least, pick
+from qdiff.range_search import TINY, Side, affine, search_range
 
 SHRINK_STEPS = 80  # Q-Diffusion and BRECQ shrink the range by 1 % at a time, down to 20 %
 SEARCH_MOMENTUM = 0.9  # EDA-DM averages the ranges of batches, whatever --running_stat says
@@ -75,18 +76,9 @@ def estimate(
 def _search(
     rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool
 ) -> tuple[Tensor, Tensor]:
-    best = torch.full_like(low, torch.inf)
-    best_delta, best_zero = qparams(low, high, bits, symmetric, unsigned)
-    for step in range(SHRINK_STEPS):
-        factor = 1.0 - 0.01 * step
-        delta, zero_point = qparams(low * factor, high * factor, bits, symmetric, unsigned)
-        d, z = delta[:, None], zero_point[:, None]
-        error = (dequantize(quantize(rows, d, z, bits), d, z) - rows).abs_().pow_(ERROR_NORM).mean(dim=1)
-        better = error < best
-        best = torch.where(better, error, best)
-        best_delta = torch.where(better, delta, best_delta)
-        best_zero = torch.where(better, zero_point, best_zero)
-    return best_delta, best_zero
+    factors = torch.tensor([1.0 - 0.01 * step for step in range(SHRINK_STEPS)], dtype=low.dtype, device=low.device)
+    delta, zero_point = qparams(low[:, None] * factors, high[:, None] * factors, bits, symmetric, unsigned)
+    return pick(first_least(rows, delta, zero_point, bits), delta, zero_point)
 
 
 def _stride(count: int, wanted: int) -> int:
@@ -117,7 +109,8 @@ class RangeObserver:
 
     def update(self, x: Tensor) -> None:
         """Take in one batch [N, …]."""
-        low, high = torch.aminmax(x.detach())
+        # In float32 at least: δ and 1/δ of 16 bits are hardly float16 numbers.
+        low, high = (end.to(torch.promote_types(end.dtype, torch.float32)) for end in torch.aminmax(x.detach()))
         if self.low is None:
             self.low, self.high = low, high
         elif self.momentum is None:

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 
 from qdiff.errors import UserError
-from qdiff.functional import dequantize, max_level, quantize
+from qdiff.functional import max_level
+from qdiff.range_errors import CACHED_VALUES, DEVICE_BYTES, ERROR_NORM, first_least, pick, values_at_a_time
 
 TINY = 1e-8  # smallest step size: a constant 0 input has no range
-ERROR_NORM = 2.4  # p
 STEPS = 100
 SHORTLIST = 32  # pairs tried on the tensor; tests compare the outcome with trying them all
 CELLS = 4096  # of the tables over a row's range: 16 a step of an 8-bit quantizer
 BLOCK = 8  # sorted values that share an entry of the prefix sums, where there are many
-AT_A_TIME = 1 << 16  # values: stays in a core's cache …
-ROWS_AT_A_TIME = 32  # … and rows, each of which has a score for every pair
+CACHED_ROWS = 32  # each has a score for every pair
+# What a row takes for each pair that is scored, each cell of its tables, and each value with its 100 prefix sums.
+PAIR_BYTES, CELL_BYTES, VALUE_BYTES = 56, 128, 128
 DENSE_BITS = 8  # up to here every zero point is scored
 
 
@@ -76,26 +77,23 @@ def search_range(rows: Tensor, bits: int, symmetric: bool, side: Side) -> tuple[
     if not torch.isfinite(rows).all():
         raise UserError("values to quantize are NaN or infinite; check the weights and the calibration data")
     pairs = side is Side.BOTH and not symmetric
-    parts = rows.split(min(max(1, AT_A_TIME // rows.shape[1]), ROWS_AT_A_TIME))
+    parts = rows.split(_rows_at_a_time(rows.shape[1], bits, rows.device))
     lows, highs = zip(*(_best_pair(p, bits) if pairs else _best_threshold(p, bits, side) for p in parts), strict=True)
     return torch.cat(lows), torch.cat(highs)
 
 
+def _rows_at_a_time(n: int, bits: int, device: torch.device) -> int:
+    """Return how many rows of n values are searched together; results do not depend on it."""
+    if device.type == "cpu":
+        return min(max(1, CACHED_VALUES // n), CACHED_ROWS)
+    pairs = STEPS * (2 ** min(bits, DENSE_BITS) + 4)
+    a_row = PAIR_BYTES * pairs + CELL_BYTES * CELLS + VALUE_BYTES * n
+    return max(1, DEVICE_BYTES // 2 // a_row)
+
+
 def _best(rows: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Return which of the ranges [C, K] fits each row best, the first of equals: [C]."""
-    best = torch.full_like(low[:, 0], torch.inf)
-    index = torch.zeros_like(best, dtype=torch.int64)
-    for i in range(low.shape[1]):
-        delta, zero_point = affine(low[:, i, None], high[:, i, None], bits)
-        restored = dequantize(quantize(rows, delta, zero_point, bits), delta, zero_point)
-        error = restored.sub_(rows).abs_().pow_(ERROR_NORM).mean(dim=1)
-        better = error < best
-        best, index = torch.where(better, error, best), torch.where(better, i, index)
-    return index
-
-
-def _pick(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    return tuple(v.gather(1, index[:, None])[:, 0] for v in values)
+    return first_least(rows, *affine(low, high, bits), bits)
 
 
 def _best_threshold(rows: Tensor, bits: int, side: Side) -> tuple[Tensor, Tensor]:
@@ -103,7 +101,7 @@ def _best_threshold(rows: Tensor, bits: int, side: Side) -> tuple[Tensor, Tensor
     # Divided first: the golden values are these, to the bit.
     thresholds = rows.abs().amax(dim=1)[:, None] / STEPS * steps
     low, high = (thresholds * factor for factor in side.value)
-    return _pick(_best(rows, low, high, bits), low, high)
+    return pick(_best(rows, low, high, bits), low, high)
 
 
 def _window(width: Tensor, step: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -122,13 +120,13 @@ def _best_pair(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     chosen = scores.topk(min(SHORTLIST, scores.shape[1]), largest=False).indices.sort(dim=1).values
     step = chosen // zeros.shape[2] + 1
     zero = zeros.expand(len(rows), STEPS, -1).flatten(1).gather(1, chosen)
-    step, zero = _pick(_best(rows, *_window(width, step, zero, bits), bits), step, zero)
+    step, zero = pick(_best(rows, *_window(width, step, zero, bits), bits), step, zero)
     stride = 2 ** max(0, bits - DENSE_BITS)
     while stride > 1:
         finer = max(1, stride // 16)
         around = zero[:, None] + torch.arange(-stride, stride + 1, finer, device=rows.device)
         around = around.clamp(0, max_level(bits))
-        (zero,) = _pick(_best(rows, *_window(width, step[:, None], around, bits), bits), around)
+        (zero,) = pick(_best(rows, *_window(width, step[:, None], around, bits), bits), around)
         stride = finer
     low, high = _window(width, step[:, None], zero[:, None], bits)
     return low[:, 0], high[:, 0]
@@ -164,10 +162,11 @@ def _scores(rows: Tensor, low: Tensor, width: Tensor, zeros: Tensor, bits: int) 
     # Padding lies on the grid of every δ: it adds nothing.
     blocks = torch.nn.functional.pad(ordered - origin, (0, -n % block)).reshape(count, -1, block).mT.contiguous()
     prefix = blocks.new_zeros(count, STEPS, blocks.shape[2] + 1)
-    for i in range(STEPS):
-        levels = blocks / delta[0, i, 0]
-        error = levels.sub_(levels.round()).abs_().pow_(ERROR_NORM).sum(dim=1)
-        torch.cumsum(error, dim=1, out=prefix[:, i, 1:])
+    at_a_time = max(1, values_at_a_time(rows.device) // blocks.numel())
+    for some, out in zip(delta[0].split(at_a_time), prefix[:, :, 1:].split(at_a_time, 1), strict=True):
+        levels = blocks[:, None] / some[:, :, None]
+        error = levels.sub_(levels.round()).abs_().pow_(ERROR_NORM).sum(dim=2)
+        torch.cumsum(error, dim=2, out=out)
     inside = _read(prefix, _read(rank, end) / block) - _read(prefix, _read(rank, start) / block)
     return clipped + inside * delta**ERROR_NORM
 
