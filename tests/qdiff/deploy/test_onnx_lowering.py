@@ -184,6 +184,29 @@ def test_onnx_runtime_gets_integer_matrix_products(name, bits):
     assert difference(RUNTIMES["onnxruntime"](model, 1)(feed)[0], expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("name", ["3x3", "3x3_plain", "1x1", "1d_wide", "gemm", "matmul"])
+def test_openvino_multiplies_integers(name, bits, limits):
+    """Halves and repeated inputs stay bytes; split, products are exact on every CPU, and plain ones of 4 bits too."""
+    openvino = pytest.importorskip("openvino")
+    product, kernel, attributes, shape, bias = CASES[name]
+    model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
+    expected = run(model, feed)
+    lower(model, "openvino", LIMITS[limits])
+    core = openvino.Core()
+    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
+    products = [
+        [operand.get_element_type().get_type_name() for operand in node.inputs()[:2]]
+        for node in compiled.get_runtime_model().get_ordered_ops()
+        if node.get_rt_info()["layerType"].astype(str) in ("Convolution", "FullyConnected", "MatMul")
+    ]
+    assert len(products) == (2 if bits == 8 else 1) and all(types == ["u8", "i8"] for types in products)
+    if limits == "split" or bits == 4:
+        assert difference(RUNTIMES["openvino"](model, 1)(feed)[0], expected) < TOLERANCE
+
+
 def two_products_of_one_input():
     model = model_of("Conv", *CASES["3x3"][1:4], 8, False)
     second = type(model.graph.node[-1]).FromString(model.graph.node[-1].SerializeToString())
