@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+
 def max_level(bits: int) -> int:
     """Return 2^b − 1, the largest integer of a b-bit quantizer."""
     return 2**bits - 1
