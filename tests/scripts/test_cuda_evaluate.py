@@ -26,7 +26,7 @@ def measured(call, *words) -> dict:
 
 def test_metrics_and_clip_score_are_those_of_the_cpu(call, cuda, tmp_path):
     real = write_npz(tmp_path / "real.npz", digits(0, 40))
-    run = write_run(tmp_path / "run", digits(40, 45), prompts=PROMPTS)
+    run = write_run(tmp_path / "run", digits(40, 50), prompts=PROMPTS * 2)
     words = (real, run, "--extractor", "digits-classifier", "--metrics", "fid,isc,kid", "--batch_size", 5)
     words += ("--clip", "--clip-model", write_clip(tmp_path / "clip"))
     with cuda.counting() as counts:
@@ -34,5 +34,4 @@ def test_metrics_and_clip_score_are_those_of_the_cpu(call, cuda, tmp_path):
     assert counts.launches > 0
     wanted = measured(call, *words, "--device", "cpu")
     assert found["metrics"] == pytest.approx(wanted["metrics"], rel=SAME)
-    assert found["clip"] == pytest.approx(wanted["clip"], rel=SAME) if "clip" in wanted else True
-    assert found["metrics"]["fid"] > 1
+    assert found["metrics"]["fid"] > 1 and any("clip" in name for name in found["metrics"])

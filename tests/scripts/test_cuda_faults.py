@@ -21,7 +21,7 @@ from qdiff.quantizer import ActQuantizer, Quantizer
 DATA = ("--cali_st", 2, "--cali_n", 2)
 LINEAR = (*W4A8, "--quant_mode", "linear", *DATA)
 STEPS = ("--timesteps", 3, "--max_images", 1, "--device", "cuda")
-TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_steps", 3, "--device", "cuda")
+TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_steps", 4, "--device", "cuda")
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def sample(call, tiny, cuda, tmp_path):
 
     def run(*words):
         with cuda.counting() as counts:
-            succeeded(call(SCRIPT, *tiny.options, *STEPS, *words, "-l", tmp_path / "run"))
+            succeeded(call(SCRIPT, *tiny.options, *STEPS, *words, "-l", tmp_path / str(len(words))))
         return counts
 
     return run
@@ -38,7 +38,7 @@ def sample(call, tiny, cuda, tmp_path):
 
 def test_quantizers_that_stay_on_the_cpu(sample, monkeypatch):
     monkeypatch.setattr(Quantizer, "to", lambda self, *_: self)
-    with pytest.raises(DeviceMismatch, match="at least two devices"):
+    with pytest.raises(DeviceMismatch, match="is on the CPU|at least two devices"):
         sample(*LINEAR)
 
 
@@ -71,7 +71,7 @@ def test_a_number_read_at_every_step(sample, monkeypatch):
 
     monkeypatch.setattr(Model, "forward", reads)
     with pytest.raises(AssertionError, match=r"item at .*test_cuda_faults.*sample_generalized"):
-        assert_sampling_never_waits(sample("--seed", 8, "--batch_size", 1))
+        assert_sampling_never_waits(sample("--batch_size", 1))
 
 
 def test_noise_from_pageable_memory(sample, monkeypatch):

@@ -163,7 +163,7 @@ def test_another_runtimes_images_would_be_seen(call, of_script, checkpoint, tmp_
 def test_a_published_checkpoint(run_on_cuda, tmp_path):
     golden = GoldenCase("sd_w4a8_sm16_split")
     files = write_latent_model("text", tmp_path / "model", golden.case["model"], golden.float_weights())
-    sampler = ("--prompt", "two", "--plms", "--n_samples", 1, "--n_iter", 1, "--ddim_steps", 3, "--no_grad_ckpt")
+    sampler = ("--prompt", "two", "--plms", "--n_samples", 1, "--n_iter", 1, "--ddim_steps", 4, "--no_grad_ckpt")
     quant = (*W4A8, "--sm_abit", 16, "--cali_ckpt", golden.path)
     run_on_cuda("txt2img", *files.options, *sampler, *quant, "-l", tmp_path / "run")
     assert manifest(tmp_path / "run")["config"]["precision"] == "autocast"
