@@ -19,6 +19,7 @@ from ddim.models.diffusion import Model
 from ddim.samplers import DiffusionSchedule
 from qdiff.errors import UserError
 from qdiff.files import check_writable
+from qdiff.progress import Progress, progress_bar
 
 SETTINGS = "qdiff_settings"  # of a checkpoint
 
@@ -106,6 +107,31 @@ class NoisePredictionTask(DenoisingTask):
         return self.denoising_loss(*batch)
 
 
+class EpochProgress(pl.Callback):
+    """Shows the share of all epochs that is done, and what the task logs for the bar.
+
+    It takes the place of Lightning's own bar, which begins anew at every epoch and fills log files.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._bar = progress_bar(trainer.max_epochs, "training", "epoch", initial=trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        values = trainer.progress_bar_metrics.items()
+        self._bar.set_postfix_str(", ".join(f"{name} {float(value):.4g}" for name, value in values), refresh=False)
+        self._bar.update()
+
+    def on_train_end(self, *_: Any) -> None:
+        self._bar.close()
+
+    def on_exception(self, *_: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 def fit(
     task: OptimisedTask,
     loader: DataLoader,
@@ -136,7 +162,8 @@ def fit(
         accelerator="auto",
         devices=1,
         gradient_clip_val=grad_clip,
-        callbacks=[checkpoints],
+        callbacks=[checkpoints, EpochProgress()],
+        enable_progress_bar=False,
         logger=False,
         log_every_n_steps=1,
     )

@@ -1,8 +1,36 @@
-"""Post-training quantization of diffusion models."""
+"""Post-training quantization of diffusion models.
 
-from qdiff.checkpoint import load_checkpoint, save_checkpoint
-from qdiff.config import QuantConfig
-from qdiff.errors import UserError
-from qdiff.quant_model import QuantModel
+The names below are imported when they are first used, so that importing a submodule which needs no torch, such as
+`qdiff.cli.passive_waiting`, does not load it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qdiff.checkpoint import load_checkpoint, save_checkpoint
+    from qdiff.config import QuantConfig
+    from qdiff.errors import UserError
+    from qdiff.quant_model import QuantModel
 
 __all__ = ["QuantConfig", "QuantModel", "UserError", "load_checkpoint", "save_checkpoint"]
+
+_HOMES = {
+    "QuantConfig": "qdiff.config",
+    "QuantModel": "qdiff.quant_model",
+    "UserError": "qdiff.errors",
+    "load_checkpoint": "qdiff.checkpoint",
+    "save_checkpoint": "qdiff.checkpoint",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -7,11 +7,10 @@ import os
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 from qdiff import files
 from qdiff.errors import UserError
 from qdiff.files import written_whole
+from qdiff.progress import progress_bar
 
 
 def cache_folder() -> Path:
@@ -39,7 +38,7 @@ def download(url: str, path: Path, md5: str | None = None, otherwise: str = "", 
             urllib.request.urlopen(url, timeout=30) as response,
             written_whole(path) as temporary,
             open(temporary, "wb") as file,
-            tqdm(desc=f"downloading {path.name}", unit="B", unit_scale=True) as bar,
+            progress_bar(desc=f"downloading {path.name}", unit="B", unit_scale=True) as bar,
         ):
             bar.total = int(response.headers.get("Content-Length") or 0) or None
             while block := response.read(1 << 20):

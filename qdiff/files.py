@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -29,16 +30,32 @@ DAMAGED_NPZ = (
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the final name when the block ends without an error."""
+    """Yield a temporary path beside ``path``; it takes the final name when the block ends without an error.
+
+    The file has the permissions of any new file there (the user's umask), whatever the writer gave it: safetensors, for
+    one, makes its files readable by their owner alone.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The process id keeps several writers of one folder apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    mode = _mode_of_new_file(temporary)
     try:
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != mode:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _mode_of_new_file(path: Path) -> int:
+    """Return the permissions that a new file gets at ``path``; reading the umask itself would change it meanwhile."""
+    try:
+        with path.open("wb") as file:
+            return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def check_writable(path: str | Path) -> None:

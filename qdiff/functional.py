@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qdiff.kernels.switch import runs_fused
+
 
 def max_level(bits: int) -> int:
     """Return 2^b − 1, the largest integer of a b-bit quantizer."""
@@ -74,5 +76,7 @@ def fake_quantize_inference(x: Tensor, delta: Tensor, zero_point: Tensor, bits: 
     PyTorch's fused kernel is not used: it multiplies by 1/δ, so values on a rounding edge land elsewhere, and on
     the CPU these in-place steps take a third of its time.
     """
+    if runs_fused(x, delta):
+        return torch.ops.qdiff.fake_quantize(x, delta, zero_point, bits)
     q = (at_least_single(x) / delta).round_().add_(zero_point).clamp_(0, max_level(bits))
     return q.sub_(zero_point).mul_(delta).to(x.dtype)

@@ -167,7 +167,7 @@ class QuantModule(nn.Module):
         if self.modulates:
             return self._modulated(x)
         if self.multiplies_integers:
-            return self._integer_product(self._levels(x, self.act_quantizers), self.bias)
+            return self._integer_product(self._levels(x, self.act_quantizers), self.bias).to(x.dtype)
         return self._operation(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
 
     def _modulated(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class QuantModule(nn.Module):
         if self.multiplies_integers:
             levels = self._levels(x, quantizers)
             values = torch.cat([part.values() for part in levels], dim=self._channel_dim)
-            return values, self._integer_product(levels, bias)
+            return values, self._integer_product(levels, bias).to(x.dtype)
         values = self._quantized(x, quantizers)
         return values, self._operation(values, self._current_weight(), bias)
 
@@ -243,14 +243,15 @@ class QuantModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> QuantModule:
-        """Move or convert the layer; what a packed one has left of its float weight is a shape, which stays."""
+        """Move or convert the layer; what a packed one has left of its float weight, shape and dtype, stays nowhere."""
         if self.packed is None:
             return super()._apply(fn, recurse)
         shape, self.weight = self.weight, None
         try:
             return super()._apply(fn, recurse)
         finally:
-            self.weight = shape
+            dtype = fn(torch.empty(0, dtype=shape.dtype)).dtype
+            self.weight = nn.Parameter(torch.empty_like(shape, dtype=dtype, device="meta"), requires_grad=False)
 
     @property
     def _channel_dim(self) -> int:

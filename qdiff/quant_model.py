@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
-from qdiff.integer import check_integer_products
+from qdiff.integer import check_integer_products, int8_is_exact
 from qdiff.interface import AttentionCore, family_of
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
@@ -160,6 +160,7 @@ class QuantModel(nn.Module):
         self.assert_initialised(weights=True, activations=False)
         if integer:
             self._assert_multiplies_integers()
+            int8_is_exact(self.device)  # found out now: this waits for the device, and no network call should
         cache = WeightCache(cache_bytes)
         for layer in self.layers().values():
             layer.pack()

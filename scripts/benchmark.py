@@ -15,6 +15,8 @@ puts the table between '<!-- table benchmark -->' and '<!-- end of table benchma
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 

@@ -10,11 +10,14 @@
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.modiff import add_generate_option
+from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
@@ -47,7 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
     model.load(choose_device(args.device))
     for note in model.notes:
         print(note, file=sys.stderr)
-    save_recording(model.record(args.cali_st, args.cali_n, pairs=pairs), args.out)
+    with memory_advice("recording", smaller_batch(model.batch_size)):
+        recording = model.record(args.cali_st, args.cali_n, pairs=pairs)
+    save_recording(recording, args.out)
     print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")
 
 

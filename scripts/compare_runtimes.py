@@ -10,6 +10,8 @@ sampling script whose model and sampler options follow.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 import sys

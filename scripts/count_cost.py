@@ -13,6 +13,8 @@ call to call, and what is added to it.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 import sys

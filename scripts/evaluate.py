@@ -13,12 +13,15 @@ kept in $QDIFF_CACHE/features. Nothing is downloaded but with --download.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 import sys
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.parser import Parser
 from qdiff.errors import UserError
 
@@ -66,7 +69,10 @@ def main(arguments: list[str] | None = None) -> None:
     to_file = args.json not in (None, "-")
     if to_file:
         check_writable(args.json)
-    result = Evaluation(args).run()
+    evaluation = Evaluation(args)
+    advice = "give a --batch_size, e.g. 16" if args.batch_size is None else smaller_batch(args.batch_size)
+    with memory_advice("evaluating", advice):
+        result = evaluation.run()
     text = json.dumps(result, indent=1) + "\n"
     if to_file:
         with written_whole(args.json) as path:

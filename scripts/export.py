@@ -8,6 +8,8 @@ Without --ptq the float network is written. --like names the sampling script who
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 from pathlib import Path

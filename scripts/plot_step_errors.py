@@ -10,6 +10,8 @@ All variants run along the same trajectories of the float model. Numbers are wri
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 import sys

@@ -11,6 +11,8 @@ Images are cropped and resized as the papers' loaders do it. Nothing is fetched 
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 from pathlib import Path

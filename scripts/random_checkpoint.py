@@ -9,6 +9,8 @@ model, so that no download is needed. What such a model draws is noise.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 
 from qdiff.cli.errors import exits_cleanly

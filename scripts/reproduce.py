@@ -9,6 +9,8 @@ it). Every row is a run folder of its own; repeating the command continues where
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser
 

@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 from ddim.options import add_sample_options
 from qdiff.cli.script import sampling_script
 

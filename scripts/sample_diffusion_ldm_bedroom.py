@@ -9,6 +9,8 @@ a command continues its run folder.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 from ldm.options import add_lsun_options
 from qdiff.cli.script import sampling_script
 

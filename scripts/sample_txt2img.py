@@ -9,6 +9,8 @@ not given are those of configs/eda-dm/stable-diffusion.yaml. Repeating a command
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 from ldm.options import add_caption_options
 from qdiff.cli.script import sampling_script
 

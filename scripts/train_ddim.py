@@ -7,11 +7,16 @@ Repeating the command after an interruption continues from the last finished che
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.parser import Parser
+
+SMALLER = "take a smaller batch_size in the config's training section, and begin anew with another --workdir"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -55,7 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     task = NoisePredictionTask(config, total_steps=epochs * len(loader))
     notes = {"config": args.config, "seed": args.seed}
     settings = {"config": OmegaConf.to_container(config, resolve=True), "seed": args.seed}
-    notes |= fit(task, loader, epochs, args.workdir or f"{args.out}.work", config.optim.grad_clip, settings)
+    with memory_advice("training", SMALLER):
+        notes |= fit(task, loader, epochs, args.workdir or f"{args.out}.work", config.optim.grad_clip, settings)
     weights = {k: v.contiguous().cpu() for k, v in task.ema.module.state_dict().items()}
     with written_whole(args.out) as path:
         save_file(weights, path, metadata={"training": json.dumps(notes)})

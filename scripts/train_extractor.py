@@ -13,6 +13,8 @@ size, ``models/digits32_reference.npz``.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import sys
 from pathlib import Path
@@ -23,7 +25,6 @@ from safetensors.torch import save
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.cli.errors import exits_cleanly
@@ -33,6 +34,7 @@ from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
 from qdiff.evaluation.extractors import REPOSITORY, create_extractor
 from qdiff.evaluation.reference import compute_reference, save_reference
 from qdiff.files import written_whole
+from qdiff.progress import tracked
 
 NAME = "digits-classifier"
 TEST_SIZE, SPLIT_SEED = 360, 0  # fixed whatever --seed says, so that accuracies can be compared
@@ -86,7 +88,7 @@ def train(images: Tensor, labels: Tensor, args: argparse.Namespace) -> DigitClas
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
     steps = -(-len(images) // args.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs=args.epochs, steps_per_epoch=steps)
-    for _ in tqdm(range(args.epochs), desc="training", unit="epoch"):
+    for _ in tracked(range(args.epochs), "training", "epoch"):
         for batch in torch.randperm(len(images), generator=generator).split(args.batch_size):
             _, logits = model(augment(images[batch], generator))
             optimizer.zero_grad()

@@ -9,11 +9,16 @@ Models with first stages of the same config may share one. Repeating a command a
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 import json
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.parser import Parser
+
+SMALLER = "take a smaller batch_size in the config's training section, and begin anew with another --workdir"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -48,7 +53,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)
     train = train_first_stage if args.stage == "first" else train_diffusion
-    print(args.out, json.dumps(train(args)))
+    with memory_advice("training", SMALLER):
+        notes = train(args)
+    print(args.out, json.dumps(notes))
 
 
 if __name__ == "__main__":

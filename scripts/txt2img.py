@@ -10,6 +10,8 @@ continues its run folder.
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 from ldm.options import add_text_options
 from qdiff.cli.script import sampling_script
 

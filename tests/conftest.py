@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread a worker, no network, and the tiny networks that tests run on."""
+"""Shared by all tests: one thread per worker, no network, and the tiny networks that tests run on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported, also in the processes that tests start: two workers with two spinning threads each
-# on two cores take many times as long.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MKL_NUM_THREADS"] = "1"
+# on two cores take many times as long. tests/on_every_cpu.py asks for two threads and one worker.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ.get("QDIFF_TEST_THREADS", "1")
 
 import torch
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[1]

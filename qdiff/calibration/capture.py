@@ -33,8 +33,8 @@ class Walker:
     """Runs modules over all stored samples, a batch at a time.
 
     Attributes:
-        storage: where results are kept.
-        device: where modules run; stored activations are on the CPU.
+        storage: where results are kept, on the device or in RAM.
+        device: where modules run.
         batch_size: samples at a time; it has no influence on the values.
     """
 
@@ -100,6 +100,7 @@ def walk(
     Yields:
         index, step, unit, and the quantized state before the step. A unit is empty once the walk goes on.
     """
+    inputs = tuple(i.to(walker.storage.device) for i in inputs)
     with torch.no_grad():
         float_state = network.start(*inputs)
         quant_state = network.start(*inputs)
@@ -116,7 +117,7 @@ def walk(
         step.output(quant_state, output)
         # Whoever fitted the unit may still hold it: its activations must not outlive it.
         unit.inputs = unit.float_inputs = ()
-        unit.target = torch.empty(0)
+        unit.target, unit.weights = torch.empty(0), None
         del float_inputs, quant_inputs, target, output
 
 

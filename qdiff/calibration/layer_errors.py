@@ -57,4 +57,4 @@ class LayerErrors:
         """Return Σ over layers of the squared error, summed over channels and averaged; 0 without such layers."""
         pairs = list(zip(self.found, self.wanted, strict=True))[:-1]
         error, self.found, self.wanted = lp_error(2.0), [], []
-        return sum(error(found, wanted, torch.empty(0)) for found, wanted in pairs)
+        return sum(error(found, wanted, None) for found, wanted in pairs)

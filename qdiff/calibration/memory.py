@@ -1,107 +1,26 @@
-"""How much memory a calibration takes, from one forward of one sample, before it begins."""
+"""Divide the memory of the machine between what a calibration stores and what it computes with, before it begins."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
+from qdiff.calibration.footprint import FLOAT, GRADIENT_COPIES, Footprint
 from qdiff.errors import UserError
-from qdiff.interface import AttentionCore, State, SteppedNetwork
-from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
-FLOAT = 4  # bytes
-# What a forward and backward of a quantized unit holds, in multiples of its leaves' inputs and outputs: autograd keeps
-# 0.1 to 2.1 of them (counted by its saved-tensor hooks on the bundled class-conditional model), gradients come on top.
-GRADIENT_COPIES = 4
 # A rounding variable, its gradient and Adam's two moments, the soft weight, and what autograd keeps on the way to it:
 # what full-size Stable Diffusion took (docs/results.md).
 ROUNDING_COPIES = 16
 # Bytes inside one forward or backward pass: at most, where the budget allows them, and at least.
 DEFAULT_PASS, SMALLEST_PASS = 2 << 30, 1 << 26
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes that calibration holds for one sample.
-
-    Attributes:
-        stored: the largest amount of activations that a walk keeps at a time (two states, inputs, outputs).
-        inside: for every step, what goes into its leaves and comes out of them during one forward.
-    """
-
-    stored: int
-    inside: dict[str, int] = field(default_factory=dict)
-
-    def forward_batch(self, pass_bytes: int, limit: int) -> int:
-        """Return how many samples a forward of any step may take."""
-        return max(1, min(limit, pass_bytes // max(1, *self.inside.values(), 1)))
-
-    def training_batch(self, step: str, pass_bytes: int, limit: int) -> int:
-        """Return how many samples a forward and backward of one step may take at a time."""
-        return max(1, min(limit, pass_bytes // max(1, self.inside.get(step, 1) * GRADIENT_COPIES)))
-
-
-def _bytes(tensors: object) -> int:
-    if isinstance(tensors, Tensor):
-        return tensors.numel() * tensors.element_size()
-    if isinstance(tensors, list | tuple):
-        return sum(_bytes(t) for t in tensors)
-    return 0
-
-
-def _state_bytes(state: State, given: set[int]) -> int:
-    """Return the bytes of a state's tensors, each once, without the network's own inputs."""
-    flat = [t for v in state.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
-    return sum(_bytes(t) for t in {id(t): t for t in flat if id(t) not in given}.values())
-
-
-@torch.no_grad()
-def measure_footprint(network: SteppedNetwork, sample: tuple[Tensor, ...]) -> Footprint:
-    """Run one sample through a network, step by step, and count what a calibration walk would hold for it.
-
-    Args:
-        sample: the network's inputs with a batch of 1, on its device.
-    """
-    state = network.start(*sample)
-    given = {id(t) for t in sample}
-    stored, inside = 0, {}
-    for step in network.steps():
-        inputs = step.inputs(state)
-        with _counted(step.module) as count:
-            output = step.module(*inputs)
-        inside[step.name] = count[0]
-        # `walk` holds a float and a quantized state, the unit's inputs in both, its target and its output.
-        stored = max(stored, 2 * (_state_bytes(state, given) + _bytes(inputs) + _bytes(output)))
-        step.output(state, output)
-    return Footprint(stored + _bytes(sample), inside)
-
-
-@contextlib.contextmanager
-def _counted(module: nn.Module):
-    count = [0]
-
-    def add(leaf: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        count[0] += _bytes(inputs) + _bytes(output)
-        if isinstance(leaf, AttentionCore | QuantAttention):
-            # Quantized attention holds the logits, the softmax output and its quantized form.
-            q, k, _ = inputs
-            count[0] += 3 * FLOAT * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-
-    leaves = [m for m in module.modules() if not list(m.children()) or isinstance(m, QuantModule | QuantAttention)]
-    handles = [leaf.register_forward_hook(add) for leaf in leaves]
-    try:
-        yield count
-    finally:
-        for handle in handles:
-            handle.remove()
+# Share of a GPU's free memory that is planned with: the rest is for workspaces of its libraries and for gaps.
+GPU_SHARE = 0.85
 
 
 def resident_memory() -> int:
@@ -115,17 +34,26 @@ def available_memory() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def available_on(device: torch.device) -> int:
+    """Return the bytes of a GPU's memory that are free now, those that torch keeps for reuse included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 @dataclass(frozen=True)
 class MemoryUse:
     """How a calibration's memory is spent; sizes in bytes.
 
     Attributes:
-        held: what the process holds before it begins, weights included.
+        held: RAM that the process holds before it begins; on the CPU weights included.
         unit: dequantized weights and rounding variables of the largest unit.
         in_pass: what one forward and backward may hold.
-        in_ram, on_disk: stored activations.
-        pass_bytes, for_storage: what the budget allows a pass and stored activations in RAM.
+        in_ram, on_disk, on_gpu: stored activations.
+        pass_bytes, for_storage: what the budget allows a pass, and stored activations in RAM.
         footprint: what one sample takes.
+        gpu: where the network is and units are fitted; None is the CPU.
+        held_on_gpu: what is on it before the calibration begins.
+        resident_bytes: what the samples of the unit in work may take on it.
     """
 
     held: int
@@ -136,16 +64,36 @@ class MemoryUse:
     pass_bytes: int
     for_storage: int
     footprint: Footprint
+    gpu: torch.device | None = None
+    held_on_gpu: int = 0
+    on_gpu: int = 0
+    resident_bytes: int = 0
 
     @property
     def peak(self) -> int:
-        """Peak memory of the process."""
-        return self.held + self.unit + self.in_pass + self.in_ram
+        """Peak RAM of the process."""
+        return self.held + self.in_ram + (self.unit + self.in_pass if self.gpu is None else 0)
+
+    @property
+    def gpu_peak(self) -> int:
+        """Peak memory on the GPU."""
+        if self.gpu is None:
+            return 0
+        samples = self.on_gpu or min(self.resident_bytes, self.in_ram + self.on_disk)
+        return self.held_on_gpu + self.unit + self.in_pass + samples
 
     def __str__(self) -> str:
-        parts = f"{_gib(self.held)} held already, the unit in work {_gib(self.unit + self.in_pass)}"
         disk = f", and {_gib(self.on_disk)} on disk" if self.on_disk else ""
-        return f"about {_gib(self.peak)} ({parts}, stored activations {_gib(self.in_ram)}{disk})"
+        work = f"the unit in work {_gib(self.unit + self.in_pass)}"
+        if self.gpu is None:
+            parts = f"{_gib(self.held)} held already, {work}, stored activations {_gib(self.in_ram)}{disk}"
+            return f"about {_gib(self.peak)} ({parts})"
+        stored = f"stored activations {_gib(self.on_gpu)}" if self.on_gpu else "samples of the unit as they fit"
+        ram = f"{_gib(self.held)} held already, stored activations {_gib(self.in_ram)}{disk}"
+        return (
+            f"about {_gib(self.gpu_peak)} of GPU memory ({_gib(self.held_on_gpu)} held already, {work}, {stored}) and "
+            f"{_gib(self.peak)} of RAM ({ram})"
+        )
 
 
 def _gib(size: int) -> str:
@@ -155,19 +103,69 @@ def _gib(size: int) -> str:
 def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None) -> MemoryUse:
     """Divide a budget between passes and stored activations.
 
+    With the network on a GPU, passes are divided from the GPU's free memory. All stored activations are there too where
+    they fit, else in RAM and on disk, and the samples of the unit in work take what is left on the GPU.
+
     Args:
         samples: size of the calibration set.
         batch_size: of reconstruction.
-        budget: bytes beside what is held already; None takes half of the RAM that is free now.
+        budget: bytes beside what is held already, of RAM and of the GPU each; None takes half of the RAM that is free
+            now and 85 % of the GPU's free memory.
 
     Raises:
         UserError: what goes to disk does not fit there.
     """
-    budget = available_memory() // 2 if budget is None else budget
-    allowed_pass = max(SMALLEST_PASS, min(DEFAULT_PASS, budget // 2))
-    for_storage = max(0, budget - allowed_pass)
+    ram = available_memory() // 2 if budget is None else budget
+    gpu = None if qnn.device.type == "cpu" else qnn.device
+    unit = _largest_unit(qnn) * FLOAT * (ROUNDING_COPIES + 1)
     stored = footprint.stored * samples
-    on_disk = max(0, stored - for_storage)
+    if gpu is None:
+        allowed = max(SMALLEST_PASS, min(DEFAULT_PASS, ram // 2))
+        in_pass = _pass_bytes(footprint, min(batch_size, samples), allowed)
+        held_on_gpu = on_gpu = resident = 0
+        for_storage = max(0, ram - allowed)
+    else:
+        free = available_on(gpu)
+        room = min(int(free * GPU_SHARE), free if budget is None else budget)
+        allowed = max(SMALLEST_PASS, (room - unit) // 2)
+        in_pass = _pass_bytes(footprint, min(batch_size, samples), allowed)
+        resident = max(0, room - unit - in_pass)
+        on_gpu = stored if stored <= resident else 0
+        held_on_gpu, for_storage = torch.cuda.memory_allocated(gpu), ram
+    in_ram = min(stored - on_gpu, for_storage)
+    on_disk = stored - on_gpu - in_ram
+    _check_disk(stored, on_disk, for_storage, samples)
+    return MemoryUse(
+        held=resident_memory(),
+        unit=unit,
+        in_pass=in_pass,
+        in_ram=in_ram,
+        on_disk=on_disk,
+        pass_bytes=allowed,
+        for_storage=for_storage,
+        footprint=footprint,
+        gpu=gpu,
+        held_on_gpu=held_on_gpu,
+        on_gpu=on_gpu,
+        resident_bytes=resident,
+    )
+
+
+def _largest_unit(qnn: QuantModel) -> int:
+    """Return the number of weights in the largest unit."""
+    sizes = (
+        sum(m.weight.numel() for m in step.module.modules() if isinstance(m, QuantModule)) for step in qnn.model.steps()
+    )
+    return max(sizes, default=0)
+
+
+def _pass_bytes(footprint: Footprint, batch_size: int, allowed: int) -> int:
+    """Return what a forward and backward holds: a batch where that is allowed, at least one sample."""
+    one = max((size * GRADIENT_COPIES for size in footprint.inside.values()), default=0)
+    return min(one * batch_size, max(allowed, one))
+
+
+def _check_disk(stored: int, on_disk: int, for_storage: int, samples: int) -> None:
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     if on_disk > free:
@@ -176,21 +174,3 @@ def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size:
             f"stay in RAM, and {folder} has {_gib(free)} free; lower --cali_n or --cali_st, raise --memory_budget, or "
             "set TMPDIR to a larger disk"
         )
-    largest = max(
-        (
-            sum(m.weight.numel() for m in step.module.modules() if isinstance(m, QuantModule))
-            for step in qnn.model.steps()
-        ),
-        default=0,
-    )
-    needed = max((size * GRADIENT_COPIES for size in footprint.inside.values()), default=0) * min(batch_size, samples)
-    return MemoryUse(
-        held=resident_memory(),
-        unit=largest * FLOAT * (ROUNDING_COPIES + 1),
-        in_pass=min(needed, max(allowed_pass, needed // max(1, min(batch_size, samples)))),
-        in_ram=min(stored, for_storage),
-        on_disk=on_disk,
-        pass_bytes=allowed_pass,
-        for_storage=for_storage,
-        footprint=footprint,
-    )

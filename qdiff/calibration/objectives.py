@@ -7,44 +7,48 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""``objective(output, target, rows)``: output and target [n, C, …] of the samples numbered ``rows`` [n]."""
+Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""``objective(output, target, weight)``: all [n, C, …], of the same samples; weight is the unit's, or None."""
 
 
 def lp_error(p: float = 2.0) -> Objective:
     """Σ over channels of |output − target|^p, averaged over the rest (BRECQ)."""
 
-    def objective(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    def objective(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         return (output - target).abs().pow(p).sum(dim=1).mean()
 
     return objective
 
 
-def penalised_outside(objective: Objective, weight: float) -> Objective:
-    """Add weight · Σ|target − output| over the targets that lie outside the range of the outputs (MoDiff)."""
-    if weight == 0:
+def penalised_outside(objective: Objective, factor: float) -> Objective:
+    """Add factor · Σ|target − output| over the targets that lie outside the range of the outputs (MoDiff)."""
+    if factor == 0:
         return objective
 
-    def penalised(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    def penalised(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         low, high = torch.aminmax(output.detach())
         outside = (target < low) | (target > high)
-        return objective(output, target, rows) + weight * ((target - output).abs() * outside).sum()
+        return objective(output, target, weight) + factor * ((target - output).abs() * outside).sum()
 
     return penalised
 
 
-def fisher_error(gradients: Tensor) -> Objective:
-    """Squared error weighted by the diagonal of the Fisher information (Li et al., 2021, eq. 10).
+def fisher_weights(gradients: Tensor) -> Tensor:
+    """Turn gradients into the diagonal of the Fisher information (Li et al., 2021, eq. 10), in place.
+
+    In place, because those of a whole calibration set may fill the memory. The squares are divided by their mean, so
+    that the balance with the rounding regulariser stays what it is for the plain squared error.
 
     Args:
-        gradients: gradient of the network's loss with respect to the unit's output, [N, C, …] for all N samples.
-            Their squares are divided by their mean, so that the balance with the rounding regulariser stays what it
-            is for the plain squared error.
+        gradients: gradient of the network's loss with respect to a unit's output, [N, C, …] for all N samples.
+
+    Returns:
+        ``gradients``, now the weights of the squared error.
     """
-    mean_square = gradients.square().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    squares = gradients.square_()
+    return squares.div_(squares.mean().clamp(min=torch.finfo(torch.float32).tiny))
 
-    def objective(output: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-        weight = gradients[rows].to(output.device).square() / mean_square
-        return ((output - target).square() * weight).sum(dim=1).mean()
 
-    return objective
+def weighted_error(output: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+    """Σ over channels of weight · (output − target)², averaged over the rest."""
+    return ((output - target).square() * weight).sum(dim=1).mean()

@@ -85,4 +85,4 @@ def _output(step: Step, state: State, output: Tensor) -> None:
 
 def of_second(objective: Objective) -> Objective:
     """Return an objective of paired outputs [n, 2, …] that looks at the second step of each pair alone."""
-    return lambda output, target, rows: objective(output[:, NOW], target[:, NOW], rows)
+    return lambda output, target, weight: objective(output[:, NOW], target[:, NOW], weight)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration.dropping import Dropping
+from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import Objective
 
@@ -45,9 +47,10 @@ class Unit:
     Attributes:
         name: dotted path in the network.
         module: what is run, its leaves in the mode that is to be fitted.
-        inputs: positional inputs for all N samples, quantized upstream; each [N, …] on the CPU.
-        target: the float output [N, …], on the CPU.
-        float_inputs: the inputs in the float network, likewise.
+        inputs: positional inputs for all N samples, quantized upstream; each [N, …], where the storage put them.
+        target: the float output [N, …].
+        float_inputs: the inputs in the float network.
+        weights: what the objective weighs the samples' errors by, [N, …]; None where it weighs none.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Unit:
     inputs: tuple[Tensor, ...]
     target: Tensor
     float_inputs: tuple[Tensor, ...]
+    weights: Tensor | None = None
 
 
 def optimise(
@@ -65,12 +69,11 @@ def optimise(
     iterations: int,
     batch_size: int,
     generator: torch.Generator,
-    device: torch.device,
+    feeding: Feeding,
     penalty: Callable[[float], Tensor | float] = lambda progress: 0.0,
     after_step: Callable[[], None] = lambda: None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     on_iteration: Callable[[], None] = lambda: None,
-    pass_size: int | None = None,
     drop: float = 0.0,
     layer_weight: float = 0.0,
 ) -> float:
@@ -83,34 +86,36 @@ def optimise(
         penalty: extra loss at a given share of the iterations (the rounding regulariser).
         after_step: called after each optimiser step (to keep step sizes positive).
         generator: decides the batches.
-        pass_size: how many samples go forward and backward at a time; gradients of a batch add up over its passes.
+        feeding: where the unit runs, and how its samples come there; gradients of a batch add up over its passes.
 
     Returns:
         The mean objective over the last tenth of the iterations.
     """
-    batches = _batches(len(unit.target), batch_size, generator)
-    tail: list[Tensor] = []
+    device, tail = feeding.device, []
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         dropping = stack.enter_context(Dropping(unit.module, drop, generator, device)) if drop > 0 else None
         layers = LayerErrors(unit.module) if layer_weight > 0 else None
+        batches = torch.stack(list(islice(_batches(len(unit.target), batch_size, generator), iterations)))
+        counts, inputs_count = feeding.pass_counts(batches.shape[1]), len(unit.inputs)
+        float_inputs = unit.float_inputs if dropping is not None or layers is not None else ()
+        weights = () if unit.weights is None else (unit.weights,)
+        samples = feeding.passes((unit.target, *unit.inputs, *float_inputs, *weights), batches)
+        stack.enter_context(contextlib.closing(samples))
         for iteration in range(iterations):
-            rows = next(batches)
             optimiser.zero_grad(set_to_none=True)
             error, extra = torch.zeros((), device=device), penalty(iteration / iterations)
-            for part in rows.split(pass_size or len(rows)):
-                inputs = tuple(i[part].to(device, non_blocking=True) for i in unit.inputs)
-                target = unit.target[part].to(device, non_blocking=True)
-                float_inputs = ()
-                if dropping is not None or layers is not None:
-                    float_inputs = tuple(i[part].to(device, non_blocking=True) for i in unit.float_inputs)
+            for count in counts:
+                target, *rest = next(samples)
+                weight = rest.pop() if weights else None
+                inputs, in_float = tuple(rest[:inputs_count]), tuple(rest[inputs_count:])
                 if dropping is not None:
-                    inputs = dropping.feed(inputs, float_inputs)
-                with layers.watch(float_inputs) if layers is not None else contextlib.nullcontext():
+                    inputs = dropping.feed(inputs, in_float)
+                with layers.watch(in_float) if layers is not None else contextlib.nullcontext():
                     output = unit.module(*inputs)
                 # Objectives are means over samples.
-                share = objective(output, target, part) * (len(part) / len(rows))
+                share = objective(output, target, weight) * (count / batches.shape[1])
                 if layers is not None:
-                    share = share + layer_weight * layers.error() * (len(part) / len(rows))
+                    share = share + layer_weight * layers.error() * (count / batches.shape[1])
                 (share + extra).backward()
                 error, extra = error + share.detach(), 0.0
             optimiser.step()

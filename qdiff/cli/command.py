@@ -24,17 +24,20 @@ from qdiff.checkpoint import load_packed
 from qdiff.cli.deploy import check_runtime, onnx_network, pack, starts_packed, wrapped
 from qdiff.cli.eda_dm import of_width
 from qdiff.cli.float_model import FloatModel, trajectory_of
+from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.ptq import ignored_options, resolve_ptq
 from qdiff.cli.quantize import Quantization, add_checkpoint, measure_noise_error, measure_trajectory_error
 from qdiff.cli.run_folder import RunFolder, start_logging
-from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
+from qdiff.cli.runtime import Processes, choose_device, describe_gpu, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
 from qdiff.config import Ablation
 from qdiff.config_files import read_config
 from qdiff.errors import UserError
 from qdiff.files import check_writable
+from qdiff.half_weights import halve_weights
 from qdiff.images import save_png, to_uint8
+from qdiff.kernels.switch import check_available, fused
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -43,6 +46,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SEQUENCE_IMAGES = 8
 # The ε error against float is measured on this many held-out trajectories at this many steps.
 HELD_OUT_IMAGES, HELD_OUT_STEPS = 16, 10
+# Samples in a network call meanwhile, at most.
+ERROR_BATCH = 64
 # Beyond every calibration set, and the same for all of them, so that errors can be compared.
 HELD_OUT_FROM = 1 << 20
 # Images of the calibration streams that belong to --cali_seed 0, and how many each such seed has.
@@ -85,6 +90,8 @@ class SampleCommand:
         check_runtime(self.args, None if self.plan is None else self.plan.quant)
         if self.args.runtime != SIMULATED:
             self.config["runtime"] = self.args.runtime
+        if self.args.tf32:
+            self.config["tf32"] = True
 
     @contextlib.contextmanager
     def notes_told(self) -> Iterator[None]:
@@ -118,11 +125,12 @@ class SampleCommand:
     def _generate(self) -> None:
         args, wanted = self.args, self.config["generate"]
         check_writable(wanted["out"])
-        processes = Processes(choose_device(args.device))
+        processes = Processes(choose_device(args.device, args.tf32))
         if not processes.is_first:
             return
-        self.model.load(processes.device)
-        recording = self.model.record(args.cali_st, wanted["per_step"], pairs=wanted["pairs"])
+        with memory_advice("recording", smaller_batch(self.model.batch_size)):
+            self.model.load(processes.device)
+            recording = self.model.record(args.cali_st, wanted["per_step"], pairs=wanted["pairs"])
         save_recording(recording, wanted["out"])
         log.info("%s: %d steps of %d samples", wanted["out"], args.cali_st, wanted["per_step"])
 
@@ -139,7 +147,13 @@ class SampleCommand:
             run.discard_images()  # a kill may have come before all were deleted
             return
         packs = starts_packed(args, self.plan)
-        model.load(choose_device(args.device), network=not packs)
+        device = choose_device(args.device, args.tf32)
+        if args.fused_kernels:
+            check_available(device)
+        if args.tf32 and device.type != "cuda":
+            model.notes.append("--tf32 has no effect on the CPU")
+        with memory_advice("loading the model", "free some, or give --device cpu"):
+            model.load(device, network=not packs)
         packed = load_packed(model.network, self.plan.checkpoint, self.plan.quant) if packs else None
         if args.cond and not model.conditional:
             model.notes.append("--cond is ignored: this network is unconditional")
@@ -149,6 +163,8 @@ class SampleCommand:
         prepared = self._prepare(run) if processes.is_first and packed is None else None
         self._told = not processes.is_first  # which says nothing
         with contextlib.ExitStack() as stack:
+            if args.fused_kernels:
+                stack.enter_context(fused())
             if processes.is_first:
                 run.open()
                 stack.enter_context(run.logged())
@@ -159,6 +175,7 @@ class SampleCommand:
                     run.add_file("float weights", model.weights)
                 if packed is not None:
                     add_checkpoint(run, "quantized checkpoint", self.plan.checkpoint)
+                run.manifest["fused_kernels"] = args.fused_kernels
                 run.manifest["network_bytes"] = sum(p.numel() * 4 for p in model.network.parameters())
                 if model.labels is not None:
                     run.manifest["labels"] = model.labels
@@ -180,13 +197,18 @@ class SampleCommand:
             denoiser = onnx_network(self.args, model, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
             # What is simulated in torch does not run.
             qnn = None
+        else:
+            with model.precision():
+                if torch.is_autocast_enabled(model.device.type):
+                    halve_weights(denoiser, torch.get_autocast_dtype(model.device.type))
         started = time.perf_counter()
 
         def images(rows: Sequence[int]) -> Tensor:
             with trajectory_of(denoiser):
                 return model.to_images(model.trajectory(denoiser, rows))
 
-        with contextlib.nullcontext() if qnn is None else qnn.quantized():
+        advice = smaller_batch(model.batch_size, kept=": the images that are there are kept")
+        with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():
             if getattr(self.args, "sequence", False) and processes.is_first:
                 with trajectory_of(denoiser):
                     self._write_sequence(run, denoiser)
@@ -213,9 +235,12 @@ class SampleCommand:
         plan, model = self.plan, self.model
         if plan.draw is None:
             log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
-            return model.record(plan.steps, plan.per_step, first=self._first_image, pairs=plan.changes is not None)
+            with memory_advice("recording", smaller_batch(model.batch_size)):
+                return model.record(plan.steps, plan.per_step, first=self._first_image, pairs=plan.changes is not None)
         log.info("recording %d samples, one an image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
-        recording, allocation, timesteps = model.record_draw(plan.draw, self._calibration_seed, self._first_image)
+        fewer = max(1, plan.draw.batch_size // 2)
+        with memory_advice("recording", f"begin anew with --batch_samples {fewer} in another --logdir"):
+            recording, allocation, timesteps = model.record_draw(plan.draw, self._calibration_seed, self._first_image)
         if allocation is not None:
             from qdiff.evaluation.allocation_plot import allocation_picture  # matplotlib, which sampling does not need
 
@@ -231,7 +256,8 @@ class SampleCommand:
             return
         qnn = prepared.complete(self._calibration_seed, lambda: self._record(run))
         if "noise_error" not in run.manifest:
-            run.manifest["noise_error"] = self._checked_noise_error(qnn)
+            with memory_advice("measuring the error of ε", smaller_batch(self.model.batch_size)):
+                run.manifest["noise_error"] = self._checked_noise_error(qnn)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
         qnn.release_float_weights()  # sampling needs one copy of the weights, not two
@@ -264,7 +290,8 @@ class SampleCommand:
                 qnn, network_calls(recording), compared, release=True, precision=model.precision
             )
         held_out = select_samples(recording, steps, HELD_OUT_IMAGES, model.input_shape, model.conditional)
-        return measure_noise_error(qnn, held_out, release=True, precision=model.precision)
+        batch_size = min(ERROR_BATCH, model.batch_size)
+        return measure_noise_error(qnn, held_out, batch_size, release=True, precision=model.precision)
 
     @torch.no_grad()
     def _write_sequence(self, run: RunFolder, denoiser: Any) -> None:
@@ -285,6 +312,7 @@ class SampleCommand:
         manifest = run.manifest
         if any(r["made"] for r in results):
             manifest["device"] = str(device)
+            manifest["gpu"] = describe_gpu(device, getattr(self.args, "precision", None))
             manifest["processes"] = processes.count
             manifest["torch_threads"] = torch.get_num_threads()
             manifest["peak_memory_bytes"] = [r["peak"] for r in results]

@@ -35,6 +35,8 @@ def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
         raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
     if args.weight_cache and args.runtime != "torch":
         raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
+    if args.fused_kernels and args.runtime in ONNX_RUNTIMES:
+        raise UserError(f"--fused_kernels are for CUDA, and {args.runtime} is on the CPU; leave one of them out")
     check_weight_cache(args)
     check_can_run(args.runtime, quant)
     if args.onnx is not None:

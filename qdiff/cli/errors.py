@@ -1,4 +1,4 @@
-"""Turn bad input into one sentence and exit code 2."""
+"""Turn bad input, and too little memory, into one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import functools
 import sys
 from collections.abc import Callable
 
+from qdiff.cli.out_of_memory import is_out_of_memory, sentence
 from qdiff.errors import UserError
 
 
 def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a command's ``main``: a `UserError` is printed without a traceback and exits with code 2."""
+    """Decorate a command's ``main``: a `UserError` is printed without a traceback and exits with code 2.
+
+    So is an error for want of memory; `memory_advice` around a phase has it name the option that fits.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
@@ -18,6 +22,11 @@ def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"error: {sentence(error)}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted: repeat the same command to continue", file=sys.stderr)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qdiff.calibration.allocation import Allocation, tdac
 from qdiff.calibration.collect import OnCall, assign, record_assigned, record_calls, record_features
@@ -20,6 +19,7 @@ from qdiff.calibration.schedules import evenly_spaced, normal_counts, uniform_co
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork, family_of
+from qdiff.progress import progress_bar
 
 # TDAC compares features of one batch; those of more images than this say the same and fill the memory.
 LOOKED_AT = 64
@@ -174,7 +174,7 @@ class FloatModel:
         """
         calls = self.recorded_calls(steps, pairs)
         kept = sorted({*calls, *(call - 1 for call in calls)}) if pairs else calls
-        with tqdm(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
+        with progress_bar(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
             recorded = record_calls(
                 lambda on_call, rows: self.trajectory(
                     self.network, [first + i for i in rows], calibration=True, on_call=on_call
@@ -227,6 +227,6 @@ class FloatModel:
             counts = normal_counts(self.calls, draw.count, generator)
         else:
             counts = uniform_counts(self.calls, draw.count)
-        with tqdm(total=draw.count, desc="recording", unit="img") as bar:
+        with progress_bar(total=draw.count, desc="recording", unit="img") as bar:
             recording = record_assigned(sample, assign(counts, generator), draw.batch_size, on_batch=bar.update)
         return recording, allocation, list(timesteps)

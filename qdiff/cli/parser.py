@@ -103,7 +103,8 @@ def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True
         "--memory_budget",
         "--memory-budget",
         type=float,
-        help="GiB for what calibration holds beside the weights: stored activations go to disk beyond it",
+        help="GiB for what calibration holds beside the weights, in RAM and on the GPU each; stored activations go to "
+        "disk beyond it",
     )
     group.add_argument("--cond", action="store_true", help="the model is conditional")
 
@@ -114,6 +115,11 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
     text = "run folder; repeat a command to continue it"
     group.add_argument(*folder, dest="logdir", nargs="?", default="none", help=text)
     group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="faster products on NVIDIA GPUs by rounding their inputs to 10 bits of mantissa",
+    )
     group.add_argument("--batch_size", type=int, help="images sampled at a time")
     group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")
@@ -127,4 +133,10 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
         "multiply integers; the others run an exported ONNX model in integers on the CPU",
     )
     group.add_argument("--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, packed")
+    group.add_argument(
+        "--fused_kernels",
+        action="store_true",
+        help="fake quantization on CUDA by the project's own Triton kernels; the images are the same to the bit (not "
+        "timed on a GPU yet)",
+    )
     group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")

@@ -91,7 +91,17 @@ def ignored_options(args: Namespace) -> list[str]:
     if args.ptq:
         unused = widths["act_bit"] and not args.quant_act
         return ["--act_bit has no effect without --quant_act: activations stay in float"] if unused else []
-    flags = ("split", "a_sym", "w_sym", "w_range", "a_range", "keep_ends", *modiff.QUANTIZING, *eda_dm.IMPLYING)
+    flags = (
+        "split",
+        "a_sym",
+        "w_sym",
+        "w_range",
+        "a_range",
+        "keep_ends",
+        "fused_kernels",
+        *modiff.QUANTIZING,
+        *eda_dm.IMPLYING,
+    )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
     return [f"without --ptq the float model samples, and {named} has no effect"] if given else []

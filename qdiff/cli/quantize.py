@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.journal import CalibrationJournal
-from qdiff.calibration.memory import MemoryUse, measure_footprint, plan_memory
+from qdiff.calibration.memory import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.samples import (
     CalibrationSet,
@@ -24,8 +25,10 @@ from qdiff.calibration.samples import (
 )
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.ptq import PtqPlan
 from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.runtime import arithmetic_of
 from qdiff.files import sha256
 from qdiff.interface import SteppedNetwork
 from qdiff.methods import eda_dm, linear, modiff, qdiffusion
@@ -123,9 +126,20 @@ class Quantization:
         if self.plan.action == "activations":
             weights = sha256(self.plan.checkpoint)
             self.run.add_file("quantized checkpoint", self.plan.checkpoint)
-        settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights}
-        self._calibrate(CalibrationJournal(self.run.path / JOURNAL, settings), memory, seed, show_progress)
+        settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights, **arithmetic_of(self.qnn.device)}
+        journal = CalibrationJournal(self.run.path / JOURNAL, settings)
+        with memory_advice("calibrating", self._calibration_advice):
+            self._calibrate(journal, memory, seed, show_progress)
         return self.qnn
+
+    @property
+    def _calibration_advice(self) -> str:
+        given = self.plan.memory_budget
+        budget = "a --memory_budget in GiB" if given is None else f"a --memory_budget of less than {given:g}"
+        return (
+            f"repeat the command with {budget} to continue: finished units are kept; where that is not enough, begin "
+            "anew with a smaller --cali_batch_size in another --logdir"
+        )
 
     def _memory(self) -> MemoryUse:
         """Plan the memory of the calibration; before a recording is there, for the size that it will have."""
@@ -145,11 +159,12 @@ class Quantization:
         plan, run = self.plan, self.run
         calibration = CalibrationRun(
             seed,
-            ActivationStorage(memory.for_storage),
+            ActivationStorage(memory.for_storage, device=memory.gpu if memory.on_gpu else None),
             journal,
             show_progress,
             footprint=memory.footprint,
             pass_bytes=memory.pass_bytes,
+            resident_bytes=memory.resident_bytes,
         )
         log.info("calibrating with %s on %d samples", plan.name, len(self.data))
         weights = plan.action == "calibrate"
@@ -162,6 +177,8 @@ class Quantization:
             if plan.changes is not None:
                 modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
         run.manifest["estimated_peak_bytes"] = memory.peak
+        if memory.gpu is not None:
+            run.manifest["estimated_gpu_peak_bytes"] = memory.gpu_peak
         run.manifest["reconstruction_errors"] = calibration.errors
         run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
         notes = {"method": plan.name, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}

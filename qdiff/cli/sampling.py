@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.runtime import Processes
 from qdiff.errors import UserError
 from qdiff.images import to_uint8
+from qdiff.progress import progress_bar
 
 
 def sample_pending(
@@ -32,7 +32,7 @@ def sample_pending(
     done = len(range(processes.rank, run.count, processes.count)) - len(pending)
     with (
         torch.no_grad(),
-        tqdm(
+        progress_bar(
             total=done + len(pending),
             initial=done,
             desc="sampling",

@@ -1,7 +1,7 @@
-"""Whether a runtime's integer kernels are exact on this CPU.
+"""Which integer products of a runtime are exact on this CPU, found by running a model of extremes on it.
 
-Without VNNI they may add pairs of products in 16 bits, which do not hold two of 255·127: sums saturate, a layer's
-output is off by a third, and nothing is said.
+CPUs without VNNI multiply bytes in pairs and add each pair in 16 bits. Two products of 255·127 do not fit: sums
+saturate, a layer's output is off by up to a half, and nothing is said. Two of 255·64 do.
 """
 
 from __future__ import annotations
@@ -12,80 +12,137 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.onnx_lowering import ProductLimits, lower
+from qdiff.deploy.onnx_rewriting import HALF, MIDDLE
 from qdiff.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
 
-TERMS, CHANNELS, LARGEST = 64, 16, 255
+TERMS, CHANNELS, COLUMNS, LARGEST = 64, 16, 4, 255
 EXACT = 1e-5
 
 Open = Callable[[Any, int], Callable[[dict], list[np.ndarray]]]
 
 
-def check_exact(runtime: str, open_runtime: Open) -> None:
-    """Raise a `UserError` where a runtime's integer products saturate here.
+def check_exact(runtime: str, open_runtime: Open) -> ProductLimits:
+    """Return how models must be lowered for a runtime's products to be exact here.
 
     Args:
         open_runtime: opens a lowered model with a number of threads.
+
+    Raises:
+        UserError: they are not, however models are lowered.
     """
-    if not is_exact(runtime, open_runtime):
+    limits = _exact_lowering(runtime, open_runtime)
+    if limits is None:
         raise UserError(
             f"the integer products of {runtime} saturate on this CPU, which has no VNNI; give --runtime torch-int8 or "
             "simulated"
         )
+    return limits
 
 
 @functools.cache
-def is_exact(runtime: str, open_runtime: Open) -> bool:
-    """Whether the products of the largest integers come out right; see `check_exact`."""
-    model = _extremes()
-    lower(model, runtime)
-    feed = {"x": np.full((1, TERMS, 2, 2), LARGEST, np.float32), "y": np.full((1, 2, TERMS), LARGEST, np.float32)}
-    expected = TERMS * LARGEST * (LARGEST - 128)
-    return all(np.abs(out / expected - 1).max() < EXACT for out in open_runtime(model, 1)(feed))
+def _exact_lowering(runtime: str, open_runtime: Open) -> ProductLimits | None:
+    limits = limits_of(runtime, open_runtime)
+    if limits is None or limits == ProductLimits():
+        return limits
+    # What was lowered to keep within the limits is run as well.
+    return limits if all(_exact_products(runtime, open_runtime, MIDDLE, limits)) else None
 
 
-def _extremes() -> onnx.ModelProto:
-    """A convolution and a product of two activations, all of the largest integers."""
+@functools.cache
+def limits_of(runtime: str, open_runtime: Open) -> ProductLimits | None:
+    """Return which products of a runtime are exact as they are, or None: not even those of half the range.
+
+    Args:
+        open_runtime: opens a lowered model with a number of threads.
+    """
+    for largest in (MIDDLE, HALF):
+        *weights, activations = _exact_products(runtime, open_runtime, largest, ProductLimits())
+        if all(weights):
+            return ProductLimits(largest, activations)
+    return None
+
+
+def _exact_products(runtime: str, open_runtime: Open, largest: int, limits: ProductLimits) -> list[bool]:
+    """Return which outputs of `_extremes` come out right: those of weights, then that of two activations."""
+    model = _extremes(largest)
+    lower(model, runtime, limits)
+    signed = np.where(np.arange(COLUMNS) % 2 == 0, MIDDLE - 1, -MIDDLE).astype(np.float32)
+    feed = {
+        "bytes": np.full((1, TERMS, 3, 3), LARGEST, np.float32),
+        "centred": np.full((1, TERMS, 3, 3), LARGEST - MIDDLE, np.float32),
+        "rows": np.full((1, 2, TERMS), LARGEST, np.float32),
+        "columns": np.tile(signed, (1, TERMS, 1)),
+    }
+    weights = TERMS * (_alternating(largest).astype(np.float64) - MIDDLE)
+    column = weights.reshape(-1, 1, 1)
+    expected = (9 * LARGEST * column, (LARGEST - MIDDLE) * column, LARGEST * weights, TERMS * LARGEST * signed)
+    found = open_runtime(model, 1)(feed)
+    return [bool(np.abs(out / right - 1).max() < EXACT) for out, right in zip(found, expected, strict=True)]
+
+
+def _alternating(largest: int) -> np.ndarray:
+    """Return each output channel's integer, with 128 as zero point: the largest weight and its negative in turn."""
+    signs = np.where(np.arange(CHANNELS) % 2 == 0, largest, -largest)
+    return (np.minimum(signs, MIDDLE - 1) + MIDDLE).astype(np.uint8)
+
+
+def _extremes(largest: int) -> onnx.ModelProto:
+    """Convolutions, a linear layer and a product of two activations; all of the largest integers, weights as given."""
     from onnx import TensorProto, helper, numpy_helper
+
+    def integers(*kernel: int) -> np.ndarray:
+        channels = _alternating(largest).reshape(-1, 1, *[1] * len(kernel))
+        return np.broadcast_to(channels, (CHANNELS, TERMS, *kernel))
 
     stored = {
         "one": np.float32(1),
         "none": np.uint8(0),
-        "integers": np.full((CHANNELS, TERMS, 1, 1), LARGEST, np.uint8),
+        "half": np.uint8(MIDDLE),
         "ones": np.ones(CHANNELS, np.float32),
-        "middle": np.full(CHANNELS, 128, np.uint8),
-        "flat": np.array([1, TERMS, 4]),
-        "half": np.uint8(128),
-        "half_float": np.float32(128),
+        "middle": np.full(CHANNELS, MIDDLE, np.uint8),
+        "integers_3x3": integers(3, 3),
+        "integers_1x1": integers(1, 1),
+        "integers": integers(),
     }
-    nodes = [
-        helper.make_node("QuantizeLinear", ["x", "one", "none"], ["xq"]),
-        helper.make_node("DequantizeLinear", ["xq", "one", "none"], ["xd"]),
-        helper.make_node("DequantizeLinear", ["integers", "ones", "middle"], ["weight"], axis=0),
-        helper.make_node("Conv", ["xd", "weight"], ["a"]),
-        helper.make_node("Sub", ["x", "half_float"], ["shifted"]),
-        helper.make_node("Reshape", ["shifted", "flat"], ["z"]),
-        helper.make_node("QuantizeLinear", ["z", "one", "half"], ["zq"]),
-        helper.make_node("DequantizeLinear", ["zq", "one", "half"], ["zd"]),
-        helper.make_node("QuantizeLinear", ["y", "one", "none"], ["yq"]),
-        helper.make_node("DequantizeLinear", ["yq", "one", "none"], ["yd"]),
-        helper.make_node("MatMul", ["yd", "zd"], ["b"]),
+    inputs = {
+        "bytes": ("none", (1, TERMS, 3, 3)),
+        "centred": ("half", (1, TERMS, 3, 3)),
+        "rows": ("none", (1, 2, TERMS)),
+        "columns": ("half", (1, TERMS, COLUMNS)),
+    }
+    nodes = []
+    for name, (zero_point, _) in inputs.items():
+        nodes.append(helper.make_node("QuantizeLinear", [name, "one", zero_point], [f"{name}.q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}.q", "one", zero_point], [f"{name}.d"]))
+    for name in ("integers_3x3", "integers_1x1", "integers"):
+        nodes.append(helper.make_node("DequantizeLinear", [name, "ones", "middle"], [f"{name}.d"], axis=0))
+    nodes += [
+        helper.make_node("Conv", ["bytes.d", "integers_3x3.d"], ["spatial"]),
+        helper.make_node("Conv", ["centred.d", "integers_1x1.d"], ["pointwise"]),
+        helper.make_node("Transpose", ["integers.d"], ["integers.t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["rows.d", "integers.t"], ["linear"]),
+        helper.make_node("MatMul", ["rows.d", "columns.d"], ["activations"]),
     ]
+    outputs = {
+        "spatial": (1, CHANNELS, 1, 1),
+        "pointwise": (1, CHANNELS, 3, 3),
+        "linear": (1, 2, CHANNELS),
+        "activations": (1, 2, COLUMNS),
+    }
+
+    def described(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+
     graph = helper.make_graph(
         nodes,
         "extremes",
-        [
-            helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, TERMS, 2, 2]),
-            helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 2, TERMS]),
-        ],
-        [
-            helper.make_tensor_value_info("a", TensorProto.FLOAT, [1, CHANNELS, 2, 2]),
-            helper.make_tensor_value_info("b", TensorProto.FLOAT, [1, 2, 4]),
-        ],
-        [numpy_helper.from_array(np.asarray(values), name) for name, values in stored.items()],
-        value_info=[helper.make_tensor_value_info("xd", TensorProto.FLOAT, [1, TERMS, 2, 2])],
+        [described(name, shape) for name, (_, shape) in inputs.items()],
+        [described(name, shape) for name, shape in outputs.items()],
+        [numpy_helper.from_array(np.ascontiguousarray(values), name) for name, values in stored.items()],
+        value_info=[described(f"{name}.d", inputs[name][1]) for name in ("bytes", "centred")],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)

@@ -6,15 +6,17 @@ points: a convolution becomes a product of the windows of its input.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdiff.deploy.onnx_rewriting import Rewriting, Weight, of_integers
+from qdiff.deploy.onnx_rewriting import Change, Rewriting, Weight, of_integers
 
 if TYPE_CHECKING:
     import onnx
+
+    from qdiff.deploy.onnx_lowering import ProductLimits
 
 OWN = "com.microsoft"  # the domain of the runtime's own operations
 
@@ -98,8 +100,20 @@ def _normalised(graph: Rewriting, norm: onnx.NodeProto) -> None:
     graph.node("Reshape", [made, graph.node("Shape", [x], f"{x}.shape")], output)
 
 
-# Not Gemm (the embedding of t, a row a sample): its product would come back as one, and be computed in float.
-CHANGES = {
-    **dict.fromkeys(("Conv", "MatMul"), of_integers(_as_matrix_product)),
-    "GroupNormalization": _normalised,
-}
+def changes(limits: ProductLimits) -> Mapping[str, Change]:
+    """Return what comes in the place of which operations; what is exact is left to the choice of kernels."""
+    # Not Gemm (the embedding of t, a row a sample): its product would come back as one, and be computed in float.
+    return {
+        **dict.fromkeys(("Conv", "MatMul"), of_integers(_as_matrix_product)),
+        "GroupNormalization": _normalised,
+    }
+
+
+def largest_weight(model: onnx.ModelProto) -> int:
+    """Return the largest |q| among the weights of a lowered model's integer products; 0 where there are none."""
+    from onnx.numpy_helper import to_array
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    weights = [node.input[1] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
+    arrays = (to_array(stored[name]).astype(np.int16) for name in weights)
+    return max((int(np.abs(values).max()) for values in arrays), default=0)

@@ -1,23 +1,50 @@
 """What OpenVINO's integer kernels take: weights whose zero points are 0.
 
 Up to 7 bits q − z fits int8. Of 8 bits q − 128 is taken, and the missing δ·(128 − z)·Σx is added.
+
+Where products of large weights are not exact (`qdiff.deploy.exactness`), such a weight w becomes two of half its size,
+w = h + (w − h) with h = ⌊w/2⌋, side by side: the product of twice as many input channels, [x, x]·[h, w − h], is the
+same sum. Products of two activations are then computed in float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qdiff.deploy.onnx_rewriting import Rewriting, Weight, of_integers
+from qdiff.deploy.onnx_rewriting import Change, Rewriting, Weight, of_integers
 
 if TYPE_CHECKING:
     import onnx
 
+    from qdiff.deploy.onnx_lowering import ProductLimits
+
 NO_BIAS = 1e-30  # vanishes in every sum, and is not 0, which would be taken out
+MOVES = ("Transpose", "Reshape")  # what integers pass through on their way to a product
 
 
-def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> None:
+def changes(limits: ProductLimits) -> Mapping[str, Change]:
+    """Return what comes in the place of which operations.
+
+    Args:
+        limits: beyond which products are split, or computed in float32.
+    """
+    integer = of_integers(partial(_without_zero_points, largest=limits.weight))
+
+    def product_of_activations(graph: Rewriting, product: onnx.NodeProto) -> None:
+        if graph.weight(product) is None and not limits.activations:
+            _keep_in_float(graph, product)
+        integer(graph, product)
+
+    return {"Conv": integer, "Gemm": integer, "MatMul": product_of_activations}
+
+
+def _without_zero_points(
+    graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight, largest: int
+) -> None:
     output, (integers, zero_points) = product.output[0], weight.shifted()
 
     def operand(name: str, values: np.ndarray, scale: str) -> str:
@@ -27,7 +54,13 @@ def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.
         # Behind the node, as the file has it: OpenVINO takes integers with the output channels first.
         return graph.node("Transpose", [made], f"{name}.transposed", perm=[1, 0]) if weight.transposed else made
 
-    product.input[1] = operand(output, integers, weight.scale)
+    window = type(product).FromString(product.SerializeToString())
+    values = integers
+    if np.abs(integers.astype(np.int16)).max() > largest:
+        half = integers // 2
+        values = np.concatenate([half, integers - half], axis=1)
+        product.input[0] = _twice(graph, given, 1 if product.op_type == "Conv" else -1)
+    product.input[1] = operand(output, values, weight.scale)
     graph.nodes.append(product)
     if product.op_type == "Conv" and not (len(product.input) > 2 and graph.array(product.input[2]).any()):
         _add_bias(graph, product, len(integers))
@@ -35,7 +68,6 @@ def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.
         return
     # One more output channel, of ones, whose kernel sums windows in integers too.
     ones, one = np.ones_like(integers[:1]), graph.constant("qdiff.one", np.ones(1, np.float32))
-    window = type(product).FromString(product.SerializeToString())
     window.input[1] = operand(f"{output}.window", ones, one)
     del window.input[2:]
     window.output[0] = f"{output}.window.sum"
@@ -48,6 +80,24 @@ def _without_zero_points(graph: Rewriting, product: onnx.NodeProto, given: onnx.
     graph.node("Add", [product.output[0], f"{output}.missing"], output)
 
 
+def _twice(graph: Rewriting, given: onnx.NodeProto, axis: int) -> str:
+    """Append what repeats the channels of a quantized input, in bytes; products of one input share it."""
+    integers, scale, zero_point = given.input
+    repeated = graph.node("Concat", [integers, integers], f"{integers}.twice.{axis}", axis=axis)
+    return graph.node("DequantizeLinear", [repeated, scale, zero_point], f"{given.output[0]}.twice.{axis}")
+
+
+def _keep_in_float(graph: Rewriting, product: onnx.NodeProto) -> None:
+    """Keep a product of two quantized activations in float32: integers do not pass a maximum, which changes nothing."""
+    node = graph.made_by.get(product.input[1])
+    while node is not None and node.op_type in MOVES:
+        node = graph.made_by.get(node.input[0])
+    if node is None or node.op_type != "DequantizeLinear":
+        return
+    lowest = graph.constant("qdiff.lowest", np.array(np.finfo(np.float32).min, np.float32))
+    product.input[1] = graph.node("Max", [product.input[1], lowest], f"{product.output[0]}.float")
+
+
 def _add_bias(graph: Rewriting, conv: onnx.NodeProto, channels: int) -> None:
     """Give a convolution without a bias one that changes nothing.
 
@@ -55,6 +105,3 @@ def _add_bias(graph: Rewriting, conv: onnx.NodeProto, channels: int) -> None:
     """
     del conv.input[2:]
     conv.input.append(graph.constant(f"qdiff.bias.{channels}", np.full(channels, NO_BIAS, np.float32)))
-
-
-CHANGES = dict.fromkeys(("Conv", "Gemm", "MatMul"), of_integers(_without_zero_points))

@@ -5,23 +5,39 @@ The file says it the plain way: a product of dequantized operands, each with zer
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qdiff.deploy import for_onnxruntime, for_openvino
-from qdiff.deploy.onnx_rewriting import Rewriting
+from qdiff.deploy.onnx_rewriting import MIDDLE, Rewriting
 from qdiff.deploy.onnx_weights import expand
 
 if TYPE_CHECKING:
     import onnx
 
-CHANGES = {"onnxruntime": for_onnxruntime.CHANGES, "openvino": for_openvino.CHANGES}
+
+@dataclass(frozen=True)
+class ProductLimits:
+    """Which integer products are exact; found by `qdiff.deploy.exactness`. As it stands here, all of them.
+
+    Attributes:
+        weight: the largest |q| of a weight, zero points taken off or not, whose products with bytes are exact.
+        activations: whether products of two quantized activations are.
+    """
+
+    weight: int = MIDDLE
+    activations: bool = True
 
 
-def lower(model: onnx.ModelProto, runtime: str) -> None:
+CHANGES = {"onnxruntime": for_onnxruntime.changes, "openvino": for_openvino.changes}
+
+
+def lower(model: onnx.ModelProto, runtime: str, limits: ProductLimits) -> None:
     """Rewrite a model of `qdiff.deploy.onnx_export` for a runtime, in place.
 
     Args:
         runtime: one of `CHANGES`.
+        limits: of its products. Those of ONNX Runtime are kept by its choice of kernels, not by rewriting.
     """
     expand(model)
-    Rewriting(model).rewrite(CHANGES[runtime])
+    Rewriting(model).rewrite(CHANGES[runtime](limits))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import onnx
 
 MIDDLE = 128  # of 8 bits
-
+HALF = MIDDLE // 2  # two products of a byte and a weight up to here fit 16 bits: 2·255·64 < 2^15
 
 Change = Callable[["Rewriting", "onnx.NodeProto"], None]
 

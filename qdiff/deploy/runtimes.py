@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from qdiff.config import QuantConfig
-from qdiff.deploy.exactness import check_exact, is_exact
+from qdiff.deploy.exactness import check_exact, limits_of
+from qdiff.deploy.for_onnxruntime import largest_weight
 from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_extra, import_onnx, metadata_of
 from qdiff.deploy.onnx_graph import INPUTS, STATE
-from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.onnx_lowering import ProductLimits, lower
 from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
 
@@ -100,9 +101,10 @@ class _Graph:
     """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
 
     def __init__(self, model: onnx.ModelProto, runtime: str, threads: int) -> None:
+        limits = ProductLimits()
         if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-            check_exact(runtime, RUNTIMES[runtime])
-        lower(model, runtime)
+            limits = check_exact(runtime, RUNTIMES[runtime])
+        lower(model, runtime, limits)
         self.states = [each.name for each in model.graph.input if each.name.startswith(f"{STATE}.")]
         self.run = RUNTIMES[runtime](model, threads)
 
@@ -157,7 +159,8 @@ def _check_shapes(path: Path, model: onnx.ModelProto, shapes: tuple[tuple[int, .
 
 
 def _onnxruntime(model: onnx.ModelProto, threads: int) -> Run:
-    return _session(model, threads, fast=is_exact("onnxruntime", _fast_session))
+    fast = limits_of("onnxruntime", _fast_session)
+    return _session(model, threads, fast is not None and fast.activations and largest_weight(model) <= fast.weight)
 
 
 def _fast_session(model: onnx.ModelProto, threads: int) -> Run:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.image_sets import ImageSet
+from qdiff.progress import progress_bar, tracked
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 _LEGACY_EOS = 2  # in OpenAI's configs; transformers then takes the highest token number for the end of a text
@@ -81,7 +81,7 @@ def clip_scores(
     clip.model.to(device)
     with (
         torch.inference_mode(),
-        # cuDNN's TF32 has 10 bits of mantissa, which is more than a card's name should change.
+        # Disable TF32 so results do not depend on the GPU, also where no script has done so.
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
     ):
         distinct = list(dict.fromkeys(prompts))
@@ -89,7 +89,7 @@ def clip_scores(
         place = {prompt: i for i, prompt in enumerate(distinct)}
         order = torch.tensor([place[prompt] for prompt in prompts])
         cosines = []
-        with tqdm(total=len(images), desc="CLIP images", unit="img", disable=not progress) as bar:
+        with progress_bar(len(images), "CLIP images", "img", disable=not progress) as bar:
             for batch, places in zip(images.batches(batch_size), order.split(batch_size), strict=True):
                 embedded = _embed_images(clip, batch)
                 cosines.append((embedded * texts[places.to(texts.device)]).sum(1).double().cpu())
@@ -108,7 +108,7 @@ def _embed_texts(clip: Clip, texts: list[str], batch_size: int, progress: bool) 
     """N texts → their directions [N, D], and whether each was cut, bool [N]."""
     embedded, is_cut = [], []
     starts = range(0, len(texts), batch_size)
-    for start in tqdm(starts, desc="CLIP texts", unit="batch", disable=not progress):
+    for start in tracked(starts, "CLIP texts", "batch", disable=not progress):
         batch = texts[start : start + batch_size]
         is_cut += [len(tokens) > clip.max_tokens for tokens in clip.tokenizer(batch, verbose=False)["input_ids"]]
         tokens = clip.tokenizer(

@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qdiff import files
 from qdiff.downloads import download
@@ -29,6 +28,7 @@ from qdiff.evaluation.datasets import Dataset, find_dataset
 from qdiff.evaluation.image_sets import ArrayImages, FirstImages, FolderImages, ImageSet, NpzImages
 from qdiff.evaluation.lmdb_images import LmdbImages
 from qdiff.evaluation.reference import ReferenceStatistics, compute_reference, load_reference
+from qdiff.progress import tracked
 
 
 def locate(name: str, option: str | None = None, path: Path | None = None, fetch: bool = False) -> tuple[str, Path]:
@@ -92,7 +92,7 @@ def _unpack(archive: Path, folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(archive) as opened:
-            for member in tqdm(opened.infolist(), desc=f"unpacking {archive.name}", unit="file"):
+            for member in tracked(opened.infolist(), f"unpacking {archive.name}", "file"):
                 opened.extract(member, temporary)
         os.replace(temporary / folder.name, folder)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:

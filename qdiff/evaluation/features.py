@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qdiff.calibration.memory import available_memory
 from qdiff.errors import UserError
@@ -19,6 +18,7 @@ from qdiff.evaluation.extractors import EXTRACTORS, weights_hash
 from qdiff.evaluation.gaussians import Gaussian, RunningGaussian
 from qdiff.evaluation.image_sets import Images, ImageSet, add_pixels, open_images
 from qdiff.files import DAMAGED_NPZ, written_whole
+from qdiff.progress import progress_bar
 
 # sFID takes the first 7 channels of a map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
 SPATIAL_CHANNELS = 7
@@ -85,7 +85,7 @@ def extract_features(
     if batch_size < 1:
         raise UserError(f"The batch size must be 1 or more, not {batch_size}.")
     first = 0
-    with tqdm(total=len(images), desc="features", unit="img", disable=not progress) as bar:
+    with progress_bar(len(images), "features", "img", disable=not progress) as bar:
         for batch in images.batches(batch_size):
             add_pixels(pixels, batch)
             outputs, middle = forward(extractor, batch)
@@ -107,6 +107,10 @@ def extract_features(
     )
 
 
+def _device_of(extractor: nn.Module) -> torch.device:
+    return next(extractor.parameters()).device
+
+
 @torch.inference_mode()
 def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Run uint8 images [n, 3, H, W] through an extractor.
@@ -115,7 +119,7 @@ def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Ten
         Layer name → float32 [n, D], and the spatial features float32 [n, h·w·7], all on the CPU. Their order is
         that of ADM's statistics files (rows, columns, channels), so that they can be compared with those.
     """
-    device = next(extractor.parameters()).device
+    device = _device_of(extractor)
     module = extractor.get_submodule(EXTRACTORS[extractor.get_name()].spatial_module)
     maps: list[Tensor] = []
     handle = module.register_forward_hook(lambda _, __, output: maps.append(output[:, :SPATIAL_CHANNELS]))
@@ -130,7 +134,7 @@ def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Ten
 def fitting_batch_size(images: ImageSet, extractor: nn.Module) -> int:
     """Return how many images a forward may take: what one holds is measured on the first."""
     first = next(images.batches(1))
-    device = next(extractor.parameters()).device
+    device = _device_of(extractor)
     largest = 1
 
     def measure(_: nn.Module, inputs: tuple, output: object) -> None:
@@ -151,7 +155,8 @@ def fitting_batch_size(images: ImageSet, extractor: nn.Module) -> int:
 def cached_features(
     images: Images, extractor: nn.Module, folder: Path | None, batch_size: int | None = None, progress: bool = True
 ) -> ImageFeatures:
-    """Return `extract_features`, kept in a folder under a name made of the hashes of images and weights.
+    """Return `extract_features`, kept in a folder under a name made of the hashes of images and weights
+    and, but for the CPU, the kind of device.
 
     Args:
         folder: of the cache; None computes anew and keeps nothing.
@@ -160,7 +165,9 @@ def cached_features(
     if folder is None:
         return extract_features(images, extractor, batch_size, progress)
     weights = weights_hash(extractor)
-    path = folder / f"{images.fingerprint()[:20]}-{extractor.get_name()}-{weights[:12]}.npz"
+    device = _device_of(extractor).type
+    by = f"{extractor.get_name()}-{weights[:12]}" + ("" if device == "cpu" else f"-{device}")
+    path = folder / f"{images.fingerprint()[:20]}-{by}.npz"
     with contextlib.suppress(*DAMAGED_NPZ):  # absent or damaged: make it
         return _load(path)
     features = extract_features(images, extractor, batch_size, progress)

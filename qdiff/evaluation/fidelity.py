@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from qdiff.errors import UserError
 from qdiff.evaluation.image_sets import FolderImages, ImageSet
+from qdiff.progress import progress_bar
 from qdiff.tensor_files import read_float_tensors
 
 PEAK = 255.0
@@ -73,9 +73,9 @@ def compare_runs(
     found: dict[str, list[Tensor]] = {"psnr": [], "identical": [], "ssim": []} | ({"lpips": []} if lpips else {})
     with (
         torch.inference_mode(),
-        # cuDNN's TF32 has 10 bits of mantissa, which is more than a card's name should change.
+        # Disable TF32 so results do not depend on the GPU, also where no script has done so.
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-        tqdm(total=len(images), desc="fidelity", unit="img", disable=not progress) as bar,
+        progress_bar(len(images), "fidelity", "img", disable=not progress) as bar,
     ):
         for ours, theirs in zip(images.batches(batch_size), float_images.batches(batch_size), strict=True):
             _check_sizes(ours, theirs, lpips_net if lpips else None)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import torch
 
 from qdiff.calibration.capture import Walker
+from qdiff.calibration.feeding import Feeding
+from qdiff.calibration.footprint import Footprint
 from qdiff.calibration.journal import CalibrationJournal
-from qdiff.calibration.memory import DEFAULT_PASS, Footprint
+from qdiff.calibration.memory import DEFAULT_PASS
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.config import Ablation
@@ -26,6 +28,7 @@ class CalibrationRun:
         show_progress: a progress bar with the time left, on stderr.
         errors: the final reconstruction error of every fitted unit, filled in by the recipe.
         footprint, pass_bytes: what a sample takes, and what one pass may take; None has no limit.
+        resident_bytes: what a unit's samples may take on a GPU while it is fitted.
     """
 
     seed: int = 0
@@ -35,17 +38,19 @@ class CalibrationRun:
     errors: dict[str, float] = field(default_factory=dict)
     footprint: Footprint | None = None
     pass_bytes: int = DEFAULT_PASS
+    resident_bytes: int = 0
 
     def walker(self, qnn: QuantModel) -> Walker:
         if self.footprint is None:
             return Walker(self.storage, qnn.device)
         return Walker(self.storage, qnn.device, self.footprint.forward_batch(self.pass_bytes, Walker.batch_size))
 
-    def training_batch(self, step: str, batch_size: int) -> int:
-        """Return how many samples of a batch one pass through a step may take."""
-        return (
-            batch_size if self.footprint is None else self.footprint.training_batch(step, self.pass_bytes, batch_size)
-        )
+    def feeding(self, qnn: QuantModel, step: str, batch_size: int) -> Feeding:
+        """Return how the samples of a step come to the network's device, as many at a time as a pass may take."""
+        size = batch_size
+        if self.footprint is not None:
+            size = self.footprint.training_batch(step, self.pass_bytes, batch_size)
+        return Feeding(qnn.device, size, self.resident_bytes)
 
     def generator(self, *place: int) -> torch.Generator:
         """Return a generator for one unit, independent of what ran before it (so resuming changes nothing)."""

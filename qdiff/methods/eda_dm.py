@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from qdiff.calibration.capture import walk
 from qdiff.calibration.objectives import lp_error
@@ -20,6 +19,7 @@ from qdiff.errors import UserError
 from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
 from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
 from qdiff.methods.ranges import observe_unit
+from qdiff.progress import progress_bar
 from qdiff.quant_model import QuantModel
 
 
@@ -88,7 +88,7 @@ def calibrate(
     # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
     order = torch.randperm(len(data), generator=run.generator(2))
     count = sum(1 for _ in qnn.model.steps())
-    with tqdm(total=count * config.iterations, desc="calibrating", unit="it", disable=not run.show_progress) as bar:
+    with progress_bar(count * config.iterations, "calibrating", disable=not run.show_progress) as bar:
         for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=activations):
             bar.set_postfix_str(unit.name, refresh=False)
             before = bar.n
@@ -98,9 +98,8 @@ def calibrate(
                 for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=activations)):
                     if not config.reconstruct:
                         break
-                    tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-                    generator = run.generator(3, index, part)
-                    error = fit_unit(small, lp_error(2.0), settings, generator, walker.device, tick, size)
+                    tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+                    error = fit_unit(small, lp_error(2.0), settings, run.generator(3, index, part), feeding, tick)
                     run.errors[small.name] = error
                 if run.journal is not None:
                     run.journal.record("joint", index, unit.module)

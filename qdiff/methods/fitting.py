@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration.capture import Walker, leaf_inputs_and_output, leaves_in_execution_order
+from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import Objective
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
 from qdiff.modes import leaf_modes
@@ -62,15 +63,14 @@ def fit_unit(
     objective: Objective,
     settings: FitSettings,
     generator: torch.Generator,
-    device: torch.device,
+    feeding: Feeding,
     on_iteration: Callable[[], None],
-    pass_size: int,
 ) -> float:
     """Fit a unit in place and return its final error; nothing to learn in it is 0.
 
     Args:
         generator: decides batches and what is dropped.
-        pass_size: samples that go forward and backward at a time.
+        feeding: where the unit runs, and how its samples come there.
     """
     layers = [m for m in unit.module.modules() if isinstance(m, QuantModule)]
     if settings.lr_rounding is None or not any(len(layer.weight_quantizers) for layer in layers):
@@ -80,7 +80,10 @@ def fit_unit(
         deltas = []
     with contextlib.ExitStack() as stack:
         roundings = [stack.enter_context(LearnedRounding(layer)) for layer in layers]
-        groups = [{"params": [d], "lr": min(settings.lr_act, MAX_STEP_CHANGE * d.item())} for d in deltas]
+        sizes = torch.stack([d.detach() for d in deltas]).tolist() if deltas else []  # one wait for the GPU, not many
+        groups = [
+            {"params": [d], "lr": min(settings.lr_act, MAX_STEP_CHANGE * s)} for d, s in zip(deltas, sizes, strict=True)
+        ]
         if roundings:
             groups.append({"params": [r.alpha for r in roundings], "lr": settings.lr_rounding})
         if not groups:
@@ -95,14 +98,13 @@ def fit_unit(
             iterations=settings.iterations,
             batch_size=settings.batch_size,
             generator=generator,
-            device=device,
+            feeding=feeding,
             penalty=_penalty(settings.regulariser, roundings),
             after_step=lambda: _keep_positive(deltas),
             scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=settings.iterations)
             if settings.decays
             else None,
             on_iteration=on_iteration,
-            pass_size=pass_size,
             drop=settings.drop,
             layer_weight=settings.layer_weight,
         )

@@ -9,8 +9,6 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from tqdm import tqdm
-
 from qdiff.calibration.capture import walk
 from qdiff.calibration.objectives import lp_error, penalised_outside
 from qdiff.calibration.pairs import PairedCall, PairedNetwork, of_second
@@ -19,6 +17,7 @@ from qdiff.errors import UserError
 from qdiff.methods.common import CalibrationRun, assert_all_fired
 from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
 from qdiff.methods.ranges import observe_unit
+from qdiff.progress import progress_bar
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import calibrated_act_quantizers
 
@@ -68,7 +67,7 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
     settings = FitSettings(config.iterations, config.batch_size, lr_act=config.lr, decays=True)
     objective = of_second(penalised_outside(lp_error(config.p), config.out_penalty))
     total = sum(1 for _ in network.steps()) * config.iterations
-    with tqdm(total=total, desc="calibrating changes", unit="it", disable=not run.show_progress) as bar:
+    with progress_bar(total, "calibrating changes", disable=not run.show_progress) as bar:
         for index, _, unit, _ in walk(network, pairs.inputs, walker, weights=True, activations=True):
             bar.set_postfix_str(unit.name, refresh=False)
             before, idle = bar.n, not calibrated_act_quantizers(unit.module)
@@ -78,9 +77,8 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
                 for part, (layer, share) in enumerate(parts if config.learn else ()):
                     if not calibrated_act_quantizers(layer.module):  # attention, whose ranges are those at hand
                         continue
-                    tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-                    generator = run.generator(4, index, part)
-                    error = fit_unit(layer, objective, settings, generator, walker.device, tick, size)
+                    tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+                    error = fit_unit(layer, objective, settings, run.generator(4, index, part), feeding, tick)
                     run.errors[f"changes {layer.name.replace('.module', '', 1)}"] = error  # less that of `PairedCall`
                 if run.journal is not None:
                     run.journal.record("changes", index, unit.module)

@@ -9,11 +9,10 @@ from functools import partial
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from qdiff.calibration.capture import walk
 from qdiff.calibration.fisher import output_gradients
-from qdiff.calibration.objectives import fisher_error, lp_error
+from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
@@ -21,6 +20,7 @@ from qdiff.interface import State
 from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
 from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
 from qdiff.methods.ranges import observe_unit
+from qdiff.progress import Progress, progress_bar
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -120,7 +120,7 @@ def calibrate(
     activations = qnn.config.calibrates_acts
     count = sum(1 for _ in qnn.model.steps())
     total = count * (weights * config.iterations + activations * config.act_iterations)
-    with tqdm(total=total, desc="calibrating", unit="it", disable=not run.show_progress) as bar:
+    with progress_bar(total, "calibrating", disable=not run.show_progress) as bar:
         if weights:
             init_weights(qnn)
             _fit_weights(qnn, data, config, run, bar)
@@ -135,7 +135,7 @@ def _unfinished(
     data: CalibrationSet,
     config: QDiffusionConfig,
     run: CalibrationRun,
-    bar: tqdm,
+    bar: Progress,
 ) -> Iterator[tuple[int, Unit, State]]:
     """Walk over the network and yield (index, unit, state before it) where there is something left to fit.
 
@@ -157,7 +157,7 @@ def _unfinished(
 
 
 def _fit_weights(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: tqdm
+    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
     walker = run.walker(qnn)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
@@ -170,14 +170,15 @@ def _fit_weights(
                 continue
             objective = lp_error(2.0)
             if final is not None:
-                objective = fisher_error(output_gradients(qnn.model, index, state, final, walker))
-            tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-            error = fit_unit(small, objective, settings, run.generator(0, index, part), walker.device, tick, size)
+                objective = weighted_error
+                small.weights = fisher_weights(output_gradients(qnn.model, index, state, final, walker))
+            tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+            error = fit_unit(small, objective, settings, run.generator(0, index, part), feeding, tick)
             run.errors[f"weights {small.name}"] = error
 
 
 def _fit_activations(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: tqdm
+    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
     walker = run.walker(qnn)
     # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
@@ -191,7 +192,6 @@ def _fit_activations(
         if config.running_stat:
             observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
         for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=True)):
-            tick, size = partial(bar.update, share), run.training_batch(unit.name, config.batch_size)
-            generator = run.generator(1, index, part)
-            error = fit_unit(small, lp_error(config.p), settings, generator, walker.device, tick, size)
+            tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
+            error = fit_unit(small, lp_error(config.p), settings, run.generator(1, index, part), feeding, tick)
             run.errors[f"activations {small.name}"] = error

@@ -35,7 +35,7 @@ def observe_unit(
         quantizers = [q for q in quantizers if q.unsigned]
     if not quantizers:
         return
-    rows = torch.arange(len(unit.target)) if rows is None else rows
+    rows = (torch.arange(len(unit.target)) if rows is None else rows).to(unit.target.device)
     for quantizer in quantizers:
         quantizer.observer = RangeObserver(method, momentum)
     try:

@@ -9,14 +9,17 @@ from argparse import Namespace
 import pytest
 import torch
 
+from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.checkpoint import save_checkpoint
+from qdiff.cli import quantize
 from qdiff.cli.parser import Parser
 from qdiff.cli.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.quantize import CHECKPOINT, JOURNAL, RECORDING, Quantization, measure_noise_error
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
+from qdiff.methods import qdiffusion
 from qdiff.quant_model import QuantModel
 
 SHAPE = (1, 8, 8)
@@ -104,6 +107,48 @@ def test_recording_of_an_interrupted_run_is_used_again(tiny_network, tmp_path):
     torch.testing.assert_close(
         outputs(made), outputs(completed(prepared(tiny_network, tmp_path / "new", *words))), rtol=0, atol=0
     )
+
+
+ON_CPU, ON_CUDA, WITH_TF32 = {}, {"device": "cuda", "tf32": False}, {"device": "cuda", "tf32": True}
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "differing"),
+    [
+        (ON_CPU, ON_CPU, None),  # as before there was such an entry
+        (ON_CUDA, ON_CUDA, None),
+        (ON_CPU, ON_CUDA, "device, tf32"),
+        (ON_CUDA, ON_CPU, "device, tf32"),
+        (ON_CUDA, WITH_TF32, "tf32"),
+    ],
+)
+def test_a_calibration_goes_on_where_it_began(began, goes_on, differing, tiny_network, tmp_path, monkeypatch):
+    quantization = prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK)
+    settings = {"plan": quantization.plan.to_dict(), "seed": 0, "weights": None, **began}
+    unfinished = CalibrationJournal(tmp_path / "run" / JOURNAL, settings)
+    unfinished.record("weights", 0, torch.nn.Identity())
+    monkeypatch.setattr(quantize, "arithmetic_of", lambda device: goes_on)
+    if differing is None:
+        completed(quantization)
+        assert quantization.finished.is_file()
+    else:
+        with pytest.raises(UserError, match=rf"unfinished calibration with other settings \({differing}\)"):
+            completed(quantization)
+
+
+def test_too_little_memory_for_a_calibration_names_its_option(tiny_network, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+
+    monkeypatch.setattr(qdiffusion, "fit_unit", fails)
+    with pytest.raises(
+        UserError, match=r"out of GPU memory while calibrating .*with a --memory_budget in GiB to continue"
+    ):
+        completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK))
+    with pytest.raises(UserError, match=r"with a --memory_budget of less than 0\.5 to continue"):
+        completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--memory_budget", 0.5))
+    monkeypatch.undo()
+    completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--memory_budget", 0.25))  # goes on
 
 
 def test_given_data_is_read_and_hashed(tiny_network, tmp_path, caplog):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qdiff.cli.run_folder import RunFolder
-from qdiff.cli.runtime import Processes, choose_device, peak_memory_bytes
+from qdiff.cli.runtime import Processes, arithmetic_of, choose_device, describe_gpu, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
 from qdiff.errors import UserError
 
@@ -19,8 +19,32 @@ def no_cuda(monkeypatch):
 
 @pytest.fixture
 def two_cuda(monkeypatch):
+    """Two GPUs, one process; a list of those that were made the one to launch on."""
+    made_current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", made_current.append)
+    for name in ("WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    return made_current
+
+
+@pytest.fixture(autouse=True)
+def tf32_as_before():
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture
+def torchrun(monkeypatch):
+    """``torchrun(local, processes)``: this process is one of several."""
+
+    def started(local: int, processes: int) -> None:
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+
+    return started
 
 
 def test_default_device_without_cuda(no_cuda):
@@ -33,6 +57,66 @@ def test_default_device_with_cuda(two_cuda):
     assert choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="2 CUDA devices"):
         choose_device("cuda:2")
+
+
+def test_kernels_are_launched_on_the_device_that_was_chosen(two_cuda):
+    choose_device("cuda:1")
+    assert two_cuda == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+@pytest.mark.parametrize("local", [0, 1])
+def test_each_process_of_a_machine_takes_a_gpu_of_its_own(name, local, two_cuda, torchrun):
+    torchrun(local, 4)  # two machines of two GPUs each
+    assert choose_device(name) == torch.device("cuda", local)
+    assert two_cuda == [torch.device("cuda:1")] * local
+
+
+def test_one_gpu_for_several_processes_is_a_contradiction(two_cuda, torchrun):
+    torchrun(1, 2)
+    with pytest.raises(UserError, match=r"--device cuda:0 .* 2 processes .*give --device cuda,") as caught:
+        choose_device("cuda:0")
+    assert "\n" not in str(caught.value)
+    assert choose_device("cpu") == torch.device("cpu")
+    torchrun(0, 1)  # EDA-DM's commands name cuda:0 and run alone
+    assert choose_device("cuda:0") == torch.device("cuda:0")
+
+
+def test_more_processes_than_gpus(two_cuda, torchrun):
+    torchrun(2, 3)
+    with pytest.raises(UserError, match=r"GPUs \(2\); give torchrun --nproc_per_node 2"):
+        choose_device(None)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_off_unless_it_is_asked_for(tf32, two_cuda):
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        backend.allow_tf32 = not tf32
+    device = choose_device("cuda", tf32)
+    assert torch.backends.cudnn.allow_tf32 is torch.backends.cuda.matmul.allow_tf32 is tf32
+    assert arithmetic_of(device) == {"device": "cuda", "tf32": tf32}
+
+
+def test_choosing_a_device_warns_of_nothing(two_cuda, recwarn):
+    choose_device("cuda", True)
+    choose_device("cuda", False)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_the_cpu_leaves_the_setting_of_gpus_alone(no_cuda):
+    torch.backends.cudnn.allow_tf32 = True
+    assert arithmetic_of(choose_device("cpu")) == {}
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_what_a_manifest_says_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    torch.backends.cudnn.allow_tf32 = False
+    gpu = torch.device("cuda:1")
+    assert describe_gpu(gpu, None) == {"name": "GPU 1", "tf32": False}
+    assert describe_gpu(gpu, "full") == {"name": "GPU 1", "tf32": False, "precision": "full float32"}
+    assert describe_gpu(gpu, "autocast")["precision"] == "autocast float16"
+    assert describe_gpu(torch.device("cpu"), "autocast") is None
 
 
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "abacus", "meta", "", "cuda:x"])

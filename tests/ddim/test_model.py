@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_cases import DDIM_CASES, GOLDEN, GoldenCase
+from golden_cases import DDIM_CASES, GOLDEN, WIDE_DDIM_CASES, GoldenCase
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
@@ -24,23 +24,23 @@ GOLDEN_TOLERANCE = 1e-5
 EMBEDDING_TOLERANCE = 1e-4
 
 
-def golden_network(case: str) -> tuple[Model, dict[str, torch.Tensor]]:
-    """Return the float network of a published case and its reference outputs."""
+def golden_network(case: str) -> tuple[Model, GoldenCase]:
+    """Return the float network of a published case, and the case."""
     golden = GoldenCase(case)
     network = golden.network().eval()
     network.load_state_dict(golden.float_weights())
-    return network, golden.values
+    return network, golden
 
 
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     return float((out - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("case", DDIM_CASES)
+@pytest.mark.parametrize("case", DDIM_CASES + WIDE_DDIM_CASES)
 @torch.no_grad()
 def test_float_output_is_the_published_one(case):
     network, golden = golden_network(case)
-    assert relative_error(network(golden["x"], golden["t"]), golden["fp"]) < GOLDEN_TOLERANCE
+    assert relative_error(network(*golden.inputs), golden.values["fp"]) < GOLDEN_TOLERANCE
 
 
 PLANTED = {
@@ -58,7 +58,7 @@ PLANTED = {
 def test_planted_errors_are_beyond_the_tolerance(error):
     network, golden = golden_network(DDIM_CASES[0])
     PLANTED[error](network)
-    assert relative_error(network(golden["x"], golden["t"]), golden["fp"]) > GOLDEN_TOLERANCE
+    assert relative_error(network(*golden.inputs), golden.values["fp"]) > GOLDEN_TOLERANCE
 
 
 def test_names_and_shapes_of_the_released_checkpoint():
@@ -134,9 +134,9 @@ def test_time_embedding_against_the_formula(wide_network):
     state = wide_network.start(torch.zeros(3, 1, 8, 8), t)
     for step in itertools.islice(wide_network.steps(), 2):
         step(state)
-    expected = second(F.silu(first(timestep_embedding(t, wide_network.ch, torch.float32))))
-    assert relative_error(state["temb"], expected) < GOLDEN_TOLERANCE
-    assert relative_error(state["temb"], second(first(timestep_embedding(t, wide_network.ch, torch.float32)))) > GOLDEN_TOLERANCE
+    hidden = first(timestep_embedding(t, wide_network.ch, torch.float32))
+    assert relative_error(state["temb"], second(F.silu(hidden))) < GOLDEN_TOLERANCE
+    assert relative_error(state["temb"], second(hidden)) > GOLDEN_TOLERANCE
 
 
 @pytest.mark.parametrize(("wide_in", "wide_out"), [(64, 64), (64, 128)])

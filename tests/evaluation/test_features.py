@@ -179,6 +179,17 @@ def test_cached_features_are_computed_once(digits, extractor, passes, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_features_of_a_gpu_are_kept_apart(digits, extractor, tmp_path, monkeypatch):
+    """No device is at hand: what counts is where the extractor says that its weights are."""
+    kept = cached_features(digits, extractor, tmp_path, COUNT, progress=False)
+    on_cpu = {path.name for path in tmp_path.iterdir()}
+    monkeypatch.setattr(module, "_device_of", lambda _: torch.device("cuda:1"))
+    monkeypatch.setattr(module, "extract_features", lambda *_: kept)
+    cached_features(digits, extractor, tmp_path, COUNT, progress=False)
+    (name,) = on_cpu
+    assert {path.name for path in tmp_path.iterdir()} - on_cpu == {name.replace(".npz", "-cuda.npz")}
+
+
 def test_without_a_folder_nothing_is_kept(digits, extractor, passes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

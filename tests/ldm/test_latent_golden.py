@@ -1,4 +1,7 @@
-"""The latent UNet gives the published code's outputs: float, with quantized weights, with quantized activations."""
+"""The latent UNet in float32 gives the published code's outputs where activations are in float; files survive.
+
+With quantized activations `tests/qdiff/test_published_outputs.py` compares, in float64.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from golden_cases import ACTIVATION_TOLERANCE, FLOAT_TOLERANCE, LDM_CASES, GoldenCase
+from golden_cases import FLOAT_TOLERANCE, LDM_CASES, GoldenCase
 
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.errors import UserError
@@ -86,22 +89,6 @@ def test_weights_alone(name, loaded, relative):
     last = list(wrong.layers().values())[-1]
     last.weight_quantizers[0].delta.data.mul_(1.01)
     assert relative(output(wrong, golden, activations=False), expected) > FLOAT_TOLERANCE
-
-
-@ALL
-def test_weights_and_activations(name, loaded, relative):
-    golden, qnn = loaded(name)
-    expected = golden.values["resumed"]
-    assert relative(output(qnn, golden), expected) < ACTIVATION_TOLERANCE
-    # One quantizer of each kind a percent off.
-    kinds = {"in_layers.2.act_quantizers.0", "act_quantizer_q", "act_quantizer_v", "out_layers.3.act_quantizers.0"}
-    if golden.options["split_shortcut"]:
-        kinds.add("skip_connection.act_quantizers.1")
-    for kind in kinds:
-        wrong = copy.deepcopy(qnn)
-        quantizer = next(q for n, q in wrong.act_quantizers().items() if n.endswith(kind))
-        quantizer.delta.data.mul_(1.01)
-        assert relative(output(wrong, golden), expected) > ACTIVATION_TOLERANCE, kind
 
 
 @ALL

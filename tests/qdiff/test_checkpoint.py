@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_cases import ACTIVATION_TOLERANCE, FLOAT_TOLERANCE, GoldenCase
+from golden_cases import FLOAT_TOLERANCE, GoldenCase
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -56,7 +56,7 @@ def refuses(qnn, path, match, **options):
     assert_unchanged(qnn, before)
 
 
-# ---------------------------------------------------------------------- published files, golden outputs
+# ---------------------------------------------------------------------- published files in float32
 
 
 @BOTH
@@ -89,25 +89,6 @@ def test_published_weight_only(golden, options, relative, run_quantized):
     with torch.no_grad():
         qnn.model.mid.attn_1.v.weight_quantizers[0].delta.mul_(1.01)
     assert relative(run_quantized(qnn, golden.inputs, activations=False), expected) > FLOAT_TOLERANCE
-
-
-def test_published_activations(relative, run_quantized):
-    golden = W4A8_SPLIT
-    qnn = golden.wrapped()
-    load_checkpoint(qnn, golden.path)
-    expected = golden.values["resumed"]
-    assert relative(run_quantized(qnn, golden.inputs), expected) < ACTIVATION_TOLERANCE
-    # The softmax range is small beside the step sizes of others: each kind of quantizer must be right.
-    planted = {
-        "down.0.block.0.conv1.act_quantizers.0": 1.01,
-        "up.0.block.0.nin_shortcut.act_quantizers.1": 1.01,
-        "mid.attn_1.core.act_quantizer_v": 1.01,
-    }
-    for name, factor in planted.items():
-        wrong = copy.deepcopy(qnn)
-        with torch.no_grad():
-            wrong.act_quantizers()[name].delta.mul_(factor)
-        assert relative(run_quantized(wrong, golden.inputs), expected) > ACTIVATION_TOLERANCE, name
 
 
 def test_weights_alone_leave_activation_quantizers_unset():

@@ -16,7 +16,7 @@ from qdiff.calibration.samples import CalibrationSet
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.functional import max_level
-from qdiff.integer import Geometry, Levels, int8_is_exact, int8_matmul, integer_product
+from qdiff.integer import Geometry, Levels, int8_is_exact, int8_is_fast, int8_matmul, integer_product
 from qdiff.methods import linear
 from qdiff.methods.common import CalibrationRun
 from qdiff.packed_weight import PACKED
@@ -55,6 +55,12 @@ MODES = {
     "modulated sample": {"modulate": True, "act_dynamic": True, "act_scale_per": "sample"},
     "modulated rest": {"modulate": True, "act_dynamic": True, "rest_bits": 8},
 }
+
+
+@pytest.fixture
+def int8_where_exact(monkeypatch):
+    """Small products are tried in int8 on machines that would not choose it for its time."""
+    monkeypatch.setattr(integer, "int8_is_fast", lambda device: True)
 
 
 def one_layer(kind, bits, mode, symmetric=False, split=False):
@@ -99,6 +105,7 @@ def wrong_zero_point(x):
     return replace(x, zero_point=x.zero_point + 1)
 
 
+@pytest.mark.usefixtures("int8_where_exact")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bits", WIDTHS, ids=lambda b: f"w{b[0]}a{b[1]}")
 @pytest.mark.parametrize("kind", LAYERS)
@@ -119,6 +126,7 @@ def test_a_layer(kind, bits, mode, relative, monkeypatch):
                 assert relative(run(qnn, steps)[-1] - since, simulated[-1] - since) > LAYER_TOLERANCE
 
 
+@pytest.mark.usefixtures("int8_where_exact")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_bias_is_added_once(kind, relative):
     for mode in ("calibrated", "modulated"):
@@ -132,6 +140,7 @@ def test_the_bias_is_added_once(kind, relative):
             assert relative(found, expected) < LAYER_TOLERANCE < relative(found, bare)
 
 
+@pytest.mark.usefixtures("int8_where_exact")
 def test_products_are_of_integers(monkeypatch):
     """Up to 8 bits nothing but int8 products, above nothing of them; the first modulated step is in float."""
     used = []
@@ -152,6 +161,33 @@ def test_products_are_of_integers(monkeypatch):
         used.clear()
 
 
+@pytest.mark.parametrize("slow", ["int8_matmul", "double"])
+def test_the_faster_of_two_exact_ways_is_taken(slow, monkeypatch):
+    """Where int8 products are a plain loop, float64 takes over; both give the same bits."""
+    int8 = slow == "double"
+    int8_is_fast.cache_clear()
+    seconds = iter([1.0, 2.0] if int8 else [2.0, 1.0])
+    monkeypatch.setattr(integer, "_seconds", lambda compute: next(seconds))
+    used = []
+    for name in ("_int8_sums", "_float64_sums"):
+        compute = getattr(integer, name)
+        monkeypatch.setattr(integer, name, lambda *a, compute=compute, name=name: (used.append(name), compute(*a))[1])
+    monkeypatch.setattr(integer, "int8_is_exact", lambda device: True)
+    generator = torch.Generator().manual_seed(0)
+    zero = torch.tensor(100, dtype=torch.int32)
+    x = Levels(torch.randint(0, 256, (5, 70), generator=generator), torch.tensor(0.3), zero, 8)
+    weight = Levels(torch.randint(0, 256, (4, 70), generator=generator), torch.rand(4, 1), zero.expand(4, 1), 8)
+    try:
+        made = integer_product(x, weight, None)
+    finally:
+        int8_is_fast.cache_clear()
+    assert used == ["_int8_sums" if int8 else "_float64_sums"]
+    monkeypatch.setattr(integer, "int8_is_fast", lambda device: not int8)
+    assert torch.equal(integer_product(x, weight, None), made) and len(set(used)) == 2
+    assert int8_is_fast(torch.device("meta"))  # only CPUs are measured
+
+
+@pytest.mark.usefixtures("int8_where_exact")
 @pytest.mark.parametrize("kind", ["conv2d", "linear of tokens"])
 def test_a_machine_without_exact_int8(kind, relative, monkeypatch):
     """Pairs of products that saturate at 16 bits, as on CPUs without VNNI, are noticed, and float64 takes over."""
@@ -188,6 +224,15 @@ def test_other_devices_take_float64():
     assert not int8_is_exact(torch.device("meta"))
 
 
+def test_packing_finds_out_whether_products_are_exact():
+    """The check waits for the device; a network call then does not."""
+    qnn, steps = one_layer("conv2d", (4, 8), "calibrated")
+    int8_is_exact.cache_clear()
+    qnn.pack_weights(integer=True)
+    run(qnn, steps)
+    assert int8_is_exact.cache_info().misses == 1 and int8_is_exact.cache_info().hits >= len(steps)
+
+
 def test_sums_beyond_32_bits():
     terms = 40_000  # 40,000 · 255² > 2³¹
     one = torch.ones(())
@@ -198,6 +243,7 @@ def test_sums_beyond_32_bits():
         assert (integer._int8_sums(x, weight, None) < 0).all(), "planted: int32 cannot hold them"
 
 
+@pytest.mark.usefixtures("int8_where_exact")
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_few_patches_at_a_time(per_sample, monkeypatch):
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmark_processes import SMALL, HereProcess
 from ddim_runs import W4A8
+from exact_runtimes import require_runtimes
 from run_checks import succeeded
 
 from ddim.config import load_config
@@ -20,8 +21,7 @@ from qdiff.benchmark.files import FLOAT_ONNX, ONNX, Job, write_checkpoints, writ
 from qdiff.benchmark.variants import VARIANTS, open_variant
 from qdiff.quant_layer import QuantModule
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 SCRIPT, STEPS, BATCH = "benchmark", 4, 3
 SHORT = ("--batch", BATCH, "--repeats", 2, "--threads", 1)

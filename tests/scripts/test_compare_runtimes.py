@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ddim_runs import DATA, SAMPLER, SCRIPT
+from exact_runtimes import require_runtimes
 from run_checks import succeeded
 from safetensors.torch import save_file
 from script_device import ON_DEVICE
@@ -22,8 +23,7 @@ from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 COMMAND, IMAGES, STEPS = "compare_runtimes", 5, 4  # a batch of four and one of one
 # Activations of 16 bits: last bits move values over rounding edges there too, but a level is 1/256 of one of 8 bits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -102,3 +103,34 @@ def test_replaced_weights_do_not_continue_a_run(call, tiny, tmp_path):
     line = call(SCRIPT, *options).err.splitlines()[-1]
     assert line.startswith("error: ") and str(weights) in line and "--logdir" in line
     assert not (tmp_path / "run" / "img" / "00001.png").exists()
+
+
+def test_run_that_was_out_of_memory_continues_with_smaller_batches(call, tiny, float_run, tmp_path, monkeypatch):
+    from ddim.command import DdimModel
+
+    folder, limit, sample = tmp_path / "run", 2, DdimModel.trajectory
+
+    def sampled(self, network, indices, *args, **kwargs):
+        if len(indices) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+        return sample(self, network, indices, *args, **kwargs)
+
+    monkeypatch.setattr(DdimModel, "trajectory", sampled)
+    options = (*tiny.options, *SAMPLER, "-l", folder)
+    outcome = call(SCRIPT, *options, "--batch_size", 4)
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1] == (
+        "error: out of GPU memory while sampling (3.00 GiB were asked for); repeat the command with --batch_size 2 or "
+        "less to continue: the images that are there are kept"
+    )
+    succeeded(call(SCRIPT, *options, "--batch_size", 2))
+    assert image_bytes(folder) == image_bytes(float_run)
+    assert manifest(folder)["gpu"] is None
+
+
+def test_tf32_is_another_run(call, tiny, float_run):
+    outcome = call(SCRIPT, *tiny.options, *SAMPLER, "--tf32", "-l", float_run)
+    assert "other options (tf32: None there, True here)" in outcome.error_line()
+    config = json.loads(succeeded(call(SCRIPT, *tiny.options, *SAMPLER, "--tf32", "--dry-run")).out)
+    without = json.loads(succeeded(call(SCRIPT, *tiny.options, *SAMPLER, "--dry-run")).out)
+    assert config == {**without, "tf32": True} and "tf32" not in without

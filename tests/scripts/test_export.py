@@ -7,11 +7,11 @@ import sys
 
 import pytest
 from ddim_runs import SAMPLER, SCRIPT
+from exact_runtimes import require_runtimes
 from run_checks import largest_difference, sha256, succeeded
 
 onnx = pytest.importorskip("onnx")
-for package in ("onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 GREY_LEVELS = 1
 

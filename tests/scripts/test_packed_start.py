@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ddim_runs import SAMPLER, SCRIPT
+from exact_runtimes import require_runtimes
 from latent_models import FEW
 from run_checks import image_bytes, largest_difference, manifest, succeeded
 
@@ -38,7 +39,7 @@ def no_float_network(monkeypatch):
 @pytest.mark.parametrize("runtime", ["torch", "openvino"])
 def test_ddim(runtime, call, tiny, weights_only_run, tmp_path, no_float_network):
     if runtime == "openvino":
-        pytest.importorskip("openvino")
+        require_runtimes()
     checkpoint = weights_only_run / "quantized.safetensors"
     options = (*tiny.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", checkpoint)
     succeeded(call(SCRIPT, *options, "--runtime", runtime, "-l", tmp_path))

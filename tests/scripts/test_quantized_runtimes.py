@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from ddim_runs import DATA
+from exact_runtimes import require_runtimes
 from latent_models import W4A8
 from modulated_runs import psnr
 from run_checks import image_bytes, manifest, succeeded
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 IMAGES = 3
 # dB against the simulated images: values that fall to the other side of a rounding edge show in the last grey levels.

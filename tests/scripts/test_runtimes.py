@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 from ddim_runs import SAMPLER, SCRIPT
+from exact_runtimes import require_runtimes
 from latent_models import FEW
 from run_checks import image_bytes, largest_difference, lose_images, manifest, snapshot, succeeded
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 RUNTIMES = ("onnxruntime", "openvino")
 # Weights alone: no activation lies on a rounding edge, so the images are those of the simulation.

@@ -53,6 +53,8 @@ def test_two_epochs_write_weights_that_sample(call, command, steps, tmp_path):
     outcome = call(SCRIPT, *command(2))
     assert outcome.code == 0, outcome.err
     assert len(steps) == 2 * STEPS_AN_EPOCH
+    assert "training: 100 % (2 of 2 epoch), took" in outcome.err  # no terminal, no bar
+    assert "\r" not in outcome.err + outcome.out
     weights = tmp_path / "out" / "weights.safetensors"
     assert weights_in(tmp_path) == [weights.name]  # no temporary file
     with safe_open(weights, framework="pt") as file:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.reconstruction import Unit, optimise
@@ -187,8 +188,7 @@ def first_loss(layer_weight, pass_size=None):
             iterations=1,
             batch_size=6,
             generator=torch.Generator(),
-            device=torch.device("cpu"),
-            pass_size=pass_size,
+            feeding=Feeding(torch.device("cpu"), pass_size),
             layer_weight=layer_weight,
         )
     return loss, by_hand(block, x, float_x)

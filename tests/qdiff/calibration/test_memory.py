@@ -9,14 +9,14 @@ from collections import namedtuple
 import pytest
 import torch
 
+from qdiff.calibration import memory
 from qdiff.calibration.capture import Walker, walk
+from qdiff.calibration.footprint import GRADIENT_COPIES, Footprint, measure_footprint
 from qdiff.calibration.memory import (
     DEFAULT_PASS,
-    GRADIENT_COPIES,
+    GPU_SHARE,
     SMALLEST_PASS,
-    Footprint,
     MemoryUse,
-    measure_footprint,
     plan_memory,
     resident_memory,
 )
@@ -25,6 +25,7 @@ from qdiff.errors import UserError
 from qdiff.methods import qdiffusion
 from qdiff.methods.common import CalibrationRun
 from qdiff.methods.qdiffusion import QDiffusionConfig
+from qdiff.quant_model import QuantModel
 
 MIB = 1 << 20
 # Relative: gradients of a batch that went through in parts differ in float32 summation order alone.
@@ -81,6 +82,52 @@ def test_what_fits_on_no_disk_is_an_error(wrap, monkeypatch):
     with pytest.raises(UserError, match=r"stores 0\.98 GiB.*--cali_n or --cali_st, raise --memory_budget"):
         plan_memory(wrap(weight_bits=4), footprint, samples=100, batch_size=32, budget=600 * MIB)
     plan_memory(wrap(weight_bits=4), footprint, samples=50, batch_size=32, budget=600 * MIB)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """``gpu(free)``: the network is on a GPU with so many free bytes, of which 7 MiB are taken."""
+
+    def planned_with(free: int) -> torch.device:
+        device = torch.device("cuda", 0)
+        monkeypatch.setattr(QuantModel, "device", property(lambda self: device))
+        monkeypatch.setattr(memory, "available_on", lambda asked: free)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda asked: 7 * MIB)
+        return device
+
+    return planned_with
+
+
+def test_a_gpu_holds_all_stored_activations_or_none(wrap, gpu):
+    qnn, footprint = wrap(weight_bits=4), Footprint(stored=10 * MIB, inside={"conv_in": MIB})
+    device = gpu(4000 * MIB)
+    roomy = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=None)
+    assert (roomy.gpu, roomy.on_gpu, roomy.in_ram, roomy.on_disk) == (device, 1000 * MIB, 0, 0)
+    assert roomy.gpu_peak == 7 * MIB + roomy.unit + roomy.in_pass + roomy.on_gpu < 4000 * MIB
+    assert roomy.peak == roomy.held  # RAM
+    gpu(1000 * MIB)
+    tight = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=None)
+    assert (tight.on_gpu, tight.in_ram) == (0, 1000 * MIB)
+    # What the unit in work may take is what is left beside it.
+    assert tight.resident_bytes == int(1000 * MIB * GPU_SHARE) - tight.unit - tight.in_pass
+    assert tight.gpu_peak <= 7 * MIB + 1000 * MIB
+
+
+def test_a_budget_bounds_the_gpu_too(wrap, gpu):
+    qnn, footprint = wrap(weight_bits=4), Footprint(stored=10 * MIB, inside={"conv_in": MIB})
+    gpu(100 << 30)
+    plan = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=600 * MIB)
+    assert plan.gpu_peak - plan.held_on_gpu <= 600 * MIB
+    assert plan.on_gpu == 0 and plan.in_ram == 600 * MIB and plan.on_disk == 400 * MIB
+    assert plan.pass_bytes == (600 * MIB - plan.unit) // 2
+
+
+def test_sentence_of_a_gpu(wrap, gpu):
+    qnn = wrap(weight_bits=4)
+    gpu(4000 * MIB)
+    text = str(plan_memory(qnn, Footprint(10 * MIB, {"conv_in": MIB}), 100, 32, None))
+    assert "of GPU memory (7.0 MiB held already, the unit in work " in text
+    assert "stored activations 0.98 GiB) and " in text and text.endswith("stored activations 0.0 MiB)")
 
 
 def test_sentence_names_the_parts():

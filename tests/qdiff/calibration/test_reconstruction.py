@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from qdiff.adaptive_rounding import LearnedRounding
-from qdiff.calibration.objectives import fisher_error, lp_error
+from qdiff.calibration.feeding import Feeding
+from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.modes import leaf_modes
@@ -46,7 +47,7 @@ def fit(unit, seed=0, iterations=300, batch_size=5, regulariser=RoundingRegulari
             iterations=iterations,
             batch_size=batch_size,
             generator=torch.Generator().manual_seed(seed),
-            device=CPU,
+            feeding=Feeding(CPU),
             penalty=lambda progress: regulariser([rounding], progress),
         )
     alpha = rounding.alpha.detach().clone()
@@ -73,14 +74,15 @@ def test_the_seed_fixes_the_result_whatever_the_global_generator():
 def rows_used(count, batch_size, iterations):
     unit, used = make_unit(count), []
 
-    def objective(output, target, rows):
+    def objective(output, target, rows):  # the weights of a unit are here the numbers of its samples
         assert torch.equal(target, unit.target[rows])
         used.append(rows)
         return (output - target).square().mean()
 
     parameter = nn.Parameter(torch.zeros(8))
     module = unit.module
-    unit = Unit(unit.name, lambda x: module(x) + parameter, unit.inputs, unit.target, unit.float_inputs)
+    numbers = torch.arange(count)
+    unit = Unit(unit.name, lambda x: module(x) + parameter, unit.inputs, unit.target, unit.float_inputs, numbers)
     optimise(
         unit,
         torch.optim.SGD([parameter], lr=0.0),
@@ -88,7 +90,7 @@ def rows_used(count, batch_size, iterations):
         iterations=iterations,
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(0),
-        device=CPU,
+        feeding=Feeding(CPU),
     )
     return used
 
@@ -133,7 +135,7 @@ def test_callbacks_see_every_iteration():
         iterations=4,
         batch_size=5,
         generator=torch.Generator(),
-        device=CPU,
+        feeding=Feeding(CPU),
         penalty=penalty,
         after_step=after_step,
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=4),
@@ -179,7 +181,7 @@ def test_lp_error_sums_channels_and_averages_the_rest(p, shape):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
     expected = sum(abs(d) ** p for d in (a - b).flatten().tolist()) / (a.numel() / 4)
-    got = float(lp_error(p)(a, b, torch.arange(3)))
+    got = float(lp_error(p)(a, b, None))
     assert got == pytest.approx(expected, rel=SUM_TOLERANCE)
     assert got * 1.01 != pytest.approx(expected, rel=SUM_TOLERANCE)
 
@@ -190,20 +192,22 @@ def test_fisher_error_weights_by_squared_gradients_of_the_right_rows():
     output, target = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.zeros(2, 2)
     mean_square = (1 + 9 + 4 + 4) / 6
     expected = ((1 * 4 + 4 * 4) + (9 * 1 + 16 * 0)) / mean_square / 2
-    assert float(fisher_error(gradients)(output, target, rows)) == pytest.approx(expected, rel=SUM_TOLERANCE)
+    found = float(weighted_error(output, target, fisher_weights(gradients)[rows]))
+    assert found == pytest.approx(expected, rel=SUM_TOLERANCE)
 
 
 def test_fisher_error_of_equal_gradients_is_the_squared_error():
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(4, 3, 2, generator=generator), torch.randn(4, 3, 2, generator=generator)
-    plain = lp_error(2.0)(a, b, torch.arange(4))
-    assert float(fisher_error(torch.full((4, 3, 2), -7.0))(a, b, torch.arange(4))) == pytest.approx(float(plain))
+    plain = lp_error(2.0)(a, b, None)
+    assert float(weighted_error(a, b, fisher_weights(torch.full((4, 3, 2), -7.0)))) == pytest.approx(float(plain))
 
 
 def test_a_unit_needs_no_more_than_its_fields():
-    """`optimise` reads inputs and target alone, so any object with a callable module will do."""
+    """`optimise` reads inputs, target and weights alone, so any object with a callable module will do."""
     parameter = nn.Parameter(torch.zeros(3))
-    unit = SimpleNamespace(module=lambda x: x + parameter, inputs=(torch.zeros(4, 3),), target=torch.ones(4, 3))
+    inputs, target = (torch.zeros(4, 3),), torch.ones(4, 3)
+    unit = SimpleNamespace(module=lambda x: x + parameter, inputs=inputs, target=target, weights=None)
     error = optimise(
         unit,
         torch.optim.SGD([parameter], lr=0.3),
@@ -211,7 +215,7 @@ def test_a_unit_needs_no_more_than_its_fields():
         iterations=50,
         batch_size=4,
         generator=torch.Generator(),
-        device=CPU,
+        feeding=Feeding(CPU),
     )
     assert error < 1e-6  # (1 − 2·0.3)^50 is far below
     assert parameter.tolist() == pytest.approx([1, 1, 1], abs=1e-3)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from qdiff.cli.float_model import FloatModel
+from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_lowering import lower
 from qdiff.deploy.onnx_ranges import BYTE
 from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
@@ -85,7 +86,8 @@ class Followed:
         for name in dict.fromkeys(name for pair in self.pairs for name in pair):
             if name not in given:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
-        lower(model, runtime)  # as it runs; what is looked at stays
+        # As it runs; what is looked at stays.
+        lower(model, runtime, check_exact(runtime, SESSIONS[runtime]))
         self._session = SESSIONS[runtime](model, 1)
         self.names = [each.name for each in model.graph.input]
         self._outputs = [each.name for each in model.graph.output]

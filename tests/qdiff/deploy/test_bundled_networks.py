@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from deploy_networks import network_inputs
+from exact_runtimes import require_runtimes
 from following import RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
@@ -24,8 +25,7 @@ from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 REPOSITORY = Path(__file__).parents[3]
 LATENT = REPOSITORY / "models" / "ldm"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from deploy_networks import network_inputs
+from exact_runtimes import require_runtimes
 from following import RUNTIMES
 from torch import Tensor, nn
 
@@ -21,8 +22,7 @@ from qdiff.native_format import layout
 from qdiff.quant_model import QuantModel
 
 onnx = pytest.importorskip("onnx")
-for package in ("onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 # Bytes of the file against the float32 parameters. What is not weights (the graph, norms, biases, step sizes) weighs
 # more in a model as small as the digits one (4.45 MB) than in a full-size one.

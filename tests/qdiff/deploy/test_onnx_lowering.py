@@ -9,10 +9,12 @@ import pytest
 
 onnx = pytest.importorskip("onnx")
 
+from exact_runtimes import SPLIT  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
-from qdiff.deploy.onnx_lowering import CHANGES, lower  # noqa: E402
+from qdiff.deploy.onnx_lowering import CHANGES, ProductLimits, lower  # noqa: E402
+from qdiff.deploy.runtimes import RUNTIMES  # noqa: E402
 
 # Relative to the largest value: float32 sums in another order.
 TOLERANCE = 1e-6
@@ -31,6 +33,9 @@ GEOMETRIES = {
     "1d_wide": ((3,), {"pads": [1, 1], "strides": [3]}, (9,)),
 }
 BITS = (8, 4)
+# With VNNI and without; the reference here computes both.
+LIMITS = {"plain": ProductLimits(), "split": SPLIT}
+LOWERINGS = [("onnxruntime", "plain"), ("openvino", "plain"), ("openvino", "split")]
 
 
 def weight(kernel: tuple[int, ...], bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -119,14 +124,14 @@ def weights_of(model) -> list[tuple]:
     return [(node, stored[node.input[0]], stored[node.input[2]]) for node in nodes]
 
 
-@pytest.mark.parametrize("runtime", CHANGES)
+@pytest.mark.parametrize(("runtime", "limits"), LOWERINGS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_is_computed(name, bits, runtime):
+def test_the_same_is_computed(name, bits, runtime, limits):
     product, kernel, attributes, shape, bias = CASES[name]
     model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
     expected = run(model, feed)
-    lower(model, runtime)
+    lower(model, runtime, LIMITS[limits])
     onnx.checker.check_model(model)
     assert difference(run(model, feed), expected) < TOLERANCE
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -148,42 +153,58 @@ def test_the_same_is_computed(name, bits, runtime):
         assert planted == (0 if product == "Gemm" else 2 if bits == 8 else 1)
 
 
+@pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", CASES)
-def test_openvino_gets_weights_without_zero_points(name, bits):
+def test_openvino_gets_weights_without_zero_points(name, bits, limits):
     product, kernel, attributes, shape, bias = CASES[name]
     model = model_of(product, kernel, attributes, shape, bits, bias)
-    lower(model, "openvino")
+    lower(model, "openvino", LIMITS[limits])
     weights = weights_of(model)
     assert len(weights) == (2 if bits == 8 else 1)  # 8 bits need the sums of the windows
     for _, integers, zero_points in weights:
         assert integers.dtype == np.int8 and not zero_points.any()
-    assert Counter(node.op_type for node in model.graph.node)[product] == len(weights)
+        assert np.abs(integers.astype(int)).max() <= LIMITS[limits].weight
+    splits = bits == 8 and limits == "split"  # narrower weights need not
+    assert weights[0][1].shape == (OUTPUTS, INPUTS * (2 if splits else 1), *kernel)
+    found = Counter(node.op_type for node in model.graph.node)
+    assert found[product] == len(weights) and found["Concat"] == (1 if splits else 0)
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[0] != "Gemm"])
 def test_onnx_runtime_gets_integer_matrix_products(name, bits):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     product, kernel, attributes, shape, bias = CASES[name]
     model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
     expected = run(model, feed)
-    lower(model, "onnxruntime")
+    lower(model, "onnxruntime", ProductLimits())
     found = Counter(node.op_type for node in model.graph.node)
     assert found["Conv"] == found["MatMul"] == 0 and found["MatMulIntegerToFloat"] == 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    assert difference(session.run(None, feed)[0], expected) < TOLERANCE
+    assert difference(RUNTIMES["onnxruntime"](model, 1)(feed)[0], expected) < TOLERANCE
 
 
-def test_products_of_one_input_share_its_windows():
+def two_products_of_one_input():
     model = model_of("Conv", *CASES["3x3"][1:4], 8, False)
     second = type(model.graph.node[-1]).FromString(model.graph.node[-1].SerializeToString())
     second.output[0] = "z"
     model.graph.node.append(second)
     model.graph.output.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, None))
-    lower(model, "onnxruntime")
+    return model
+
+
+def test_products_of_one_input_share_its_windows():
+    model = two_products_of_one_input()
+    lower(model, "onnxruntime", ProductLimits())
     found = Counter(node.op_type for node in model.graph.node)
     assert found["MatMulIntegerToFloat"] == 2 and found["Gather"] == found["Pad"] == 1
+
+
+def test_split_products_of_one_input_share_what_is_repeated():
+    model = two_products_of_one_input()
+    lower(model, "openvino", LIMITS["split"])
+    found = Counter(node.op_type for node in model.graph.node)
+    assert found["Concat"] == 1 and found["Conv"] == 4  # two products, two windows
 
 
 @pytest.mark.parametrize("runtime", CHANGES)
@@ -196,11 +217,39 @@ def test_what_no_kernel_takes_stays_a_convolution(change, runtime):
     if change == "float input":
         model.graph.node[-1].input[0] = "x"
     expected = run(model, feed)
-    lower(model, runtime)
+    lower(model, runtime, ProductLimits())
     found = Counter(node.op_type for node in model.graph.node)
     convolutions = 2 if (runtime, change) == ("openvino", "dilations") else 1
     assert found["MatMulIntegerToFloat"] == 0 and found["Conv"] == convolutions
     assert difference(run(model, feed), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("quantized", ["both", "first"])
+@pytest.mark.parametrize("limits", LIMITS)
+def test_products_of_two_activations_for_openvino(limits, quantized):
+    """Where they are not exact, integers are kept from them; what is computed stays the same."""
+    nodes, stored = [], {"one": np.float32(0.1), "middle": np.uint8(128)}
+    for name in ("x", "z"):
+        nodes.append(helper.make_node("QuantizeLinear", [name, "one", "middle"], [f"{name}.q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}.q", "one", "middle"], [f"{name}.d"]))
+    nodes.append(helper.make_node("Transpose", ["z.d" if quantized == "both" else "z"], ["z.t"], perm=[0, 2, 1]))
+    nodes.append(helper.make_node("MatMul", ["x.d", "z.t"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "activations",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [2, 3, 4]) for name in ("x", "z")],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3, 3])],
+        [numpy_helper.from_array(np.asarray(values), name) for name, values in stored.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    generator = np.random.default_rng(0)
+    feed = {name: generator.standard_normal((2, 3, 4)).astype(np.float32) for name in ("x", "z")}
+    expected = run(model, feed)
+    lower(model, "openvino", LIMITS[limits])
+    kept = [node for node in model.graph.node if node.op_type == "Max"]
+    assert len(kept) == (1 if (limits, quantized) == ("split", "both") else 0)
+    assert np.array_equal(run(model, feed), expected)
+    assert difference(run(model, feed), run(model, {**feed, "z": feed["z"] + 0.1})) > TOLERANCE
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 4), (6, 9)])
@@ -218,7 +267,7 @@ def test_group_normalisation_for_onnx_runtime(shape):
     feed = {"x": generator.standard_normal((2, *shape)).astype(np.float32)}
     feed["x"][:, 0] += 3  # groups differ, and so do their channels
     expected = run(model, feed)
-    lower(model, "onnxruntime")
+    lower(model, "onnxruntime", ProductLimits())
     assert "GroupNormalization" not in [node.op_type for node in model.graph.node]
     assert difference(run(model, feed), expected) < TOLERANCE
     planted = next(node for node in model.graph.node if node.op_type == "InstanceNormalization")

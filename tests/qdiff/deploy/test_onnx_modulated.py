@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from exact_runtimes import require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
@@ -14,8 +15,7 @@ from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.quant_model import QuantModel
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 # Relative L2 of ε at every step: float32 sums in another order. A change of the second layer's input that a last bit
 # moves over a rounding edge would be 1e-4 at least; none of these inputs has one.

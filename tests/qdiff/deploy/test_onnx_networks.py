@@ -8,14 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from deploy_networks import STEPS
+from exact_runtimes import require_runtimes
 from following import FREE_STEP_TOLERANCE, RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
 from qdiff.deploy.runtimes import OnnxNetwork
 from qdiff.quant_model import QuantModel
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 # Relative L2 of what lies between quantizers, both sides continuing from the same integers: last bits of float32,
 # which sines of large angles and norms of a few values make a few more.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from exact_runtimes import SPLIT, require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.quant_model import QuantModel
 
-for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
-    pytest.importorskip(package)
+require_runtimes()
 
 TOLERANCE = 3e-6  # relative L2; the wrong sum is 1
 SHAPE = (8, 6, 6)
@@ -49,11 +49,14 @@ class Residuals(nn.Module):
         return torch.cat(outputs, dim=1) + t[:, None, None, None]
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_residual_is_added_to_what_was_scaled(weights, tmp_path):
+def test_a_residual_is_added_to_what_was_scaled(weights, split, tmp_path, monkeypatch):
+    from qdiff.deploy import runtimes
     from qdiff.deploy.onnx_export import export_onnx
-    from qdiff.deploy.runtimes import OnnxNetwork
 
+    if split:  # as where there is no VNNI, on every machine
+        monkeypatch.setattr(runtimes, "check_exact", lambda *runtime: SPLIT)
     torch.manual_seed(0)
     qnn = QuantModel(Residuals(), QuantConfig(**weights, act_bits=8)).requires_grad_(False)
     for layer in qnn.layers().values():
@@ -65,6 +68,6 @@ def test_a_residual_is_added_to_what_was_scaled(weights, tmp_path):
     with qnn.quantized():
         expected = qnn(*given).split(8, dim=1)
     for runtime in RUNTIMES:
-        out = OnnxNetwork(tmp_path / "model.onnx", runtime)(*given).split(8, dim=1)
+        out = runtimes.OnnxNetwork(tmp_path / "model.onnx", runtime)(*given).split(8, dim=1)
         for name, there, wanted in zip(qnn.model.pairs, out, expected, strict=True):
             assert relative(there, wanted) < TOLERANCE, (runtime, name)

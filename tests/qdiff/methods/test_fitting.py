@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
 from qdiff.config import QuantConfig, RangeMethod
@@ -63,7 +64,7 @@ def fit(unit, pass_size=5, seed=0, iterations=40, **changes):
     settings = {"lr_rounding": 0.05, "lr_act": 5e-3, "decays": True, **changes}
     generator = torch.Generator().manual_seed(seed)
     settings = FitSettings(iterations, 5, **settings)
-    error = fit_unit(unit, lp_error(2.0), settings, generator, CPU, lambda: None, pass_size)
+    error = fit_unit(unit, lp_error(2.0), settings, generator, Feeding(CPU, pass_size), lambda: None)
     return *state(unit.module), unit.module, error
 
 
@@ -195,7 +196,7 @@ def test_nothing_is_left_behind_on_an_interruption(unit):
 
     settings = FitSettings(10, 5, lr_rounding=0.05, lr_act=1e-3, drop=0.5, layer_weight=0.5)
     with pytest.raises(KeyboardInterrupt):
-        fit_unit(unit, lp_error(2.0), settings, torch.Generator(), CPU, tick, 5)
+        fit_unit(unit, lp_error(2.0), settings, torch.Generator(), Feeding(CPU, 5), tick)
     assert not any(p.requires_grad for p in block.parameters())
     for layer in block.children():
         assert layer.soft_weight is None and not (layer.weights_quantized or layer.acts_quantized)

@@ -1,0 +1,51 @@
+"""Whether the project's own CUDA kernels run. They are off by default: none of them was timed on a GPU yet."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from qdiff.errors import UserError
+
+_enabled = False
+
+
+@contextlib.contextmanager
+def fused(enabled: bool = True) -> Iterator[None]:
+    """Compute on CUDA with the kernels of `qdiff.kernels` inside the block, or not. Results are the same to the bit.
+
+    Raises:
+        UserError: asked for where there is no CUDA device or no Triton.
+    """
+    global _enabled
+    if enabled:
+        check_available()
+        from qdiff.kernels import fake_quantize  # noqa: F401  registers the operation
+    before, _enabled = _enabled, enabled
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def check_available(device: torch.device | None = None) -> None:
+    """Raise a `UserError` where the kernels cannot run.
+
+    Args:
+        device: on which; by default any CUDA device will do.
+    """
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        raise UserError("--fused_kernels are for CUDA, and this run is not on a CUDA device; leave --fused_kernels out")
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("--fused_kernels need Triton, which is not installed; pip install triton, or leave them out")
+
+
+def runs_fused(*tensors: Tensor) -> bool:
+    """Whether an operation on these tensors is computed by a kernel of `qdiff.kernels`: they have no gradients."""
+    if not _enabled or tensors[0].device.type != "cuda":
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

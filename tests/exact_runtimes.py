@@ -1,0 +1,36 @@
+"""Skips the tests of what exports and runs ONNX where a package is missing, or this CPU's integers are not exact."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdiff.deploy.exactness import check_exact
+from qdiff.deploy.onnx_lowering import ProductLimits
+from qdiff.deploy.onnx_rewriting import HALF
+from qdiff.deploy.runtimes import RUNTIMES
+from qdiff.errors import UserError
+
+SPLIT = ProductLimits(HALF, activations=False)  # what OpenVINO's integers hold without VNNI
+
+
+def refusal(runtime: str) -> str | None:
+    """Return why a runtime is refused on this machine, or None."""
+    try:
+        check_exact(runtime, RUNTIMES[runtime])
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def require_packages() -> None:
+    """Skip the calling module where a package of the ``deploy`` extra is missing."""
+    for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+
+
+def require_runtimes() -> None:
+    """Skip the calling module where a package is missing or a runtime is refused, with that reason."""
+    require_packages()
+    for runtime in RUNTIMES:
+        if (reason := refusal(runtime)) is not None:
+            pytest.skip(reason, allow_module_level=True)

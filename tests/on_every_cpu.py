@@ -1,0 +1,95 @@
+"""Run the numeric part of the suite as other CPUs would run it: fewer instructions, and one or two threads.
+
+    python tests/on_every_cpu.py [PYTEST ARGUMENTS…]
+
+torch's own kernels, oneDNN and MKL choose their code by the CPU's instructions, and with it the order of sums. Each
+setting below makes them believe in a smaller CPU; those that this machine does not have are skipped and named. The
+exit code is 1 where a setting fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NUMERIC = ("tests/qdiff", "tests/ddim", "tests/ldm", "tests/evaluation")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a CPU is emulated.
+
+    Attributes:
+        name: shown in the table.
+        flags: of /proc/cpuinfo that the machine must have.
+        aten: ATEN_CPU_CAPABILITY, torch's own kernels.
+        onednn: DNNL_MAX_CPU_ISA (of torch) and ONEDNN_MAX_CPU_ISA (of OpenVINO).
+        mkl: MKL_ENABLE_INSTRUCTIONS, matrix products.
+        threads: of one process.
+    """
+
+    name: str
+    flags: tuple[str, ...] = ()
+    aten: str | None = None
+    onednn: str | None = None
+    mkl: str | None = None
+    threads: int = 1
+
+    def environment(self) -> dict[str, str]:
+        chosen = {
+            "ATEN_CPU_CAPABILITY": self.aten,
+            "DNNL_MAX_CPU_ISA": self.onednn,
+            "ONEDNN_MAX_CPU_ISA": self.onednn,
+            "MKL_ENABLE_INSTRUCTIONS": self.mkl,
+            "QDIFF_TEST_THREADS": str(self.threads),
+        }
+        kept = {k: v for k, v in os.environ.items() if k not in chosen}
+        return kept | {k: v for k, v in chosen.items() if v is not None}
+
+
+AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+SETTINGS = (
+    Setting("this CPU, 1 thread"),
+    Setting("this CPU, 2 threads", threads=2),
+    Setting("no AVX", aten="default", onednn="SSE41", mkl="SSE4_2"),
+    Setting("AVX2", ("avx2", "fma"), "avx2", "AVX2", "AVX2"),
+    Setting("AVX2, 2 threads", ("avx2", "fma"), "avx2", "AVX2", "AVX2", threads=2),
+    Setting("AVX-512 without VNNI", AVX512, "avx512", "AVX512_CORE", "AVX512"),
+    Setting("AVX-512 with VNNI", (*AVX512, "avx512_vnni"), "avx512", "AVX512_CORE_VNNI", "AVX512"),
+)
+
+
+def cpu_flags() -> set[str]:
+    """Return the instruction sets of this machine's CPU, as Linux names them."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
+
+
+def main(arguments: list[str]) -> int:
+    here, failed = cpu_flags(), 0
+    for setting in SETTINGS:
+        missing = [flag for flag in setting.flags if flag not in here]
+        if missing:
+            print(f"{setting.name:24s} skipped: this CPU has no {', '.join(missing)}", flush=True)
+            continue
+        # Two processes of one thread, or one of two: never more threads than two cores hold.
+        workers = ("-n", str(2 // setting.threads))
+        command = [sys.executable, "-m", "pytest", *workers, *NUMERIC, *arguments]
+        started = time.monotonic()
+        run = subprocess.run(command, cwd=REPOSITORY, env=setting.environment(), capture_output=True, text=True)
+        minutes = (time.monotonic() - started) / 60
+        failed += run.returncode != 0
+        result = (run.stdout.strip().splitlines() or ["no output"])[-1]
+        print(f"{setting.name:24s} {'passed' if run.returncode == 0 else 'FAILED'}, {minutes:.1f} min", flush=True)
+        if run.returncode != 0:
+            print("\n".join(line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))) or result)
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
