@@ -8,8 +8,11 @@ from ddim_runs import SCRIPT, W4A8
 from run_checks import image_bytes, manifest, succeeded
 
 DATA = ("--cali_st", 2, "--cali_n", 2)
-FEW = (*DATA, "--cali_iters", 3, "--cali_iters_a", 3, "--cali_batch_size", 2)
-EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, "--cali_iters", 3, "--cali_batch_size", 2)
+TENSORS = 6  # of a unit: target, up to two inputs, the same in float, and which samples are in which batch
+ITERATIONS = 8
+TIMES = ("--cali_iters", ITERATIONS)
+FEW = (*DATA, *TIMES, "--cali_iters_a", ITERATIONS, "--cali_batch_size", 2)
+EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, *TIMES, "--cali_batch_size", 2)
 QUICK = ("--w_range", "max", "--a_range", "max")
 RUNS = {
     "qdiff": (*W4A8, *FEW),
@@ -50,10 +53,12 @@ def test_calibration_and_sampling(name, learned):
     assert_learning_never_waits(counts, len(run["reconstruction_errors"]))
 
 
-@pytest.mark.xfail(strict=True, reason="a unit's inputs and target are gathered on the CPU at every iteration")
 @pytest.mark.parametrize("name", ["qdiff", "eda-dm"])
 def test_an_iteration_copies_nothing_from_pageable_memory(name, learned):
-    assert pageable_copies_while_learning(learned(name)[1]) == []
+    """A unit's tensors come to the device once; one copy for each iteration would be more than that."""
+    folder, counts = learned(name)
+    units = len(manifest(folder)["reconstruction_errors"])
+    assert len(pageable_copies_while_learning(counts)) <= TENSORS * units < ITERATIONS * units
 
 
 def test_planted_a_number_read_in_every_iteration(call, tiny, tmp_path, cuda, monkeypatch):
