@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-ldm demo-txt2img tables test test-cpus lint format clean
+.PHONY: demo demo-ldm demo-txt2img tables test test-cpus gpu-check gpu-packages lint format clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: set PYTHON=/path/to/python3')"
@@ -30,6 +30,15 @@ tables: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# With a Python that has torch and a GPU; it installs nothing (docs/gpu.md).
+gpu-check:
+	PYTHONPATH=. $(PYTHON) scripts/gpu_check.py
+
+# What such a machine may lack, for one without a network: carry the folder there.
+gpu-packages:
+	$(PYTHON) -m pip install -q --target .gpu-packages --upgrade --no-deps -c constraints.txt \
+		omegaconf torch-fidelity
 
 # The numeric part as smaller CPUs run it, and with two threads: about as long as the suite for each.
 test-cpus: $(READY)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from cuda_checks import assert_sampling_never_waits
-from ddim_runs import DATA, SAMPLER, SCRIPT, W4A8
-from run_checks import image_bytes, manifest, succeeded
+from ddim_runs import SCRIPT, W4A8
+from golden_cases import GoldenCase
+from latent_models import write_latent_model
+from modulated_runs import psnr
+from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
 from script_device import ON_DEVICE
+
+from qdiff.cli import command
 
 ON_CUDA = ("--device", "cuda")
 # The virtual device computes on the CPU, but attention by another composition.
@@ -32,6 +38,7 @@ FLOAT_RUNS = {
     "text dpm": ("txt2img", ("--ddim_steps", 4, "--dpm", "--fixed_code")),
     "captions": ("sample_txt2img", ("--ddim_steps", 4, "--plms")),
 }
+DATA = ("--cali_st", 2, "--cali_n", 2)
 LINEAR = ("--quant_mode", "linear", *DATA)
 TDAC = ("--calib_num_samples", 4, "--batch_samples", 4, "--no-recon", "--w_range", "max", "--a_range", "max")
 MODULATED = ("--quant_mode", "dynamic", "--modulate", "--method", "linear", *DATA)
@@ -47,17 +54,25 @@ QUANTIZED_RUNS = {
     "modulated by channel": (*W4A8, *MODULATED, "--act_scale_per", "channel"),
     "modulated, calibrated": (*W4A8, "--modulate", *LINEAR),
 }
-PACKED = ("torch", "torch-int8")
+
+
+@pytest.fixture(autouse=True)
+def few_held_out(monkeypatch):
+    monkeypatch.setattr(command, "HELD_OUT_IMAGES", 1)
 
 
 @pytest.fixture
 def run_on_cuda(call, cuda):
-    """``run_on_cuda(script, *words)``: a run on the device whose sampling never waited."""
+    """``run_on_cuda(script, *words)``: a run on the device whose sampling never waited, and where it says it was."""
 
     def run(script, *words):
         with cuda.counting() as counts:
             outcome = succeeded(call(script, *words, *ON_CUDA))
         assert_sampling_never_waits(counts)
+        if "-l" in words:
+            made = manifest(words[words.index("-l") + 1])
+            assert made["device"] == "cuda" and made["status"] == "finished"
+            assert made["peak_memory_bytes"][0]["device"] > 0
         return outcome
 
     return run
@@ -65,32 +80,116 @@ def run_on_cuda(call, cuda):
 
 @pytest.fixture(scope="session")
 def of_script(tiny, latent):
-    """``of_script(name)``: model, number of images and seed of a script's runs."""
+    """``of_script(name)``: the options of a script's runs, two images in one batch."""
 
     def options(script):
         if script == SCRIPT:
-            return *tiny.options, *SAMPLER
-        if "ldm" in script and "imagenet" not in script:
-            return "-r", latent("unconditional").weights, "-n", 3, "--batch_size", 2, "--seed", 7, *ON_DEVICE
-        common = ("--batch_size", 2, "--seed", 7, "--skip_grid")
+            return *tiny.options, "--timesteps", 4, "--max_images", 2, "--seed", 7
+        if script.startswith("sample_diffusion_ldm") and "imagenet" not in script:
+            return "-r", latent("unconditional").weights, "-n", 2, "--seed", 7, *ON_DEVICE
         if "imagenet" in script:
-            return *latent("class").options, "--n_samples", 3, *common
-        return *latent("text").options, "--prompt", "two", "--n_samples", 3, *common
+            return *latent("class").options, "--n_samples", 2, "--seed", 7, "--ddim_steps", 4
+        once = ("--n_iter", 1) if script == "txt2img" else ()
+        return *latent("text").options, "--prompt", "two", "--n_samples", 2, *once, "--seed", 7, "--ddim_steps", 4
 
     return options
 
 
-def pictures(folder):
-    """Return where a run on the device says that it was, with what it made."""
-    assert manifest(folder)["device"] == "cuda" and manifest(folder)["status"] == "finished"
-    assert manifest(folder)["peak_memory_bytes"][0]["device"] > 0
-    return image_bytes(folder)
-
-
 @pytest.mark.parametrize("name", FLOAT_RUNS)
-def test_float(name, call, run_on_cuda, of_script, tmp_path):
+def test_float(name, run_on_cuda, of_script, tmp_path):
     script, sampler = FLOAT_RUNS[name]
-    options = (*of_script(script), *sampler)
-    half = ("--precision", "full") if script in ("txt2img", "sample_txt2img") or "imagenet" in script else ()
-    run_on_cuda(script, *options, *half, "-l", tmp_path / "cuda")
-    assert len(pictures(tmp_path / "cuda")) >= 3
+    full = ("--precision", "full") if name.startswith(("class", "text", "captions")) else ()
+    run_on_cuda(script, *of_script(script), *sampler, *full, "-l", tmp_path)
+    assert len(image_bytes(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("script", [SCRIPT, "txt2img"])
+def test_the_images_are_those_of_the_cpu(script, call, cuda, of_script, tmp_path):
+    words = (*of_script(script), *(("--eta", 1) if script == SCRIPT else ("--ddim_eta", 1, "--precision", "full")))
+    for name, device in (("cpu", ON_DEVICE), ("cuda", ON_CUDA)):
+        succeeded(call(script, *words, *device, "-l", tmp_path / name))
+    assert largest_difference(tmp_path / "cpu", tmp_path / "cuda") <= GREY_LEVELS
+    succeeded(call(script, *words, "--seed", 8, *ON_CUDA, "-l", tmp_path / "other"))  # planted: other noise
+    assert largest_difference(tmp_path / "cpu", tmp_path / "other") > GREY_LEVELS
+
+
+def test_pictures_of_every_step(run_on_cuda, of_script, tmp_path):
+    run_on_cuda(SCRIPT, *of_script(SCRIPT), "--sequence", "-l", tmp_path)
+    assert len(list((tmp_path / "sequence").glob("*.png"))) == 8 * 4
+
+
+# --- Quantized
+
+
+@pytest.mark.parametrize("name", QUANTIZED_RUNS)
+def test_quantized(name, run_on_cuda, of_script, tmp_path):
+    """Recorded, calibrated, measured and sampled; the same command from the file that it wrote, and packed."""
+    words = (*of_script(SCRIPT), *QUANTIZED_RUNS[name], "-l", tmp_path)
+    run_on_cuda(SCRIPT, *words)
+    assert manifest(tmp_path)["activation_quantizers"]["silent"] == []
+    wanted = image_bytes(tmp_path)
+    lose_images(tmp_path, 0, 1)  # both: in a batch of another size sums round differently
+    outcome = run_on_cuda(SCRIPT, *words)
+    assert image_bytes(tmp_path) == wanted and "calibrating" not in outcome.err
+
+
+@pytest.mark.parametrize("script", ["sample_diffusion_ldm", "sample_diffusion_ldm_imagenet"])
+def test_quantized_latent_models(script, run_on_cuda, of_script, tmp_path):
+    steps = ("-c", 4, "-e", 1.0) if script == "sample_diffusion_ldm" else ("--precision", "full", "--scale", 2.0)
+    run_on_cuda(script, *of_script(script), *steps, *W4A8, *LINEAR, "-l", tmp_path)
+    assert manifest(tmp_path)["activation_quantizers"]["silent"] == []
+
+
+@pytest.fixture(scope="module")
+def checkpoint(call, of_script, tmp_path_factory):
+    """A W4A8 file of the CPU, with the images that the CPU makes of it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    succeeded(call(SCRIPT, *of_script(SCRIPT), *W4A8, *LINEAR, "-l", folder))
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["simulated", "torch", "torch-int8"])
+def test_runtimes_from_a_file(runtime, run_on_cuda, of_script, checkpoint, tmp_path):
+    words = ("--quant_mode", "linear", "--runtime", runtime, "--cali_ckpt", checkpoint / "quantized.safetensors")
+    run_on_cuda(SCRIPT, *of_script(SCRIPT), *W4A8, *words, "-l", tmp_path)
+    assert psnr(tmp_path, checkpoint) > SAME_IMAGES
+
+
+def test_another_runtimes_images_would_be_seen(call, of_script, checkpoint, tmp_path):
+    succeeded(call(SCRIPT, *of_script(SCRIPT), "--seed", 8, "-l", tmp_path))
+    assert psnr(tmp_path, checkpoint) < SAME_IMAGES
+
+
+def test_a_published_checkpoint(run_on_cuda, tmp_path):
+    golden = GoldenCase("sd_w4a8_sm16_split")
+    files = write_latent_model("text", tmp_path / "model", golden.case["model"], golden.float_weights())
+    sampler = ("--prompt", "two", "--plms", "--n_samples", 1, "--n_iter", 1, "--ddim_steps", 4, "--no_grad_ckpt")
+    quant = (*W4A8, "--sm_abit", 16, "--cali_ckpt", golden.path)
+    run_on_cuda("txt2img", *files.options, *sampler, *quant, "-l", tmp_path / "run")
+    assert manifest(tmp_path / "run")["config"]["precision"] == "autocast"
+
+
+def test_collecting(run_on_cuda, of_script, tmp_path):
+    for script, more in ((SCRIPT, ()), ("txt2img", ("--precision", "full"))):
+        words = [w for w in of_script(script) if w != "--max_images"]
+        words = words[: words.index(2)] + words[words.index(2) + 1 :] if script == SCRIPT else words
+        like = ("--like", script, "--cali_st", 2, "--cali_n", 2, "--out", tmp_path / f"{script}.pt")
+        run_on_cuda("collect_calibration", *like, *words, *more)
+        recorded = torch.load(tmp_path / f"{script}.pt", weights_only=True)
+        assert all(value.device.type == "cpu" for value in recorded.values())
+
+
+# --- Half precision
+
+
+@pytest.mark.parametrize("kind", ["float", "w4a8", "modulated"])
+def test_autocast(kind, run_on_cuda, of_script, tmp_path):
+    """Half precision is what the conditional scripts take by default; their error of ε is measured in it."""
+    quant = {"float": (), "w4a8": (*W4A8, "--sm_abit", 16, *LINEAR), "modulated": (*W4A8, *MODULATED)}[kind]
+    words = (*of_script("txt2img"), "--plms", *quant)
+    run_on_cuda("txt2img", *words, "-l", tmp_path / "half")
+    run_on_cuda("txt2img", *words, "--precision", "full", "-l", tmp_path / "full")
+    assert psnr(tmp_path / "half", tmp_path / "full") > SAME_IMAGES
+    if quant:
+        half, full = (manifest(tmp_path / name)["noise_error"]["mse"] for name in ("half", "full"))
+        assert half != full and half == pytest.approx(full, rel=0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from unittest import mock
 
@@ -12,7 +12,7 @@ import torch._dynamo  # before anything is patched: it notes what it finds in to
 
 from virtual_cuda.counts import Counts
 from virtual_cuda.cuda_patches import patches
-from virtual_cuda.dispatch import VirtualMode, recorder
+from virtual_cuda.dispatch import VirtualMode, fused_attention, recorder
 from virtual_cuda.modules import modules_are_checked
 from virtual_cuda.tensor import DeviceMemory, Generator, memory
 
@@ -33,6 +33,13 @@ class VirtualDevice:
     def counting() -> contextlib.AbstractContextManager[Counts]:
         """Count what happens inside a block."""
         return recorder.counting()
+
+    @staticmethod
+    def counted(work: Callable[..., object], *args: object) -> Counts:
+        """Return what ``work(*args)`` counts; a custom operation (`torch.library`) is one kernel."""
+        with recorder.counting() as counts:
+            work(*args)
+        return counts
 
 
 @contextlib.contextmanager
@@ -55,6 +62,7 @@ def virtual_cuda(devices: int = 1) -> Iterator[VirtualDevice]:
         with (
             mock.patch.multiple(torch.cuda, **patches(devices)),
             mock.patch.object(torch, "Generator", Generator),
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
             modules_are_checked(),
             recorder.counting() as counts,
             VirtualMode(),

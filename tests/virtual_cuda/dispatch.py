@@ -14,6 +14,7 @@ from virtual_cuda.tensor import CPU, VirtualTensor, pinned
 aten = torch.ops.aten
 
 recorder = Recorder()
+plain_attention = torch.nn.functional.scaled_dot_product_attention
 
 _WAITING = {
     aten._local_scalar_dense.default: "item",
@@ -34,7 +35,6 @@ _NO_KERNEL = {
     *("movedim", "lift_fresh", "is_pinned", "_local_scalar_dense", "empty", "empty_like", "new_empty", "chunk"),
     *("empty_strided", "new_empty_strided", "_fused_sdp_choice", "view_as_real", "is_same_size"),
 }
-_MATH, _EFFICIENT = 0, 2  # of torch.nn.attention.SDPBackend
 
 
 class VirtualMode(TorchDispatchMode):
@@ -67,8 +67,6 @@ def run(func, args: tuple, kwargs: dict):
     target = asked if asked is not None else virtual[0].device
     check_generator(kwargs, target)
     _count(func, args)
-    if func is aten._fused_sdp_choice.default:
-        return _attention_kernel(*args)
     inner_args, inner_kwargs = tree_map_only(VirtualTensor, lambda t: t.inner, (args, kwargs))
     if to_device:
         inner_kwargs["device"] = CPU
@@ -119,22 +117,35 @@ def _count(func, args: tuple) -> None:
         recorder.kernel(name)
 
 
-def _attention_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: object) -> int:
-    """Return CUDA's fused attention where it takes the shapes; with gradients the plain composition."""
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    return _MATH if learns or mask is not None or query.shape[-1] % 8 or query.dim() != 4 else _EFFICIENT
-
-
 def _compute(func, args: tuple, kwargs: dict):
     if func is aten._scaled_dot_product_efficient_attention.default:
-        made = aten._scaled_dot_product_attention_math.default(*args[:3], None, *args[5:7], **kwargs)
-        return made[0], made[0].new_empty(0), torch.empty(0), torch.empty(0)
+        return _attention(*args, **kwargs)
+    if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:  # half_to_float
+        return func(args[0].float(), args[1], False)
     half = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.float16]
     # CUDA takes the bounds in float32; the CPU's kernel refuses those that half precision cannot hold.
     if half and func in (aten.clamp.default, aten.clamp_.default):
         found = args[0].float().clamp(*args[1:], **kwargs).half()
         return args[0].copy_(found) if func is aten.clamp_.default else found
     return func(*args, **kwargs)
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *_: object, scale: float | None = None) -> tuple:
+    made = aten._scaled_dot_product_attention_math.default(q, k, v, bias, scale=scale)[0]
+    return made, made.new_empty(0), torch.empty(0), torch.empty(0)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *given: object, scale: float | None = None, **options):
+    """Take the place of `scaled_dot_product_attention`: CUDA's fused kernel where it takes the shapes.
+
+    PyTorch's own choice asks the driver. With gradients, masks or odd widths it is the plain composition here.
+    """
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    plain = learns or given or options or query.dim() != 4 or query.shape[-1] % 8
+    if plain or not isinstance(query, VirtualTensor):
+        return plain_attention(query, key, value, *given, scale=scale, **options)
+    op = aten._scaled_dot_product_efficient_attention
+    return op(query, key, value, None, False, 0.0, False, scale=scale)[0]
 
 
 def _to_copy(tensor: Tensor, asked: torch.device | None, kwargs: dict) -> Tensor:

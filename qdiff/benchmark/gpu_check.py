@@ -1,0 +1,223 @@
+"""The parts of scripts/gpu_check.py: each in a process of its own, within a time of its own; and their table."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qdiff.errors import UserError
+from qdiff.files import check_writable, written_whole
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = REPOSITORY / ".gpu-packages"
+"""Pure-Python packages that were prepared elsewhere, for a machine that can install none: ``make gpu-packages``."""
+AT_MOST = 470.0
+"""Seconds of all parts together, on a GPU."""
+CPU_PATIENCE = 6.0
+"""Times these that a trial on the CPU may take."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table.
+
+    Attributes:
+        what: was looked at.
+        found: the result, as a reader would write it.
+        wanted: what it is compared with; "" where nothing is.
+        good: whether it is as it should be; None where nothing is compared.
+        values: the numbers of ``found``.
+    """
+
+    what: str
+    found: str
+    wanted: str = ""
+    good: bool | None = None
+    values: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the check.
+
+    Attributes:
+        title: in the table.
+        seconds: that it may take.
+        function: ``module:name`` of ``function(args) → lines``, run in the part's own process.
+        needs: packages, by the names they are imported by.
+    """
+
+    title: str
+    seconds: float
+    function: str
+    needs: tuple[str, ...] = ()
+
+
+_SCRIPTS = ("omegaconf", "safetensors", "yaml", "tqdm")
+_EVALUATION = (*_SCRIPTS, "torch_fidelity", "jinja2", "sklearn")
+PARTS: dict[str, Part] = {
+    "machine": Part("machine", 30, "qdiff.benchmark.gpu_machine:machine_lines"),
+    "gpu-tests": Part("tests marked gpu", 60, "qdiff.benchmark.gpu_tests:marked_tests", ("pytest", "torch_fidelity")),
+    "script-tests": Part("script tests", 80, "qdiff.benchmark.gpu_tests:script_tests", ("pytest", *_SCRIPTS)),
+    "demo": Part(
+        "demo", 150, "qdiff.benchmark.gpu_demo:demo_lines", (*_SCRIPTS, "torch_fidelity", "jinja2", "sklearn")
+    ),
+    "cifar10": Part("CIFAR-10 UNet", 60, "qdiff.benchmark.gpu_networks:cifar10_lines", _SCRIPTS),
+    "stable-diffusion": Part(
+        "Stable Diffusion UNet", 90, "qdiff.benchmark.gpu_networks:stable_diffusion_lines", (*_SCRIPTS, "transformers")
+    ),
+}
+
+
+@dataclass
+class Result:
+    """What became of a part.
+
+    Attributes:
+        lines: those that it came to.
+        seconds: that it took.
+        trouble: why it ended early, or did not start; "" where it did not.
+        skipped: it did not start.
+    """
+
+    name: str
+    lines: list[Line]
+    seconds: float = 0.0
+    trouble: str = ""
+    skipped: bool = False
+
+
+def run_check(args: Namespace) -> bool:
+    """Run the parts, print the table and write it; return whether all is as it should be.
+
+    Raises:
+        UserError: a part that there is not, or a folder that cannot be written.
+    """
+    names = _chosen(args.parts)
+    out = Path(args.out)
+    check_writable(out / "table.md")
+    sys.path.append(str(PACKAGES))
+    for sentence in missing_packages(names):
+        print(sentence, file=sys.stderr, flush=True)
+    results: list[Result] = []
+    patience = CPU_PATIENCE if args.device == "cpu" else 1.0
+    deadline = time.monotonic() + patience * AT_MOST
+    for name in names:
+        lacking = _lacking(PARTS[name])
+        if lacking:
+            results.append(Result(name, [], trouble=f"skipped without {' and '.join(lacking)}", skipped=True))
+            continue
+        print(f"{PARTS[name].title} …", file=sys.stderr, flush=True)
+        results.append(_run(name, args, out, min(patience * PARTS[name].seconds, deadline - time.monotonic())))
+        _write(results, args, out)  # whoever interrupts keeps what is done
+    _write(results, args, out)
+    print(table(results))
+    return not any((r.trouble and not r.skipped) or any(line.good is False for line in r.lines) for r in results)
+
+
+def run_part(name: str, args: Namespace) -> None:
+    """In the process of a part: write its lines to the part's file, one as soon as it is there."""
+    module, function = PARTS[name].function.split(":")
+    with _lines_file(Path(args.out), name).open("w") as file:
+        for line in getattr(importlib.import_module(module), function)(args):
+            file.write(json.dumps(asdict(line)) + "\n")
+            file.flush()
+
+
+def missing_packages(names: Sequence[str]) -> list[str]:
+    """Return a sentence for every package that parts need and this Python lacks."""
+    without: dict[str, list[str]] = {}
+    for name in names:
+        for package in _lacking(PARTS[name]):
+            without.setdefault(package, []).append(PARTS[name].title)
+    advice = "prepare it with make gpu-packages where there is a network"
+    return [f"{package} is not installed, so these parts are skipped: {', '.join(titles)}; {advice}"
+            for package, titles in without.items()]  # fmt: skip
+
+
+def table(results: Sequence[Result]) -> str:
+    """Return the markdown table."""
+    lines = ["| part | what | result | expected | |", "| --- | --- | --- | --- | --- |"]
+    for result in results:
+        title = PARTS[result.name].title
+        verdicts = {True: "as expected", False: "**differs**", None: ""}
+        for line in result.lines:
+            cells = (title, line.what, line.found, line.wanted, verdicts[line.good])
+            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+        if result.trouble:
+            verdict = "" if result.skipped else "**failed**"
+            lines.append(f"| {title} | | {result.trouble.replace('|', '/')} | | {verdict} |")
+    return "\n".join(lines)
+
+
+def _chosen(text: str | None) -> list[str]:
+    names = list(PARTS) if text is None else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in PARTS:
+            raise UserError(f"--parts has {name!r}; choose from {', '.join(PARTS)}")
+    return names
+
+
+def _lacking(part: Part) -> list[str]:
+    return [package for package in part.needs if importlib.util.find_spec(package) is None]
+
+
+def _lines_file(out: Path, name: str) -> Path:
+    return out / f"{name}.jsonl"
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a part: it imports this repository, and prepared packages that the machine lacks."""
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")]), str(PACKAGES)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _run(name: str, args: Namespace, out: Path, seconds: float) -> Result:
+    out.mkdir(parents=True, exist_ok=True)
+    _lines_file(out, name).unlink(missing_ok=True)
+    command = [sys.executable, str(REPOSITORY / "scripts" / "gpu_check.py"), "--part", name, "--out", str(out)]
+    command += ["--device", args.device, *(["--small"] if args.small else [])]
+    log, started = out / f"{name}.log", time.monotonic()
+    trouble = ""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment(), stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            code = process.wait(timeout=max(seconds, 0.0))
+        except subprocess.TimeoutExpired:
+            trouble = f"stopped after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # its own processes too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if not trouble and code:
+        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        trouble = f"exit code {code}: {words[-1][:200] if words else 'no message'} ({log.name})"
+    return Result(name, list(_read_lines(_lines_file(out, name))), round(time.monotonic() - started, 1), trouble)
+
+
+def _read_lines(path: Path) -> Iterator[Line]:
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            yield Line(**json.loads(text))
+
+
+def _write(results: Sequence[Result], args: Namespace, out: Path) -> None:
+    about = {"device": args.device, "small": args.small, "date": time.strftime("%Y-%m-%d")}
+    with written_whole(out / "table.md") as path:
+        path.write_text(table(results) + "\n")
+    with written_whole(out / "table.json") as path:
+        path.write_text(json.dumps({**about, "parts": [asdict(result) for result in results]}, indent=1) + "\n")

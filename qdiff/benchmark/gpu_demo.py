@@ -1,0 +1,74 @@
+"""The lines of scripts/gpu_check.py about the demo: a GPU's numbers beside those that the README has from a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+from qdiff.benchmark.gpu_check import REPOSITORY, Line
+from qdiff.cli.table_file import read_yaml
+from qdiff.errors import UserError
+
+TABLE = REPOSITORY / "configs" / "tables" / "digits-demo.yaml"
+# The table of the README: FID and the error of ε, rows by label.
+CPU_NUMBERS: dict[str, dict[str, float]] = {
+    "float": {"fid": 0.78},
+    "linear W4A8": {"fid": 1.93, "noise_mse": 4.54e-03},
+    "Q-Diffusion W4A8": {"fid": 0.87, "noise_mse": 1.04e-03},
+}
+# Relative. Float sums in another order move no pixel by more than a grey level; values on rounding edges fall to the
+# other side, and what is learned from them goes another way.
+TOLERANCES = {"float": 0.03, "linear W4A8": 0.1, "Q-Diffusion W4A8": 0.2}
+TITLES = {"fid": "FID", "noise_mse": "ε error"}
+SMALL = {
+    "options": " --timesteps 4 --max_images 40 --batch_size 40",
+    "calibration": " --cali_st 2 --cali_n 4",
+    "row": " --cali_iters 3 --cali_iters_a 2",
+}
+
+
+def demo_lines(args: Namespace) -> Iterator[Line]:
+    """Run the demo's table on the device and compare it.
+
+    Raises:
+        UserError: it failed; its own message is in the log.
+    """
+    out = Path(args.out) / "demo"
+    table = _small_table(Path(args.out)) if args.small else TABLE
+    command = [sys.executable, str(REPOSITORY / "scripts" / "reproduce.py"), str(table)]
+    done = subprocess.run([*command, "--out", str(out), "--device", args.device], cwd=REPOSITORY, check=False)
+    if done.returncode:
+        raise UserError(f"the demo failed with exit code {done.returncode}; its message is above")
+    for row in json.loads((out / "table.json").read_text())["rows"]:
+        yield compared(row, compare=not args.small)
+
+
+def compared(row: dict, compare: bool = True) -> Line:
+    """Return the line of a row of the demo's results."""
+    label = row["label"]
+    wanted, tolerance = CPU_NUMBERS[label], TOLERANCES[label]
+    found = {key: row[key] for key in wanted}
+    times = {"calibration_s": row["calibration_s"], "sampling_s": row["sampling_s"]}
+    text = ", ".join(f"{TITLES[key]} {value:.3g}" for key, value in found.items())
+    text += f"; calibration {times['calibration_s']:.0f} s, sampling {times['sampling_s']:.0f} s"
+    if not compare:
+        return Line(label, text, values=found | times)
+    good = all(abs(found[key] - value) <= tolerance * value for key, value in wanted.items())
+    expected = ", ".join(f"{TITLES[key]} {value:.3g}" for key, value in wanted.items())
+    return Line(label, text, f"{expected}, ±{100 * tolerance:.0f} %", good, values=found | times)
+
+
+def _small_table(folder: Path) -> Path:
+    spec = read_yaml(TABLE)
+    spec["options"] += SMALL["options"]
+    spec["calibration"]["options"] += SMALL["calibration"]
+    for row in spec["rows"]:
+        if "--cali_iters" in row.get("options", ""):
+            row["options"] += SMALL["row"]
+    path = folder / "small-demo.yaml"
+    path.write_text(json.dumps(spec))  # JSON is YAML
+    return path

@@ -1,0 +1,97 @@
+"""What learns on the virtual GPU, run by test_cuda_backward.py in a process with `virtual_cuda.preload`."""
+
+from __future__ import annotations
+
+import pytest
+from cuda_checks import assert_learning_never_waits, assert_sampling_never_waits, pageable_copies_while_learning
+from ddim_runs import SCRIPT, W4A8
+from run_checks import image_bytes, manifest, succeeded
+
+DATA = ("--cali_st", 2, "--cali_n", 2)
+TENSORS = 6  # of a unit: target, up to two inputs, the same in float, and which samples are in which batch
+ITERATIONS = 8
+TIMES = ("--cali_iters", ITERATIONS)
+FEW = (*DATA, *TIMES, "--cali_iters_a", ITERATIONS, "--cali_batch_size", 2)
+EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, *TIMES, "--cali_batch_size", 2)
+QUICK = ("--w_range", "max", "--a_range", "max")
+RUNS = {
+    "qdiff": (*W4A8, *FEW),
+    "qdiff by layers": (*W4A8, "--recon_unit", "layer", *FEW),
+    "fisher": (*W4A8, "--objective", "fisher", *FEW),
+    "eda-dm": (*W4A8, "--method", "eda-dm", "--add_loss", 0.8, *EDA_DM, *QUICK),
+    "ptq4dm": (*W4A8, "--method", "ptq4dm", *EDA_DM, *QUICK),
+    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW),
+}
+STEPS = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
+
+
+@pytest.fixture(scope="module")
+def learned(call, tiny, tmp_path_factory):
+    """``learned(name)``: the folder of a run on the device and what was counted, run once."""
+    from virtual_cuda import virtual_cuda
+
+    known = {}
+
+    def run(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp("learned")
+            with virtual_cuda() as device:
+                succeeded(call(SCRIPT, *tiny.options, *STEPS, *RUNS[name], "--device", "cuda", "-l", folder))
+            known[name] = folder, device.counts
+        return known[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_calibration_and_sampling(name, learned):
+    folder, counts = learned(name)
+    run = manifest(folder)
+    assert run["device"] == "cuda" and len(image_bytes(folder)) == 2
+    assert run["activation_quantizers"]["silent"] == [] and len(run["reconstruction_errors"]) > 5
+    assert_sampling_never_waits(counts)
+    assert_learning_never_waits(counts, len(run["reconstruction_errors"]))
+
+
+@pytest.mark.parametrize("name", ["qdiff", "eda-dm"])
+def test_an_iteration_copies_nothing_from_pageable_memory(name, learned):
+    """A unit's tensors come to the device once; one copy for each iteration would be more than that."""
+    folder, counts = learned(name)
+    units = len(manifest(folder)["reconstruction_errors"])
+    assert len(pageable_copies_while_learning(counts)) <= TENSORS * units < ITERATIONS * units
+
+
+def test_planted_a_number_read_in_every_iteration(call, tiny, tmp_path, cuda, monkeypatch):
+    from qdiff.adaptive_rounding import LearnedRounding
+
+    regulariser = LearnedRounding.regulariser
+
+    def reads(self, beta):
+        made = regulariser(self, beta)
+        made.item()
+        return made
+
+    monkeypatch.setattr(LearnedRounding, "regulariser", reads)
+    succeeded(call(SCRIPT, *tiny.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path))
+    units = len(manifest(tmp_path)["reconstruction_errors"])
+    with pytest.raises(AssertionError, match="regulariser"):
+        assert_learning_never_waits(cuda.counts, units)
+
+
+def test_an_interrupted_calibration_continues(call, tiny, learned, tmp_path, cuda, monkeypatch):
+    from qdiff.calibration.journal import CalibrationJournal
+
+    words = (*tiny.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path)
+    finished, record = [], CalibrationJournal.record
+
+    def killed(self, *given):
+        if len(finished) == 3:
+            raise KeyboardInterrupt
+        finished.append(given)
+        record(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CalibrationJournal, "record", killed)
+        assert call(SCRIPT, *words).code == 130
+    succeeded(call(SCRIPT, *words))
+    assert image_bytes(tmp_path) == image_bytes(learned("qdiff")[0])

@@ -1,0 +1,120 @@
+"""Faults that would crash, slow down or blacken a run on a GPU, planted: the virtual GPU shows each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cuda_checks import assert_sampling_never_waits
+from ddim_runs import SCRIPT, W4A8
+from run_checks import succeeded
+from torch import nn
+from virtual_cuda import DeviceMismatch
+
+from ddim.command import DdimModel
+from ddim.models.diffusion import Model
+from ddim.samplers import ImageNoise
+from qdiff import functional
+from qdiff.cli.command import SampleCommand
+from qdiff.quantizer import ActQuantizer, Quantizer
+
+DATA = ("--cali_st", 2, "--cali_n", 2)
+LINEAR = (*W4A8, "--quant_mode", "linear", *DATA)
+STEPS = ("--timesteps", 3, "--max_images", 1, "--device", "cuda")
+TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_steps", 4, "--device", "cuda")
+
+
+@pytest.fixture
+def sample(call, tiny, cuda, tmp_path):
+    """``sample(*words)`` runs the DDIM script on the device and returns what was counted."""
+
+    def run(*words):
+        with cuda.counting() as counts:
+            succeeded(call(SCRIPT, *tiny.options, *STEPS, *words, "-l", tmp_path / str(len(words))))
+        return counts
+
+    return run
+
+
+def test_quantizers_that_stay_on_the_cpu(sample, monkeypatch):
+    monkeypatch.setattr(Quantizer, "to", lambda self, *_: self)
+    with pytest.raises(DeviceMismatch, match=r"is on the CPU|at least two devices"):
+        sample(*LINEAR)
+
+
+def test_single_numbers_that_stay_on_the_cpu(sample, monkeypatch):
+    """CUDA takes them along, so that no operation fails: they are found by name."""
+    monkeypatch.setattr(ActQuantizer, "_apply", lambda self, *_: self)
+    with pytest.raises(DeviceMismatch, match=r"act_quantizer.*is on the CPU"):
+        sample(*LINEAR)
+
+
+def test_a_parameter_that_was_moved_away(sample, monkeypatch):
+    moved = DdimModel.move_to
+
+    def but_one(self, device):
+        moved(self, device)
+        self.network.norm_out.weight = nn.Parameter(self.network.norm_out.weight.cpu())
+
+    monkeypatch.setattr(DdimModel, "move_to", but_one)
+    with pytest.raises(DeviceMismatch, match=r"norm_out.weight is on the CPU"):
+        sample()
+
+
+def test_a_number_read_at_every_step(sample, monkeypatch):
+    assert_sampling_never_waits(sample())
+    forward = Model.forward
+
+    def reads(self, x, t):
+        assert t[0].item() >= 0
+        return forward(self, x, t)
+
+    monkeypatch.setattr(Model, "forward", reads)
+    with pytest.raises(AssertionError, match=r"item at .*test_cuda_faults.*sample_generalized"):
+        assert_sampling_never_waits(sample("--batch_size", 1))
+
+
+def test_noise_from_pageable_memory(sample, monkeypatch):
+    def pageable(self):
+        rows = [s.standard_normal(self.shape, dtype=np.float32) for s in self._streams]
+        return torch.from_numpy(np.stack(rows)).to(self.device)
+
+    monkeypatch.setattr(ImageNoise, "draw", pageable)
+    with pytest.raises(AssertionError, match=r"H2D copy at .*sample_generalized"):
+        assert_sampling_never_waits(sample("--eta", 1))
+
+
+# --- Half precision
+
+
+@pytest.fixture
+def overflowing(monkeypatch):
+    """Quantization in the tensor's own half precision, as it once was: 16-bit softmax levels are infinite there."""
+    monkeypatch.setattr(functional, "at_least_single", lambda x: x)
+
+
+def test_an_overflow_of_half_precision_is_an_error(call, latent, cuda, tmp_path, overflowing):
+    words = (*latent("text").options, *TEXT, *LINEAR, "--sm_abit", 16)
+    outcome = call("txt2img", *words, "-l", tmp_path / "half")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("error: the ε of the quantized network is nan")
+    assert "give --precision full" in outcome.err and not list((tmp_path / "half").glob("img/*.png"))
+    succeeded(call("txt2img", *words, "--precision", "full", "-l", tmp_path / "full"))
+
+
+def test_an_error_of_eps_in_full_precision_would_not_show_it(call, latent, cuda, tmp_path, overflowing, monkeypatch):
+    """As it once was measured; images that are not finite are an error of their own then."""
+    measured = SampleCommand._noise_error
+
+    def in_full_precision(self, qnn):
+        with monkeypatch.context() as patch:
+            patch.setattr(self.args, "precision", "full")
+            found = measured(self, qnn)
+        assert 0 < found["mse"] < found["float_mean_square"]
+        return found
+
+    monkeypatch.setattr(SampleCommand, "_noise_error", in_full_precision)
+    outcome = call("txt2img", *latent("text").options, *TEXT, *LINEAR, "--sm_abit", 16, "-l", tmp_path / "half")
+    assert outcome.code == 2
+    assert outcome.err.splitlines()[-1].startswith("error: image 0 has values that are not finite")
+    assert not list((tmp_path / "half").glob("img/*.png"))
