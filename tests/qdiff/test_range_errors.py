@@ -71,7 +71,7 @@ class Launches(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        for made in tree_leaves(out):
+        for made in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
             storage = made.untyped_storage()
             if storage._cdata in given and not func._schema.is_mutable:
                 return out  # a view
