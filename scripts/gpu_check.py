@@ -10,6 +10,8 @@ the folder --out. --small takes small networks and few images, to try the comman
 
 from __future__ import annotations
 
+import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
+
 import argparse
 
 from qdiff.cli.errors import exits_cleanly
