@@ -19,7 +19,6 @@ RUNS = {
     "qdiff by layers": (*W4A8, "--recon_unit", "layer", *FEW),
     "fisher": (*W4A8, "--objective", "fisher", *FEW),
     "eda-dm": (*W4A8, "--method", "eda-dm", "--add_loss", 0.8, *EDA_DM, *QUICK),
-    "ptq4dm": (*W4A8, "--method", "ptq4dm", *EDA_DM, *QUICK),
     "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW),
 }
 STEPS = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
