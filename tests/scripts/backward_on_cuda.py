@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from argparse import Namespace
+
 import pytest
 from cuda_checks import assert_learning_never_waits, assert_sampling_never_waits, pageable_copies_while_learning
 from ddim_runs import SCRIPT, W4A8
@@ -94,3 +97,11 @@ def test_an_interrupted_calibration_continues(call, tiny, learned, tmp_path, cud
         assert call(SCRIPT, *words).code == 130
     succeeded(call(SCRIPT, *words))
     assert image_bytes(tmp_path) == image_bytes(learned("qdiff")[0])
+
+
+@pytest.mark.parametrize("part", ["gpu_machine:machine_lines", "gpu_networks:cifar10_lines"])
+def test_parts_of_the_gpu_check(part, cuda):
+    module, name = part.split(":")
+    lines = getattr(importlib.import_module(f"qdiff.benchmark.{module}"), name)(Namespace(small=True, device="cuda"))
+    found = {line.what: line for line in lines}
+    assert len(found) > 3 and not any(line.good is False for line in found.values())
