@@ -165,11 +165,11 @@ PUBLISHED_BEGINNINGS = {"--max_image": ("max_images", 50000), "--cali_bat": ("ca
 @pytest.mark.parametrize("option", PUBLISHED_BEGINNINGS)
 def test_unambiguous_beginnings_are_taken(option):
     """MoDiff's README has ``--max_image 50000``."""
-    from ddim.options import add_options
+    from ddim.options import add_sample_options
     from qdiff.cli.ptq import add_ptq_options
 
     parser = Parser(None)
-    add_options(parser)
+    add_sample_options(parser)
     add_ptq_options(parser)
     name, value = PUBLISHED_BEGINNINGS[option]
     args = parser.parse_args(["--config", "x.yml", option, str(value)])
