@@ -63,6 +63,8 @@ def virtual_cuda(devices: int = 1) -> Iterator[VirtualDevice]:
             mock.patch.multiple(torch.cuda, **patches(devices)),
             mock.patch.object(torch, "Generator", Generator),
             mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", fused_attention),
+            # Views of wrapper tensors that were made outside of inference mode cannot be taken inside it.
+            mock.patch.object(torch, "inference_mode", lambda mode=True: torch.no_grad()),
             modules_are_checked(),
             recorder.counting() as counts,
             VirtualMode(),
