@@ -38,6 +38,9 @@ class DdimModel(FloatModel):
             args.sample_type, args.timesteps, args.skip_type, args.eta, args.dpm_order, args.dpm_method
         )
         self.sampler = DdimSampler(self.model_config, self.options, args.seed, torch.device("cpu"))
+        if self.options.kind != "dpm_solver":
+            schedule = self.sampler.schedule
+            self.note_steps("--timesteps", args.timesteps, len(self.sampler.timesteps), schedule.num_train)
         self.batch_size = args.batch_size or self.model_config.get("sampling", {}).get("batch_size", 64)
         self.name = Path(args.config).stem
         self.count = getattr(args, "max_images", 1)

@@ -49,6 +49,6 @@ def load_float_weights(network: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: missing, damaged, or the weights of another network.
     """
-    state = {name.removeprefix("module."): tensor for name, tensor in read_float_tensors(Path(path)).items()}
+    state = read_float_tensors(Path(path))
     check_state(state, network.state_dict(), path)
     network.load_state_dict(state, strict=True)

@@ -50,6 +50,9 @@ class LatentModel(FloatModel):
         self.latent_shape = latent_shape(self.model_config, args)
         self.schedule = build_schedule(self.model_config.model.params)
         self.sampler = self._sampler(torch.device("cpu"))
+        if options.kind in (SamplerKind.DDIM, SamplerKind.PLMS):
+            option = "--ddim_steps" if hasattr(args, "ddim_steps") else "--custom_steps"
+            self.note_steps(option, options.steps, len(self.sampler.timesteps), self.schedule.num_train)
         self.name = Path(config_path).parent.name if Path(config_path).stem == "config" else Path(config_path).stem
         self.eda_dm = OmegaConf.to_container(self.model_config.get("eda_dm") or OmegaConf.create({}), resolve=True)
         self.config = {

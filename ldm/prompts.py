@@ -26,7 +26,7 @@ def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
         raise UserError(f"prompt file {path} does not exist; check {option}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}); check {option}") from error
-    prompts = _coco_captions(text, path) if path.suffix.lower() == ".json" else text.splitlines()
+    prompts = _coco_captions(text, path) if path.suffix.lower() == ".json" else re.split(r"\r\n|\r|\n", text)
     prompts = [p.strip() for p in prompts if p.strip()]
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")

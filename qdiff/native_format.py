@@ -34,7 +34,7 @@ from qdiff.packing import deflate_floats, inflate_floats, pack, packed_bytes, un
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
-from qdiff.tensor_files import read_safetensors
+from qdiff.tensor_files import check_finite, read_safetensors
 
 FLOAT_BYTES = 4
 
@@ -199,6 +199,7 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
+    check_finite({**floats, **weights}, path)
     return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges)
 
 

@@ -75,6 +75,10 @@ class WeightCache:
         """Return an empty one: it belongs to other layers."""
         return WeightCache(self.limit)
 
+    def __reduce__(self) -> tuple:
+        """Pickle an empty one: what it holds is known by objects of this process."""
+        return WeightCache, (self.limit,)
+
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()

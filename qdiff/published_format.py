@@ -19,6 +19,7 @@ from qdiff.functional import max_level
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
+from qdiff.tensor_files import check_finite
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
@@ -73,6 +74,8 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
                 f"checkpoint {path} belongs to another network: {name} is {tuple(state[name].shape)}, "
                 f"this network's is {tuple(parameter.shape)}"
             )
+    check_finite({name: state[name] for name in plain}, path)
+    check_finite({name: tensor for name, tensor in state.items() if name.endswith((".alpha", ".zero_point"))}, path)
     _check_symmetry(qnn, state, quantizers, path)
     values = {p: _quantizer_values(qnn, state, p, q, path) for p, q in quantizers.items()}
     for name, layer in qnn.model.named_modules():

@@ -43,7 +43,6 @@ class QuantModule(nn.Module):
             raise ValueError(f"padding mode {layer.padding_mode} is not supported: only zeros are exact")
         self.weight, self.bias = layer.weight, layer.bias
         self.geometry = _geometry_of(layer)
-        self._operation = _operation_of(layer, self.geometry)
         boundary = getattr(layer, "split_at", None) if config.split_shortcut else None
         channels = self.weight.shape[1]
         self.slices = [channels] if boundary is None else [boundary, channels - boundary]
@@ -253,9 +252,17 @@ class QuantModule(nn.Module):
             dtype = fn(torch.empty(0, dtype=shape.dtype)).dtype
             self.weight = nn.Parameter(torch.empty_like(shape, dtype=dtype, device="meta"), requires_grad=False)
 
+    def _operation(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return what the float layer computes with a weight."""
+        if self.geometry is None:
+            return F.linear(x, weight, bias)
+        convolve = F.conv1d if weight.dim() == 3 else F.conv2d
+        where = self.geometry
+        return convolve(x, weight, bias, where.stride, where.padding, where.dilation, where.groups)
+
     @property
     def _channel_dim(self) -> int:
-        return -1 if self._operation is F.linear else 1  # linear layers keep channels last
+        return -1 if self.geometry is None else 1  # linear layers keep channels last
 
     def _quantized(self, x: Tensor, quantizers: nn.ModuleList) -> Tensor:
         if len(self.slices) == 1:
@@ -266,14 +273,6 @@ class QuantModule(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, slices={self.slices}"
-
-
-def _operation_of(layer: nn.Module, geometry: Geometry | None) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    if geometry is None:
-        return F.linear
-    convolve = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
-    where = (geometry.stride, geometry.padding, geometry.dilation, geometry.groups)
-    return lambda x, weight, bias: convolve(x, weight, bias, *where)
 
 
 def _geometry_of(layer: nn.Module) -> Geometry | None:

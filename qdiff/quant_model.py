@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +12,13 @@ from torch import Tensor, nn
 from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
 from qdiff.integer import check_integer_products, int8_is_exact
-from qdiff.interface import AttentionCore, family_of
+from qdiff.interface import family_of
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
 from qdiff.packed_weight import PACKED, WeightCache
-from qdiff.quant_attention import QuantAttention
-from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
+from qdiff.wrapping import replace_leaves
 
 
 class QuantModel(nn.Module):
@@ -31,7 +32,11 @@ class QuantModel(nn.Module):
         network: float weights loaded; a `qdiff.interface.SteppedNetwork` where it is to be calibrated.
         config: widths and ranges.
 
-    ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W].
+    ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W]. Keywords are passed on, and
+    an attribute that this class does not have is the network's.
+
+    Attributes:
+        left_in_float: layers with products that are not quantized, by name, each with the reason.
     """
 
     def __init__(self, network: nn.Module, config: QuantConfig) -> None:
@@ -44,13 +49,7 @@ class QuantModel(nn.Module):
         ends = self.family.ends
         if config.keep_ends and ends is None:
             raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
-        for path, parent in list(network.named_modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, QUANTIZABLE):
-                    full_name = f"{path}.{name}" if path else name
-                    setattr(parent, name, QuantModule(child, config.of_layer(full_name, ends)))
-                elif isinstance(child, AttentionCore):
-                    setattr(parent, name, QuantAttention(child, config))
+        self.left_in_float = replace_leaves(network, config, ends)
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
         device = self.device
@@ -61,14 +60,28 @@ class QuantModel(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def forward(self, *inputs: Tensor | None) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            network = self.__dict__.get("_modules", {}).get("model")
+            if network is None or name.startswith("__"):
+                raise
+            return getattr(network, name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating dtype of the network's parameters."""
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def forward(self, *inputs: Tensor | None, **keywords: Any) -> Tensor:
         while inputs and inputs[-1] is None:  # an absent condition is not passed on
             inputs = inputs[:-1]
         if self.config.ablation is Ablation.CLEARED_STATE:
             for layer in self.layers().values():
                 if layer.memory is not None:
                     layer.memory.clear()
-        return self.model(*inputs)
+        return self.model(*inputs, **keywords)
 
     def train(self, mode: bool = True) -> QuantModel:
         """Stay in eval mode: neither reconstruction nor sampling may run with dropout."""

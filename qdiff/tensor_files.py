@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from qdiff.errors import UserError
 _ZIP = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _LEGACY_PICKLE = b"\x80"
 MAPPED_FROM = 1 << 28  # bytes
+WRAPPED = "module."  # what DataParallel puts before every name
 
 
 def read_float_tensors(path: Path) -> dict[str, Tensor]:
@@ -28,8 +30,18 @@ def read_float_tensors(path: Path) -> dict[str, Tensor]:
     return load_tensors(path) if is_pickle(path) else read_safetensors(path)
 
 
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise a `UserError` that names the first tensor of a file with a value that is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path} holds NaN or infinite values, the first in {name}; get or make the file anew")
+
+
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
-    """Raise a `UserError` that names the first tensor by which a file differs from what a network expects."""
+    """Raise a `UserError` that names the first tensor by which a file differs from what a network expects.
+
+    Differences are those of names and shapes, and values that are not finite.
+    """
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape)
     for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")):
@@ -38,6 +50,7 @@ def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: str
                 f"{path} does not hold the weights of this config's network: {len(names)} tensors {what} "
                 f"(e.g. {names[0]}); give the config and the weights of one model"
             )
+    check_finite(state, path)
 
 
 def is_pickle(path: Path) -> bool:
@@ -58,6 +71,9 @@ def is_pickle(path: Path) -> bool:
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a ``torch.save``d state dict without running code from it; large files are mapped into memory.
 
+    It may lie where training codes put it: under ``state_dict``, or in a list ``[model, optimizer, epoch, step, ema]``,
+    of which the averaged weights are taken; ``module.`` before all names is removed.
+
     Objects of a training framework that stand beside the weights (Lightning keeps callbacks and hyperparameters
     there) become inert stand-ins.
 
@@ -74,8 +90,14 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     # Lightning files keep the weights one level down.
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
+    # DDIM's training code writes [model, optimizer, epoch, step] and, where weights are averaged, their averages last.
+    if isinstance(state, list | tuple) and state:
+        state = state[-1] if isinstance(state[-1], dict) and len(state) > 4 else state[0]
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} is not a plain dict of tensors; give a model's or a quantized checkpoint")
+    # Networks trained in parallel are wrapped, and so are the names of their tensors.
+    if all(name.startswith(WRAPPED) for name in state):
+        state = {name.removeprefix(WRAPPED): tensor for name, tensor in state.items()}
     return state
 
 

@@ -90,7 +90,7 @@ def _lines(size: Size, device_name: str) -> Iterator[Line]:
     data = CalibrationSet(_inputs(size.samples, shapes, torch.device("cpu")))
     run = CalibrationRun(show_progress=False)
     seconds, peak = _measured(device, lambda: qdiffusion.calibrate(qnn, data, plan.recipe, run))
-    what = f"calibration W4A8, {size.samples} samples, {size.iterations} iterations a unit, twice"
+    what = f"calibration W4A8, {size.samples} samples, {size.iterations} iterations per unit, twice"
     values = {"seconds": seconds, "peak_bytes": peak, "units": len(run.errors)}
     yield Line(what, f"{seconds:.1f} s for {len(run.errors)} units, {_memory(peak)}", values=values)
 
@@ -143,7 +143,7 @@ def _called(
         seconds, peak = _measured(device, calls)
     finite = bool(torch.isfinite(output).all())
     count = len(inputs[0])
-    found = f"{1000 * seconds / CALLS:.1f} ms a call of {count} samples, {_memory(peak)}"
+    found = f"{1000 * seconds / CALLS:.1f} ms per call of {count} samples, {_memory(peak)}"
     values = {"seconds_per_call": seconds / CALLS, "samples": count, "peak_bytes": peak}
     return Line(what, found if finite else f"{found}, NOT FINITE", "finite", finite, values)
 

@@ -20,6 +20,8 @@ from qdiff.errors import UserError
 from qdiff.files import written_whole
 
 FIX = "make one with scripts/collect_calibration.py"
+TIMES = ("ts", "ts_prev")
+KEYS = ("xs", "cs", "ucs", "xs_prev", *TIMES)
 
 
 @dataclass(frozen=True)
@@ -57,17 +59,47 @@ def load_recording(path: str | Path) -> dict[str, Sequence[Tensor]]:
         raise UserError(f"calibration file {path} is damaged or truncated ({reason}); {FIX}") from error
     if not isinstance(recording, dict) or not {"xs", "ts"} <= set(recording):
         raise UserError(f"calibration file {path} is malformed: it is not a dict with xs and ts; {FIX}")
+    unknown = sorted(set(map(str, recording)) - {*KEYS})
+    if unknown:
+        raise UserError(
+            f"calibration file {path} holds {', '.join(unknown)}, which is none of {', '.join(KEYS)}; rename it, or "
+            "take it out"
+        )
     for key, rows in recording.items():
         listed = isinstance(rows, list | tuple) and all(isinstance(r, Tensor) for r in rows)
         if not (listed or isinstance(rows, Tensor)):
             raise UserError(f"calibration file {path} is malformed: {key} does not hold tensors; {FIX}")
+        if (rows.dim() if isinstance(rows, Tensor) else 1) == 0 or any(r.dim() == 0 for r in rows):
+            raise UserError(f"calibration file {path} is malformed: {key} holds single numbers, not samples; {FIX}")
         if len(rows) != len(recording["xs"]):
             raise UserError(
                 f"calibration file {path} is malformed: {len(recording['xs'])} steps of xs, {len(rows)} of {key}; {FIX}"
             )
+        for step, samples in enumerate(rows):
+            _check_samples(samples, key, step, path)
     if len(recording["xs"]) == 0 or any(len(x) == 0 for x in recording["xs"]):
         raise UserError(f"calibration file {path} is empty; {FIX}")
     return recording
+
+
+def _check_samples(samples: Tensor, key: str, step: int, path: Path) -> None:
+    """Raise a `UserError` where the samples of a step are no numbers that a network can be fed."""
+    if key in TIMES:
+        if samples.is_complex() or samples.dtype == torch.bool:
+            raise UserError(f"calibration file {path} is malformed: {key} holds {samples.dtype}, not timesteps; {FIX}")
+        wrong = (samples.double() < 0) | ~torch.isfinite(samples.double())
+        if wrong.any():
+            raise UserError(
+                f"calibration file {path} is malformed: {key} holds the timestep {float(samples[wrong][0])} at step "
+                f"{step}; {FIX}"
+            )
+        return
+    if not samples.is_floating_point():
+        raise UserError(f"calibration file {path} is malformed: {key} holds {samples.dtype}, not floats; {FIX}")
+    if not torch.isfinite(samples).all():
+        raise UserError(
+            f"calibration file {path} holds NaN or infinite values, the first in {key} at step {step}; {FIX}"
+        )
 
 
 def select_samples(

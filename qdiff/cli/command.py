@@ -176,6 +176,7 @@ class SampleCommand:
                 if packed is not None:
                     add_checkpoint(run, "quantized checkpoint", self.plan.checkpoint)
                 run.manifest["fused_kernels"] = args.fused_kernels
+                run.manifest["network_calls"] = model.calls  # of one image
                 run.manifest["network_bytes"] = sum(p.numel() * 4 for p in model.network.parameters())
                 if model.labels is not None:
                     run.manifest["labels"] = model.labels

@@ -84,6 +84,14 @@ class FloatModel:
         """How often one image's sampling calls the network."""
         raise NotImplementedError
 
+    def note_steps(self, option: str, asked: int, taken: int, training_steps: int) -> None:
+        """Add a note where a sampler takes another number of steps than an option asks for."""
+        if asked != taken:
+            self.notes.append(
+                f"{option} {asked} does not divide the {training_steps} training steps: {taken} steps are taken, as by "
+                "the published samplers"
+            )
+
     def check_modulation(self, quant: QuantConfig) -> None:
         """Raise a `UserError` where a network that modulates would be sampled in one step."""
         if quant.modulate and self.calls < 2:

@@ -28,13 +28,11 @@ def chosen_runtimes(text: str, known: Collection[str]) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """Reports bad options as a `UserError` (one sentence, exit code 2), without the usage text.
 
-    Abbreviated options are refused: ``--cali`` could mean ten things.
+    Unambiguous beginnings of an option are taken, as the papers' scripts take them (``--max_image 50000``).
     """
 
     def __init__(self, description: str | None) -> None:
-        super().__init__(
-            description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")

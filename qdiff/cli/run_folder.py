@@ -27,6 +27,8 @@ log = logging.getLogger("qdiff")
 PACKAGES = ("torch", "torchvision", "numpy", "pytorch-lightning", "safetensors", "torch-fidelity")
 PREVIEW_IMAGES = 64
 LONGEST_VALUE = 80  # characters of an option's value in an error
+# Entries of a config that say how many images there are: a run is continued with more of them.
+GROWING = ("max_images", "num_images", "prompts")
 
 
 class RunFolder:
@@ -35,7 +37,7 @@ class RunFolder:
     Args:
         path: the folder.
         config: the resolved configuration, JSON values: what decides the images. A run is continued only with the
-            same one.
+            same one, or with one that asks for more images (`GROWING`).
         count: how many images the run is to make.
 
     Raises:
@@ -50,6 +52,11 @@ class RunFolder:
         self.manifest: dict[str, Any] = self._previous()
         # Finished, and its images deleted as asked; any other run is seen by its images.
         self.is_complete = self.manifest.get("status") == "finished" and not self.manifest.get("images_kept", True)
+        if self.is_complete and self.manifest.get("num_images", count) != count:
+            raise UserError(
+                f"{self.path} holds a finished run whose {self.manifest['num_images']} images were deleted; choose "
+                "another --logdir to make more"
+            )
         self.manifest |= {
             "config": self.config,
             "command": shlex.join([Path(sys.executable).name, *sys.argv]),
@@ -76,7 +83,7 @@ class RunFolder:
             before = previous["config"]
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
-        differing = sorted(_differences(before, self.config))
+        differing = sorted(_differences(before, _shrunk(self.config, before)))
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to "
@@ -205,6 +212,18 @@ def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
                 yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
     elif a != b:
         yield f"{name}: {_short(a)} there, {_short(b)} here"
+
+
+def _shrunk(config: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    """Return a config with as many images as one before it had, where it asks for the same ones and more."""
+    same = dict(config)
+    for key in GROWING:
+        here, there = config.get(key), before.get(key)
+        more = isinstance(here, int) and isinstance(there, int) and here > there
+        longer = isinstance(here, list) and isinstance(there, list) and here[: len(there)] == there
+        if more or longer:
+            same[key] = there
+    return same
 
 
 def _short(value: Any) -> str:

@@ -102,7 +102,7 @@ def _normalised(graph: Rewriting, norm: onnx.NodeProto) -> None:
 
 def changes(limits: ProductLimits) -> Mapping[str, Change]:
     """Return what comes in the place of which operations; what is exact is left to the choice of kernels."""
-    # Not Gemm (the embedding of t, a row a sample): its product would come back as one, and be computed in float.
+    # Not Gemm (the embedding of t, one row per sample): its product would come back as one, and be computed in float.
     return {
         **dict.fromkeys(("Conv", "MatMul"), of_integers(_as_matrix_product)),
         "GroupNormalization": _normalised,

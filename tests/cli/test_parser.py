@@ -157,3 +157,22 @@ def test_arguments_reach_the_command():
     exits_cleanly(lambda *a, **k: seen.append((a, k)))([1], b=2)
     assert seen == [(([1],), {"b": 2})]
     assert isinstance(Parser(None), argparse.ArgumentParser)
+
+
+PUBLISHED_BEGINNINGS = {"--max_image": ("max_images", 50000), "--cali_bat": ("cali_batch_size", 8)}
+
+
+@pytest.mark.parametrize("option", PUBLISHED_BEGINNINGS)
+def test_unambiguous_beginnings_are_taken(option):
+    """MoDiff's README has ``--max_image 50000``."""
+    from ddim.options import add_sample_options
+    from qdiff.cli.ptq import add_ptq_options
+
+    parser = Parser(None)
+    add_sample_options(parser)
+    add_ptq_options(parser)
+    name, value = PUBLISHED_BEGINNINGS[option]
+    args = parser.parse_args(["--config", "x.yml", option, str(value)])
+    assert getattr(args, name) == value
+    with pytest.raises(UserError, match="--cali could match"):
+        parser.parse_args(["--config", "x.yml", "--cali", "3"])

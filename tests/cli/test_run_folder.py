@@ -230,3 +230,34 @@ def test_folder_that_becomes_unwritable_is_refused_on_opening(tmp_path):
 def test_tensor_is_no_config(tmp_path):
     with pytest.raises(TypeError):
         RunFolder(tmp_path / "run", {"x": torch.zeros(1)}, 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "fewer", "more", "other"),
+    [
+        ("max_images", 3, 5, 2),
+        ("num_images", 3, 5, 2),
+        ("prompts", ["a", "b", "c"], ["a", "b", "c", "d", "e"], ["a", "x", "c", "d", "e"]),
+    ],
+)
+def test_a_finished_run_gets_more_images(key, fewer, more, other, tmp_path):
+    run = opened(tmp_path / "run", {**CONFIG, key: fewer})
+    run.save_images([0, 1, 2], some_images())
+    run.finish(save_npz=False)
+    grown = opened(tmp_path / "run", {**CONFIG, key: more}, count=5)
+    assert grown.pending() == [3, 4] and not grown.is_complete
+    state = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (state["status"], state["num_images"], state["config"][key]) == ("running", 5, more)
+    with pytest.raises(UserError, match=key):
+        RunFolder(tmp_path / "run", {**CONFIG, key: other}, 5)
+    with pytest.raises(UserError, match="seed"):
+        RunFolder(tmp_path / "run", {**CONFIG, key: more, "seed": 2}, 5)
+
+
+def test_a_finished_run_without_its_images_gets_no_more(tmp_path):
+    run = opened(tmp_path / "run", {**CONFIG, "max_images": 3})
+    run.save_images([0, 1, 2], some_images())
+    run.finish(save_npz=True, keep_images=False)
+    assert RunFolder(tmp_path / "run", {**CONFIG, "max_images": 3}, 3).is_complete
+    with pytest.raises(UserError, match="3 images were deleted"):
+        RunFolder(tmp_path / "run", {**CONFIG, "max_images": 5}, 5)

@@ -217,3 +217,20 @@ def test_states_that_differ():
     ):
         with pytest.raises(UserError, match=says):
             check_state(state, expected, "path")
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_the_training_code_of_ddim(averaged, wrapped, tmp_path):
+    """[model, optimizer, epoch, step], and the averaged weights last where there are some."""
+    prefix = "module." if wrapped else ""
+    state = {prefix + name: tensor for name, tensor in STATE.items()}
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    torch.save([other, optimizer, 5, 100, state] if averaged else [state, optimizer, 5, 100], tmp_path / "ckpt.pth")
+    assert_is_state(load_tensors(tmp_path / "ckpt.pth"))
+
+
+def test_a_prefix_of_some_names_stays(tmp_path):
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "mixed.pth")
+    assert set(load_tensors(tmp_path / "mixed.pth")) == {"module.a", "b"}

@@ -59,7 +59,7 @@ REFUSED = {
         ("--quant_act", "--resume_w"),
     ),
     "unknown option": (("--cali_stepz", 3), ("--cali_stepz",)),
-    "abbreviated option": (("--max_im", 3), ("--max_im",)),
+    "ambiguous option": (("--cali", 3), ("--cali could match", "--cali_st")),
     "no number": (("--weight_bit", "four"), ("--weight_bit", "four")),
     "data missing": ((*DATA_FROM, "{bad}/none"), ("{bad}/none", "does not exist", "collect_calibration")),
     "data empty file": ((*DATA_FROM, "{bad}/empty"), ("{bad}/empty", "collect_calibration")),

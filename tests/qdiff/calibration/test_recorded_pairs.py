@@ -19,7 +19,7 @@ def recording(conditional=False, guided=True):
     xs = torch.zeros(STEPS, COUNT, *SHAPE)
     xs += torch.arange(STEPS)[:, None, None, None, None] * 100 + torch.arange(COUNT)[None, :, None, None, None]
     ts = torch.arange(STEPS)[:, None].expand(STEPS, COUNT).clone()
-    made = {"xs": xs, "ts": ts, "xs_prev": xs - 50, "ts_prev": ts - 0.5}
+    made = {"xs": xs, "ts": ts, "xs_prev": xs - 50, "ts_prev": ts + 0.5}
     if conditional:
         made["cs"] = torch.ones(STEPS, COUNT, 3, 5) * torch.arange(COUNT)[:, None, None]
         if guided:
@@ -33,7 +33,7 @@ def test_a_pair_is_the_step_before_and_the_step():
     assert len(chosen) == 6 and x.shape == (6, 2, *SHAPE) and t.shape == (6, 2)
     assert x[:, 1, 0, 0, 0].tolist() == [0, 1, 300, 301, 600, 601]
     assert x[:, 0, 0, 0, 0].tolist() == [-50, -49, 250, 251, 550, 551]
-    assert t.tolist() == [[-0.5, 0]] * 2 + [[2.5, 3]] * 2 + [[5.5, 6]] * 2
+    assert t.tolist() == [[0.5, 0]] * 2 + [[3.5, 3]] * 2 + [[6.5, 6]] * 2
     plain = select_samples(recording(), 3, 2, SHAPE)
     assert all(
         torch.equal(pair[:, 1].float(), now.float()) for pair, now in zip(chosen.inputs, plain.inputs, strict=True)

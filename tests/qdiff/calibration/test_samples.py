@@ -157,3 +157,25 @@ def test_bad_files_are_one_clear_error(tmp_path):
     assert not (tmp_path / "evidence").exists()
     with pytest.raises(UserError, match="does not exist"):
         load_recording(tmp_path / "nowhere.pt")
+
+
+NUMBERS = {
+    "unknown key": (lambda made: made.update(latents=made["xs"]), "holds latents, which is none of xs"),
+    "integers": (lambda made: made.update(xs=made["xs"].long()), "xs holds torch.int64, not floats"),
+    "truth values": (lambda made: made.update(ts=made["ts"] > 3), "ts holds torch.bool, not timesteps"),
+    "single numbers": (lambda made: made.update(ts=[torch.tensor(i) for i in range(10)]), "single numbers"),
+    "a number": (lambda made: made.update(ts=torch.tensor(3)), "single numbers"),
+    "negative times": (lambda made: made["ts"].__setitem__(3, -1), "timestep -1.0 at step 3"),
+    "NaN": (lambda made: made["xs"][4].fill_(torch.nan), "NaN or infinite values, the first in xs at step 4"),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_no_network_can_be_fed(name, tmp_path):
+    damage, match = NUMBERS[name]
+    made = recording()
+    damage(made)
+    save_recording(made, tmp_path / "data.pt")
+    with pytest.raises(UserError, match=match) as caught:
+        load_recording(tmp_path / "data.pt")
+    assert "data.pt" in str(caught.value)

@@ -1,0 +1,76 @@
+"""A quantized network is a module like any other: pickled, copied, called by keyword, asked for its attributes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+W4A8 = {"weight_bits": 4, "act_bits": 8, "split_shortcut": True}
+KINDS = ("simulated", "released", "packed", "integer")
+
+
+@torch.no_grad()
+def output(qnn, given):
+    with qnn.quantized():
+        return qnn(*given)
+
+
+def pickled(qnn):
+    return pickle.loads(pickle.dumps(qnn))
+
+
+def saved(qnn):
+    file = io.BytesIO()
+    torch.save(qnn, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.fixture
+def made(calibrated):
+    def of(kind):
+        qnn = calibrated(**W4A8)
+        if kind == "released":
+            qnn.release_float_weights()
+        elif kind != "simulated":
+            qnn.pack_weights(1 << 20, integer=kind == "integer")
+        return qnn
+
+    return of
+
+
+@pytest.mark.parametrize("copied", [pickled, saved, copy.deepcopy], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_compute_the_same_and_are_their_own(kind, copied, made, held_out):
+    qnn = made(kind)
+    expected = output(qnn, held_out)
+    other = copied(qnn)
+    assert torch.equal(output(other, held_out), expected)
+    list(other.act_quantizers().values())[-1].delta.data.mul_(2)
+    assert torch.equal(output(qnn, held_out), expected)
+    assert not torch.equal(output(other, held_out), expected)
+
+
+def test_attributes_of_the_network_pass_through(made):
+    qnn = made("simulated")
+    qnn.model.in_channels = 1
+    assert qnn.in_channels == 1 and qnn.num_levels == qnn.model.num_levels
+    assert qnn.dtype == torch.float32 and copy.deepcopy(qnn).double().dtype == torch.float64
+    assert not hasattr(qnn, "nobody_has_this")
+    with pytest.raises(AttributeError, match="nobody_has_this"):
+        qnn.nobody_has_this  # noqa: B018
+
+
+@torch.no_grad()
+def test_keywords_pass_through(made, held_out):
+    qnn = made("simulated")
+    x, t = held_out
+    given = {}
+    forward = qnn.model.forward
+    qnn.model.forward = lambda x, t, **keywords: given.update(keywords) or forward(x, t)
+    qnn(x, t=t, y="class")
+    assert given == {"y": "class"}
