@@ -26,6 +26,7 @@ _HOOKS = (
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
+    "_is_full_backward_hook",
     "_backward_pre_hooks",
 )
 

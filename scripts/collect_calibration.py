@@ -47,10 +47,10 @@ def main(arguments: list[str] | None = None) -> None:
     if args.cali_n < 1:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
     check_writable(args.out)
-    model.load(choose_device(args.device))
-    for note in model.notes:
-        print(note, file=sys.stderr)
-    with memory_advice("recording", smaller_batch(model.batch_size)):
+    with memory_advice("recording", smaller_batch(min(model.batch_size, args.cali_n), to_continue=False)):
+        model.load(choose_device(args.device))
+        for note in model.notes:
+            print(note, file=sys.stderr)
         recording = model.record(args.cali_st, args.cali_n, pairs=pairs)
     save_recording(recording, args.out)
     print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")

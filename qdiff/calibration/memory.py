@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qdiff.calibration.capture import Walker
 from qdiff.calibration.footprint import FLOAT, GRADIENT_COPIES, Footprint
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
@@ -21,6 +22,9 @@ ROUNDING_COPIES = 16
 DEFAULT_PASS, SMALLEST_PASS = 2 << 30, 1 << 26
 # Share of a GPU's free memory that is planned with: the rest is for workspaces of its libraries and for gaps.
 GPU_SHARE = 0.85
+# Stored on a GPU only where this many times as much would fit: Fisher weights, and what is captured of a unit's layers,
+# come on top, and there is no disk to take what is too much.
+STORED_MARGIN = 1.3
 
 
 def resident_memory() -> int:
@@ -128,9 +132,10 @@ def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size:
         free = available_on(gpu)
         room = min(int(free * GPU_SHARE), free if budget is None else budget)
         allowed = max(SMALLEST_PASS, (room - unit) // 2)
-        in_pass = _pass_bytes(footprint, min(batch_size, samples), allowed)
+        forward = footprint.forward_batch(allowed, Walker.batch_size) * max(footprint.inside.values(), default=0)
+        in_pass = max(_pass_bytes(footprint, min(batch_size, samples), allowed), forward)
         resident = max(0, room - unit - in_pass)
-        on_gpu = stored if stored <= resident else 0
+        on_gpu = stored if STORED_MARGIN * stored <= resident else 0
         held_on_gpu, for_storage = torch.cuda.memory_allocated(gpu), ram
     in_ram = min(stored - on_gpu, for_storage)
     on_disk = stored - on_gpu - in_ram

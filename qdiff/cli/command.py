@@ -128,7 +128,8 @@ class SampleCommand:
         processes = Processes(choose_device(args.device, args.tf32))
         if not processes.is_first:
             return
-        with memory_advice("recording", smaller_batch(self.model.batch_size)):
+        batch_size = min(self.model.batch_size, wanted["per_step"])
+        with memory_advice("recording", smaller_batch(batch_size, to_continue=False)):
             self.model.load(processes.device)
             recording = self.model.record(args.cali_st, wanted["per_step"], pairs=wanted["pairs"])
         save_recording(recording, wanted["out"])
@@ -208,7 +209,7 @@ class SampleCommand:
             with trajectory_of(denoiser):
                 return model.to_images(model.trajectory(denoiser, rows))
 
-        advice = smaller_batch(model.batch_size, kept=": the images that are there are kept")
+        advice = smaller_batch(min(model.batch_size, run.count), kept=": the images that are there are kept")
         with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():
             if getattr(self.args, "sequence", False) and processes.is_first:
                 with trajectory_of(denoiser):
@@ -257,7 +258,7 @@ class SampleCommand:
             return
         qnn = prepared.complete(self._calibration_seed, lambda: self._record(run))
         if "noise_error" not in run.manifest:
-            with memory_advice("measuring the error of ε", smaller_batch(self.model.batch_size)):
+            with memory_advice("measuring the error of ε", smaller_batch(min(self.model.batch_size, ERROR_BATCH))):
                 run.manifest["noise_error"] = self._checked_noise_error(qnn)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()

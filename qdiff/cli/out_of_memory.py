@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from qdiff.errors import UserError
 MESSAGES = (
     "DefaultCPUAllocator",
     "can't allocate memory",
+    "Cannot allocate memory",
     "CUDA out of memory",
     "CUDA error: out of memory",
     "_STATUS_ALLOC_FAILED",
@@ -24,7 +26,7 @@ ANY_PHASE = "free some, or have the command take less at a time, e.g. by a small
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error is one for want of memory, of the machine's or of a GPU's (a kind of RuntimeError, too)."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
 
@@ -61,14 +63,15 @@ def memory_advice(phase: str, advice: str) -> Iterator[None]:
         raise UserError(sentence(error, phase, advice)) from error
 
 
-def smaller_batch(batch_size: int, option: str = "--batch_size", kept: str = "") -> str:
+def smaller_batch(batch_size: int, option: str = "--batch_size", kept: str = "", to_continue: bool = True) -> str:
     """Return the advice where ``option`` decides how much memory is taken, and its value may change when a run goes on.
 
     Args:
+        batch_size: what was computed at a time.
         kept: what of the run is not lost.
+        to_continue: the command goes on where it was, and does not begin anew.
     """
+    ending = f" to continue{kept}" if to_continue else ""
     if batch_size == 1:
-        return (
-            f"{option} is 1 already, so free some memory or give --device cpu, and repeat the command to continue{kept}"
-        )
-    return f"repeat the command with {option} {batch_size // 2} or less to continue{kept}"
+        return f"one was taken at a time already, so free memory or give --device cpu, and repeat the command{ending}"
+    return f"repeat the command with {option} {batch_size // 2} or less{ending}"

@@ -134,11 +134,14 @@ class Quantization:
 
     @property
     def _calibration_advice(self) -> str:
-        given = self.plan.memory_budget
+        given, anew = self.plan.memory_budget, "free some memory"
+        if self.plan.recipe is not None or self.plan.changes is not None:
+            anew = "begin anew with a smaller --cali_batch_size in another --logdir"
+        if given == 0:
+            return anew
         budget = "a --memory_budget in GiB" if given is None else f"a --memory_budget of less than {given:g}"
         return (
-            f"repeat the command with {budget} to continue: finished units are kept; where that is not enough, begin "
-            "anew with a smaller --cali_batch_size in another --logdir"
+            f"repeat the command with {budget} to continue: finished units are kept; where that is not enough, {anew}"
         )
 
     def _memory(self) -> MemoryUse:

@@ -170,7 +170,7 @@ class RunFolder:
         if write_grid:
             first = self.load_images(min(PREVIEW_IMAGES, self.count))
             save_png(grid(first, columns, scale=max(1, 64 // first.shape[1])), self.path / "grid.png")
-        if save_npz:
+        if save_npz or (self.path / "samples.npz").is_file():  # one of a run that got more images would be out of date
             with written_whole(self.path / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=self.load_images())
         self.manifest["status"] = "finished"

@@ -32,7 +32,7 @@ def load_object(name: str) -> Any:
 
 def parser_like(about: str | None, arguments: list[str]) -> Parser:
     """Return a parser with ``--like SCRIPT`` and the model and sampler options of the script that it names."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--like", nargs="?", default="sample_diffusion_ddim")
     like = first.parse_known_args(arguments)[0].like
     parser = Parser(about)

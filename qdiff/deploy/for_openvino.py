@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qdiff.deploy.onnx_rewriting import Change, Rewriting, Weight, of_integers
+from qdiff.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
@@ -46,6 +47,12 @@ def _without_zero_points(
     graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight, largest: int
 ) -> None:
     output, (integers, zero_points) = product.output[0], weight.shifted()
+    groups = next((a.i for a in product.attribute if a.name == "group"), 1)
+    if groups != 1:  # neither the window of ones nor two halves of a weight are per group
+        raise UserError(
+            f"{output} is a convolution of {groups} groups, which openvino is not given in integers; give --runtime "
+            "onnxruntime or simulated"
+        )
 
     def operand(name: str, values: np.ndarray, scale: str) -> str:
         zeros = graph.constant(f"{name}.zero", np.zeros(len(values), np.int8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -71,7 +73,14 @@ def test_the_phase_gives_the_advice_and_the_innermost_comes_first():
 
 def test_a_smaller_batch():
     assert smaller_batch(9, kept=": x") == "repeat the command with --batch_size 4 or less to continue: x"
-    assert "is 1 already" in smaller_batch(1) and "--device cpu" in smaller_batch(1)
+    assert "one was taken at a time already" in smaller_batch(1) and "--device cpu" in smaller_batch(1)
+    assert smaller_batch(9, to_continue=False) == "repeat the command with --batch_size 4 or less"
+
+
+def test_the_systems_own_words_for_it():
+    assert is_out_of_memory(OSError(errno.ENOMEM, "Cannot allocate memory"))
+    assert is_out_of_memory(RuntimeError("unable to mmap 99 bytes from file <x>: Cannot allocate memory (12)"))
+    assert not is_out_of_memory(OSError(errno.ENOENT, "No such file"))
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda e: type(e).__name__)

@@ -261,3 +261,14 @@ def test_a_finished_run_without_its_images_gets_no_more(tmp_path):
     assert RunFolder(tmp_path / "run", {**CONFIG, "max_images": 3}, 3).is_complete
     with pytest.raises(UserError, match="3 images were deleted"):
         RunFolder(tmp_path / "run", {**CONFIG, "max_images": 5}, 5)
+
+
+def test_the_array_file_of_a_run_that_got_more_images_has_all(tmp_path):
+    run = opened(tmp_path / "run", {**CONFIG, "max_images": 3})
+    run.save_images([0, 1, 2], some_images())
+    run.finish(save_npz=True)
+    grown = opened(tmp_path / "run", {**CONFIG, "max_images": 5}, count=5)
+    grown.save_images([3, 4], some_images(2))
+    grown.finish(save_npz=False)
+    with np.load(grown.path / "samples.npz") as archive:
+        assert len(archive["arr_0"]) == 5

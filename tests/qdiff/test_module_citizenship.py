@@ -74,3 +74,11 @@ def test_keywords_pass_through(made, held_out):
     qnn.model.forward = lambda x, t, **keywords: given.update(keywords) or forward(x, t)
     qnn(x, t=t, y="class")
     assert given == {"y": "class"}
+
+
+def test_submodules_are_attributes_of_the_package():
+    import qdiff
+
+    assert qdiff.quant_model.QuantModel is qdiff.QuantModel
+    with pytest.raises(AttributeError, match="nobody"):
+        qdiff.nobody  # noqa: B018

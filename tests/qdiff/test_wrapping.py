@@ -142,6 +142,14 @@ def test_hooks_go_on_and_their_handles_still_remove_them():
     assert not torch.equal(qnn(x), expected) and len(seen) == 2
 
 
+def test_full_backward_hooks_go_on():
+    network, seen = Network(nn.Conv2d(4, 4, 1)), []
+    network.other.register_full_backward_hook(lambda *_: seen.append("backward"))
+    qnn = QuantModel(network, W4)
+    qnn(torch.randn(1, 4, 8, 8, requires_grad=True)).sum().backward()
+    assert seen == ["backward"]
+
+
 class Twice(nn.Module):
     """One module in two places."""
 

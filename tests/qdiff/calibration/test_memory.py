@@ -113,6 +113,15 @@ def test_a_gpu_holds_all_stored_activations_or_none(wrap, gpu):
     assert tight.gpu_peak <= 7 * MIB + 1000 * MIB
 
 
+def test_what_a_walk_takes_at_a_time_is_planned_too(wrap, gpu):
+    """A reconstruction of one sample at a time holds less than the forwards of the walk."""
+    qnn, footprint = wrap(weight_bits=4), Footprint(stored=MIB, inside={"conv_in": 10 * MIB})
+    gpu(4000 * MIB)
+    plan = plan_memory(qnn, footprint, samples=100, batch_size=1, budget=None)
+    assert plan.in_pass == footprint.forward_batch(plan.pass_bytes, Walker.batch_size) * 10 * MIB > 40 * MIB
+    assert plan.gpu_peak <= 4000 * MIB
+
+
 def test_a_budget_bounds_the_gpu_too(wrap, gpu):
     qnn, footprint = wrap(weight_bits=4), Footprint(stored=10 * MIB, inside={"conv_in": MIB})
     gpu(100 << 30)
