@@ -19,7 +19,6 @@ EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, *TIMES, "--cali_batch_
 QUICK = ("--w_range", "max", "--a_range", "max")
 RUNS = {
     "qdiff": (*W4A8, *FEW),
-    "qdiff by layers": (*W4A8, "--recon_unit", "layer", *FEW),
     "fisher": (*W4A8, "--objective", "fisher", *FEW),
     "eda-dm": (*W4A8, "--method", "eda-dm", "--add_loss", 0.8, *EDA_DM, *QUICK),
     "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW),
