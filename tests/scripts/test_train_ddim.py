@@ -117,7 +117,7 @@ def test_seed_fixes_the_weights(call, command, tmp_path):
 
 
 def test_bad_input_is_one_sentence_before_any_training(call, command, steps, tmp_path):
-    assert "--epoch" in call(SCRIPT, *command(1), "--epoch", 3).error_line()
+    assert "--epochz" in call(SCRIPT, *command(1), "--epochz", 3).error_line()
     assert "--config" in call(SCRIPT, "--out", tmp_path / "x").error_line()
     assert "none.yml" in call(SCRIPT, *command(1), "--config", "none.yml").error_line()
     (tmp_path / "file").write_text("")
