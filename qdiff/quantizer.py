@@ -45,12 +45,12 @@ class Quantizer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Move or convert; a step size stays in float32 at least: that of 16 bits is hardly a float16 number."""
 
-        def at_least_single(t: Tensor) -> Tensor:
+        def kept_wide(t: Tensor) -> Tensor:
             made = fn(t)
             narrowed = t.is_floating_point() and made.element_size() < torch.float32.itemsize
             return t.to(made.device) if narrowed else made
 
-        return super()._apply(at_least_single, recurse)
+        return super()._apply(kept_wide, recurse)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, symmetric={self.symmetric}, unsigned={self.unsigned}"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qdiff.config import RangeMethod
-from qdiff.functional import max_level
+from qdiff.functional import at_least_single, max_level
 from qdiff.range_errors import first_least, pick
 from qdiff.range_search import TINY, Side, affine, search_range
 
@@ -110,7 +110,7 @@ class RangeObserver:
     def update(self, x: Tensor) -> None:
         """Take in one batch [N, …]."""
         # In float32 at least: δ and 1/δ of 16 bits are hardly float16 numbers.
-        low, high = (end.to(torch.promote_types(end.dtype, torch.float32)) for end in torch.aminmax(x.detach()))
+        low, high = (at_least_single(end) for end in torch.aminmax(x.detach()))
         if self.low is None:
             self.low, self.high = low, high
         elif self.momentum is None:

@@ -13,10 +13,8 @@ import argparse
 import json
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.out_of_memory import memory_advice
+from qdiff.cli.out_of_memory import SMALLER_TRAINING_BATCH, memory_advice
 from qdiff.cli.parser import Parser
-
-SMALLER = "take a smaller batch_size in the config's training section, and begin anew with another --workdir"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     task = NoisePredictionTask(config, total_steps=epochs * len(loader))
     notes = {"config": args.config, "seed": args.seed}
     settings = {"config": OmegaConf.to_container(config, resolve=True), "seed": args.seed}
-    with memory_advice("training", SMALLER):
+    with memory_advice("training", SMALLER_TRAINING_BATCH):
         notes |= fit(task, loader, epochs, args.workdir or f"{args.out}.work", config.optim.grad_clip, settings)
     weights = {k: v.contiguous().cpu() for k, v in task.ema.module.state_dict().items()}
     with written_whole(args.out) as path:

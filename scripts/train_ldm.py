@@ -15,10 +15,8 @@ import argparse
 import json
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.out_of_memory import memory_advice
+from qdiff.cli.out_of_memory import SMALLER_TRAINING_BATCH, memory_advice
 from qdiff.cli.parser import Parser
-
-SMALLER = "take a smaller batch_size in the config's training section, and begin anew with another --workdir"
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -53,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)
     train = train_first_stage if args.stage == "first" else train_diffusion
-    with memory_advice("training", SMALLER):
+    with memory_advice("training", SMALLER_TRAINING_BATCH):
         notes = train(args)
     print(args.out, json.dumps(notes))
 

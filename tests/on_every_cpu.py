@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from qdiff.benchmark.machine import cpu_name_and_flags
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 NUMERIC = ("tests/qdiff", "tests/ddim", "tests/ldm", "tests/evaluation")
 
@@ -64,14 +66,8 @@ SETTINGS = (
 )
 
 
-def cpu_flags() -> set[str]:
-    """Return the instruction sets of this machine's CPU, as Linux names them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next(line for line in lines if line.startswith("flags")).split(":")[1].split())
-
-
 def main(arguments: list[str]) -> int:
-    here, failed = cpu_flags(), 0
+    (_, here), failed = cpu_name_and_flags(), 0
     for setting in SETTINGS:
         missing = [flag for flag in setting.flags if flag not in here]
         if missing:

@@ -71,9 +71,7 @@ PARTS: dict[str, Part] = {
     "machine": Part("machine", 30, "qdiff.benchmark.gpu_machine:machine_lines"),
     "gpu-tests": Part("tests marked gpu", 60, "qdiff.benchmark.gpu_tests:marked_tests", ("pytest", "torch_fidelity")),
     "script-tests": Part("script tests", 80, "qdiff.benchmark.gpu_tests:script_tests", ("pytest", *_SCRIPTS)),
-    "demo": Part(
-        "demo", 150, "qdiff.benchmark.gpu_demo:demo_lines", (*_SCRIPTS, "torch_fidelity", "jinja2", "sklearn")
-    ),
+    "demo": Part("demo", 150, "qdiff.benchmark.gpu_demo:demo_lines", _EVALUATION),
     "cifar10": Part("CIFAR-10 UNet", 60, "qdiff.benchmark.gpu_networks:cifar10_lines", _SCRIPTS),
     "stable-diffusion": Part(
         "Stable Diffusion UNet", 90, "qdiff.benchmark.gpu_networks:stable_diffusion_lines", (*_SCRIPTS, "transformers")

@@ -15,8 +15,8 @@ FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8"
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino")
 
 
-def describe_machine(threads: int) -> dict[str, Any]:
-    """Return CPU, its flags, cores, memory, load of now, threads and versions."""
+def cpu_name_and_flags() -> tuple[str, set[str]]:
+    """Return the CPU's name and the instruction sets that Linux says it has; none elsewhere."""
     name, flags = platform.processor() or platform.machine(), set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -25,6 +25,12 @@ def describe_machine(threads: int) -> dict[str, Any]:
                 name = value.strip()
             if key.strip() == "flags":
                 flags = set(value.split())
+    return name, flags
+
+
+def describe_machine(threads: int) -> dict[str, Any]:
+    """Return CPU, its flags, cores, memory, load of now, threads and versions."""
+    name, flags = cpu_name_and_flags()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": name,

@@ -21,6 +21,9 @@ MESSAGES = (
 )
 # "Tried to allocate 2.50 GiB", "you tried to allocate 4096 bytes"
 ASKED_FOR = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
+SMALLER_TRAINING_BATCH = (
+    "take a smaller batch_size in the config's training section, and begin anew with another --workdir"
+)
 ANY_PHASE = "free some, or have the command take less at a time, e.g. by a smaller --batch_size"
 
 

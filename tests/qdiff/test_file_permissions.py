@@ -123,13 +123,3 @@ def test_a_training_checkpoint(umask, tmp_path):
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     local.get_umask.cache_clear()
     assert mode(tmp_path / "last.ckpt") == 0o666 & ~umask
-
-
-def test_a_file_that_is_there_stays_where_the_new_one_fails(tmp_path):
-    path = tmp_path / "run.json"
-    path.write_text("before")
-    with pytest.raises(RuntimeError), written_whole(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
-    assert path.read_text() == "before"
-    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
