@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ddim.config import load_config
+from ddim.datasets.transform import from_network_range
 from ddim.models.diffusion import Model
 from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sampling import DdimSampler, SamplerOptions
+from ddim.sizes import check_sizes
 from qdiff.calibration.collect import OnCall
 from qdiff.cli.float_model import FloatModel, Network, OnStep
 from qdiff.config import RangeMethod
@@ -29,6 +31,7 @@ class DdimModel(FloatModel):
         from omegaconf import OmegaConf
 
         self.model_config = load_config(args.config)
+        check_sizes(self.model_config, f"config file {args.config}")
         super().__init__(args)
         if args.use_pretrained == bool(args.ckpt):
             raise UserError("give the float weights by exactly one of --use_pretrained and --ckpt PATH")
@@ -100,3 +103,6 @@ class DdimModel(FloatModel):
             return network(x, t)
 
         return self.sampler(eps, indices, on_step=on_step, calibration=calibration)
+
+    def to_images(self, x_0: Tensor) -> Tensor:
+        return from_network_range(x_0, self.model_config.data)

@@ -1,74 +1,132 @@
-"""Read a model's YAML file and check the parts that everything else relies on."""
+"""Read a DDIM model's YAML file and check every key that it has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.samplers.schedule import DiffusionSchedule, make_beta_schedule
+from ddim.samplers import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
 from qdiff.config_files import read_config
+from qdiff.config_schema import Key, check_section
 from qdiff.errors import UserError
 
-REQUIRED = {
-    "data": ("dataset", "image_size", "channels"),
-    "model": (
-        "in_channels",
-        "out_ch",
-        "ch",
-        "ch_mult",
-        "num_res_blocks",
-        "attn_resolutions",
-        "dropout",
-        "resamp_with_conv",
-    ),
-    "diffusion": ("beta_schedule", "beta_start", "beta_end", "num_diffusion_timesteps"),
+COUNT = Key(int, least=1)
+REQUIRED_COUNT = Key(int, required=True, least=1)
+SECTIONS = {
+    "data": {
+        "dataset": Key(str, required=True),
+        "image_size": REQUIRED_COUNT,
+        "channels": REQUIRED_COUNT,
+        "rescaled": Key(bool),
+        "logit_transform": Key(bool),
+        "uniform_dequantization": Key(bool),
+        "gaussian_dequantization": Key(bool),
+        "random_flip": Key(bool),
+        "num_workers": Key(int, least=0),
+        "category": Key(str),
+        "path": Key(str),
+    },
+    "model": {
+        "type": Key(choices=("simple",), because="other types of the DDPM code have no published network"),
+        "in_channels": REQUIRED_COUNT,
+        "out_ch": REQUIRED_COUNT,
+        "ch": REQUIRED_COUNT,
+        "ch_mult": Key(Sequence[int], required=True, least=1),
+        "num_res_blocks": REQUIRED_COUNT,
+        "attn_resolutions": Key(Sequence[int], required=True, least=1),
+        "dropout": Key(float, required=True, least=0),
+        # As in the published samplers, none of which reads a learned or another fixed variance.
+        "var_type": Key(choices=("fixedlarge", "fixedsmall"), because="a learned variance is not sampled with"),
+        "ema_rate": Key(float, least=0),
+        "ema": Key(bool),
+        "resamp_with_conv": Key(bool, required=True),
+    },
+    "diffusion": {
+        "beta_schedule": Key(choices=tuple(kind.value for kind in BetaKind), required=True),
+        "beta_start": Key(float, required=True),
+        "beta_end": Key(float, required=True),
+        "num_diffusion_timesteps": REQUIRED_COUNT,
+        "parameterization": Key(choices=tuple(kind.value for kind in Parameterization)),
+        "rescale_betas_zero_snr": Key(bool),
+    },
+    "training": {
+        "batch_size": COUNT,
+        "n_epochs": COUNT,
+        "n_iters": COUNT,
+        "snapshot_freq": COUNT,
+        "validation_freq": COUNT,
+    },
+    "sampling": {"batch_size": COUNT, "last_only": Key(bool)},
+    "optim": {
+        "optimizer": Key(choices=("Adam",)),
+        "lr": Key(float, least=0),
+        "beta1": Key(float, least=0),
+        "eps": Key(float, least=0),
+        "weight_decay": Key(float, least=0),
+        "amsgrad": Key(choices=(False,)),
+        "grad_clip": Key(float, least=0),
+        "warmup_steps": Key(int, least=0),
+    },
+    "pretrained": {name: Key(str) for name in ("file", "url", "md5", "reference", "extractor", "note")},
 }
+REQUIRED = ("data", "model", "diffusion")
+TRAINED_WITH = {
+    "training": ("batch_size", "n_epochs"),
+    "optim": ("lr", "beta1", "eps", "weight_decay", "grad_clip"),
+    "model": ("ema_rate",),
+}
+FREE = ("eda_dm",)  # by option name, checked by the method
 
 
 def load_config(path: str | Path) -> Any:
     """Return the configuration as an attribute-style tree (OmegaConf).
 
     Raises:
-        UserError: the file is missing, is not YAML, or lacks a key that a DDIM model needs.
+        UserError: the file is missing, is not YAML, has a key that is not understood or a value of a wrong kind, or
+            is missing a key that a DDIM model needs.
     """
-    from omegaconf import DictConfig
-
     known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yml"))) or "configs/*.yml"
     config = read_config(Path(path), missing=f"give --config one of: {known}")
-    for section, keys in REQUIRED.items():
-        part = config.get(section) if isinstance(config, DictConfig) else None
-        for key in keys:
-            if not isinstance(part, DictConfig) or key not in part:
-                raise UserError(
-                    f"config file {path} lacks {section}.{key}; a DDIM model needs it (see configs/cifar10.yml)"
-                )
-    _check_numbers(config, path)
+    origin = f"config file {path}"
+    for section in REQUIRED:
+        part = config.get(section) if isinstance(config, Mapping) else None
+        first = next(name for name, key in SECTIONS[section].items() if key.required)
+        if not isinstance(part, Mapping):
+            raise UserError(f"{origin} lacks {section}.{first}; a DDIM model needs it (see configs/cifar10.yml)")
+    check_section(config, {name: Key(Mapping) for name in (*SECTIONS, *FREE)}, "", origin)
+    for section, keys in SECTIONS.items():
+        if section in config:
+            check_section(config[section], keys, section, origin)
+    if config.data.get("rescaled", True) and config.data.get("logit_transform", False):
+        raise UserError(f"{origin} has both data.rescaled and data.logit_transform; the network knows one range")
+    if any(factor * config.model.ch % 32 for factor in config.model.ch_mult) or not config.model.ch_mult:
+        raise UserError(
+            f"{origin} has model.ch {config.model.ch} and ch_mult {config.model.ch_mult}; their products must be "
+            "multiples of 32, the number of normalisation groups"
+        )
     return config
 
 
-def _check_numbers(config: Any, path: Path) -> None:
-    numbers = {
-        "data": ("image_size", "channels"),
-        "model": ("in_channels", "out_ch", "ch", "num_res_blocks"),
-        "diffusion": ("num_diffusion_timesteps",),
-    }
-    for section, keys in numbers.items():
-        for key in keys:
-            value = config[section][key]
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"config file {path} has {section}.{key} {value!r}; give a whole number above 0")
-    from omegaconf import OmegaConf
+def check_training(config: Any, origin: str) -> None:
+    """Raise a `UserError` where a config does not say how its network is trained.
 
-    factors = list(config.model.ch_mult) if OmegaConf.is_list(config.model.ch_mult) else []
-    if not factors or not all(isinstance(f, int) and f * config.model.ch % 32 == 0 and f > 0 for f in factors):
-        raise UserError(
-            f"config file {path} has model.ch {config.model.ch} and ch_mult {config.model.ch_mult}; their products "
-            "must be multiples of 32, the number of normalisation groups"
-        )
+    Args:
+        origin: what the config is called in the error.
+    """
+    for section, names in TRAINED_WITH.items():
+        for name in names:
+            if name not in (config.get(section) or {}):
+                raise UserError(f"{origin} lacks {section}.{name}, which training needs; see configs/digits.yml")
 
 
 def build_schedule(config: Any) -> DiffusionSchedule:
     """Return the noise schedule that ``config.diffusion`` describes."""
     d = config.diffusion
     betas = make_beta_schedule(d.beta_schedule, d.beta_start, d.beta_end, d.num_diffusion_timesteps)
-    return DiffusionSchedule(betas)
+    return DiffusionSchedule(betas, zero_terminal_snr=d.get("rescale_betas_zero_snr", False))
+
+
+def parameterization(config: Any) -> Parameterization:
+    """Return what the network of a config predicts."""
+    return Parameterization(config.diffusion.get("parameterization", Parameterization.EPS.value))

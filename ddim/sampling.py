@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddim.config import build_schedule
+from ddim.config import build_schedule, parameterization
 from ddim.samplers import (
     CALIBRATION_STREAM,
     ImageNoise,
     NoisePrediction,
     OnStep,
     SolverMethod,
+    as_noise_prediction,
     sample_ddpm_noisy,
     sample_dpm_solver,
     sample_generalized,
@@ -57,7 +58,7 @@ class DdimSampler:
     def __init__(self, config: Any, options: SamplerOptions, seed: int, device: torch.device) -> None:
         self.options, self.seed, self.device = options, seed, device
         self.shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        self.schedule = build_schedule(config)
+        self.schedule, self.parameterization = build_schedule(config), parameterization(config)
         # Also checks the number of steps for DPM-Solver, which spaces them itself.
         self.timesteps = select_timesteps(options.skip_type, options.timesteps, self.schedule.num_train)
         if options.eta > 0 and options.kind != "generalized":
@@ -74,21 +75,22 @@ class DdimSampler:
 
     def __call__(
         self,
-        eps: NoisePrediction,
+        network: NoisePrediction,
         indices: Sequence[int],
         on_step: OnStep | None = None,
         calibration: bool = False,
     ) -> Tensor:
-        """Return the images numbered ``indices``, [N, C, H, W], nominally in [−1, 1].
+        """Return the images numbered ``indices``, [N, C, H, W], in the range that the network was trained on.
 
         Args:
-            eps: the network.
+            network: ε(x, t), or what else the config says that it predicts.
             on_step: see `ddim.samplers.interface`.
             calibration: draw from the calibration streams instead of the run's.
         """
         seed = self.seed + (CALIBRATION_STREAM if calibration else 0)
         noise = ImageNoise(seed, indices, self.shape, self.device)
         x_T, o = noise.draw(), self.options
+        eps = as_noise_prediction(network, self.schedule, self.parameterization)
         if o.kind == "generalized":
             return sample_generalized(eps, x_T, self.schedule, self.timesteps, eta=o.eta, noise=noise, on_step=on_step)
         if o.kind == "ddpm_noisy":

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from ddim.config import build_schedule
+from ddim.config import build_schedule, parameterization
+from ddim.datasets.transform import to_network_range
 from ddim.models.diffusion import Model
-from ddim.samplers import DiffusionSchedule
+from ddim.samplers import DiffusionSchedule, Parameterization, training_target
 from qdiff.errors import UserError
 from qdiff.files import check_writable
 from qdiff.progress import Progress, progress_bar
@@ -62,30 +63,37 @@ class OptimisedTask(pl.LightningModule):
 
 
 class DenoisingTask(OptimisedTask):
-    """Minimise E‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖² (Ho et al., 2020, eq. 14).
+    """Minimise E‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖² (Ho et al., 2020, eq. 14), or the same of what else is predicted.
 
     Args:
         model: called with (x_t [N, C, H, W], t [N], *condition).
         schedule: ᾱ_t.
         optim, total_steps: see `OptimisedTask`.
         ema_rate: decay of the averaged weights, ``ema``.
+        predicts: what the network is trained to predict.
     """
 
     def __init__(
-        self, model: nn.Module, schedule: DiffusionSchedule, optim: Any, ema_rate: float, total_steps: int
+        self,
+        model: nn.Module,
+        schedule: DiffusionSchedule,
+        optim: Any,
+        ema_rate: float,
+        total_steps: int,
+        predicts: Parameterization = Parameterization.EPS,
     ) -> None:
         super().__init__(optim, total_steps)
-        self.model = model
+        self.model, self.predicts = model, predicts
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_rate)).requires_grad_(False)
         self.register_buffer("alphas_cumprod", schedule.alphas_cumprod.float(), persistent=False)
 
     def denoising_loss(self, x_0: Tensor, *condition: Any) -> Tensor:
-        """Return the mean squared error of ε at random times, for clean samples x_0 [N, C, H, W]."""
+        """Return the mean squared error of the prediction at random times, for clean samples x_0 [N, C, H, W]."""
         t = torch.randint(len(self.alphas_cumprod), (len(x_0),), device=x_0.device)
         noise = torch.randn_like(x_0)
         abar = self.alphas_cumprod[t][:, None, None, None]
         predicted = self.model(abar.sqrt() * x_0 + (1 - abar).sqrt() * noise, t, *condition)
-        loss = F.mse_loss(predicted, noise)
+        loss = F.mse_loss(predicted, training_target(self.predicts, x_0, noise, abar))
         self.log("loss", loss, prog_bar=True, on_step=False, on_epoch=True)
         return loss
 
@@ -101,10 +109,13 @@ class NoisePredictionTask(DenoisingTask):
     """
 
     def __init__(self, config: Any, total_steps: int) -> None:
-        super().__init__(Model(config), build_schedule(config), config.optim, config.model.ema_rate, total_steps)
+        schedule, predicts = build_schedule(config), parameterization(config)
+        super().__init__(Model(config), schedule, config.optim, config.model.ema_rate, total_steps, predicts)
+        self.data = config.data
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        return self.denoising_loss(*batch)
+        (images,) = batch
+        return self.denoising_loss(to_network_range(images, self.data))
 
 
 class EpochProgress(pl.Callback):

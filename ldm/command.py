@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddim.samplers import Parameterization
 from ldm.checkpoint import load_latent_diffusion
 from ldm.config import REPOSITORY, load_config
 from ldm.locate import big_or_bundled, find_checkpoint, how_to_get, latent_shape
@@ -21,6 +22,7 @@ from ldm.options import CLASS_CKPT, CLASS_CONFIG, TEXT_CKPT, TEXT_CONFIG
 from ldm.prompts import asked_classes, read_prompts
 from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind
 from ldm.schedule import build_schedule
+from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
 from qdiff.calibration.collect import OnCall
 from qdiff.cli.float_model import FloatModel, Network, OnStep
@@ -48,7 +50,10 @@ class LatentModel(FloatModel):
         self.model_config = load_config(config_path)
         self.weights, self.options = Path(weights), options
         self.latent_shape = latent_shape(self.model_config, args)
-        self.schedule = build_schedule(self.model_config.model.params)
+        check_sizes(self.model_config, f"config file {config_path}", self.latent_shape)
+        params = self.model_config.model.params
+        self.schedule = build_schedule(params)
+        self.parameterization = Parameterization(params.get("parameterization", Parameterization.EPS.value))
         self.sampler = self._sampler(torch.device("cpu"))
         if options.kind in (SamplerKind.DDIM, SamplerKind.PLMS):
             option = "--ddim_steps" if hasattr(args, "ddim_steps") else "--custom_steps"
@@ -63,7 +68,9 @@ class LatentModel(FloatModel):
         }
 
     def _sampler(self, device: torch.device) -> LatentSampler:
-        return LatentSampler(self.schedule, self.latent_shape, self.options, self.args.seed, device)
+        return LatentSampler(
+            self.schedule, self.latent_shape, self.options, self.args.seed, device, self.parameterization
+        )
 
     @property
     def calls(self) -> int:

@@ -1,16 +1,27 @@
-"""Read the YAML file of a latent diffusion model and check what everything else relies on."""
+"""Read the YAML file of a latent diffusion model and check every key that it has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.util import ALLOWED_TARGETS
+from ldm.keys import MODEL, PARAMS, PRETRAINED, STAGE, TOP
 from qdiff.config_files import read_config
+from qdiff.config_schema import check_section
 from qdiff.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"
+TARGETS = {
+    "unet_config": ("ldm.modules.diffusionmodules.openaimodel.UNetModel",),
+    "first_stage_config": ("ldm.models.autoencoder.AutoencoderKL", "ldm.models.autoencoder.VQModelInterface"),
+    "cond_stage_config": (
+        "ldm.modules.encoders.modules.ClassEmbedder",
+        "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
+    ),
+}
+NOTHING = "__is_unconditional__"
 
 
 def load_config(path: str | Path) -> Any:
@@ -19,7 +30,8 @@ def load_config(path: str | Path) -> Any:
     A ``base`` entry names another YAML file (relative to the repository) that this one adds to or overrides.
 
     Raises:
-        UserError: the file is missing, is not YAML, is of another family, or lacks a part of the model.
+        UserError: the file is missing, is not YAML, is of another family, is missing a part of the model, or has a key
+            that is not understood or a value of a wrong kind.
     """
     from omegaconf import OmegaConf
 
@@ -33,13 +45,37 @@ def load_config(path: str | Path) -> Any:
             f"config file {path} is not that of a latent diffusion model (model.target is {named}, not {HOLDER}); give "
             "one of configs/latent-diffusion or configs/stable-diffusion"
         )
-    for part in ("unet_config", "first_stage_config"):
-        stage = (model.get("params") or {}).get(part)
-        if not OmegaConf.is_dict(stage) or "target" not in stage or not OmegaConf.is_dict(stage.get("params")):
-            raise UserError(f"config file {path} lacks model.params.{part} with target and params; add it")
-        if stage.target not in ALLOWED_TARGETS:
-            raise UserError(f"config file {path} names the class {stage.target}, which is not allowed; correct it")
+    origin = f"config file {path}"
+    check_section(config, TOP, "", origin)
+    check_section(model, MODEL, "model", origin)
+    params = model.get("params") or {}
+    for part in TARGETS:
+        _check_part(params.get(part, NOTHING), part, origin)
+    check_section(params, PARAMS, "model.params", origin)
+    if "pretrained" in config:
+        check_section(config.pretrained, PRETRAINED, "pretrained", origin)
+    conditional = params.get("cond_stage_config", NOTHING) != NOTHING
+    # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless told otherwise.
+    if conditional and params.get("conditioning_key") is None and params.get("concat_mode", True):
+        raise UserError(f"{origin} lacks model.params.conditioning_key; add conditioning_key: crossattn")
     return config
+
+
+def _check_part(stage: Any, part: str, origin: str) -> None:
+    if part == "cond_stage_config" and stage == NOTHING:
+        return
+    where = f"model.params.{part}"
+    needs_params = part != "cond_stage_config"
+    if not isinstance(stage, Mapping) or "target" not in stage:
+        raise UserError(f"{origin} lacks {where} with target and params; add it")
+    if needs_params and not isinstance(stage.get("params"), Mapping):
+        raise UserError(f"{origin} lacks {where} with target and params; add it")
+    check_section(stage, STAGE, where, origin)
+    if stage.target not in TARGETS[part]:
+        raise UserError(
+            f"{origin} names the class {stage.target} as {where}.target, which is not allowed; "
+            f"choose {' or '.join(TARGETS[part])}"
+        )
 
 
 def _read(path: Path) -> Any:

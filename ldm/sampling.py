@@ -16,6 +16,8 @@ from ddim.samplers import (
     ImageNoise,
     NoisePrediction,
     OnStep,
+    Parameterization,
+    as_noise_prediction,
     plms_calls,
     sample_dpm_solver,
     sample_generalized,
@@ -87,6 +89,7 @@ class LatentSampler:
         options: see `LatentSamplerOptions`.
         seed: the run's seed.
         device: where sampling runs.
+        parameterization: what the network predicts.
 
     Raises:
         UserError: options out of range.
@@ -99,7 +102,9 @@ class LatentSampler:
         options: LatentSamplerOptions,
         seed: int,
         device: torch.device,
+        parameterization: Parameterization = Parameterization.EPS,
     ) -> None:
+        self.parameterization = parameterization
         self.schedule, self.shape, self.options, self.seed, self.device = schedule, shape, options, seed, device
         if not 0 <= options.eta <= 1:
             raise UserError(f"eta is {options.eta}; give a number from 0 to 1")
@@ -132,14 +137,16 @@ class LatentSampler:
         """Return the latents numbered ``indices``, [N, C, h, w].
 
         Args:
-            network: ε(x, t[, context]).
+            network: ε(x, t[, context]), or what else the sampler was told that it predicts.
             condition, unconditional: [N, L, D] where the network is conditional; see `guided`.
             calibration: draw from the calibration streams instead of the run's.
             on_call: told of every network call, before guidance doubles the batch.
             on_step: see `ddim.samplers.interface`.
         """
         o = self.options
-        predicted = guided(network, condition, unconditional, o.scale)
+        # Guidance and the conversion commute: both are linear in the prediction.
+        guided_network = guided(network, condition, unconditional, o.scale)
+        predicted = as_noise_prediction(guided_network, self.schedule, self.parameterization)
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
             if on_call is not None:

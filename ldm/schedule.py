@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ddim.samplers import DiffusionSchedule, make_beta_schedule
+from ddim.samplers import BetaKind, DiffusionSchedule, make_beta_schedule
+from ddim.samplers.schedule import COSINE_OFFSET
+
+# What these configs call "linear" is linear in √β.
+BETA_SCHEDULES = {
+    "linear": BetaKind.SCALED_LINEAR,
+    "cosine": BetaKind.COSINE,
+    "sqrt_linear": BetaKind.LINEAR,
+    "sqrt": BetaKind.SQRT,
+}
 
 
 def build_schedule(params: Mapping[str, Any]) -> DiffusionSchedule:
-    """Return the schedule of ``model.params``: what these configs call "linear" is linear in √β."""
-    start, end = params.get("linear_start", 1e-4), params.get("linear_end", 2e-2)
-    return DiffusionSchedule(make_beta_schedule("scaled_linear", start, end, params.get("timesteps", 1000)))
+    """Return the schedule of ``model.params``."""
+    betas = make_beta_schedule(
+        BETA_SCHEDULES[params.get("beta_schedule", "linear")],
+        params.get("linear_start", 1e-4),
+        params.get("linear_end", 2e-2),
+        params.get("timesteps", 1000),
+        params.get("cosine_s", COSINE_OFFSET),
+    )
+    return DiffusionSchedule(betas, zero_terminal_snr=params.get("rescale_betas_zero_snr", False))

@@ -20,6 +20,7 @@ from ldm.config import load_config
 from ldm.data.captions import all_captions, random_caption, write_tokenizer
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
+from ldm.sizes import check_sizes
 from ldm.training import FirstStageTask, LatentDenoisingTask, latent_moments
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
@@ -51,6 +52,7 @@ def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
         UserError: the config does not say how to train, or there is no epoch to train.
     """
     config = load_config(args.config)
+    check_sizes(config, f"config file {args.config}")
     section = (config.get("training") or {}).get(stage)
     if not section or not config.get("data"):
         raise UserError(

@@ -83,7 +83,14 @@ class LatentDenoisingTask(DenoisingTask):
         describe: Callable[[Tensor], list[Any]] | None,
         seed: int,
     ) -> None:
-        super().__init__(ConditionedDenoiser(model), model.schedule, config.optim, config.ema_rate, total_steps)
+        super().__init__(
+            ConditionedDenoiser(model),
+            model.schedule,
+            config.optim,
+            config.ema_rate,
+            total_steps,
+            model.parameterization,
+        )
         self.scale = float(model.scale_factor)
         self.describe, self.drop = describe, config.get("condition_dropout", 0.0)
         self.source = random.Random(seed)

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from qdiff.config_schema import check_section, keys_of
 from qdiff.errors import UserError
 
 # A YAML file is data: it may name these classes and run no other code.
@@ -17,7 +18,6 @@ ALLOWED_TARGETS = frozenset(
         "ldm.modules.diffusionmodules.openaimodel.UNetModel",
         "ldm.modules.encoders.modules.ClassEmbedder",
         "ldm.modules.encoders.modules.FrozenCLIPEmbedder",
-        "torch.nn.Identity",
     }
 )
 NOTHING = ("__is_first_stage__", "__is_unconditional__")
@@ -41,9 +41,18 @@ def instantiate_from_config(config: Any) -> Any:
         )
     module, name = target.rsplit(".", 1)
     params = config.get("params") or {}
+    made = getattr(importlib.import_module(module), name)
+    if (keys := keys_of(made)) is not None:
+        check_section(params, keys, "", f"the config's part {name}")
     try:
-        return getattr(importlib.import_module(module), name)(**params)
+        return made(**params)
     except UserError:
         raise
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"the config's parameters of {target} do not fit ({error}); correct them") from error
+    except (TypeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
+        raise UserError(
+            f"the config's parameters of {target} do not fit ({_first_line(error)}); correct them"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -38,8 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     from safetensors.torch import save_file
     from torch.utils.data import DataLoader, TensorDataset
 
-    from ddim.config import load_config
+    from ddim.config import check_training, load_config
     from ddim.datasets import load_training_images
+    from ddim.sizes import check_sizes
     from ddim.training import NoisePredictionTask, fit
     from qdiff.errors import UserError
     from qdiff.files import check_writable, written_whole
@@ -52,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)
     config = load_config(args.config)
+    for check in (check_sizes, check_training):
+        check(config, f"config file {args.config}")
     images = load_training_images(config.data)
     epochs = args.epochs or config.training.n_epochs
     loader = DataLoader(TensorDataset(images), batch_size=config.training.batch_size, shuffle=True, drop_last=True)

@@ -5,6 +5,7 @@ from ddim.samplers.dpm_solver import SolverMethod, sample_dpm_solver
 from ddim.samplers.generalized import sample_generalized
 from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
 from ddim.samplers.noise import CALIBRATION_STREAM, ImageNoise
+from ddim.samplers.parameterization import Parameterization, as_noise_prediction, training_target
 from ddim.samplers.plms import plms_calls, sample_plms
 from ddim.samplers.schedule import (
     BetaKind,
@@ -22,9 +23,11 @@ __all__ = [
     "NoisePrediction",
     "NoiseSource",
     "OnStep",
+    "Parameterization",
     "Progress",
     "SkipKind",
     "SolverMethod",
+    "as_noise_prediction",
     "make_beta_schedule",
     "plms_calls",
     "sample_ddpm_noisy",
@@ -32,4 +35,5 @@ __all__ = [
     "sample_generalized",
     "sample_plms",
     "select_timesteps",
+    "training_target",
 ]

@@ -27,6 +27,12 @@ class BetaKind(str, Enum):
     CONST = "const"  # `end` throughout
     JSD = "jsd"  # 1/T, 1/(T−1), …, 1
     SIGMOID = "sigmoid"  # logistic between `start` and `end`
+    COSINE = "cosine"  # ᾱ_t falls as a squared cosine; `start` and `end` are not read
+    SQRT = "sqrt"  # the square root of what is linear
+
+
+COSINE_OFFSET = 8e-3
+COSINE_LARGEST = 0.999  # of β, near T
 
 
 class SkipKind(str, Enum):
@@ -36,7 +42,9 @@ class SkipKind(str, Enum):
     QUAD = "quad"
 
 
-def make_beta_schedule(kind: BetaKind | str, start: float, end: float, n: int) -> Tensor:
+def make_beta_schedule(
+    kind: BetaKind | str, start: float, end: float, n: int, cosine_offset: float = COSINE_OFFSET
+) -> Tensor:
     """Return β_0 … β_{n−1}, float64 [n], on the CPU.
 
     Beware: what latent diffusion's configs call "linear" is linear in √β, so `BetaKind.SCALED_LINEAR` here.
@@ -45,11 +53,13 @@ def make_beta_schedule(kind: BetaKind | str, start: float, end: float, n: int) -
         kind: the shape.
         start, end: its first and last value, except where `BetaKind` says otherwise.
         n: number of training timesteps T.
+        cosine_offset: s of the cosine, ᾱ(u) = cos²((u + s)/(1 + s)·π/2) at u = t/T.
 
     Raises:
         UserError: an unknown kind, n < 1, or a β outside (0, 1].
 
-    Source: DDPM (Ho et al. 2020) section 4; the shapes are those of the released DDPM and DDIM code.
+    Source: DDPM (Ho et al. 2020) section 4; the shapes are those of the released DDPM, DDIM and latent diffusion code.
+        The cosine is from Nichol & Dhariwal 2021, eq. (17).
     """
     try:
         kind = BetaKind(kind)
@@ -67,6 +77,12 @@ def make_beta_schedule(kind: BetaKind | str, start: float, end: float, n: int) -
         betas = np.full(n, end, dtype=np.float64)
     elif kind is BetaKind.JSD:
         betas = 1.0 / np.arange(n, 0, -1, dtype=np.float64)
+    elif kind is BetaKind.COSINE:
+        bars = np.cos((np.arange(n + 1) / n + cosine_offset) / (1.0 + cosine_offset) * (np.pi / 2.0)) ** 2
+        betas = np.minimum(1.0 - bars[1:] / bars[:-1], COSINE_LARGEST)
+    elif kind is BetaKind.SQRT:
+        with np.errstate(invalid="ignore"):
+            betas = np.sqrt(np.linspace(start, end, n))
     else:
         betas = start + (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, n)))
     return _checked(torch.from_numpy(betas))
@@ -76,6 +92,15 @@ def _checked(betas: Tensor) -> Tensor:
     if betas.dim() != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas <= 1)).all()):
         raise UserError("the noise schedule needs a list of β_t in (0, 1]: mend beta_start and beta_end")
     return betas
+
+
+def _to_zero_terminal_snr(betas: Tensor) -> Tensor:
+    roots = torch.cumprod(1.0 - betas.double(), dim=0).sqrt()
+    first, last = roots[0].clone(), roots[-1].clone()
+    if len(roots) == 1 or first <= last:
+        raise UserError("a noise schedule of one timestep cannot be rescaled to end without signal; give it more")
+    bars = ((roots - last) * (first / (first - last))).square()
+    return 1.0 - bars / torch.cat([bars.new_ones(1), bars[:-1]])
 
 
 class Step(NamedTuple):
@@ -96,6 +121,8 @@ class DiffusionSchedule:
     Args:
         betas: β_t [T], any float type, each in (0, 1]. Kept as float32, the precision that the networks were
             trained with.
+        zero_terminal_snr: rescale such that nothing of the image is left at T − 1, and as much as before at 0 (Lin et
+            al. 2024, algorithm 1). Samplers must then start before T − 1.
 
     Attributes:
         alphas_cumprod: ᾱ_t = Π_{s≤t} (1 − β_s), float64 [T], of the rounded betas.
@@ -105,10 +132,14 @@ class DiffusionSchedule:
     """
 
     betas: Tensor
+    zero_terminal_snr: bool = False
     alphas_cumprod: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        betas = _checked(self.betas.detach().to("cpu", torch.float32))
+        betas = self.betas.detach().cpu()
+        if self.zero_terminal_snr:
+            betas = _to_zero_terminal_snr(_checked(betas))
+        betas = _checked(betas.to(torch.float32))
         object.__setattr__(self, "betas", betas)
         object.__setattr__(self, "alphas_cumprod", torch.cumprod(1.0 - betas.double(), dim=0))
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ddim.config import REQUIRED, build_schedule, load_config
+from ddim.config import REQUIRED, SECTIONS, build_schedule, check_training, load_config, parameterization
 from ddim.models.diffusion import Model
 from qdiff.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yml"))
-KEYS = [(section, key) for section, keys in REQUIRED.items() for key in keys]
+KEYS = [(section, name) for section in REQUIRED for name, key in SECTIONS[section].items() if key.required]
 
 
 @pytest.fixture
@@ -85,12 +85,81 @@ def test_missing_file_names_what_there_is(tmp_path, monkeypatch):
         assert path in str(caught.value) and "cats.yml" in str(caught.value)
 
 
+def changed(config, section, key, value, tmp_path):
+    config.setdefault(section, {})
+    config[section][key] = value
+    OmegaConf.save(config, tmp_path / "config.yml")
+    return tmp_path / "config.yml"
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("model", "ch", "abc"), ("data", "image_size", 0), ("model", "ch_mult", [1, 0.5]), ("model", "ch", 40)],
+    [
+        ("model", "ch", "abc"),
+        ("model", "ch", True),
+        ("model", "ch_mult", [1, 0.5]),
+        ("model", "ch_mult", []),
+        ("model", "ch", 40),
+        ("model", "attn_resolutions", 0),
+        ("model", "resamp_with_conv", "yes please"),
+        ("model", "type", "bayesian"),
+        ("model", "var_type", "learned"),
+        ("data", "image_size", 0),
+        ("data", "rescaled", 1),
+        ("diffusion", "beta_end", "abc"),
+        ("diffusion", "beta_end", float("nan")),
+        ("diffusion", "parameterization", "score"),
+        ("diffusion", "num_diffusion_timesteps", None),
+        ("sampling", "batch_size", 1e9),
+        ("optim", "optimizer", "SGD"),
+    ],
 )
-def test_numbers_that_no_network_can_have_are_refused(section, key, value, tiny_config, tmp_path):
-    tiny_config[section][key] = value
-    OmegaConf.save(tiny_config, tmp_path / "config.yml")
-    with pytest.raises(UserError, match=key):
-        load_config(tmp_path / "config.yml")
+def test_values_that_no_network_can_have_are_refused(section, key, value, tiny_config, tmp_path):
+    with pytest.raises(UserError, match=key) as caught:
+        load_config(changed(tiny_config, section, key, value, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [("data", "image_mean"), ("model", "num_heads"), ("diffusion", "rescale_zero_snr"), ("optim", "momentum")],
+)
+def test_keys_that_nobody_reads_are_named(section, key, tiny_config, tmp_path):
+    with pytest.raises(UserError, match=rf"{section}\.{key}, which is not understood here"):
+        load_config(changed(tiny_config, section, key, 1, tmp_path))
+
+
+def test_sections_that_nobody_reads_are_named(tiny_config, written):
+    tiny_config.difusion = {}
+    with pytest.raises(UserError, match=r"has difusion, which is not understood here; did you mean diffusion\?"):
+        load_config(written(tiny_config))
+
+
+def test_one_range_of_images(tiny_config, tmp_path):
+    tiny_config.data.rescaled = True
+    with pytest.raises(UserError, match="both"):
+        load_config(changed(tiny_config, "data", "logit_transform", True, tmp_path))
+
+
+def test_what_the_network_predicts(tiny_config):
+    assert parameterization(tiny_config).value == "eps"
+    tiny_config.diffusion.parameterization = "v"
+    assert parameterization(tiny_config).value == "v"
+
+
+def test_schedules_of_latent_diffusion_and_without_terminal_signal(tiny_config, written):
+    tiny_config.diffusion.beta_schedule = "cosine"
+    assert float(build_schedule(load_config(written())).alphas_cumprod[500]) == pytest.approx(0.4923, abs=1e-3)
+    tiny_config.diffusion.rescale_betas_zero_snr = True
+    bars = build_schedule(load_config(written())).alphas_cumprod
+    assert float(bars[-1]) == 0.0 and float(bars[500]) == pytest.approx(0.4923, abs=1e-3)
+
+
+def test_training_needs_its_sections(tiny_config):
+    digits = load_config(Path(__file__).parents[2] / "configs" / "digits.yml")
+    check_training(digits, "config file x")
+    with pytest.raises(UserError, match=r"config file x lacks training\.batch_size"):
+        check_training(tiny_config, "config file x")
+    del digits.optim.grad_clip
+    with pytest.raises(UserError, match=r"lacks optim\.grad_clip"):
+        check_training(digits, "config file x")

@@ -35,6 +35,36 @@ def test_const_jsd_sigmoid():
     assert (sigmoid + sigmoid.flip(0)).tolist() == pytest.approx([0.4] * 5)
 
 
+def test_cosine_is_that_of_the_improved_ddpm():
+    bars = DiffusionSchedule(make_beta_schedule("cosine", 0.1, 0.3, 1000)).alphas_cumprod
+    s = 0.008
+    for t in (0, 499, 900):
+        cosines = (np.cos((u + s) / (1 + s) * np.pi / 2) for u in ((t + 1) / 1000, 0.0))
+        assert float(bars[t]) == pytest.approx((next(cosines) / next(cosines)) ** 2, rel=1e-6)
+    assert make_beta_schedule("cosine", 0.1, 0.3, 1000).max() == 0.999
+    later = make_beta_schedule("cosine", 0.1, 0.3, 1000, cosine_offset=0.1)
+    assert float(later[0]) > 2 * float(make_beta_schedule("cosine", 0.1, 0.3, 1000)[0])
+
+
+def test_sqrt_is_the_root_of_linear():
+    assert make_beta_schedule("sqrt", 0.04, 0.25, 3).tolist() == pytest.approx([0.2, 0.145**0.5, 0.5])
+
+
+def test_zero_terminal_snr():
+    betas = make_beta_schedule("scaled_linear", 0.00085, 0.012, 1000)
+    before, after = DiffusionSchedule(betas), DiffusionSchedule(betas, zero_terminal_snr=True)
+    assert float(after.alphas_cumprod[-1]) == 0.0 < float(before.alphas_cumprod[-1])
+    assert float(after.alphas_cumprod[0]) == pytest.approx(float(before.alphas_cumprod[0]), rel=1e-6)
+    assert bool((after.alphas_cumprod[1:] < before.alphas_cumprod[1:]).all())
+    # Shifted and scaled in √ᾱ: differences keep their proportions.
+    falls = [-np.diff(s.alphas_cumprod.sqrt().numpy()) for s in (before, after)]
+    np.testing.assert_allclose(falls[1][:990] / falls[0][:990], (falls[1] / falls[0])[0], rtol=1e-3)
+    with pytest.raises(UserError, match="no signal"):
+        after.steps([0, 999])
+    with pytest.raises(UserError, match="one timestep"):
+        DiffusionSchedule(betas[:1], zero_terminal_snr=True)
+
+
 def test_alphas_cumprod_is_the_product_of_one_minus_beta():
     schedule = DiffusionSchedule(torch.tensor([0.5, 0.25, 0.5], dtype=torch.float64))
     assert schedule.alphas_cumprod.tolist() == [0.5, 0.375, 0.1875]
@@ -67,7 +97,7 @@ def test_quad_is_quadratic_and_keeps_its_repeats():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: make_beta_schedule("cosine", 0.1, 0.2, 10), "sigmoid"),
+        (lambda: make_beta_schedule("cubic", 0.1, 0.2, 10), "sigmoid"),
         (lambda: make_beta_schedule("linear", 0.1, 0.2, 0), "at least 1"),
         (lambda: make_beta_schedule("linear", 0.0, 0.2, 10), "beta_start"),
         (lambda: make_beta_schedule("linear", 0.1, 1.2, 10), "beta_end"),

@@ -113,6 +113,7 @@ def model_config():
         fixed = {
             "linear_start": 0.0015,
             "linear_end": 0.0195,
+            "conditioning_key": "crossattn",
             "image_size": 4,
             "channels": latent,
             "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},

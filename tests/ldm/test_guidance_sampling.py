@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim.samplers import DiffusionSchedule, ImageNoise
+from ddim.samplers import DiffusionSchedule, ImageNoise, Parameterization
 from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind, guided
 from ldm.schedule import build_schedule
 from qdiff.errors import UserError
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "samplers.pth", weights_only=True)
 GOLDEN_TOLERANCE = 1e-5  # relative L2; float32 rounding gives below 1e-6
+CONVERSION_TOLERANCE = 1e-4  # float32, 40 steps at most
 SHAPE, CPU = (3, 4, 4), torch.device("cpu")
 
 LATENT = build_schedule({"linear_start": 0.0015, "linear_end": 0.0195})
@@ -60,6 +61,27 @@ def test_published_outputs(case, monkeypatch):
 @pytest.mark.parametrize("case", [c for c in CASES if "cfg" in c])
 def test_published_outputs_tell_scales_apart(case, monkeypatch):
     assert golden_error(case, monkeypatch, scale=CASES[case][3] + 0.01) > 5 * GOLDEN_TOLERANCE
+
+
+@pytest.mark.parametrize("predicts", [Parameterization.X0, Parameterization.V])
+@pytest.mark.parametrize(("kind", "eta"), KINDS)
+def test_networks_of_x0_and_v_under_guidance(kind, eta, predicts):
+    conditions = context([1.0, 2.0]), context([-1.0, -1.0])
+
+    def other(x, t, c):
+        low = SHORT.alphas_cumprod.log()[t.long()]
+        high = SHORT.alphas_cumprod.log()[(t.long() + 1).clamp(max=39)]
+        bar = (low + (t - t.long()) * (high - low)).exp().to(x).view(-1, 1, 1, 1)
+        noise = network(x, t, c)
+        x_0 = (x - (1 - bar).sqrt() * noise) / bar.sqrt()
+        return x_0 if predicts is Parameterization.X0 else bar.sqrt() * noise - (1 - bar).sqrt() * x_0
+
+    options = LatentSamplerOptions(kind, 4, eta, 3.0)
+    expected = LatentSampler(SHORT, SHAPE, options, 3, CPU)(network, [0, 1], *conditions)
+    made = LatentSampler(SHORT, SHAPE, options, 3, CPU, predicts)(other, [0, 1], *conditions)
+    torch.testing.assert_close(made, expected, rtol=CONVERSION_TOLERANCE, atol=CONVERSION_TOLERANCE)
+    taken_for_noise = LatentSampler(SHORT, SHAPE, options, 3, CPU)(other, [0, 1], *conditions)
+    assert not torch.allclose(taken_for_noise, expected, rtol=0, atol=100 * CONVERSION_TOLERANCE)
 
 
 def test_guidance_is_one_call_of_the_network_on_both_halves():

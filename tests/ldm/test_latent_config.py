@@ -7,15 +7,19 @@ import torch
 from omegaconf import OmegaConf
 
 import ldm.config
+from ddim.samplers import make_beta_schedule
 from ldm.config import REPOSITORY, is_latent_config, load_config
+from ldm.keys import WITHOUT_EFFECT
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.schedule import build_schedule
+from ldm.sizes import check_sizes
 from ldm.util import ALLOWED_TARGETS, instantiate_from_config
 from qdiff.errors import UserError
 
 # Relative, of ᾱ: published code rounds betas to float32.
 PRODUCT_TOLERANCE = 1e-7
 
+CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 12, "n_classes": 5}}
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"
 
 
@@ -127,7 +131,7 @@ def test_base_is_extended_and_overridden(written, model_config):
         ("model: 3", "model.target is None"),
         ("model: {target: ldm.other.Model}", "model.target is ldm.other.Model"),
         (f"model: {{target: {HOLDER}}}", "lacks model.params.unet_config"),
-        (f"model: {{target: {HOLDER}, params: null}}", "lacks model.params.unet_config"),
+        (f"model: {{target: {HOLDER}, params: null}}", r"model\.params null; it must be a mapping"),
         (f"model: {{target: {HOLDER}, params: {{unet_config: 3}}}}", "lacks model.params.unet_config"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
         ("base: 3", "3 does not exist"),
@@ -152,8 +156,102 @@ def test_file_that_lacks_a_part(written, model_config):
                 load_config(written(config))
         config = model_config()
         config.model.params[part].target = "os.system"
-        with pytest.raises(UserError, match=r"names the class os\.system, which is not allowed"):
+        with pytest.raises(UserError, match=r"names the class os\.system as .*, which is not allowed"):
             load_config(written(config))
+
+
+@pytest.mark.parametrize("path", sorted(REPOSITORY.glob("**/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_shipped_models_load_and_fit(path):
+    if path.parent.name not in ("latent-diffusion", "stable-diffusion") and path.name != "config.yaml":
+        pytest.skip("no model's config")
+    check_sizes(load_config(path), "config file x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("parameterization", "score", r"parameterization 'score'; only 'eps' or 'x0' or 'v'"),
+        ("beta_schedule", "jsd", "beta_schedule 'jsd'"),
+        ("conditioning_key", "concat", "conditioning_key 'concat'.*cross attention alone"),
+        ("conditioning_key", "hybrid", "conditioning_key 'hybrid'"),
+        ("conditioning_key", "adm", "conditioning_key 'adm'"),
+        ("given_betas", [0.1, 0.2], "given_betas"),
+        ("v_posterior", 0.5, "v_posterior"),
+        ("num_timesteps_cond", 4, "num_timesteps_cond"),
+        ("linear_end", "abc", "linear_end 'abc'; it must be a finite number"),
+        ("timesteps", 1e9, "timesteps 1000000000.0; it must be a whole number"),
+        ("scale_by_std", "yes", "scale_by_std 'yes'; it must be true or false"),
+        ("image_size", 0, "image_size 0; give at least 1"),
+        ("rescale_zero_snr", True, "rescale_zero_snr, which is not understood here"),
+        ("split_input_params", {"ks": [128, 128]}, "split_input_params, which is not understood here"),
+        ("scale_facter", 0.18, r"scale_facter.*did you mean scale_factor\?"),
+    ],
+)
+def test_keys_that_change_the_mathematics_are_never_ignored(key, value, says, written, model_config):
+    config = model_config()
+    config.model.params[key] = value
+    with pytest.raises(UserError, match=says) as caught:
+        load_config(written(config))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
+def test_keys_of_training_are_taken(key, written, model_config):
+    config = model_config()
+    config.model.params[key] = None
+    load_config(written(config))
+
+
+def test_keys_elsewhere(written, model_config):
+    config = model_config()
+    config.optim = {"lr": 1}
+    with pytest.raises(UserError, match="has optim, which is not understood"):
+        load_config(written(config))
+    config = model_config()
+    config.model.params.unet_config.weights = "x"
+    with pytest.raises(UserError, match=r"model\.params\.unet_config\.weights, which is not understood"):
+        load_config(written(config))
+    config = model_config()
+    config.model.params.unet_config.params.transformer_dpeth = 2
+    with pytest.raises(UserError, match=r"UNetModel has transformer_dpeth.*did you mean transformer_depth\?"):
+        instantiate_from_config(config.model)
+    config = model_config()
+    config.model.params.unet_config.params.channel_mult = 2
+    with pytest.raises(UserError, match="channel_mult 2; it must be a list"):
+        instantiate_from_config(config.model)
+
+
+def test_a_condition_that_would_be_concatenated(written, model_config):
+    config = model_config("imagenet", cond_stage_config=CLASSES)
+    del config.model.params.conditioning_key
+    with pytest.raises(UserError, match=r"lacks model\.params\.conditioning_key"):
+        load_config(written(config))
+    config.model.params.concat_mode = False
+    load_config(written(config))
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("channels", 4, r"unet_config\.params\.in_channels 3, but latents have model\.params\.channels 4"),
+        ("unet_config.params.out_channels", 6, r"out_channels 6, but latents"),
+        ("first_stage_config.params.embed_dim", 4, r"embed_dim 4, but latents"),
+        ("image_size", 7, "multiples of 2"),
+        ("unet_config.params.context_dim", 16, r"context_dim 16, but the condition encoder returns vectors of 12"),
+        ("unet_config.params.attention_resolutions", 0, "must be a list"),
+        ("unet_config.params.num_heads", 0, "cannot run|do not fit"),
+        ("first_stage_config.params.ddconfig.ch_mult", 3, "do not fit"),
+        ("first_stage_config.params.ddconfig.out_ch", 1, "decodes to 1 channels"),
+        ("cond_stage_config", "__is_unconditional__", "needs a context"),
+    ],
+)
+def test_sizes_that_do_not_fit(where, value, says, model_config):
+    config = model_config("imagenet", cond_stage_config=CLASSES)
+    check_sizes(config, "config file x")
+    OmegaConf.update(config.model.params, where, value)
+    with pytest.raises(UserError, match=says) as caught:
+        check_sizes(config, "config file x")
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_file(tmp_path):
@@ -187,6 +285,17 @@ def test_schedule_defaults():
     assert schedule.num_train == 1000
     assert float(schedule.alphas_cumprod[0]) == pytest.approx(1 - 1e-4)
     assert build_schedule({"timesteps": 50}).num_train == 50
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sqrt_linear", "linear"), ("sqrt", "sqrt"), ("cosine", "cosine")])
+def test_other_schedules(name, kind):
+    params = {"beta_schedule": name, "linear_start": 0.01, "linear_end": 0.02, "timesteps": 100}
+    betas = make_beta_schedule(kind, 0.01, 0.02, 100)
+    assert torch.equal(build_schedule(params).betas, betas.float())
+    if name == "cosine":
+        betas = make_beta_schedule(kind, 0.01, 0.02, 100, cosine_offset=0.1)
+        assert torch.equal(build_schedule(params | {"cosine_s": 0.1}).betas, betas.float())
+    assert float(build_schedule(params | {"rescale_betas_zero_snr": True}).alphas_cumprod[-1]) == 0.0
 
 
 @torch.no_grad()

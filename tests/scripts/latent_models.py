@@ -137,6 +137,7 @@ def _config(kind: str, folder: Path, unet: dict) -> dict:
                 "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet},
                 "first_stage_config": {"target": f"ldm.models.autoencoder.{first_stage}", "params": stage},
                 "cond_stage_config": encoder,
+                "conditioning_key": "crossattn",
             },
         },
         "pretrained": {"class_words": list(WORDS)} if kind == "text" else {},

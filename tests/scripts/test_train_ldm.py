@@ -57,6 +57,7 @@ def config(kind, folder):
                 },
                 "first_stage_config": {"target": f"ldm.models.autoencoder.{encoder}", "params": params},
                 "cond_stage_config": condition,
+                "conditioning_key": "crossattn",
             },
         },
         "data": data,

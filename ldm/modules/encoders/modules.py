@@ -42,6 +42,11 @@ class ClassEmbedder(nn.Module):
         self.embedding = nn.Embedding(n_classes, embed_dim)
 
     @property
+    def width(self) -> int:
+        """The context's last dimension."""
+        return self.embedding.embedding_dim
+
+    @property
     def unconditional(self) -> int:
         """The label that stands for no class."""
         return self.embedding.num_embeddings - 1
@@ -74,6 +79,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self.version = _local(version)
         config = self._architecture()
         self.max_length = max_length or config.max_position_embeddings
+        self.width: int = config.hidden_size  # the context's last dimension
         model = CLIPTextModel(config)
         # transformers 5 has the encoder itself there, 4 one level down; the released name is the latter's.
         self.transformer = nn.Module()
