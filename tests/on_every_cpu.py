@@ -29,6 +29,7 @@ class Setting:
     Attributes:
         name: shown in the table.
         flags: of /proc/cpuinfo that the machine must have.
+        beyond: of which it must have one, or the setting emulates what the CPU is anyway.
         aten: ATEN_CPU_CAPABILITY, torch's own kernels.
         onednn: DNNL_MAX_CPU_ISA (of torch) and ONEDNN_MAX_CPU_ISA (of OpenVINO).
         mkl: MKL_ENABLE_INSTRUCTIONS, matrix products.
@@ -37,6 +38,7 @@ class Setting:
 
     name: str
     flags: tuple[str, ...] = ()
+    beyond: tuple[str, ...] = ()
     aten: str | None = None
     onednn: str | None = None
     mkl: str | None = None
@@ -54,15 +56,17 @@ class Setting:
         return kept | {k: v for k, v in chosen.items() if v is not None}
 
 
+# What torch, oneDNN and MKL have kernels for above AVX2.
+ABOVE_AVX2 = ("avx512f", "avx_vnni", "avx_vnni_int8", "amx_int8")
 AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 SETTINGS = (
     Setting("this CPU, 1 thread"),
     Setting("this CPU, 2 threads", threads=2),
     Setting("no AVX", aten="default", onednn="SSE41", mkl="SSE4_2"),
-    Setting("AVX2", ("avx2", "fma"), "avx2", "AVX2", "AVX2"),
-    Setting("AVX2, 2 threads", ("avx2", "fma"), "avx2", "AVX2", "AVX2", threads=2),
-    Setting("AVX-512 without VNNI", AVX512, "avx512", "AVX512_CORE", "AVX512"),
-    Setting("AVX-512 with VNNI", (*AVX512, "avx512_vnni"), "avx512", "AVX512_CORE_VNNI", "AVX512"),
+    Setting("AVX2", ("avx2", "fma"), ABOVE_AVX2, "avx2", "AVX2", "AVX2"),
+    Setting("AVX2, 2 threads", ("avx2", "fma"), ABOVE_AVX2, "avx2", "AVX2", "AVX2", threads=2),
+    Setting("AVX-512 without VNNI", AVX512, ("avx512_vnni",), "avx512", "AVX512_CORE", "AVX512"),
+    Setting("AVX-512 with VNNI", (*AVX512, "avx512_vnni"), ("amx_int8",), "avx512", "AVX512_CORE_VNNI", "AVX512"),
 )
 
 
@@ -72,6 +76,9 @@ def main(arguments: list[str]) -> int:
         missing = [flag for flag in setting.flags if flag not in here]
         if missing:
             print(f"{setting.name:24s} skipped: this CPU has no {', '.join(missing)}", flush=True)
+            continue
+        if setting.beyond and not any(flag in here for flag in setting.beyond):
+            print(f"{setting.name:24s} skipped: it is what this CPU is", flush=True)
             continue
         # Two processes of one thread, or one of two: never more threads than two cores hold.
         workers = ("-n", str(2 // setting.threads))
