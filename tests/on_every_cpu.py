@@ -16,9 +16,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from qdiff.benchmark.machine import cpu_name_and_flags
-
 REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[0] = str(REPOSITORY)  # this folder holds tests/qdiff, which would be taken for the package
+
+from qdiff.benchmark.machine import cpu_name_and_flags  # noqa: E402
+
 NUMERIC = ("tests/qdiff", "tests/ddim", "tests/ldm", "tests/evaluation")
 
 
