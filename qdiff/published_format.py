@@ -16,11 +16,11 @@ from torch import Tensor
 
 from qdiff.errors import UserError
 from qdiff.functional import max_level
-from qdiff.quant_layer import QuantModule
 from qdiff.published_widths import check_softmax_ranges
+from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
-from qdiff.tensor_files import check_finite
+from qdiff.tensor_files import check_finite, unwrapped
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
@@ -68,6 +68,7 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
         raise UserError(f"checkpoint {path} holds quantized weights; give --weight_bit")
     quantizers = _quantizers(qnn, activations)
     plain = {n: p for n, p in qnn.named_parameters() if not n.endswith(".delta")}
+    state = unwrapped(state, [*plain, *quantizers])
     _check_keys(state, set(quantizers), set(plain), path)
     for name, parameter in plain.items():
         if state[name].shape != parameter.shape:

@@ -44,8 +44,8 @@ def check_softmax_ranges(softmax: Mapping[str, tuple[float, int, int]], path: Pa
         bits = softmax[name][2]
         likely = max(2, bits - round(math.log2(reach[name])))
         raise UserError(
-            f"checkpoint {path} was made with another width: {name} has steps of about {likely} bits for outputs from 0 "
-            f"to 1, not {bits}; change --sm_abit"
+            f"checkpoint {path} was made with another width: {name} has steps of about {likely} bits for outputs "
+            f"from 0 to 1, not {bits}; change --sm_abit"
         )
 
 

@@ -113,7 +113,7 @@ class FloatModel:
         raise NotImplementedError
 
     def probe(self) -> tuple[Tensor, ...]:
-        """Return two inputs of the network, (x, t[, context]), after `load`: noise halfway, under a condition of ours."""
+        """Return two inputs of the network, (x, t[, context]), after `load`: noise at t = T/2, and real conditions."""
         generator = torch.Generator().manual_seed(0)
         x, t = torch.randn(2, *self.input_shape, generator=generator), torch.full((2,), self.training_steps // 2)
         condition, _ = self.conditions([0, 1], calibration=True)

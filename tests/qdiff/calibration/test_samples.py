@@ -132,7 +132,7 @@ def damaged_files(folder):
     yield "truncated", good.read_bytes()[:-200], "damaged"
     yield "empty file", b"", "damaged"
     yield "foreign", b"<html>404</html>" * 40, "damaged"
-    yield "code", pickle.dumps({"xs": Evil(folder / "evidence")}, protocol=2), "damaged"
+    yield "code", pickle.dumps({"xs": Evil(folder / "evidence")}, protocol=2), "written by pickle"
     for name, content, match in (
         ("list", [1, 2], "not a dict with xs and ts"),
         ("no ts", {"xs": torch.zeros(1, 1, *SHAPE)}, "not a dict with xs and ts"),
