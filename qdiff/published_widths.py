@@ -42,9 +42,9 @@ def check_softmax_ranges(softmax: Mapping[str, tuple[float, int, int]], path: Pa
     name = max(reach, key=reach.__getitem__, default=None)
     if name is not None and reach[name] > LARGEST_SOFTMAX:
         bits = softmax[name][2]
-        likely = max(2, bits - round(math.log2(reach[name])))
+        most = max(2, bits - math.floor(math.log2(reach[name])))
         raise UserError(
-            f"checkpoint {path} was made with another width: {name} has steps of about {likely} bits for outputs "
+            f"checkpoint {path} was made with another width: {name} has steps of at most {most} bits for outputs "
             f"from 0 to 1, not {bits}; change --sm_abit"
         )
 

@@ -78,7 +78,7 @@ REFUSED = {
     ),
     "published of other softmax bits": (
         (*LOAD, "--cali_ckpt", "{bad}/published.pth", "--sm_abit", 16),
-        ("about 8 bits", "not 16", "--sm_abit"),
+        ("steps of at most", "not 16", "--sm_abit"),
     ),
     "data beyond the schedule": ((*DATA_FROM, "{bad}/data-late"), ("{bad}/data-late", "timestep 1", "0 to 999")),
     "checkpoint is float": ((*W4A8, "--cali_ckpt", "{weights}"), ("{weights}", "no quantized checkpoint")),
