@@ -387,7 +387,7 @@ class WritesAFile:
 def test_code_in_a_pickle_is_not_run(dump, wrap, tmp_path):
     evidence = tmp_path / "evidence"
     dump({"model.conv_in.weight": WritesAFile(evidence)}, tmp_path / "evil.pth")
-    refuses(wrap(weight_bits=4), tmp_path / "evil.pth", "not a plain dict of tensors")
+    refuses(wrap(weight_bits=4), tmp_path / "evil.pth", r"not a plain dict of tensors|written by pickle")
     assert not evidence.exists()
     pickle.loads(pickle.dumps(WritesAFile(evidence)))
     assert evidence.exists(), "the planted code does nothing: the test is blind"

@@ -83,9 +83,7 @@ def test_other_widths_are_refused_by_the_error_of_eps(name, changes, option):
 def test_softmax_steps_too_wide_for_their_width_are_refused_unprobed(name):
     """Both signed ones (DDIM, transformer blocks) and unsigned ones; nothing is run for it."""
     case = GoldenCase(name)
-    with pytest.raises(
-        UserError, match=r"act_quantizer_w has steps of at most \d+ bits .*, not 16; change --sm_abit"
-    ):
+    with pytest.raises(UserError, match=r"act_quantizer_w has steps of at most \d+ bits .*, not 16; change --sm_abit"):
         load_checkpoint(case.wrapped(softmax_bits=16), case.path)
 
 
