@@ -125,7 +125,8 @@ def _trouble(path: Path, fix: str, error: Exception) -> str:
             return _trouble_of_archive(path, fix)
         with open(path, "rb") as file:
             if _skip_pickle(file) != BEFORE_1_6:
-                return f"was written by pickle, not by torch.save; {ANEW.replace('torch.load(weights_only=False)', 'pickle.load')}"
+                anew = ANEW.replace("torch.load(weights_only=False)", "pickle.load")
+                return f"was written by pickle, not by torch.save; {anew}"
             for _ in range(LEADING - 1):
                 _skip_pickle(file)
             if {"_parameters", "_modules"} <= {argument for _, argument, _ in pickletools.genops(file)}:
