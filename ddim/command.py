@@ -67,6 +67,10 @@ class DdimModel(FloatModel):
     def input_shape(self) -> tuple[int, int, int]:
         return self.sampler.shape
 
+    @property
+    def training_steps(self) -> int:
+        return self.sampler.schedule.num_train
+
     def build_network(self) -> tuple[Model, None]:
         """Return the network without weights, on the meta device, and None for the context that it does not take."""
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from torch import nn
 from qdiff import files
 from qdiff.downloads import cache_folder, download
 from qdiff.errors import UserError
-from qdiff.tensor_files import check_state, read_float_tensors
+from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -49,6 +49,7 @@ def load_float_weights(network: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: missing, damaged, or the weights of another network.
     """
-    state = read_float_tensors(Path(path))
-    check_state(state, network.state_dict(), path)
+    expected = network.state_dict()
+    state = unwrapped(read_float_tensors(Path(path)), expected)
+    check_state(state, expected, path)
     network.load_state_dict(state, strict=True)

@@ -14,7 +14,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
-from qdiff.tensor_files import check_state, read_float_tensors
+from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
 
 log = logging.getLogger("qdiff")
 
@@ -68,13 +68,13 @@ def load_latent_diffusion(config: Any, path: str | Path, network: bool = True) -
         UserError: missing, damaged, or the weights of another model.
     """
     path = Path(path)
-    state = read_float_tensors(path)
+    model = build_without_weights(config)
+    state = unwrapped(read_float_tensors(path), model.state_dict())
     if not any(name.startswith(UNET) for name in state):
         raise UserError(
             f"{path} is not a latent diffusion checkpoint (it has no {UNET}*); give a released model.ckpt or a "
             "model.safetensors of models/ldm"
         )
-    model = build_without_weights(config)
     if model.use_ema:
         _take_averages(state, path)
     expected = model.state_dict()

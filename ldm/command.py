@@ -80,6 +80,10 @@ class LatentModel(FloatModel):
     def input_shape(self) -> tuple[int, int, int]:
         return self.latent_shape
 
+    @property
+    def training_steps(self) -> int:
+        return self.schedule.num_train
+
     def build_network(self) -> tuple[SteppedNetwork, tuple[int, int] | None]:
         """Return the UNet without weights, on the meta device, and (L, D) of the context that it takes, or None."""
         params = self.model_config.model.params

@@ -25,7 +25,7 @@ from ldm.training import FirstStageTask, LatentDenoisingTask, latent_moments
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
 from qdiff.files import written_whole
-from qdiff.tensor_files import check_state, read_float_tensors
+from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
 
 PREFIX = "first_stage_model."
 
@@ -75,7 +75,8 @@ def train_diffusion(args: Namespace) -> dict[str, Any]:
         if not (folder / "vocab.json").is_file():
             write_tokenizer(folder, all_captions(), **captions)
     model: LatentDiffusion = instantiate_from_config(config.model)
-    first = {k.removeprefix(PREFIX): v for k, v in read_float_tensors(Path(args.first_stage)).items()}
+    first = unwrapped(read_float_tensors(Path(args.first_stage)), model.state_dict())
+    first = {k.removeprefix(PREFIX): v for k, v in first.items()}
     check_state(first, model.first_stage_model.state_dict(), args.first_stage)
     model.first_stage_model.load_state_dict(first)
     model.first_stage_model.eval()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
@@ -15,17 +16,23 @@ from qdiff.native_format import load_native, load_native_packed, save_native
 from qdiff.native_metadata import read_config
 from qdiff.packed_weight import PACKED
 from qdiff.published_format import load_published, to_published
+from qdiff.published_widths import check_widths
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import is_pickle, load_tensors
 
 
-def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True) -> None:
+def load_checkpoint(
+    qnn: QuantModel, path: str | Path, activations: bool = True, probe: Callable[[], tuple[Tensor, ...]] | None = None
+) -> None:
     """Fill a quantized network from a file; nothing is changed unless all of it fits.
 
     Args:
         qnn: built with the widths and options that the file was made with; activations may be left in float.
         path: native safetensors or a published q-diffusion ``.pth``.
         activations: False takes the weights alone, whatever the file holds for activations (``--resume_w``).
+        probe: makes inputs of the network, e.g. two of noise: (x [N, C, H, W], t [N][, context [N, L, D]]). By them the
+            activation widths of a published file, which does not store them, are checked once the network is filled
+            (`qdiff.published_widths.check_widths`). Not called for a native file, which stores its widths.
 
     Raises:
         UserError: the file is missing, damaged, or was made with other options or for another network; the message
@@ -42,6 +49,8 @@ def load_checkpoint(qnn: QuantModel, path: str | Path, activations: bool = True)
                 "--quant_mode dynamic"
             )
         load_published(qnn, load_tensors(path), path, activations)
+        if activations and probe is not None:
+            check_widths(qnn, probe(), path)
     else:
         load_native(qnn, path, activations)
 

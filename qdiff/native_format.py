@@ -8,7 +8,8 @@ Tensors, each of what all layers hold, one after the other in name order:
                           networks of two million weights these floats are a tenth of the file;
     ``act_delta``         float32, ``act_zero_point`` int32.
 One tensor a layer would be neater, but a name costs about 100 bytes of header, more than many hold.
-Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON).
+Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
+``checksum`` (JSON: the CRC-32 of every tensor, and of the other metadata; older files have none).
 
 Files of the first format are read too: they have ``<layer>.weight`` for every layer, a zero point a byte, and ``float``
 as float32.
@@ -29,7 +30,15 @@ from torch import Tensor, nn
 from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.functional import max_level
-from qdiff.native_metadata import FIRST_FORMAT, FORMAT, check_metadata, read_metadata
+from qdiff.native_metadata import (
+    CHECKSUM,
+    FIRST_FORMAT,
+    FORMAT,
+    check_checksum,
+    check_metadata,
+    checksum,
+    read_metadata,
+)
 from qdiff.packing import deflate_floats, inflate_floats, pack, packed_bytes, unpack
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -107,6 +116,7 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
         "layout": layout(qnn),
         "notes": json.dumps(notes, separators=(",", ":")),
     }
+    metadata[CHECKSUM] = checksum(tensors, metadata)
     with written_whole(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
@@ -177,6 +187,7 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())] if activations else []
     check_metadata(metadata, path, qnn.config, layout(qnn), bool(act))
     tensors, expected = read_safetensors(path), _float_tensors(qnn)
+    check_checksum(tensors, metadata, path)
     try:
         separated = _first_format if metadata["format"] == FIRST_FORMAT else _this_format
         weights, floats, zero_points = separated(qnn, tensors)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
+CHECKSUM, TEXTS = "checksum", "metadata"
+_TEXTS = ("format", "config", "layout", "notes")
 # Config fields that a file and the options of a run must agree on, and the option that sets each.
 _WEIGHT_OPTIONS = {
     "weight_bits": "--weight_bit",
@@ -37,6 +44,35 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the CRC-32 of each tensor, its type and shape included, and that of the metadata's texts, as JSON.
+
+    The tensors' own bytes are read; nothing is copied.
+    """
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        described = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found[name] = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), described)
+    found[TEXTS] = zlib.crc32(json.dumps([metadata.get(key) for key in _TEXTS]).encode())
+    return json.dumps(found, separators=(",", ":"))
+
+
+def check_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Raise a `UserError` where a file does not hold what was written; files from before the checksum pass."""
+    if CHECKSUM not in metadata:
+        return
+    try:
+        written = dict(json.loads(metadata[CHECKSUM]))
+    except (ValueError, TypeError):
+        written = {}
+    found = json.loads(checksum(tensors, metadata))
+    if wrong := sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name)):
+        raise UserError(
+            f"checkpoint {path} is damaged: the checksum of {wrong[0]} is not that of what was written; get or make "
+            "the file anew"
+        )
 
 
 def read_notes(path: Path) -> dict[str, Any]:

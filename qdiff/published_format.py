@@ -3,7 +3,7 @@
 Keys: ``model.<layer>.{weight,bias}``, ``model.<layer>.weight_quantizer[_0].{delta,zero_point[,alpha]}`` (``_0`` is the
 SECOND slice of a split layer; hard rounding is ⌊w/δ⌋ + [α ≥ 0], nearest where there is no α), and
 ``act_quantizer[_0]`` likewise. Widths and signedness are not stored: symmetric activation quantizers are signed there
-(z = 0), and a width can only be inferred from the step sizes.
+(z = 0), and a width can only be inferred from the step sizes (`qdiff.published_widths` does so for activations).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from qdiff.errors import UserError
 from qdiff.functional import max_level
+from qdiff.published_widths import check_softmax_ranges
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
-from qdiff.tensor_files import check_finite
+from qdiff.tensor_files import check_finite, unwrapped
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
@@ -67,6 +68,7 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
         raise UserError(f"checkpoint {path} holds quantized weights; give --weight_bit")
     quantizers = _quantizers(qnn, activations)
     plain = {n: p for n, p in qnn.named_parameters() if not n.endswith(".delta")}
+    state = unwrapped(state, [*plain, *quantizers])
     _check_keys(state, set(quantizers), set(plain), path)
     for name, parameter in plain.items():
         if state[name].shape != parameter.shape:
@@ -78,6 +80,8 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
     check_finite({name: tensor for name, tensor in state.items() if name.endswith((".alpha", ".zero_point"))}, path)
     _check_symmetry(qnn, state, quantizers, path)
     values = {p: _quantizer_values(qnn, state, p, q, path) for p, q in quantizers.items()}
+    softmax = {p: (*values[p], q.bits) for p, q in quantizers.items() if q.unsigned and _ACT_KEY.search(p + ".")}
+    check_softmax_ranges({p: (float(delta), int(zero), bits) for p, (delta, zero, bits) in softmax.items()}, path)
     for name, layer in qnn.model.named_modules():
         if isinstance(layer, QuantModule):
             _check_width(state, f"model.{name}", layer, path)

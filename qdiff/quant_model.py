@@ -33,7 +33,8 @@ class QuantModel(nn.Module):
         config: widths and ranges.
 
     ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W]. Keywords are passed on, and
-    an attribute that this class does not have is the network's.
+    an attribute that this class does not have is the network's; ``config``, which both may have, is this class's, and
+    the network's own is ``qnn.model.config``.
 
     Attributes:
         left_in_float: layers with products that are not quantized, by name, each with the reason.

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import zipfile
+import tarfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from qdiff.errors import UserError
+from qdiff.torch_files import WHOLE_MODULE, is_module, read_torch_file
 
 _ZIP = b"PK\x03\x04"  # torch.save since PyTorch 1.6
 _LEGACY_PICKLE = b"\x80"
 MAPPED_FROM = 1 << 28  # bytes
-WRAPPED = "module."  # what DataParallel puts before every name
+WRAPPERS = ("module", "_orig_mod")  # what DataParallel and torch.compile put into names
 
 
 def read_float_tensors(path: Path) -> dict[str, Tensor]:
@@ -65,14 +65,15 @@ def is_pickle(path: Path) -> bool:
     if not head:
         raise UserError(f"checkpoint {path} is empty; get or make the file anew")
     # A safetensors file begins with its header's length (8 bytes, the first of which may be 0x80 too), then a "{".
-    return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{")
+    # A tar archive is none of them, but may have been made by torch.save: `read_torch_file` says what it is.
+    return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{") or tarfile.is_tarfile(path)
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a ``torch.save``d state dict without running code from it; large files are mapped into memory.
 
     It may lie where training codes put it: under ``state_dict``, or in a list ``[model, optimizer, epoch, step, ema]``,
-    of which the averaged weights are taken; ``module.`` before all names is removed.
+    of which the averaged weights are taken.
 
     Objects of a training framework that stand beside the weights (Lightning keeps callbacks and hyperparameters
     there) become inert stand-ins.
@@ -80,44 +81,38 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: damaged, truncated, or holding anything but a dict of tensors.
     """
-    try:
-        state = _load_inert(path)
-    except Exception as error:  # bytes that are no pickle can stop its reader in any way
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(
-            f"checkpoint {path} is damaged, truncated or not a plain dict of tensors ({reason}); get the file anew"
-        ) from error
+    state = read_torch_file(path, mapped_from=MAPPED_FROM)
     # Lightning files keep the weights one level down.
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     # DDIM's training code writes [model, optimizer, epoch, step] and, where weights are averaged, their averages last.
     if isinstance(state, list | tuple) and state:
         state = state[-1] if isinstance(state[-1], dict) and len(state) > 4 else state[0]
+    held = [state, *state.values()] if isinstance(state, dict) else [state]
+    if any(map(is_module, held)):
+        raise UserError(f"checkpoint {path} {WHOLE_MODULE}")
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint {path} is not a plain dict of tensors; give a model's or a quantized checkpoint")
-    # Networks trained in parallel are wrapped, and so are the names of their tensors.
-    if all(name.startswith(WRAPPED) for name in state):
-        state = {name.removeprefix(WRAPPED): tensor for name, tensor in state.items()}
     return state
 
 
-class _Inert:
-    """Stands for a class that is not loaded.
+def unwrapped(state: dict[str, Tensor], expected: Iterable[str]) -> dict[str, Tensor]:
+    """Return a state with the names that a network has, where the saved one was wrapped, in whole or in part.
 
-    Its objects are counters: of the types that PyTorch's reader knows, this one takes all that a pickle may give to an
-    object, be it items, attributes or slots.
+    ``module.`` (DataParallel) and ``_orig_mod.`` (``torch.compile``) are taken out wherever they stand in a name,
+    unless the network itself has a part of that name, or two tensors would get one name.
+
+    Args:
+        expected: the network's names.
     """
+    own = {part for name in expected for part in name.split(".")}
+    wrappers = {w for w in WRAPPERS if w not in own}
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Counter:
-        return Counter()
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part not in wrappers)
 
-
-def _load_inert(path: Path) -> Any:
-    zipped = zipfile.is_zipfile(path)
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
-    mapped = zipped and path.stat().st_size >= MAPPED_FROM
-    with torch.serialization.safe_globals([(_Inert, name) for name in names]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    names = Counter(plain(name) for name in state)
+    return {plain(name) if names[plain(name)] == 1 else name: tensor for name, tensor in state.items()}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         qnn, notes = wrapped(model.network), {"method": "float"}
     else:
         qnn, notes = QuantModel(model.network, plan.quant), {"checkpoint": sha256(plan.checkpoint)}
-        load_checkpoint(qnn, plan.checkpoint)
+        load_checkpoint(qnn, plan.checkpoint, probe=model.probe)
     for path in export_onnx(qnn, args.out, model.input_shape, model.context_shape, notes):
         print(f"{path}: {path.stat().st_size} bytes")
 

@@ -118,7 +118,7 @@ def write_checkpoints(job: Job) -> list[str]:
     if is_random:
         _calibrate_on_noise(qnn, job.plan, _inputs(model, context_shape, RANDOM_SAMPLES))
     else:
-        load_checkpoint(qnn, job.plan.checkpoint)
+        load_checkpoint(qnn, job.plan.checkpoint, probe=model.probe)
     if not job.takes_checkpoint:
         save_checkpoint(qnn, job.path(NATIVE))
     for name, moved in ((NATIVE, contextlib.nullcontext()), (LAST_BITS, last_bits_moved(qnn))):

@@ -7,7 +7,6 @@ different numbers of samples. ``xs_prev`` and ``ts_prev``, where they are, hold 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,10 @@ from torch import Tensor
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.errors import UserError
 from qdiff.files import written_whole
+from qdiff.torch_files import read_torch_file
 
 FIX = "make one with scripts/collect_calibration.py"
+MAPPED_FROM = 1 << 30  # bytes
 TIMES = ("ts", "ts_prev")
 KEYS = ("xs", "cs", "ucs", "xs_prev", *TIMES)
 
@@ -43,8 +44,11 @@ def save_recording(recording: Mapping[str, Sequence[Tensor]], path: str | Path) 
         torch.save(recording, temporary)
 
 
-def load_recording(path: str | Path) -> dict[str, Sequence[Tensor]]:
+def load_recording(path: str | Path, training_steps: int | None = None) -> dict[str, Sequence[Tensor]]:
     """Read a published calibration file without running code from it.
+
+    Args:
+        training_steps: T; timesteps of T or more are refused, as no sampler feeds them. None does not look.
 
     Raises:
         UserError: missing, damaged, empty, or not of the published format.
@@ -52,11 +56,7 @@ def load_recording(path: str | Path) -> dict[str, Sequence[Tensor]]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"calibration file {path} does not exist; {FIX}, or leave --cali_data_path out")
-    try:
-        recording = torch.load(path, map_location="cpu", weights_only=True, mmap=path.stat().st_size > 1 << 30)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"calibration file {path} is damaged or truncated ({reason}); {FIX}") from error
+    recording = read_torch_file(path, "calibration file", FIX, MAPPED_FROM)
     if not isinstance(recording, dict) or not {"xs", "ts"} <= set(recording):
         raise UserError(f"calibration file {path} is malformed: it is not a dict with xs and ts; {FIX}")
     unknown = sorted(set(map(str, recording)) - {*KEYS})
@@ -76,13 +76,13 @@ def load_recording(path: str | Path) -> dict[str, Sequence[Tensor]]:
                 f"calibration file {path} is malformed: {len(recording['xs'])} steps of xs, {len(rows)} of {key}; {FIX}"
             )
         for step, samples in enumerate(rows):
-            _check_samples(samples, key, step, path)
+            _check_samples(samples, key, step, path, training_steps)
     if len(recording["xs"]) == 0 or any(len(x) == 0 for x in recording["xs"]):
         raise UserError(f"calibration file {path} is empty; {FIX}")
     return recording
 
 
-def _check_samples(samples: Tensor, key: str, step: int, path: Path) -> None:
+def _check_samples(samples: Tensor, key: str, step: int, path: Path, training_steps: int | None) -> None:
     """Raise a `UserError` where the samples of a step are no numbers that a network can be fed."""
     if key in TIMES:
         if samples.is_complex() or samples.dtype == torch.bool:
@@ -92,6 +92,11 @@ def _check_samples(samples: Tensor, key: str, step: int, path: Path) -> None:
             raise UserError(
                 f"calibration file {path} is malformed: {key} holds the timestep {float(samples[wrong][0])} at step "
                 f"{step}; {FIX}"
+            )
+        if training_steps is not None and len(samples) and (latest := float(samples.max())) >= training_steps:
+            raise UserError(
+                f"calibration file {path} holds the timestep {latest:g} in {key} at step {step}, and this model's are "
+                f"0 to {training_steps - 1}; give the file of this model, or {FIX}"
             )
         return
     if not samples.is_floating_point():

@@ -221,7 +221,8 @@ class SampleCommand:
         if self.plan is None:
             return None
         model = self.model
-        return Quantization(model.network, self.plan, run, model.input_shape, model.context_shape)
+        shapes = model.input_shape, model.context_shape
+        return Quantization(model.network, self.plan, run, *shapes, model.training_steps, model.probe)
 
     @property
     def _calibration_seed(self) -> int:

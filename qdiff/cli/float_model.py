@@ -107,6 +107,18 @@ class FloatModel:
         """[L, D] of the context that the network is fed, after `load`; None where it takes none."""
         return None
 
+    @property
+    def training_steps(self) -> int:
+        """T, how many timesteps the model was trained with: the network is fed those below it."""
+        raise NotImplementedError
+
+    def probe(self) -> tuple[Tensor, ...]:
+        """Return two inputs of the network, (x, t[, context]), after `load`: noise at t = T/2, and real conditions."""
+        generator = torch.Generator().manual_seed(0)
+        x, t = torch.randn(2, *self.input_shape, generator=generator), torch.full((2,), self.training_steps // 2)
+        condition, _ = self.conditions([0, 1], calibration=True)
+        return (x, t) if condition is None else (x, t, condition)
+
     def build_network(self) -> tuple[SteppedNetwork, tuple[int, ...] | None]:
         """Return the network on the meta device, and the [L, D] of its context: shapes without files."""
         raise NotImplementedError

@@ -125,7 +125,7 @@ def compare(
     """
     model.load(choose_device(device))
     qnn = QuantModel(model.network, plan.quant)
-    load_checkpoint(qnn, plan.checkpoint)
+    load_checkpoint(qnn, plan.checkpoint, probe=model.probe)
     # Before anything is packed, and before the long work: a file may not fit.
     networks = _exported(model, qnn, [name for name in runtimes if name in ONNX_RUNTIMES], onnx)
     batches = list(_simulated(model, qnn, images))

@@ -57,6 +57,9 @@ class Quantization:
         run: where the calibrated checkpoint, its recording and unfinished work are kept; may not exist yet.
         image_shape: (C, H, W) of the network's input.
         context_shape: (L, D) of the context that a conditional network takes, else None.
+        training_steps: T; a recording with a timestep of T or later is refused. None does not look.
+        probe: makes inputs of the network (`FloatModel.probe`), by which the activation widths of a published file are
+            checked; None does not check them.
 
     Attributes:
         qnn: the wrapped network.
@@ -72,8 +75,11 @@ class Quantization:
         run: RunFolder,
         image_shape: tuple[int, ...],
         context_shape: tuple[int, ...] | None = None,
+        training_steps: int | None = None,
+        probe: Callable[[], tuple[Tensor, ...]] | None = None,
     ) -> None:
         self.plan, self.run, self.image_shape, self.context_shape = plan, run, image_shape, context_shape
+        self.training_steps = training_steps
         self.finished = run.path / CHECKPOINT
         self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
         self.data: CalibrationSet | None = None
@@ -81,7 +87,7 @@ class Quantization:
         self.qnn = QuantModel(network, plan.quant)
         self.is_complete = plan.action == "load" or self.finished.is_file()
         if self.is_complete:
-            load_checkpoint(self.qnn, self._source)
+            load_checkpoint(self.qnn, self._source, probe=probe)
             return
         if plan.action == "activations":
             load_checkpoint(self.qnn, plan.checkpoint, activations=False)
@@ -94,7 +100,7 @@ class Quantization:
 
     def _read_recording(self) -> None:
         plan = self.plan
-        recording = load_recording(self.recording)
+        recording = load_recording(self.recording, self.training_steps)
         conditional = self.context_shape is not None
         # A draw has samples where its schedule put them: all are taken.
         steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)

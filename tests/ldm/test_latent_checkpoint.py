@@ -91,6 +91,25 @@ def test_half_precision_files_become_float32(form, config, state, write):
     assert_holds(model, halved)
 
 
+WRAPPED = {
+    "the whole in parallel": lambda n: f"module.{n}",
+    "its UNet": lambda n: n.replace(UNET, f"{UNET}module."),
+    "what holds the UNet": lambda n: n.replace("model.diffusion_model.", "model.module.diffusion_model."),
+    "some names": lambda n: f"module.{n}" if n.startswith(UNET) else n,
+    "compiled": lambda n: n.replace(UNET, f"{UNET}_orig_mod."),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.parametrize("form", ["zip", "safetensors"])
+def test_names_of_wrapped_models(form, how, config, state, write):
+    wrapped = {WRAPPED[how](n): v for n, v in (state | averages(state)).items()}
+    assert_holds(
+        load_latent_diffusion(config, write(wrapped, form)),
+        {n: v * (2.0 if n.startswith(UNET) else 1.0) for n, v in state.items()},
+    )
+
+
 # ---------------------------------------------------------------------- averaged weights
 
 

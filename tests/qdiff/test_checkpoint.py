@@ -246,6 +246,28 @@ def test_an_uncalibrated_network_is_not_saved(format, wrap, calibrated, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+WRAPPED = {
+    "the whole in parallel": lambda n: f"module.{n}",
+    "its network": lambda n: n.replace("model.", "model.module.", 1),
+    "ranges alone": lambda n: f"module.{n}" if "quantizer" in n else n,
+    "compiled": lambda n: f"_orig_mod.{n}",
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+@pytest.mark.parametrize("activations", [True, False])
+def test_published_names_of_wrapped_networks(activations, how, calibrated, wrap, held_out, run_quantized, tmp_path):
+    save_checkpoint(calibrated(**W4A8), tmp_path / "q.pth", format="published")
+    state = {WRAPPED[how](name): value for name, value in load_tensors(tmp_path / "q.pth").items()}
+    torch.save(state, tmp_path / "wrapped.pth")
+    outputs = []
+    for name in ("q.pth", "wrapped.pth"):
+        qnn = wrap(**W4A8)
+        load_checkpoint(qnn, tmp_path / name, activations=activations)
+        outputs.append(run_quantized(qnn, held_out, activations=activations))
+    assert torch.equal(*outputs)
+
+
 # ---------------------------------------------------------------------- misfits
 
 
@@ -365,7 +387,7 @@ class WritesAFile:
 def test_code_in_a_pickle_is_not_run(dump, wrap, tmp_path):
     evidence = tmp_path / "evidence"
     dump({"model.conv_in.weight": WritesAFile(evidence)}, tmp_path / "evil.pth")
-    refuses(wrap(weight_bits=4), tmp_path / "evil.pth", "not a plain dict of tensors")
+    refuses(wrap(weight_bits=4), tmp_path / "evil.pth", r"not a plain dict of tensors|written by pickle")
     assert not evidence.exists()
     pickle.loads(pickle.dumps(WritesAFile(evidence)))
     assert evidence.exists(), "the planted code does nothing: the test is blind"

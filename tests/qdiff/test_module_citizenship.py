@@ -65,6 +65,22 @@ def test_attributes_of_the_network_pass_through(made):
         qnn.nobody_has_this  # noqa: B018
 
 
+def test_names_of_both_are_the_wrapper_s(made):
+    """``config`` is what it was quantized by; the network's own is reached by ``model``, in copies too."""
+    qnn = made("simulated")
+    qnn.model.config, qnn.model.device, qnn.model.sample_size = {"sample_size": 8}, "nowhere", 8
+    assert qnn.config.weight_bits == 4 and qnn.device == torch.device("cpu") and qnn.sample_size == 8
+    for other in (qnn, copy.deepcopy(qnn), pickled(qnn)):
+        assert other.model.config == {"sample_size": 8} and other.config == qnn.config
+
+
+def test_methods_and_properties_of_the_network_pass_through(made):
+    qnn = made("simulated")
+    qnn.model.register_buffer("sigmas", torch.ones(3))
+    assert qnn.sigmas is qnn.model.sigmas and qnn.steps == qnn.model.steps
+    assert "sigmas" not in dict(qnn.named_buffers())  # it is the network's: "model.sigmas"
+
+
 @torch.no_grad()
 def test_keywords_pass_through(made, held_out):
     qnn = made("simulated")

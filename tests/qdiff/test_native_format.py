@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import random
+import re
 import zlib
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from ddim.models.diffusion import Model
 from ldm.util import instantiate_from_config
-from qdiff import native_format
+from qdiff import native_format, native_metadata
 from qdiff.accounting import account
 from qdiff.checkpoint import load_checkpoint, load_packed, save_checkpoint
 from qdiff.config import QuantConfig
@@ -199,3 +202,74 @@ def test_a_later_version_is_refused(wrap, calibrated, tmp_path):
     save_file(load_file(path), path, metadata={**read_metadata(path), "format": "qdiff-3"})
     with pytest.raises(UserError, match=r"format qdiff-3, not qdiff-2"):
         load_checkpoint(wrap(weight_bits=4), path)
+
+
+# ---------------------------------------------------------------------- checksum
+
+
+def flipped(source: Path, path: Path, place: int, mask: int) -> None:
+    content = bytearray(source.read_bytes())
+    content[place] ^= mask
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_flipped_byte_is_found(packed, wrap, calibrated, tiny_network, tmp_path):
+    """In any tensor; the header's own bytes are found by other checks, or by this one of the metadata's texts."""
+    good, bad, source = tmp_path / "good", tmp_path / "bad", random.Random(0)
+    save_checkpoint(calibrated(weight_bits=4, act_bits=8), good, notes={"method": "q-diffusion"})
+    content = good.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    places = [source.randrange(begin, len(content)) for _ in range(30)]
+    header = content.index(b'"notes"')
+    places += [begin, len(content) - 1, header + 25, content.index(b"act_bits") + 11, content.index(b'"layout"') + 12]
+    qnn = wrap(weight_bits=4, act_bits=8)
+    for place in places:
+        flipped(good, bad, place, 1 << source.randrange(3))
+        with pytest.raises(UserError, match=r"damaged|--act_bit|another network|no quantized") as caught:
+            if packed:
+                load_packed(copy.deepcopy(tiny_network), bad, qnn.config)
+            else:
+                load_checkpoint(qnn, bad)
+        assert "\n" not in str(caught.value)
+        if place >= begin:
+            assert re.search(r"the checksum of \w+ is not that of what was written", str(caught.value))
+    load_checkpoint(qnn, good)
+
+
+def test_any_byte_of_the_header(wrap, calibrated, tmp_path):
+    """Each loads what was written, or is one sentence."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    source = calibrated(weight_bits=4, act_bits=8)
+    save_checkpoint(source, good, notes={"method": "q-diffusion"})
+    size, qnn, loaded = 8 + int.from_bytes(good.read_bytes()[:8], "little"), wrap(weight_bits=4, act_bits=8), []
+    for place in range(0, size, 3):
+        flipped(good, bad, place, 2)
+        try:
+            load_checkpoint(qnn, bad)
+            loaded.append(place)
+            assert native_format.content_hash(qnn) == native_format.content_hash(source)
+        except UserError as error:
+            assert "\n" not in str(error)
+    assert len(loaded) < 20  # the word "checksum" itself, or what is no part of a text
+
+
+def test_files_without_a_checksum_load_unchecked(wrap, calibrated, tmp_path):
+    path = tmp_path / "q"
+    save_checkpoint(calibrated(weight_bits=4), path)
+    metadata, tensors = read_metadata(path), load_file(path)
+    tensors["weight"][3] ^= 1
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match="the checksum of weight is not"):
+        load_checkpoint(wrap(weight_bits=4), path)
+    del metadata["checksum"]
+    save_file(tensors, path, metadata=metadata)
+    load_checkpoint(wrap(weight_bits=4), path)  # as before: one weight of another value, and nobody knows
+
+
+def test_the_checksum_copies_nothing(calibrated, monkeypatch):
+    seen = []
+    monkeypatch.setattr(native_metadata.zlib, "crc32", lambda data, value=0: seen.append(data) or 0)
+    tensor = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    native_metadata.checksum({"a": tensor}, {})
+    assert any(getattr(data, "ctypes", None) and data.ctypes.data == tensor.data_ptr() for data in seen)

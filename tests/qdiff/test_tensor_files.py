@@ -9,16 +9,18 @@ import os
 import pickle
 import random
 import sys
+import tarfile
 import types
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from qdiff import tensor_files
 from qdiff.errors import UserError
-from qdiff.tensor_files import check_state, is_pickle, load_tensors, read_float_tensors
+from qdiff.tensor_files import check_state, is_pickle, load_tensors, read_float_tensors, unwrapped
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.0, 2.0]).half()}
 
@@ -228,9 +230,91 @@ def test_the_training_code_of_ddim(averaged, wrapped, tmp_path):
     other = {name: tensor + 1 for name, tensor in state.items()}
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
     torch.save([other, optimizer, 5, 100, state] if averaged else [state, optimizer, 5, 100], tmp_path / "ckpt.pth")
-    assert_is_state(load_tensors(tmp_path / "ckpt.pth"))
+    assert_is_state(unwrapped(load_tensors(tmp_path / "ckpt.pth"), STATE))
 
 
-def test_a_prefix_of_some_names_stays(tmp_path):
-    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "mixed.pth")
-    assert set(load_tensors(tmp_path / "mixed.pth")) == {"module.a", "b"}
+WRAPPED = {
+    "in parallel": lambda name: f"module.{name}",
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "both": lambda name: f"_orig_mod.module.{name}",
+    "a part of it": lambda name: name.replace("a.", "a.module."),
+    "some names": lambda name: f"module.{name}" if name.endswith("bias") else name,
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_names_of_wrapped_networks(how):
+    state = {WRAPPED[how](name): tensor for name, tensor in STATE.items()}
+    assert state.keys() != STATE.keys()
+    assert_is_state(unwrapped(state, STATE))
+
+
+def test_names_that_are_not_of_a_wrapper_stay():
+    own = {"module.a": torch.ones(1), "b.module.c": torch.ones(1)}
+    assert unwrapped(own, own).keys() == own.keys()  # a network may have such a part
+    twice = {"module.a": torch.ones(1), "a": torch.zeros(1)}
+    assert unwrapped(twice, {"a": 0}).keys() == twice.keys()
+    assert unwrapped({"modules.a": 0, "my_module.a": 0}, {}).keys() == {"modules.a", "my_module.a"}
+
+
+# ---------------------------------------------------------------------- intact files of other kinds
+
+
+def old_format(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize("dump", [torch.save, old_format])
+def test_numbers_and_objects_beside_the_weights(dump, framework, tmp_path):
+    """Of numpy and of a framework that is gone when the file is read, in both formats."""
+    callback = framework.Callback()
+    callback.best = np.float64(0.5)
+    content = {"epoch": np.int64(3), "loss": np.float32(0.25), "history": np.arange(3.0), "callback": callback}
+    dump({**content, "kind": framework.Kind.ONE, "state_dict": STATE}, tmp_path / "last.ckpt")
+    del sys.modules["training_framework"]
+    assert_is_state(load_tensors(tmp_path / "last.ckpt"))
+
+
+@pytest.mark.parametrize("dump", [torch.save, old_format])
+@pytest.mark.parametrize(
+    "placed", [lambda m: m, lambda m: {"model": m}, lambda m: {"state_dict": m}, lambda m: [m, {}, 3]]
+)
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+def test_a_whole_module_is_named(placed, dump, tmp_path):
+    dump(placed(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU())), tmp_path / "model.pt")
+    says_of_checkpoint(tmp_path / "model.pt", r"holds a whole nn\.Module, .* torch\.save its state_dict\(\)")
+
+
+def says_of_checkpoint(path, match):
+    with pytest.raises(UserError, match=match) as caught:
+        read_float_tensors(path)
+    said = str(caught.value)
+    assert str(path) in said and "\n" not in said and "weights_only load" not in said and "safe_globals" not in said
+    assert "damaged" not in said and "Unpickler" not in said
+
+
+def test_intact_files_are_not_called_damaged(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(pickle.dumps(STATE))
+    says_of_checkpoint(path, "written by pickle, not by torch.save")
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 3), torch.ones(1, 2)), str(path))
+    says_of_checkpoint(path, "is a TorchScript archive")
+    np.savez(tmp_path / "file.npz", a=np.ones(3))
+    says_of_checkpoint(tmp_path / "file.npz", "a zip archive, but not one of torch.save")
+    with tarfile.open(path, "w") as archive:
+        archive.add(tmp_path / "file.npz", "storages")
+    says_of_checkpoint(path, "is a tar archive")
+    for dump in (torch.save, old_format):
+        dump({"state_dict": STATE, "made": Evil(os.mkdir, str(tmp_path / "evidence"))}, path)
+        says_of_checkpoint(path, "holds objects that only code could make")
+    assert not (tmp_path / "evidence").exists()
+
+
+@pytest.mark.parametrize("kept", [10, 60, 400, -1, -100])
+@pytest.mark.parametrize("dump", [torch.save, old_format])
+def test_a_cut_file_is_called_damaged_or_truncated(kept, dump, tmp_path):
+    dump({"state_dict": {"a": torch.arange(200.0)}, "loss": np.float64(1.0)}, tmp_path / "good")
+    (tmp_path / "bad").write_bytes((tmp_path / "good").read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"damaged|truncated") as caught:
+        load_tensors(tmp_path / "bad")
+    assert "\n" not in str(caught.value)

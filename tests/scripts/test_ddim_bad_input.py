@@ -7,6 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from ddim_runs import FEW, SAMPLER, SCRIPT, W4A8
+from omegaconf import OmegaConf
+
+from ddim.models.diffusion import Model
+from ddim.pretrained import load_float_weights
+from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.config import QuantConfig
+from qdiff.quant_model import QuantModel
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +33,16 @@ def bad_files(tmp_path_factory, calibrated_run, tiny):
     torch.save({"xs": recording["xs"], "ts": recording["ts"][:1]}, folder / "data-uneven")
     torch.save({"xs": torch.zeros(0, 3, 1, 8, 8), "ts": torch.zeros(0, 3)}, folder / "data-empty")
     torch.save({"xs": torch.zeros(2, 3, 3, 9, 9), "ts": torch.zeros(2, 3)}, folder / "data-foreign")
+    torch.save({**recording, "ts": recording["ts"] + 999}, folder / "data-late")
+    torch.save(torch.nn.Linear(2, 2), folder / "module")
+    flipped = bytearray(checkpoint)
+    flipped[-9] ^= 1
+    (folder / "flipped").write_bytes(flipped)
+    network = Model(OmegaConf.load(tiny.config))
+    load_float_weights(network, tiny.weights)
+    qnn = QuantModel(network, QuantConfig(weight_bits=4, act_bits=8, split_shortcut=True, act_symmetric=True))
+    load_checkpoint(qnn, calibrated_run[0] / "quantized.safetensors")
+    save_checkpoint(qnn, folder / "published.pth", format="published")
     (folder / "config-empty").write_text("")
     (folder / "config-broken").write_text("data: [1, 2")
     (folder / "config-lacking").write_text(tiny.config.read_text().replace("image_size: 8, ", ""))
@@ -49,6 +66,21 @@ REFUSED = {
     "checkpoint truncated pickle": ((*W4A8, "--cali_ckpt", "{bad}/pickle-truncated"), ("truncated", "anew")),
     "checkpoint foreign": ((*W4A8, "--cali_ckpt", "{bad}/foreign"), ("{bad}/foreign",)),
     "checkpoint with code": ((*W4A8, "--cali_ckpt", "{bad}/code"), ("{bad}/code", "dict of tensors")),
+    "checkpoint flipped": ((*LOAD, "--cali_ckpt", "{bad}/flipped"), ("{bad}/flipped", "checksum")),
+    "checkpoint is a module": ((*W4A8, "--cali_ckpt", "{bad}/module"), ("{bad}/module", "nn.Module", "state_dict")),
+    "published of other act bits": (
+        (*LOAD, "--cali_ckpt", "{bad}/published.pth", "--act_bit", 6),
+        ("about 8 bits", "not 6", "--act_bit"),
+    ),
+    "published of wider act bits": (
+        (*LOAD, "--cali_ckpt", "{bad}/published.pth", "--act_bit", 16),
+        ("about 8 bits", "not 16", "--act_bit"),
+    ),
+    "published of other softmax bits": (
+        (*LOAD, "--cali_ckpt", "{bad}/published.pth", "--sm_abit", 16),
+        ("steps of at most", "not 16", "--sm_abit"),
+    ),
+    "data beyond the schedule": ((*DATA_FROM, "{bad}/data-late"), ("{bad}/data-late", "timestep 1", "0 to 999")),
     "checkpoint is float": ((*W4A8, "--cali_ckpt", "{weights}"), ("{weights}", "no quantized checkpoint")),
     "other bits": ((*LOAD, "--weight_bit", 8), ("weight_bits 4", "--weight_bit 4")),
     "other act bits": ((*LOAD, "--act_bit", 6), ("act_bits 8", "--act_bit 8")),

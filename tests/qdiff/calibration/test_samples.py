@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,7 +133,7 @@ def damaged_files(folder):
     yield "truncated", good.read_bytes()[:-200], "damaged"
     yield "empty file", b"", "damaged"
     yield "foreign", b"<html>404</html>" * 40, "damaged"
-    yield "code", pickle.dumps({"xs": Evil(folder / "evidence")}, protocol=2), "damaged"
+    yield "code", pickle.dumps({"xs": Evil(folder / "evidence")}, protocol=2), "written by pickle"
     for name, content, match in (
         ("list", [1, 2], "not a dict with xs and ts"),
         ("no ts", {"xs": torch.zeros(1, 1, *SHAPE)}, "not a dict with xs and ts"),
@@ -179,3 +180,42 @@ def test_numbers_that_no_network_can_be_fed(name, tmp_path):
     with pytest.raises(UserError, match=match) as caught:
         load_recording(tmp_path / "data.pt")
     assert "data.pt" in str(caught.value)
+
+
+OUTSIDE = {
+    "counted from 1": lambda made: made["ts"].__setitem__(0, 10),
+    "of a longer schedule": lambda made: made.update(ts=made["ts"] * 100.0),
+    "the steps before": lambda made: made.update(xs_prev=made["xs"], ts_prev=made["ts"] + 1),
+    "of one sample in a list": lambda made: made.update(
+        ts=[*made["ts"][:9], torch.tensor([9.0, 9, 9, 9, 9, 10.5])], xs=list(made["xs"])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_timesteps_outside_the_schedule(name, tmp_path):
+    made, path = recording(), tmp_path / "data.pt"
+    save_recording(made, path)
+    load_recording(path, training_steps=10)
+    OUTSIDE[name](made)
+    save_recording(made, path)
+    load_recording(path)
+    with pytest.raises(UserError, match=r"holds the timestep \d+(\.5)? in ts\w* at step \d, .*0 to 9; give the file"):
+        load_recording(path, training_steps=10)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_formats_of_files_and_objects_in_them(zipped, tmp_path):
+    """numpy arrays in the place of tensors are told, and so are those beside them; neither is damage."""
+    path, made = tmp_path / "data.pt", recording()
+    torch.save(made, path, _use_new_zipfile_serialization=zipped)
+    assert torch.equal(load_recording(path)["xs"], made["xs"])
+    for content, match in (
+        ({"xs": made["xs"].numpy(), "ts": made["ts"].numpy()}, "xs does not hold tensors"),
+        (made | {"seed": np.int64(3)}, "holds seed, which is none of"),
+        (torch.nn.Linear(2, 2), "not a dict with xs and ts|a whole nn.Module"),
+    ):
+        torch.save(content, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(UserError, match=match) as caught:
+            load_recording(path)
+        assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
