@@ -39,7 +39,7 @@ def _coco_captions(text: str, path: Path) -> list[str]:
         for entry in json.loads(text)["annotations"]:
             image, caption = int(entry["image_id"]), (int(entry["id"]), " ".join(entry["caption"].split()))
             first[image] = min(first.get(image, caption), caption)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is not a COCO captions file ({type(error).__name__}: {error}); give captions_val2014.json or a "
             "text file with one prompt a line"

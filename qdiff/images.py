@@ -11,6 +11,8 @@ from torch import Tensor
 
 from qdiff.files import written_whole
 
+_CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's name of the mode
+
 
 def to_uint8(x: Tensor) -> np.ndarray:
     """Turn samples [N, C, H, W] in [−1, 1] into uint8 [N, H, W, C]: clamp, scale to 0…255, round to nearest."""
@@ -29,6 +31,20 @@ def load_png(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
+
+
+def png_shape(path: Path) -> tuple[int, int, int] | None:
+    """Return (H, W, C) of a file as `save_png` writes it; None where it is damaged or of another kind.
+
+    The sums of its parts are checked; pixels are not decoded.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            shape = image.height, image.width, _CHANNELS[image.mode]
+            image.verify()
+    except Exception:  # bytes that are no PNG file can stop its reader in any way
+        return None
+    return shape
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int = 1) -> np.ndarray:

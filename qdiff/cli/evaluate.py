@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from qdiff.cli.run_folder import installed_versions
+from qdiff.cli.run_manifest import read_manifest
 from qdiff.cli.runtime import choose_device
 from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
@@ -62,9 +62,8 @@ class Samples:
         file = (self.path if inside.is_dir() else self.path.parent) / "run.json"
         if file.is_file() and (inside.is_dir() or self.path.name in ("img", "samples.npz")):
             try:
-                self.manifest = json.loads(file.read_text())
-                self.config.get("seed")  # a mapping
-            except (ValueError, AttributeError) as error:
+                self.manifest = read_manifest(file)
+            except ValueError as error:
                 raise UserError(f"{file} is not a run's manifest ({error}); remove it or restore it") from error
 
     @property
