@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qdiff.files import written_whole
 
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # of every PNG file
 _CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's name of the mode
 
 
@@ -39,7 +41,10 @@ def png_shape(path: Path) -> tuple[int, int, int] | None:
     The sums of its parts are checked; pixels are not decoded.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        data = path.read_bytes()
+        if not data.endswith(_END):  # which Pillow does not look at
+            return None
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             shape = image.height, image.width, _CHANNELS[image.mode]
             image.verify()
     except Exception:  # bytes that are no PNG file can stop its reader in any way
