@@ -226,8 +226,6 @@ class TextModel(GuidedModel):
     runs = Path("outputs") / "txt2img-samples"
 
     def __init__(self, args: Namespace) -> None:
-        if args.laion400m:
-            raise UserError("--laion400m is not supported (that model's text encoder is a BERT); leave it out")
         if args.plms and args.dpm:
             raise UserError("--plms and --dpm contradict each other; leave one of them out")
         for option in ("plms", "dpm"):
@@ -253,17 +251,26 @@ class TextModel(GuidedModel):
             raise UserError(f"{config} is not a text-conditional model; use the script of its family")
         pretrained = self.model_config.get("pretrained") or {}
         prompt = args.prompt or pretrained.get("prompt", "a painting of a virus monster playing guitar")
-        lines = read_prompts(args.from_file) if args.from_file else [prompt] * args.n_samples
+        lines = self._read_prompts(args.from_file, "--from-file") if args.from_file else [prompt] * args.n_samples
         self.prompts = lines * args.n_iter
         if args.max_images is not None:
             if args.max_images < 1:
                 raise UserError(f"--max_images is {args.max_images}; give at least 1")
             self.prompts = self.prompts[: args.max_images]
-        self.calibration_prompts = read_prompts(args.cali_prompts, "--cali_prompts") if args.cali_prompts else lines
+        self.calibration_prompts = lines if args.from_file else [prompt]
+        if args.cali_prompts:
+            self.calibration_prompts = self._read_prompts(args.cali_prompts, "--cali_prompts")
         self.count = len(self.prompts)
         self.batch_size = args.batch_size or together
         self.labels = asked_classes(self.prompts, pretrained.get("class_words", []))
         self.config |= {"prompts": self.prompts, "calibration_prompts": self.calibration_prompts}
+
+    def _read_prompts(self, path: str, option: str) -> list[str]:
+        """Return the prompts of the file that an option names; of one that is missing, none in a dry run."""
+        if getattr(self.args, "dry_run", False) and not Path(path).exists():
+            self.notes.append(f"{option} {path} does not exist: the plan is shown without its prompts")
+            return []
+        return read_prompts(path, option)
 
     def load(self, device: torch.device, network: bool = True) -> None:
         super().load(device, network)

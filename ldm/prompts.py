@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qdiff.errors import UserError
+from qdiff.prompt_lines import prompt_lines
 
 
 def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
@@ -26,8 +27,7 @@ def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
         raise UserError(f"prompt file {path} does not exist; check {option}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}); check {option}") from error
-    prompts = _coco_captions(text, path) if path.suffix.lower() == ".json" else re.split(r"\r\n|\r|\n", text)
-    prompts = [p.strip() for p in prompts if p.strip()]
+    prompts = _coco_captions(text, path) if path.suffix.lower() == ".json" else prompt_lines(text)
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt; write one a line")
     return prompts
@@ -39,13 +39,13 @@ def _coco_captions(text: str, path: Path) -> list[str]:
         for entry in json.loads(text)["annotations"]:
             image, caption = int(entry["image_id"]), (int(entry["id"]), " ".join(entry["caption"].split()))
             first[image] = min(first.get(image, caption), caption)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is not a COCO captions file ({type(error).__name__}: {error}); give captions_val2014.json or a "
             "text file with one prompt a line"
         ) from error
     # Of several captions of an image the one with the lowest id, whatever order the file has.
-    return [first[image][1] for image in sorted(first)]
+    return [caption for image in sorted(first) if (caption := first[image][1])]
 
 
 def asked_classes(prompts: Sequence[str], words: Sequence[str]) -> list[int] | None:

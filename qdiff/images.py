@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from PIL import Image
 from torch import Tensor
 
 from qdiff.files import written_whole
+
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # of every PNG file
+_CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's name of the mode
 
 
 def to_uint8(x: Tensor) -> np.ndarray:
@@ -29,6 +33,23 @@ def load_png(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
+
+
+def png_shape(path: Path) -> tuple[int, int, int] | None:
+    """Return (H, W, C) of a file as `save_png` writes it; None where it is damaged or of another kind.
+
+    The sums of its parts are checked; pixels are not decoded.
+    """
+    try:
+        data = path.read_bytes()
+        if not data.endswith(_END):  # which Pillow does not look at
+            return None
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            shape = image.height, image.width, _CHANNELS[image.mode]
+            image.verify()
+    except Exception:  # bytes that are no PNG file can stop its reader in any way
+        return None
+    return shape
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int = 1) -> np.ndarray:

@@ -13,6 +13,7 @@ from qdiff.errors import UserError
 from qdiff.files import written_whole
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import Quantizer
+from qdiff.tensor_files import check_finite
 
 
 class CalibrationJournal:
@@ -31,7 +32,7 @@ class CalibrationJournal:
         self.settings = json.loads(json.dumps(settings))
         known = self.folder / "settings.json"
         if known.is_file():
-            before = json.loads(known.read_text())
+            before = _read_settings(known)
             if before != self.settings:
                 names = sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k))
                 raise UserError(
@@ -51,8 +52,10 @@ class CalibrationJournal:
         if not path.is_file():
             return False
         try:
-            _fill(module, load_file(path))
-        except (SafetensorError, KeyError, RuntimeError):
+            state = load_file(path)
+            check_finite(state, path)
+            _fill(module, state)
+        except (SafetensorError, KeyError, RuntimeError, ValueError, OSError):
             path.unlink()  # unreadable: the unit is fitted again
             return False
         return True
@@ -72,6 +75,18 @@ class CalibrationJournal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("no settings")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} of an unfinished calibration is damaged ({error}); delete {path.parent} to begin it anew"
+        ) from error
+    return settings
+
+
 def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
     state = {}
     for name, part in module.named_modules():
@@ -83,6 +98,9 @@ def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
+    expected = _quantizer_state(module)
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+        raise ValueError("other tensors than this unit's")  # before any is taken over
     for name, part in module.named_modules():
         if isinstance(part, Quantizer):
             part.load_state_dict({k: state[f"{name}.{k}"] for k in part.state_dict()})

@@ -207,7 +207,11 @@ class SampleCommand:
 
         def images(rows: Sequence[int]) -> Tensor:
             with trajectory_of(denoiser):
-                return model.to_images(model.trajectory(denoiser, rows))
+                x_0 = model.trajectory(denoiser, rows)
+                found = model.to_images(x_0)
+            # A first stage with a codebook makes a finite image of anything.
+            finite = x_0.isfinite().flatten(1).all(dim=1)
+            return found.where(finite.view(-1, 1, 1, 1), math.nan)
 
         advice = smaller_batch(min(model.batch_size, run.count), kept=": the images that are there are kept")
         with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdiff.calibration.draws import Draw, Schedule
+from qdiff.cli.paper_options import refused_values
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 
@@ -47,10 +48,16 @@ def add_eda_dm_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("EDA-DM (any of these means --method eda-dm)")
     group.add_argument(
         "--calib_im_mode",
-        choices=[*IMAGE_MODES, BY_TIMESTEPS],
+        choices=[*IMAGE_MODES, BY_TIMESTEPS, *refused_values("calib_im_mode")],
+        metavar=_choices(*IMAGE_MODES, BY_TIMESTEPS),
         help="greedy: TDAC (default); noise_backward_t: as --calib_t_mode says; Q_diffusion: uniform",
     )
-    group.add_argument("--calib_t_mode", choices=list(TIMESTEP_MODES), help="normal: PTQ4DM's; only without greedy")
+    group.add_argument(
+        "--calib_t_mode",
+        choices=[*TIMESTEP_MODES, *refused_values("calib_t_mode")],
+        metavar=_choices(*TIMESTEP_MODES),
+        help="normal: PTQ4DM's; only without greedy",
+    )
     group.add_argument("--calib_num_samples", type=int, help="calibration images, one sample each")
     group.add_argument("--batch_samples", type=int, help="images sampled at a time for calibration")
     group.add_argument("--lamda", type=float, help="λ of TDAC: weight of variety against density")
@@ -66,6 +73,10 @@ def add_eda_dm_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--change_block_recon", action="store_true", help="accepted: blocks are always fitted in execution order"
     )
+
+
+def _choices(*values: str) -> str:
+    return "{" + ",".join(values) + "}"
 
 
 def of_width(preset: dict[str, Any], weight_bits: int) -> dict[str, Any]:

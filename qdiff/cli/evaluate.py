@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from qdiff.cli.run_folder import installed_versions
+from qdiff.cli.run_manifest import read_manifest
 from qdiff.cli.runtime import choose_device
 from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
@@ -21,7 +22,8 @@ from qdiff.evaluation.conditions import asked_share
 from qdiff.evaluation.extractors import REPOSITORY, create_extractor, extractor_spec
 from qdiff.evaluation.features import cached_features
 from qdiff.evaluation.fidelity import LPIPS_NETS, compare_runs, require_torchmetrics
-from qdiff.evaluation.image_sets import ImageSet, NpzImages, holds_images, open_images
+from qdiff.evaluation.image_files import check_single_run
+from qdiff.evaluation.image_sets import FolderImages, ImageSet, NpzImages, holds_images, open_images
 from qdiff.evaluation.metrics import LEAST_IMAGES, NEEDS, check_metrics, compute_metrics, possible_metrics
 from qdiff.evaluation.reference import (
     BUNDLED,
@@ -33,6 +35,7 @@ from qdiff.evaluation.reference import (
     reference_of,
 )
 from qdiff.files import check_writable
+from qdiff.prompt_lines import prompt_lines
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
 
@@ -49,14 +52,18 @@ class Samples:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         inside = self.path / "img"
+        if self.path.is_dir() and not inside.is_dir():
+            check_single_run(self.path)
         self.images: ImageSet = open_images(inside if inside.is_dir() else self.path)
         self.manifest: dict[str, Any] = {}
+        if isinstance(self.images, FolderImages) and self.images.left_out:
+            count, rest = len(self.images), self.images.left_out
+            print(f"{self.path}: the {count} images directly in it; not the {rest} in folders below", file=sys.stderr)
         file = (self.path if inside.is_dir() else self.path.parent) / "run.json"
         if file.is_file() and (inside.is_dir() or self.path.name in ("img", "samples.npz")):
             try:
-                self.manifest = json.loads(file.read_text())
-                self.config.get("seed")  # a mapping
-            except (ValueError, AttributeError) as error:
+                self.manifest = read_manifest(file)
+            except ValueError as error:
                 raise UserError(f"{file} is not a run's manifest ({error}); remove it or restore it") from error
 
     @property
@@ -115,10 +122,9 @@ class Evaluation:
             return self.samples.config["prompts"] if self.args.clip else None
         try:
             # As txt2img.py reads them: without empty lines, and without the mark that editors on Windows begin with.
-            lines = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
+            return prompt_lines(Path(file).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompts {file} cannot be read ({error}); give a text file, a prompt a line") from None
-        return [line for line in lines if line]
 
     def _check(self) -> None:
         """Refuse what cannot be done, before any work."""

@@ -91,7 +91,7 @@ class Measuring:
         images, file = folder / "img", folder / CACHE
         known: dict[str, Any] = {}
         if file.is_file() and file.stat().st_mtime >= images.stat().st_mtime:
-            cached = json.loads(file.read_text())
+            cached = _read_cache(file)
             known = cached if cached.get("by") == self.by else {}
             if float_folder is not None and file.stat().st_mtime < (float_folder / "img").stat().st_mtime:
                 known = {k: v for k, v in known.items() if k != KEYS["fidelity"]}
@@ -135,3 +135,12 @@ class Measuring:
     def _fidelity(self, images: Path, manifest: dict[str, Any], float_folder: Path) -> dict[str, Any]:
         ours, theirs = (FirstImages(open_images(f), COMPARED) for f in (images, float_folder / "img"))
         return compare_runs(ours, theirs, device=self.device, progress=False)
+
+
+def _read_cache(file: Path) -> dict[str, Any]:
+    """Return what was measured before; nothing where the file is damaged."""
+    try:
+        cached = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return cached if isinstance(cached, dict) else {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NoReturn
 
+from qdiff.cli.paper_options import check_paper_options, refused_values
 from qdiff.errors import UserError
 
 BITS = 8
@@ -34,6 +35,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        found = super().parse_args(args, namespace)
+        check_paper_options(found)
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -46,7 +52,8 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--method", choices=methods, help="default: as the other options imply")
     group.add_argument(
         "--quant_mode",
-        choices=["linear", "qdiff", "dynamic"],
+        choices=["linear", "qdiff", "dynamic", *refused_values("quant_mode")],
+        metavar="{linear,qdiff,dynamic}",
         default="qdiff",
         help="linear: round to nearest, min-max; dynamic: activation ranges from the tensor at hand",
     )

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -18,17 +19,16 @@ from typing import Any
 
 import numpy as np
 
+from qdiff.cli.run_config import CYCLED, differences
+from qdiff.cli.run_manifest import read_manifest
 from qdiff.errors import UserError
 from qdiff.files import check_writable, sha256, written_whole
-from qdiff.images import grid, load_png, save_png
+from qdiff.images import grid, load_png, png_shape, save_png
 
 log = logging.getLogger("qdiff")
 
 PACKAGES = ("torch", "torchvision", "numpy", "pytorch-lightning", "safetensors", "torch-fidelity")
 PREVIEW_IMAGES = 64
-LONGEST_VALUE = 80  # characters of an option's value in an error
-# Entries of a config that say how many images there are: a run is continued with more of them.
-GROWING = ("max_images", "num_images", "prompts")
 
 
 class RunFolder:
@@ -37,8 +37,15 @@ class RunFolder:
     Args:
         path: the folder.
         config: the resolved configuration, JSON values: what decides the images. A run is continued only with the
-            same one, or with one that asks for more images (`GROWING`).
+            same one, or with one that asks for more images (`qdiff.cli.run_config`).
         count: how many images the run is to make.
+
+    Attributes:
+        path, count, config: as given.
+        images: the folder of the images.
+        manifest: what ``run.json`` holds.
+        is_complete: the run is finished, and its images were deleted as asked.
+        image_shape: (H, W, C) of its images; None until one was made.
 
     Raises:
         UserError: the folder cannot be written, or holds another run.
@@ -71,6 +78,9 @@ class RunFolder:
         }
         self.manifest.setdefault("files", {})
         self.manifest.setdefault("seconds", {})
+        self.image_shape: tuple[int, ...] | None = None
+        if "image_shape" in self.manifest:
+            self.image_shape = tuple(self.manifest["image_shape"])
 
     def _previous(self) -> dict[str, Any]:
         file = self.path / "run.json"
@@ -79,16 +89,19 @@ class RunFolder:
                 raise UserError(f"{self.path} holds images but no run.json; choose another --logdir")
             return {}
         try:
-            previous = json.loads(file.read_text())
-            before = previous["config"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            previous = read_manifest(file)
+        except ValueError as error:
             raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
-        differing = sorted(_differences(before, _shrunk(self.config, before)))
+        # The calibration prompts serve the calibration and the error of ε, which is measured after it.
+        is_calibrated = self.config.get("ptq") is None or "noise_error" in previous
+        differing = differences(previous["config"], self.config, is_calibrated)
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to "
                 "continue it, or choose another --logdir"
             )
+        if CYCLED in previous["config"]:  # what it was calibrated with
+            self.config[CYCLED] = previous["config"][CYCLED]
         return previous
 
     def open(self) -> None:
@@ -148,8 +161,22 @@ class RunFolder:
         """Return the images that are not there yet, of those that belong to this process."""
         return [i for i in range(rank, self.count, processes) if not self.image_path(i).is_file()]
 
+    def damaged(self, rank: int = 0, processes: int = 1) -> list[int]:
+        """Return the images that are there and are to be made again, of those that belong to this process.
+
+        They are no whole PNG files, or of another shape than the run's images: the one that was noted, or that most of
+        them have.
+        """
+        there = [i for i in range(rank, self.count, processes) if self.image_path(i).is_file()]
+        shapes = {i: png_shape(self.image_path(i)) for i in there}
+        found = Counter(shape for shape in shapes.values() if shape is not None)
+        usual = self.image_shape or (found.most_common(1)[0][0] if found else None)
+        return [i for i, shape in shapes.items() if shape is None or shape != usual]
+
     def save_images(self, indices: list[int], images: np.ndarray) -> None:
         """Write uint8 [N, H, W, C] under their numbers."""
+        self.image_shape = tuple(images.shape[1:])
+        self.manifest["image_shape"] = list(self.image_shape)
         for index, image in zip(indices, images, strict=True):
             save_png(image, self.image_path(index))
 
@@ -199,34 +226,3 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return versions
-
-
-def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names of entries that differ.
-
-    An entry that only one side has counts as equal where it is off: a later version may have brought it.
-    """
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in a.keys() | b.keys():
-            if (key in a and key in b) or a.get(key) or b.get(key):
-                yield from _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)
-    elif a != b:
-        yield f"{name}: {_short(a)} there, {_short(b)} here"
-
-
-def _shrunk(config: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Return a config with as many images as one before it had, where it asks for the same ones and more."""
-    same = dict(config)
-    for key in GROWING:
-        here, there = config.get(key), before.get(key)
-        more = isinstance(here, int) and isinstance(there, int) and here > there
-        longer = isinstance(here, list) and isinstance(there, list) and here[: len(there)] == there
-        if more or longer:
-            same[key] = there
-    return same
-
-
-def _short(value: Any) -> str:
-    """A value as an error shows it: a list of 10,000 prompts by its beginning."""
-    text = str(value)
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -43,10 +44,10 @@ class Row:
     own_recording: bool = False
 
     def __post_init__(self) -> None:
-        for value in (self.label, self.options):
+        for value in (self.label, self.options, self.weights_from or ""):
             _check_text(value)
         known = [column.key for column in METRICS]
-        bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not isinstance(v, int | float)]
+        bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not _is_number(v)]
         if bad:
             raise UserError(f"row {self.label}: published {bad[0]} is no number of {', '.join(known)}; correct it")
 
@@ -85,6 +86,8 @@ class Calibration:
     skip: tuple[str, ...] = ("--max_images",)
 
     def __post_init__(self) -> None:
+        for value in (self.script, self.options):
+            _check_text(value)
         if isinstance(self.skip, str) or not all(isinstance(o, str) and o.startswith("-") for o in self.skip):
             raise UserError(f"calibration: skip is {self.skip!r}; give a list of options, e.g. [--max_images]")
 
@@ -124,6 +127,9 @@ class TableFile:
             )
             self.metrics = tuple(_check_list(spec.get("metrics") or DEFAULT_METRICS))
             self.notes = list(_check_list(spec.get("notes") or []))
+            for key in ("extractor", "reference", "clip_model", "source"):
+                if spec.get(key) is not None:
+                    _check_text(spec[key])
             config = read_yaml(REPOSITORY / self.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"table {path} is incomplete ({error}); {EXAMPLE}") from None
@@ -229,6 +235,10 @@ def _check_text(value: Any) -> str:
     return value
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_list(value: Any) -> list[Any] | tuple[Any, ...]:
     if not isinstance(value, list | tuple):  # a text would be taken for a list of letters
         raise TypeError(f"{value!r} is no list")
@@ -255,7 +265,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise UserError(f"table or config {path} does not exist; see configs/tables") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # a date that is none is a ValueError
         raise UserError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a YAML mapping; correct it")

@@ -169,7 +169,8 @@ def _check_pairs(images: ImageSet, float_images: ImageSet) -> None:
     if not isinstance(images, FolderImages) or not isinstance(float_images, FolderImages):
         return
     for ours, theirs in zip(images.paths, float_images.paths, strict=True):
-        if ours.stem != theirs.stem:  # one image missing here and another there would shift all between
+        names = (path.relative_to(s.folder).with_suffix("") for path, s in ((ours, images), (theirs, float_images)))
+        if len(set(names)) > 1:  # one image missing here and another there would shift all between
             raise UserError(
                 f"{ours} would be compared with {theirs}: images of the same seed must have the same name in both "
                 "folders."

@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from qdiff.errors import UserError
+from qdiff.evaluation.image_files import SUFFIXES, image_files, image_files_below
 from qdiff.files import DAMAGED_NPZ
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 ARRAY = "arr_0"  # what NumPy calls an unnamed array; ADM's files and our samples.npz have it
 HASHED_AT_A_TIME = 256
 
@@ -157,10 +157,17 @@ def _opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 class FolderImages(ImageSet):
     """Image files of a folder, sorted by name.
 
+    Where none lies directly in it, those of the folders below it, sorted by path: ImageNet's have one folder per class.
+
     Args:
         folder: where they lie.
         prepare: done to every image (a Pillow image in RGB) before it is used, such as a crop.
-        recursive: also those in folders below.
+        recursive: those in folders below in any case.
+
+    Attributes:
+        folder, prepare: as given.
+        paths: of the images.
+        left_out: how many images lie below and are not in the set.
 
     Raises:
         UserError: there is no such folder, or no image in it.
@@ -169,13 +176,17 @@ class FolderImages(ImageSet):
     def __init__(self, folder: Path, prepare: Prepare | None = None, recursive: bool = False) -> None:
         if not folder.is_dir():
             raise UserError(f"There is no folder of images at {folder}: name one that holds PNG files.")
-        found = folder.rglob("*") if recursive else folder.iterdir()
         self.folder, self.prepare = folder, prepare
-        self.paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+        try:
+            everything = image_files_below(folder)
+            self.paths = everything if recursive else image_files(folder) or everything
+        except OSError as error:
+            raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check its permissions.") from None
+        self.left_out = len(everything) - len(self.paths)
         if not self.paths:
             raise UserError(
-                f"The folder {folder} holds no image ({', '.join(s[1:] for s in SUFFIXES)}): name the folder that "
-                "the images lie directly in."
+                f"The folder {folder} and those below it hold no image ({', '.join(s[1:] for s in SUFFIXES)}): name "
+                "the folder of the images."
             )
 
     def __len__(self) -> int:
@@ -190,9 +201,10 @@ class FolderImages(ImageSet):
                 size = size or images[0].shape
                 for path, image in zip(paths, images, strict=True):
                     if image.shape != size:
+                        first = self.paths[0].relative_to(self.folder)
                         raise UserError(
-                            f"{path} is {image.shape[1]}×{image.shape[0]} pixels but {self.paths[0].name} "
-                            f"beside it is {size[1]}×{size[0]}: metrics need images of one size."
+                            f"{path} is {image.shape[1]}×{image.shape[0]} pixels but {first} is {size[1]}×{size[0]}: "
+                            "metrics need images of one size."
                         )
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 

@@ -101,7 +101,7 @@ def test_short_and_optional_logdir(parser):
         ([], "--config"),
         (["--config", "x", "--cali", "3"], "--cali"),
         (["--config", "x", "--weight_bit", "4.5"], "--weight_bit"),
-        (["--config", "x", "--quant_mode", "squant"], "squant"),
+        (["--config", "x", "--quant_mode", "nearest"], "nearest"),
         (["--config", "x", "--timesteps"], "--timesteps"),
         (["--config", "x", "stray"], "stray"),
     ],

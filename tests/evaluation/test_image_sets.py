@@ -78,11 +78,50 @@ def test_grey_palette_and_transparent_files_become_rgb(tmp_path):
     assert np.array_equal(all_of(FolderImages(tmp_path)), np.stack([expected] * 3))
 
 
-def test_recursive_finds_folders_below(pixels, tmp_path):
+def test_folders_of_classes_are_read_by_path(pixels, tmp_path):
     write(pixels[:3], tmp_path / "a")
     write(pixels[3:], tmp_path / "b" / "c")
-    assert np.array_equal(all_of(FolderImages(tmp_path, recursive=True)), pixels)
-    with pytest.raises(UserError, match="holds no image"):
+    write(pixels[:1], tmp_path / ".thumbnails")
+    (tmp_path / "b" / "set.npz").write_bytes(b"")
+    (tmp_path / "b" / "folder.png").mkdir()
+    for images in (FolderImages(tmp_path), FolderImages(tmp_path, recursive=True)):
+        assert np.array_equal(all_of(images), pixels) and images.left_out == 0
+    assert [str(p.relative_to(tmp_path)) for p in images.paths][2:4] == ["a/02.png", "b/c/00.png"]
+
+
+def test_images_directly_in_a_folder_are_the_set_and_the_rest_is_counted(pixels, tmp_path):
+    folder = write(pixels[:3], tmp_path / "set")
+    write(pixels[3:5], folder / "grids")
+    direct, everything = FolderImages(folder), FolderImages(folder, recursive=True)
+    assert np.array_equal(all_of(direct), pixels[:3]) and direct.left_out == 2
+    assert np.array_equal(all_of(everything), pixels[:5]) and everything.left_out == 0
+
+
+def test_linked_class_folders_count_once_and_circles_end(pixels, tmp_path):
+    classes = write(pixels[:3], tmp_path / "elsewhere" / "n01")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "n01").symlink_to(classes)
+    (folder / "n01-again").symlink_to(classes)
+    (classes / "up").symlink_to(folder)
+    assert np.array_equal(all_of(FolderImages(folder)), pixels[:3])
+
+
+def test_images_of_another_size_below_are_named_by_their_path(pixels, tmp_path):
+    write(pixels[:1], tmp_path / "a")
+    write(pixels[:1, :4], tmp_path / "b")
+    with pytest.raises(UserError, match=r"b/00\.png is 5×4 pixels but a/00\.png is 5×6"):
+        list(FolderImages(tmp_path).batches(2))
+
+
+def test_a_folder_that_cannot_be_read_is_named(pixels, tmp_path, monkeypatch):
+    write(pixels[:1], tmp_path / "a")
+
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", closed)
+    with pytest.raises(UserError, match="cannot be read"):
         FolderImages(tmp_path)
 
 
@@ -104,7 +143,7 @@ def test_prepare_is_applied_and_part_of_the_fingerprint(pixels, tmp_path):
 def test_prepare_may_make_sizes_equal(pixels, tmp_path):
     write(pixels[:1], tmp_path)
     Image.fromarray(pixels[1][:4]).save(tmp_path / "other.png")
-    with pytest.raises(UserError, match=r"other\.png is 5×4 pixels but 00.png beside it is 5×6"):
+    with pytest.raises(UserError, match=r"other\.png is 5×4 pixels but 00.png is 5×6"):
         list(FolderImages(tmp_path).batches(2))
     with pytest.raises(UserError, match="5×4"):  # also where they come in different batches
         list(FolderImages(tmp_path).batches(1))

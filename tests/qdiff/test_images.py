@@ -9,7 +9,7 @@ from PIL import Image
 
 from qdiff.errors import UserError
 from qdiff.files import check_writable, sha256, written_whole
-from qdiff.images import grid, load_png, save_png, to_uint8
+from qdiff.images import grid, load_png, png_shape, save_png, to_uint8
 
 
 def test_to_uint8_clamps_scales_and_rounds():
@@ -94,3 +94,16 @@ def test_sha256(tmp_path):
     (tmp_path / "abc").write_bytes(b"abc")
     # FIPS 180-2, appendix B.1
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_shape_of_whole_files_alone(tmp_path):
+    path = tmp_path / "a.png"
+    for channels in (1, 3):
+        save_png(np.full((4, 5, channels), 7, dtype=np.uint8), path)
+        assert png_shape(path) == (4, 5, channels)
+    data = path.read_bytes()
+    for number in range(len(data)):
+        path.write_bytes(data[:number])
+        assert png_shape(path) is None
+        path.write_bytes(data[:number] + bytes([data[number] ^ 1]) + data[number + 1 :])
+        assert png_shape(path) is None

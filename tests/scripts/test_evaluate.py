@@ -275,3 +275,17 @@ def test_json_beside_the_table(call, tmp_path):
     assert f"| FID ↓ | {found['metrics']['fid']:.2f} |" in outcome.out
     assert found["packages"]["torch"] == torch.__version__.split("+")[0]
     assert [p.name for p in file.parent.iterdir()] == ["result.json"]
+
+
+def test_class_folders_are_one_set_and_what_is_left_out_is_said(evaluate, call, tmp_path):
+    """ImageNet's layout; and a folder of samples with pictures below it counts the samples alone."""
+    for number, image in enumerate(MADE):
+        write_folder(tmp_path / "classes" / f"n{number % 3}" / f"{number:03d}", image[None])
+    found = evaluate("digits32", tmp_path / "classes", "--metrics", "isc")
+    assert found["samples"]["images"] == len(MADE)
+    flat = write_folder(tmp_path / "flat", MADE)
+    alone = evaluate("digits32", flat)
+    write_folder(flat / "grids", REAL)
+    outcome = call("evaluate", "digits32", flat, "--json", "-")
+    assert json.loads(outcome.out)["metrics"] == alone["metrics"]
+    assert "30 images directly in it; not the 40 in folders below" in outcome.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -56,11 +57,13 @@ BAD_WORDS = {
     "three paths": (("a", "b", "c"), "3 paths"),
     "nothing to compare with": (("made",), "nothing to compare with"),
     "samples that are not there": (("digits32", "none"), "none"),
-    "samples without images": (("digits32", "."), "holds no image"),
+    "samples without images": (("digits32", "none-here"), "hold no image"),
+    "folder of several runs": (("digits32", "."), "holds the folders of 5 runs"),
+    "run whose images were deleted": (("digits32", "grid-alone"), "without its images"),
     "samples of another kind": (("digits32", "text.npz"), "holds no array arr_0"),
     "samples of another type": (("digits32", "floats.npz"), "must be uint8"),
     "reference that is not there": (("none", "made", "--extractor", NAME), "no reference statistics 'none'"),
-    "reference folder without images": ((".", "made", "--extractor", NAME), "holds no image"),
+    "reference folder without images": (("none-here", "made", "--extractor", NAME), "hold no image"),
     "reference file that is not there": (("none.npz", "made", "--extractor", NAME), "none.npz"),
     "reference of another kind": (("text.npz", "made", "--extractor", NAME), "holds no array arr_0"),
     "unknown metric": (("real", "made", "--metrics", "fid,ssim"), "'ssim' is none of fid, sfid, isc, kid, prc"),
@@ -114,7 +117,10 @@ def bad_files(tmp_path):
     for name, text in (("damaged", "{"), ("strange", '{"config": []}')):
         write_run(tmp_path / name, MADE)
         (tmp_path / name / "run.json").write_text(text)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\u2028in\fone prompt", encoding="utf-8")
+    (tmp_path / "none-here" / "below").mkdir(parents=True)
+    shutil.rmtree(write_run(tmp_path / "grid-alone", MADE) / "img")
+    write_folder(tmp_path / "grid-alone", MADE[:1])
 
 
 @pytest.mark.parametrize("name", BAD_WORDS)

@@ -106,6 +106,18 @@ def test_dry_run_needs_no_weights_data_or_device(call, latent, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("script", ["txt2img", "sample_txt2img"])
+@pytest.mark.parametrize("option", ["--from-file", "--cali_prompts"])
+def test_dry_run_needs_no_prompt_file(option, script, call, latent, tmp_path):
+    given = (*latent("text").options, *SAMPLER, option, "none.txt", "-l", tmp_path / "run")
+    outcome = succeeded(call(script, *given, "--dry-run"))
+    assert outcome.err == f"{option} none.txt does not exist: the plan is shown without its prompts\n"
+    assert json.loads(outcome.out)["calibration_prompts"] == []
+    assert "none.txt does not exist" in call(script, *given).error_line()
+    (tmp_path / "empty.txt").write_text("")
+    assert "holds no prompt" in call(script, *given, option, tmp_path / "empty.txt", "--dry-run").error_line()
+
+
 # --- Bad input
 
 REFUSED = {

@@ -86,3 +86,26 @@ def test_discard_removes_everything(calibrated, tmp_path):
     journal.record("weights", 4, unit_of(calibrated(**CONFIG)))
     journal.discard()
     assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "[" * 100_000])
+def test_damaged_settings_are_one_sentence(content, tmp_path):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(UserError, match=r"settings\.json of an unfinished calibration is damaged"):
+        CalibrationJournal(tmp_path, SETTINGS)
+
+
+def test_a_unit_with_values_that_are_not_finite_is_fitted_again(calibrated, wrap, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    journal = CalibrationJournal(tmp_path, SETTINGS)
+    journal.record("weights", 4, unit_of(calibrated(**CONFIG)))
+    (path,) = tmp_path.glob("*.safetensors")
+    state = load_file(path)
+    name = next(n for n in state if n.endswith(".delta"))
+    save_file(state | {name: state[name] * float("nan")}, path)
+    fresh = unit_of(wrap(**CONFIG))
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    assert not journal.restore("weights", 4, fresh)
+    after = fresh.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
