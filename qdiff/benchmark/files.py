@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.deploy import wrapped
@@ -21,7 +22,6 @@ from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods import linear, modiff
-from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
 from qdiff.random_weights import randomised
 from qdiff.tensor_files import is_pickle, read_safetensors
@@ -176,7 +176,7 @@ def _with_biases(network: nn.Module) -> nn.Module:
 def _calibrate_on_noise(qnn: QuantModel, plan: PtqPlan, inputs: tuple[Tensor, ...]) -> None:
     """Take the ranges that random inputs give: as good as any for time and memory."""
     run = CalibrationRun(show_progress=False)
-    linear.calibrate(qnn, CalibrationSet(inputs), run)
+    linear.calibrate(qnn, CalibrationSet(inputs), None, run)
     if plan.changes is not None:
         x, t, *context = inputs
         pairs = ((x, 0.9 * x), (t, 0.9 * t), *((c, c) for c in context))

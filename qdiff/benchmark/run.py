@@ -27,6 +27,7 @@ from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.files import check_writable
+from qdiff.methods.registry import METHODS
 from qdiff.process_memory import FreshProcess
 from qdiff.tensor_files import is_pickle
 
@@ -104,10 +105,11 @@ def _imply_random(args: Namespace) -> None:
     for option in ("cali_ckpt", "ckpt"):
         if getattr(args, option, None):
             raise UserError(f"--random takes random weights and contradicts --{option}; leave one of them out")
-    if args.method not in (None, "linear", "modiff"):
+    linear = next(name for name, method in METHODS.items() if not method.learns)
+    if args.method not in (None, linear, "modiff"):
         raise UserError(f"--random rounds to nearest and contradicts --method {args.method}; leave one of them out")
     args.modulate = args.modulate or args.method == "modiff"
-    args.method = "linear"
+    args.method = linear
     if not args.ptq:
         args.ptq = args.quant_act = True
     args.use_pretrained = True  # of which only the shapes are taken

@@ -40,6 +40,32 @@ class RoundingRegulariser:
         return self.weight * sum(r.regulariser(beta) for r in roundings)
 
 
+@dataclass(frozen=True)
+class FitSettings:
+    """How a unit is fitted.
+
+    Attributes:
+        iterations, batch_size: of the loop.
+        lr_rounding: Adam's learning rate for α; None leaves the weights as they are.
+        lr_act: Adam's learning rate for activation step sizes, at most `fitting.MAX_STEP_CHANGE` of each; None leaves
+            activations in float.
+        regulariser: pushes α to a decision; None decides at the end alone.
+        decays: learning rates fall to 0 as a cosine.
+        drop: probability that an element of the unit's input, and of what an activation quantizer passes on, stays
+            in float during an iteration (QDrop, Wei et al. 2022).
+        layer_weight: γ of the layers' own errors beside the unit's (EDA-DM's fine-grained reconstruction).
+    """
+
+    iterations: int
+    batch_size: int
+    lr_rounding: float | None = None
+    lr_act: float | None = None
+    regulariser: RoundingRegulariser | None = None
+    decays: bool = False
+    drop: float = 0.0
+    layer_weight: float = 0.0
+
+
 @dataclass
 class Unit:
     """A block or a layer with everything the loop needs.
@@ -65,24 +91,19 @@ def optimise(
     unit: Unit,
     optimiser: torch.optim.Optimizer,
     objective: Objective,
-    *,
-    iterations: int,
-    batch_size: int,
+    settings: FitSettings,
     generator: torch.Generator,
     feeding: Feeding,
+    *,
     penalty: Callable[[float], Tensor | float] = lambda progress: 0.0,
     after_step: Callable[[], None] = lambda: None,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     on_iteration: Callable[[], None] = lambda: None,
-    drop: float = 0.0,
-    layer_weight: float = 0.0,
 ) -> float:
     """Minimise ``objective + layer_weight · the layers' own errors + penalty`` over random batches.
 
     Args:
-        drop: probability that an element of the inputs, and of what activation quantizers pass on, is the float one
-            (QDrop).
-        layer_weight: γ of EDA-DM's fine-grained reconstruction, see `LayerErrors`.
+        optimiser: of what is learned, with the learning rates of ``settings``.
+        settings: see `FitSettings`.
         penalty: extra loss at a given share of the iterations (the rounding regulariser).
         after_step: called after each optimiser step (to keep step sizes positive).
         generator: decides the batches.
@@ -91,11 +112,12 @@ def optimise(
     Returns:
         The mean objective over the last tenth of the iterations.
     """
-    device, tail = feeding.device, []
+    device, tail, iterations, drop = feeding.device, [], settings.iterations, settings.drop
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=iterations) if settings.decays else None
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         dropping = stack.enter_context(Dropping(unit.module, drop, generator, device)) if drop > 0 else None
-        layers = LayerErrors(unit.module) if layer_weight > 0 else None
-        batches = torch.stack(list(islice(_batches(len(unit.target), batch_size, generator), iterations)))
+        layers = LayerErrors(unit.module) if settings.layer_weight > 0 else None
+        batches = torch.stack(list(islice(_batches(len(unit.target), settings.batch_size, generator), iterations)))
         counts, inputs_count = feeding.pass_counts(batches.shape[1]), len(unit.inputs)
         float_inputs = unit.float_inputs if dropping is not None or layers is not None else ()
         weights = () if unit.weights is None else (unit.weights,)
@@ -115,13 +137,13 @@ def optimise(
                 # Objectives are means over samples.
                 share = objective(output, target, weight) * (count / batches.shape[1])
                 if layers is not None:
-                    share = share + layer_weight * layers.error() * (count / batches.shape[1])
+                    share = share + settings.layer_weight * layers.error() * (count / batches.shape[1])
                 (share + extra).backward()
                 error, extra = error + share.detach(), 0.0
             optimiser.step()
             after_step()
-            if scheduler is not None:
-                scheduler.step()
+            if cosine is not None:
+                cosine.step()
             if iteration >= iterations - max(1, iterations // 10):
                 tail.append(error)
             on_iteration()

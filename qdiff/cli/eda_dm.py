@@ -10,9 +10,8 @@ from typing import Any
 from qdiff.calibration.draws import Draw, Schedule
 from qdiff.cli.paper_options import refused_values
 from qdiff.errors import UserError
-from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods.registry import METHODS, Method
 
-METHODS = ("eda-dm", "ptq4dm")
 # What the published scripts call the choice of timesteps; the other choices of theirs are not in the paper.
 IMAGE_MODES = {"greedy": Schedule.TDAC, "Q_diffusion": Schedule.UNIFORM}
 TIMESTEP_MODES = {"normal": Schedule.NORMAL, "uniform": Schedule.UNIFORM, "Qdiff": Schedule.UNIFORM}
@@ -24,15 +23,7 @@ _DRAW = {
     "lamda": "lamda",
     "tdac_radius": "radius",
 }
-_RECIPE = {
-    "recon": "reconstruct",
-    "lr_w": "lr_rounding",
-    "lr_a": "lr_act",
-    "add_loss": "layer_weight",
-    "qdrop": "drop",
-    "cali_iters": "iterations",
-    "cali_batch_size": "batch_size",
-}
+_PRESET = METHODS["eda-dm"].options.keys() - {"recon_unit"} | _DRAW.keys()
 # Values of a preset that the papers have for 8-bit weights alone.
 WIDE, WIDE_BITS = "w8", 8
 _WHOLE = ("calib_num_samples", "batch_samples", "cali_iters", "cali_batch_size")
@@ -93,40 +84,38 @@ def implied_by(args: Namespace) -> list[str]:
     return [name for name in IMPLYING if getattr(args, name, None) is not None]
 
 
-def resolve_draw(args: Namespace, method: str, preset: dict[str, Any]) -> Draw:
+def resolve_draw(args: Namespace, method: Method, preset: dict[str, Any]) -> Draw:
     """Return where the calibration samples come from.
 
     Args:
-        method: "eda-dm" or "ptq4dm".
+        method: one that draws.
         preset: values by option name, for options that were not given.
     """
     values = _given(args, preset, _DRAW)
-    mode = args.calib_im_mode or (BY_TIMESTEPS if method == "ptq4dm" else "greedy")
-    if method == "ptq4dm" and mode == "greedy":
-        raise UserError("--method ptq4dm contradicts --calib_im_mode greedy; leave one of them out")
+    mode = args.calib_im_mode or ("greedy" if method.draws is Schedule.TDAC else BY_TIMESTEPS)
+    if method.draws is not Schedule.TDAC and mode == "greedy":
+        raise UserError(f"--method {method.name} contradicts --calib_im_mode greedy; leave one of them out")
     # The published commands give --calib_t_mode normal beside greedy, which does not read it.
     schedule = IMAGE_MODES[mode] if mode in IMAGE_MODES else TIMESTEP_MODES[args.calib_t_mode or "normal"]
     return Draw(schedule=schedule, **values)
 
 
-def resolve_recipe(args: Namespace, method: str, preset: dict[str, Any]) -> EdaDmConfig:
-    """Return the recipe's numbers; arguments as in `resolve_draw`."""
+def resolve_recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
+    """Return the method's numbers, of its config class; arguments as in `resolve_draw`."""
     if args.block_recon and args.layer_recon:
         raise UserError("--block_recon and --layer_recon contradict each other; leave one of them out")
     if args.block_recon and args.recon_unit == "layer":
         raise UserError("--block_recon and --recon_unit layer contradict each other; leave one of them out")
-    values = _given(args, preset, _RECIPE)
-    if method == "ptq4dm":
-        if args.add_loss:
-            raise UserError("--method ptq4dm contradicts --add_loss, which is EDA-DM's; leave one of them out")
-        values["layer_weight"] = 0.0
+    if args.add_loss and "add_loss" not in method.options:
+        raise UserError(f"--method {method.name} contradicts --add_loss, which is EDA-DM's; leave one of them out")
+    values = _given(args, preset, {o: f for o, f in method.options.items() if o != "recon_unit"})
     unit = "layer" if args.layer_recon or args.recon_unit == "layer" else "block"
-    return EdaDmConfig(unit=unit, **values)
+    return method.config(unit=unit, **values)
 
 
 def _given(args: Namespace, preset: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Return what was given, or what the preset says, under the names of the dataclass."""
-    unknown = sorted(set(preset) - set(_DRAW) - set(_RECIPE))
+    unknown = sorted(set(preset) - _PRESET)
     if unknown:
         raise UserError(f"the preset of EDA-DM has {unknown[0]!r}, which is no option of it; correct the YAML file")
     for option, value in preset.items():

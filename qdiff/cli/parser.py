@@ -48,7 +48,9 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
-    methods = ["linear", "qdiff", "ptq4dm", "eda-dm", "modiff"]
+    from qdiff.methods.registry import METHODS
+
+    methods = [*METHODS, "modiff"]  # which goes with the weights of any
     group.add_argument("--method", choices=methods, help="default: as the other options imply")
     group.add_argument(
         "--quant_mode",

@@ -13,9 +13,8 @@ from qdiff.cli import eda_dm, modiff
 from qdiff.cli.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
-from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.modiff import ChangesConfig
-from qdiff.methods.qdiffusion import QDiffusionConfig
+from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class PtqPlan:
     """What a run does about quantization.
 
     Attributes:
-        method: of the weights, and of activations that are not modulated: ``linear``, ``qdiff``, ``eda-dm`` or
-            ``ptq4dm``.
+        method: of the weights, and of activations that are not modulated; a name of `qdiff.methods.registry`.
         quant: widths and ranges.
         action: ``calibrate`` everything, ``load`` a finished checkpoint, or load its weights and calibrate
             ``activations``.
@@ -32,7 +30,7 @@ class PtqPlan:
         data: calibration file; None records one.
         steps, per_step: ``--cali_st`` and ``--cali_n``.
         draw: EDA-DM's and PTQ4DM's calibration set, in the place of ``steps`` and ``per_step``; else None.
-        recipe: numbers of the method's recipe; None for ``linear``.
+        recipe: the method's numbers, of its config class; None where it has none.
         memory_budget: GiB of RAM for activations; None has no limit.
         seed: of the calibration; None takes the run's.
         changes: how ranges of activations' changes are calibrated (MoDiff); None where they are not.
@@ -45,7 +43,7 @@ class PtqPlan:
     data: str | None
     steps: int
     per_step: int
-    recipe: QDiffusionConfig | EdaDmConfig | None
+    recipe: Any
     memory_budget: float | None
     draw: Draw | None = None
     seed: int | None = None
@@ -56,7 +54,7 @@ class PtqPlan:
         """What the whole is called."""
         if not self.quant.modulate:
             return self.method
-        return "modiff" if self.method == "qdiff" else f"{self.method}+modiff"
+        return "modiff" if self.method == DEFAULT else f"{self.method}+modiff"
 
     @property
     def samples(self) -> int:
@@ -130,25 +128,23 @@ def resolve_ptq(
         return None
     if args.generate is not None:
         raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
-    method, modulate = _method(args), modiff.modulates(args)
-    searches = method in eda_dm.METHODS
-    if method == "linear":  # the papers' baseline, whatever family
-        weight_range = act_range = RangeMethod.MIN_MAX
-    elif searches:
-        weight_range = act_range = RangeMethod.SEARCH
+    method, modulate = find_method(_method(args)), modiff.modulates(args)
+    eda_dm_scripts = method.scripts is Scripts.EDA_DM
+    if method.ranges is not None:
+        weight_range = act_range = method.ranges
     if modulate:  # of changes
         act_range = RangeMethod.MIN_MAX
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,
         # EDA-DM's scripts mean the opposite by it: absent is the symmetric search.
-        act_symmetric=args.a_sym != searches,
+        act_symmetric=args.a_sym != eda_dm_scripts,
         softmax_bits=args.sm_abit,
         split_shortcut=args.split,
         weight_symmetric=args.w_sym,
         weight_range=RangeMethod(args.w_range or weight_range),
         act_range=RangeMethod(args.a_range or act_range),
-        keep_ends=searches if args.keep_ends is None else args.keep_ends,
+        keep_ends=eda_dm_scripts if args.keep_ends is None else args.keep_ends,
         act_dynamic=args.quant_mode == "dynamic",
         act_scale_per=modiff.scale_per(args),
         modulate=modulate,
@@ -156,28 +152,17 @@ def resolve_ptq(
         ablation=args.modulate_ablation,
     )
     action = _action(args, method, quant)
-    changes = modiff.resolve_changes(args, quant, learns=method != "linear")
+    changes = modiff.resolve_changes(args, quant, learns=method.learns)
     recipe, draw = None, None
-    if searches and changes is not None and action == "calibrate":
+    if method.draws is not None and changes is not None and action == "calibrate":
         raise UserError(
-            f"--method {method} draws single samples and --modulate needs pairs of steps; calibrate its weights "
+            f"--method {method.name} draws single samples and --modulate needs pairs of steps; calibrate its weights "
             "without --modulate first, then add --resume_w --cali_ckpt PATH (or take --quant_mode dynamic)"
         )
-    if searches and changes is None:
-        draw, recipe = (f(args, method, preset or {}) for f in (eda_dm.resolve_draw, eda_dm.resolve_recipe))
-    if method == "qdiff":
-        recipe = QDiffusionConfig(
-            iterations=QDiffusionConfig.iterations if args.cali_iters is None else args.cali_iters,
-            act_iterations=args.cali_iters_a,
-            batch_size=QDiffusionConfig.batch_size if args.cali_batch_size is None else args.cali_batch_size,
-            lr_rounding=args.cali_lr_w,
-            lr_act=args.cali_lr,
-            p=args.cali_p,
-            running_stat=args.running_stat,
-            running_stat_softmax_only=args.rs_sm_only,
-            objective=args.objective,
-            unit=args.recon_unit,
-        )
+    if method.draws is not None and changes is None:
+        draw = eda_dm.resolve_draw(args, method, preset or {})
+    if method.learns and not (eda_dm_scripts and changes is not None):
+        recipe = _recipe(args, method, preset or {})
     for option in ("cali_st", "cali_n"):
         if getattr(args, option) < 1:
             raise UserError(f"--{option} is {getattr(args, option)}; give at least 1")
@@ -186,7 +171,7 @@ def resolve_ptq(
     if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
         raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
     return PtqPlan(
-        method=method,
+        method=method.name,
         quant=quant,
         action=action,
         checkpoint=args.cali_ckpt,
@@ -201,6 +186,14 @@ def resolve_ptq(
     )
 
 
+def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
+    """Return the method's numbers from its options; those that were not given keep the config's defaults."""
+    if method.scripts is Scripts.EDA_DM:
+        return eda_dm.resolve_recipe(args, method, preset)
+    given = {field: getattr(args, option) for option, field in method.options.items()}
+    return method.config(**{field: value for field, value in given.items() if value is not None})
+
+
 def _method(args: Namespace) -> str:
     """Return the method that was named, or that the other options imply."""
     implying = eda_dm.implied_by(args)
@@ -208,13 +201,14 @@ def _method(args: Namespace) -> str:
     named = None if args.method == "modiff" else args.method  # which goes with any weights
     if named is not None and named != "linear" and linear:
         raise UserError(f"--method {named} contradicts --quant_mode linear; leave one of them out")
-    if implying and (named in ("linear", "qdiff") or (named is None and linear)):
+    others = [name for name, method in METHODS.items() if method.scripts is not Scripts.EDA_DM]
+    if implying and (named in others or (named is None and linear)):
         other = f"--method {named}" if named else "--quant_mode linear"
         raise UserError(f"--{implying[0]} is EDA-DM's and contradicts {other}; leave one of them out")
-    return named or ("eda-dm" if implying else "linear" if linear else "qdiff")
+    return named or ("eda-dm" if implying else "linear" if linear else DEFAULT)
 
 
-def _action(args: Namespace, method: str, quant: QuantConfig) -> Literal["calibrate", "load", "activations"]:
+def _action(args: Namespace, method: Method, quant: QuantConfig) -> Literal["calibrate", "load", "activations"]:
     resume = getattr(args, "resume", None) is True  # EDA-DM's LSUN scripts name the float checkpoint by it
     if resume and args.resume_w:
         raise UserError("--resume and --resume_w contradict each other; leave one of them out")
@@ -226,7 +220,7 @@ def _action(args: Namespace, method: str, quant: QuantConfig) -> Literal["calibr
             raise UserError("--resume_w calibrates activations, which --quant_act turns on; add --quant_act")
         if quant.act_dynamic:  # there is nothing beside the weights
             return "load"
-        if method == "linear":
+        if not method.learns:
             raise UserError(
                 "--resume_w and the linear method contradict each other (it rounds the weights itself); leave out "
                 "--resume_w or --quant_mode linear (--method linear)"

@@ -15,6 +15,7 @@ from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.memory import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import (
     CalibrationSet,
     check_context,
@@ -31,9 +32,8 @@ from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.runtime import arithmetic_of
 from qdiff.files import sha256
 from qdiff.interface import SteppedNetwork
-from qdiff.methods import eda_dm, linear, modiff, qdiffusion
-from qdiff.methods.common import CalibrationRun
-from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods import modiff
+from qdiff.methods.registry import find_method
 from qdiff.native_metadata import read_notes
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import is_pickle
@@ -166,8 +166,10 @@ class Quantization:
 
     def _calibrate(self, journal: CalibrationJournal, memory: MemoryUse, seed: int, show_progress: bool) -> None:
         plan, run = self.plan, self.run
+        weights = plan.action == "calibrate"
         calibration = CalibrationRun(
             seed,
+            weights,
             ActivationStorage(memory.for_storage, device=memory.gpu if memory.on_gpu else None),
             journal,
             show_progress,
@@ -176,13 +178,9 @@ class Quantization:
             resident_bytes=memory.resident_bytes,
         )
         log.info("calibrating with %s on %d samples", plan.name, len(self.data))
-        weights = plan.action == "calibrate"
         with run.timed("calibration"):
-            if plan.recipe is None and weights:
-                linear.calibrate(self.qnn, self.data, calibration)
-            elif weights or plan.changes is None:
-                method = eda_dm if isinstance(plan.recipe, EdaDmConfig) else qdiffusion
-                method.calibrate(self.qnn, self.data, plan.recipe, calibration, weights=weights)
+            if weights or plan.changes is None:
+                find_method(plan.method).calibrate(self.qnn, self.data, plan.recipe, calibration)
             if plan.changes is not None:
                 modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
         run.manifest["estimated_peak_bytes"] = memory.peak

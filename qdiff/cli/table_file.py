@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.eda_dm import METHODS
 from qdiff.cli.table_grid import expand
 from qdiff.errors import UserError
 from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.metrics import LEAST_IMAGES
+from qdiff.methods.registry import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = "see configs/tables/digits-demo.yaml"
@@ -61,7 +61,7 @@ class Row:
         """Whether it takes the shared recording: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
         words = shlex.split(self.options)
         pairs = list(itertools.pairwise(words))
-        draws = any(("--method", method) in pairs for method in METHODS)
+        draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.draws)
         # Its ranges are those of the tensors at hand: with weights from elsewhere nothing is left to calibrate.
         dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
         return (

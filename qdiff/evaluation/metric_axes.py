@@ -12,8 +12,9 @@ from matplotlib.ticker import PercentFormatter
 
 from qdiff.evaluation.columns import COSTS, METRICS, Column, Row
 from qdiff.evaluation.figures import plain_log
+from qdiff.methods.registry import METHODS
 
-_NAMES = {"qdiff": "Q-Diffusion", "eda-dm": "EDA-DM", "ptq4dm": "PTQ4DM", "modiff": "MoDiff"}
+_NAMES = {**{name: method.title for name, method in METHODS.items()}, "modiff": "MoDiff"}
 FLOAT_COLOUR = "#555555"
 FULL_BITS = 32
 DECADE = 10  # what spans more is drawn on a logarithmic axis

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from qdiff.calibration.capture import walk
+from qdiff.calibration.fitting import UnitKind
 from qdiff.calibration.objectives import lp_error
+from qdiff.calibration.observe import observe_unit
+from qdiff.calibration.reconstruction import FitSettings
+from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
-from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
-from qdiff.methods.ranges import observe_unit
-from qdiff.progress import progress_bar
 from qdiff.quant_model import QuantModel
 
 
@@ -59,23 +57,18 @@ class EdaDmConfig:
         object.__setattr__(self, "unit", UnitKind(self.unit))
 
 
-def calibrate(
-    qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: CalibrationRun, weights: bool = True
-) -> None:
+def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: CalibrationRun) -> None:
     """Fit all quantizers, unit by unit: ranges first, then roundings and step sizes together.
 
     Args:
         qnn: built with the widths wanted.
         data: recorded from the float model.
-        config: the recipe.
-        run: seed, storage, journal, progress.
-        weights: False keeps the weights as they are (loaded: ``--resume_w``).
+        config: the method's numbers.
+        run: seed, storage, journal, progress; whether weights are kept.
     """
-    weights = weights and qnn.config.weight_bits is not None
-    activations = qnn.config.calibrates_acts
+    weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
     if weights:
         init_weights(qnn)
-    walker = run.walker(qnn)
     settings = FitSettings(
         config.iterations,
         config.batch_size,
@@ -87,21 +80,11 @@ def calibrate(
     )
     # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
     order = torch.randperm(len(data), generator=run.generator(2))
-    count = sum(1 for _ in qnn.model.steps())
-    with progress_bar(count * config.iterations, "calibrating", disable=not run.show_progress) as bar:
-        for index, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=activations):
-            bar.set_postfix_str(unit.name, refresh=False)
-            before = bar.n
-            if not (run.journal is not None and run.journal.restore("joint", index, unit.module)):
-                if activations:
-                    observe_unit(unit, walker, qnn.config.act_range, order)
-                for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=activations)):
-                    if not config.reconstruct:
-                        break
-                    tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
-                    error = fit_unit(small, lp_error(2.0), settings, run.generator(3, index, part), feeding, tick)
-                    run.errors[small.name] = error
-                if run.journal is not None:
-                    run.journal.record("joint", index, unit.module)
-            bar.update(config.iterations - (bar.n - before))  # whatever was not counted one by one
+    phase = Phase("joint", 3, config.iterations, activations)
+    with run.progress(qnn.model, config.iterations) as bar:
+        for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
+            if activations:
+                observe_unit(opened.unit, opened.walker, qnn.config.act_range, order)
+            for part in opened.parts(config.unit) if config.reconstruct else ():
+                opened.fit(part, lp_error(2.0), settings)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)

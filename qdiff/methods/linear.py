@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from qdiff.calibration.capture import walk
+from qdiff.calibration.observe import observe_unit
+from qdiff.calibration.run import CalibrationRun, assert_all_fired, init_weights
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
-from qdiff.methods.ranges import observe_unit
 from qdiff.quant_model import QuantModel
 
 
-def calibrate(qnn: QuantModel, data: CalibrationSet, run: CalibrationRun) -> None:
+def calibrate(qnn: QuantModel, data: CalibrationSet, config: None, run: CalibrationRun) -> None:
     """Quantize a network without any optimisation.
 
     Args:
         qnn: built with the widths wanted.
         data: used for the activations' extremes only; untouched where activations stay in float.
+        config: there is nothing to set.
         run: seed, storage, progress.
     """
-    init_weights(qnn)
+    if run.weights:
+        init_weights(qnn)
     if qnn.config.calibrates_acts:
         walker = run.walker(qnn)
         for _, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
-from qdiff.calibration.capture import walk
+from torch import nn
+
+from qdiff.calibration.fitting import UnitKind
 from qdiff.calibration.objectives import lp_error, penalised_outside
+from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.pairs import PairedCall, PairedNetwork, of_second
+from qdiff.calibration.reconstruction import FitSettings
+from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.methods.common import CalibrationRun, assert_all_fired
-from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
-from qdiff.methods.ranges import observe_unit
-from qdiff.progress import progress_bar
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import calibrated_act_quantizers
 
@@ -63,24 +63,19 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
         config: the recipe.
         run: seed, storage, journal, progress.
     """
-    network, walker = PairedNetwork(qnn.model), run.walker(qnn)
+    network = PairedNetwork(qnn.model)
     settings = FitSettings(config.iterations, config.batch_size, lr_act=config.lr, decays=True)
     objective = of_second(penalised_outside(lp_error(config.p), config.out_penalty))
-    total = sum(1 for _ in network.steps()) * config.iterations
-    with progress_bar(total, "calibrating changes", disable=not run.show_progress) as bar:
-        for index, _, unit, _ in walk(network, pairs.inputs, walker, weights=True, activations=True):
-            bar.set_postfix_str(unit.name, refresh=False)
-            before, idle = bar.n, not calibrated_act_quantizers(unit.module)
-            if not idle and not (run.journal is not None and run.journal.restore("changes", index, unit.module)):
-                observe_unit(unit, walker, qnn.config.act_range)
-                parts = parts_of(unit, UnitKind.LAYER, walker, activations=True, wrap=PairedCall)
-                for part, (layer, share) in enumerate(parts if config.learn else ()):
-                    if not calibrated_act_quantizers(layer.module):  # attention, whose ranges are those at hand
-                        continue
-                    tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
-                    error = fit_unit(layer, objective, settings, run.generator(4, index, part), feeding, tick)
-                    run.errors[f"changes {layer.name.replace('.module', '', 1)}"] = error  # less that of `PairedCall`
-                if run.journal is not None:
-                    run.journal.record("changes", index, unit.module)
-            bar.update(config.iterations - (bar.n - before))  # whatever was not counted one by one
+    phase = Phase("changes", 4, config.iterations, True, _has_ranges, label="changes ")
+    with run.progress(network, config.iterations, "calibrating changes") as bar:
+        for opened in units_to_fit(qnn, network, pairs.inputs, phase, run, bar):
+            observe_unit(opened.unit, opened.walker, qnn.config.act_range)
+            for layer in opened.parts(UnitKind.LAYER, wrap=PairedCall) if config.learn else ():
+                layer.name = layer.name.replace(".module", "", 1)  # that of `PairedCall`
+                opened.fit(layer, objective, settings)
     assert_all_fired(qnn, CalibrationSet(tuple(i[:, 0] for i in pairs.inputs)))
+
+
+def _has_ranges(module: nn.Module) -> bool:
+    """Attention has none to calibrate: its ranges are dynamic."""
+    return bool(calibrated_act_quantizers(module))

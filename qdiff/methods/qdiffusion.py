@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
-from typing import Literal
 
 import torch
+from torch import nn
 
-from qdiff.calibration.capture import walk
 from qdiff.calibration.fisher import output_gradients
+from qdiff.calibration.fitting import UnitKind
 from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
-from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
+from qdiff.calibration.observe import observe_unit
+from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser
+from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.interface import State
-from qdiff.methods.common import CalibrationRun, assert_all_fired, init_weights
-from qdiff.methods.fitting import FitSettings, UnitKind, fit_unit, parts_of
-from qdiff.methods.ranges import observe_unit
-from qdiff.progress import Progress, progress_bar
+from qdiff.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -100,27 +97,17 @@ class QDiffusionConfig:
         )
 
 
-def calibrate(
-    qnn: QuantModel,
-    data: CalibrationSet,
-    config: QDiffusionConfig,
-    run: CalibrationRun,
-    weights: bool = True,
-) -> None:
+def calibrate(qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun) -> None:
     """Fit all quantizers: weights first with activations in float, then activation step sizes.
 
     Args:
         qnn: built with the widths wanted.
         data: recorded from the float model.
-        config: the recipe.
-        run: seed, storage, journal, progress.
-        weights: False keeps the weights as they are (loaded: ``--resume_w``) and fits activations only.
+        config: the method's numbers.
+        run: seed, storage, journal, progress; whether weights are kept.
     """
-    weights = weights and qnn.config.weight_bits is not None
-    activations = qnn.config.calibrates_acts
-    count = sum(1 for _ in qnn.model.steps())
-    total = count * (weights * config.iterations + activations * config.act_iterations)
-    with progress_bar(total, "calibrating", disable=not run.show_progress) as bar:
+    weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
+    with run.progress(qnn.model, weights * config.iterations + activations * config.act_iterations) as bar:
         if weights:
             init_weights(qnn)
             _fit_weights(qnn, data, config, run, bar)
@@ -129,31 +116,8 @@ def calibrate(
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)
 
 
-def _unfinished(
-    phase: Literal["weights", "activations"],
-    qnn: QuantModel,
-    data: CalibrationSet,
-    config: QDiffusionConfig,
-    run: CalibrationRun,
-    bar: Progress,
-) -> Iterator[tuple[int, Unit, State]]:
-    """Walk over the network and yield (index, unit, state before it) where there is something left to fit.
-
-    Units that the journal has are restored instead; a unit is recorded when control returns.
-    """
-    on_activations = phase == "activations"
-    leaf = ActQuantizer if on_activations else QuantModule
-    iterations = config.act_iterations if on_activations else config.iterations
-    steps = walk(qnn.model, data.inputs, run.walker(qnn), weights=True, activations=on_activations)
-    for index, _, unit, state in steps:
-        bar.set_postfix_str(f"{phase} of {unit.name}", refresh=False)
-        before = bar.n
-        idle = not any(isinstance(m, leaf) for m in unit.module.modules())
-        if not idle and not (run.journal is not None and run.journal.restore(phase, index, unit.module)):
-            yield index, unit, state
-            if run.journal is not None:
-                run.journal.record(phase, index, unit.module)
-        bar.update(iterations - (bar.n - before))  # whatever was not counted one by one
+def _contains(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    return lambda module: any(isinstance(m, kind) for m in module.modules())
 
 
 def _fit_weights(
@@ -164,34 +128,30 @@ def _fit_weights(
     settings = FitSettings(
         config.iterations, config.batch_size, lr_rounding=config.rounding_rate, regulariser=config.regulariser
     )
-    for index, unit, state in _unfinished("weights", qnn, data, config, run, bar):
-        for part, (small, share) in enumerate(parts_of(unit, config.unit, walker)):
-            if not any(isinstance(m, QuantModule) for m in small.module.modules()):  # attention cores have no weights
-                continue
+    # Attention's products have no weights.
+    phase = Phase("weights", 0, config.iterations, False, _contains(QuantModule), label="weights ")
+    for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
+        for part in opened.parts(config.unit):
             objective = lp_error(2.0)
             if final is not None:
                 objective = weighted_error
-                small.weights = fisher_weights(output_gradients(qnn.model, index, state, final, walker))
-            tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
-            error = fit_unit(small, objective, settings, run.generator(0, index, part), feeding, tick)
-            run.errors[f"weights {small.name}"] = error
+                part.weights = fisher_weights(output_gradients(qnn.model, opened.index, opened.state, final, walker))
+            opened.fit(part, objective, settings)
 
 
 def _fit_activations(
     qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
-    walker = run.walker(qnn)
     # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
     order = torch.randperm(len(data), generator=run.generator(2))
     first = order[: config.range_samples].sort().values
     softmax_only = config.running_stat_softmax_only
     settings = FitSettings(config.act_iterations, config.batch_size, lr_act=config.lr_act, decays=True)
-    for index, unit, _ in _unfinished("activations", qnn, data, config, run, bar):
+    phase = Phase("activations", 1, config.act_iterations, True, _contains(ActQuantizer), label="activations ")
+    for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
         if softmax_only or not config.running_stat:
-            observe_unit(unit, walker, qnn.config.act_range, first)
+            observe_unit(opened.unit, opened.walker, qnn.config.act_range, first)
         if config.running_stat:
-            observe_unit(unit, walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
-        for part, (small, share) in enumerate(parts_of(unit, config.unit, walker, activations=True)):
-            tick, feeding = partial(bar.update, share), run.feeding(qnn, unit.name, config.batch_size)
-            error = fit_unit(small, lp_error(config.p), settings, run.generator(1, index, part), feeding, tick)
-            run.errors[f"activations {small.name}"] = error
+            observe_unit(opened.unit, opened.walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
+        for part in opened.parts(config.unit):
+            opened.fit(part, lp_error(config.p), settings)

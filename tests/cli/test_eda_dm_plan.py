@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from qdiff.calibration.draws import Draw, Schedule
+from qdiff.calibration.fitting import UnitKind
 from qdiff.cli import eda_dm
 from qdiff.cli.command import SampleCommand
 from qdiff.cli.float_model import FloatModel
@@ -16,7 +17,6 @@ from qdiff.cli.ptq import add_ptq_options, resolve_ptq
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
-from qdiff.methods.fitting import UnitKind
 
 
 def parsed(*words):

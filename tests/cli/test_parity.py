@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import save_checkpoint
 from qdiff.cli import parity
@@ -20,7 +21,6 @@ from qdiff.cli.ptq import add_ptq_options
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PSNR_CAP
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
 
 TIMES = (900.0, 500.0, 100.0)
@@ -72,7 +72,7 @@ def compared(model, tmp_path):
         plan, names, _ = parity.resolve(options("--ptq", *words, checkpoint=path, runtimes=runtimes), model)
         qnn = QuantModel(copy.deepcopy(model.float_network), plan.quant)
         x = torch.randn(6, *model.input_shape, generator=torch.Generator().manual_seed(7))
-        linear.calibrate(qnn, CalibrationSet((x, torch.arange(6) * 150)), CalibrationRun(show_progress=False))
+        linear.calibrate(qnn, CalibrationSet((x, torch.arange(6) * 150)), None, CalibrationRun(show_progress=False))
         save_checkpoint(qnn, path)
         return parity.compare(model, plan, names, images, "cpu")
 
@@ -85,7 +85,7 @@ def quantized(model: Tiny) -> tuple[QuantModel, list[parity.Sampled]]:
     plan, *_ = parity.resolve(options("--ptq", *W4A8, runtimes="torch"), model)
     qnn = QuantModel(model.network, plan.quant)
     x = torch.randn(6, *model.input_shape, generator=torch.Generator().manual_seed(7))
-    linear.calibrate(qnn, CalibrationSet((x, torch.arange(6) * 150)), CalibrationRun(show_progress=False))
+    linear.calibrate(qnn, CalibrationSet((x, torch.arange(6) * 150)), None, CalibrationRun(show_progress=False))
     with torch.no_grad():
         return qnn, list(parity._simulated(model, qnn, IMAGES))
 

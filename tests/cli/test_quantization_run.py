@@ -9,6 +9,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+from qdiff.calibration import run
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.checkpoint import save_checkpoint
@@ -19,7 +20,6 @@ from qdiff.cli.quantize import CHECKPOINT, JOURNAL, RECORDING, Quantization, mea
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
-from qdiff.methods import qdiffusion
 from qdiff.quant_model import QuantModel
 
 SHAPE = (1, 8, 8)
@@ -140,7 +140,7 @@ def test_too_little_memory_for_a_calibration_names_its_option(tiny_network, tmp_
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
-    monkeypatch.setattr(qdiffusion, "fit_unit", fails)
+    monkeypatch.setattr(run, "fit_unit", fails)
     with pytest.raises(
         UserError, match=r"out of GPU memory while calibrating .*with a --memory_budget in GiB to continue"
     ):

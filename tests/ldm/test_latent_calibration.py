@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qdiff.calibration.capture import Walker, walk
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.methods import linear, qdiffusion
-from qdiff.methods.common import CalibrationRun
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_model import QuantModel
 
@@ -74,7 +74,7 @@ def test_calibrated_networks(kind, make_unet, unet_inputs, run_quantized, relati
         with torch.no_grad():
             expected = qnn(*held_out)
         if method == "linear":
-            linear.calibrate(qnn, data, quiet())
+            linear.calibrate(qnn, data, None, quiet())
         else:
             recipe = QDiffusionConfig(iterations=15, act_iterations=4, batch_size=8, lr_rounding=0.04)
             qdiffusion.calibrate(qnn, data, recipe, quiet())

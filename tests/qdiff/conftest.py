@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from qdiff.calibration.capture import Walker
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
 
 
@@ -55,7 +55,7 @@ def calibrated(wrap, data):
 
     def made(**config) -> QuantModel:
         qnn = wrap(**config)
-        linear.calibrate(qnn, data, CalibrationRun(show_progress=False))
+        linear.calibrate(qnn, data, None, CalibrationRun(show_progress=False))
         return qnn
 
     return made

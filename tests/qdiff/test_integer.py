@@ -12,13 +12,13 @@ from torch import nn
 
 from ddim.models.diffusion import Model
 from qdiff import integer, quant_layer
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.integer import Geometry, Levels, int8_is_exact, int8_is_fast, int8_matmul, integer_product
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun
 from qdiff.packed_weight import PACKED
 from qdiff.quant_model import QuantModel
 from qdiff.range_estimators import estimate
@@ -295,7 +295,7 @@ def digits():
         network = Model(config)
         network.load_state_dict(state)
         qnn = QuantModel(network, QuantConfig(**options))
-        linear.calibrate(qnn, CalibrationSet((x, torch.arange(4) * 250)), CalibrationRun(show_progress=False))
+        linear.calibrate(qnn, CalibrationSet((x, torch.arange(4) * 250)), None, CalibrationRun(show_progress=False))
         for quantizer in qnn.calibrated_act_quantizers().values() if qnn.config.calibrates_changes else ():
             quantizer.set(torch.tensor(0.02), torch.tensor(2 ** (quantizer.bits - 1)))
         return qnn

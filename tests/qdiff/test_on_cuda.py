@@ -10,11 +10,11 @@ from torch import Tensor
 from virtual_cuda.modules import left_behind
 
 from qdiff import QuantConfig, QuantModel, load_checkpoint
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import save_checkpoint
 from qdiff.kernels import switch
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun
 
 W4A8 = QuantConfig(weight_bits=4, act_bits=8, split_shortcut=True)
 CHANGES = QuantConfig(weight_bits=4, act_bits=4, split_shortcut=True, modulate=True, act_dynamic=True)
@@ -32,7 +32,7 @@ def inputs():
 def on_cpu(tiny_network, inputs, tmp_path):
     """Outputs of a W4A8 network that was calibrated on the CPU, and the folder with its files in both formats."""
     qnn = QuantModel(tiny_network, W4A8)
-    linear.calibrate(qnn, CalibrationSet(inputs), CalibrationRun(show_progress=False))
+    linear.calibrate(qnn, CalibrationSet(inputs), None, CalibrationRun(show_progress=False))
     for kind in ("native", "published"):
         save_checkpoint(qnn, tmp_path / kind, format=kind)
     with torch.no_grad(), qnn.quantized():
@@ -100,7 +100,7 @@ def test_modulation(per, on_gpu, given, cuda):
 
 def test_calibration_without_gradients(on_cpu, on_gpu, inputs, given):
     qnn = on_gpu(kind=None)
-    linear.calibrate(qnn, CalibrationSet(inputs), CalibrationRun(show_progress=False))
+    linear.calibrate(qnn, CalibrationSet(inputs), None, CalibrationRun(show_progress=False))
     with torch.no_grad(), qnn.quantized():
         assert distance(qnn(*given), on_cpu[0]) < CLOSE
 

@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from ddim.models.diffusion import Model
 from qdiff.accounting import account, stored_bytes
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, load_packed, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods import eda_dm, linear, modiff, qdiffusion
-from qdiff.methods.common import CalibrationRun
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
@@ -134,12 +134,12 @@ def test_no_network_of_floats_in_passing(calibrated, held_out):
 def calibrations():
     short = {"iterations": 1, "batch_size": 2}
     return {
-        "linear": (lambda qnn, data: linear.calibrate(qnn, data, CalibrationRun(show_progress=False))),
+        "linear": (lambda qnn, data: linear.calibrate(qnn, data, None, CalibrationRun(show_progress=False))),
         "q-diffusion": lambda qnn, data: qdiffusion.calibrate(
             qnn, data, QDiffusionConfig(**short), CalibrationRun(show_progress=False)
         ),
         "activations": lambda qnn, data: qdiffusion.calibrate(
-            qnn, data, QDiffusionConfig(**short), CalibrationRun(show_progress=False), weights=False
+            qnn, data, QDiffusionConfig(**short), CalibrationRun(weights=False, show_progress=False)
         ),
         "eda-dm": lambda qnn, data: eda_dm.calibrate(
             qnn, data, EdaDmConfig(**short), CalibrationRun(show_progress=False)

@@ -11,17 +11,18 @@ from torch import nn
 
 from qdiff import quant_layer
 from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration import fitting
 from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.fisher import output_gradients
 from qdiff.calibration.reconstruction import RoundingRegulariser
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.functional import fake_quantize_inference
 from qdiff.interface import Step, SteppedNetwork, split_input
-from qdiff.methods import fitting, linear, qdiffusion
-from qdiff.methods.common import CalibrationRun
+from qdiff.methods import linear, qdiffusion
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -106,7 +107,7 @@ def test_dropout_is_off_during_reconstruction(tiny_network, data):
 def test_running_statistics_cover_attention_quantizers(wrap, data, monkeypatch, recipe):
     """Over three batches the average must have moved the ranges of q, k, v and the softmax output."""
     monkeypatch.setattr(CalibrationRun, "walker", lambda run, qnn: Walker(run.storage, qnn.device, batch_size=4))
-    monkeypatch.setattr(qdiffusion, "fit_unit", lambda *_: 0.0)
+    monkeypatch.setattr("qdiff.calibration.run.fit_unit", lambda *_: 0.0)
     deltas = []
     for running in (False, True):
         qnn = wrap(**W4A8)
@@ -201,13 +202,13 @@ def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
     rows_fitted = Counter()
     original = fitting.optimise
 
-    def optimise(unit, optimiser, objective, **options):
+    def optimise(unit, optimiser, objective, *rest, **options):
         def counting(output, target, numbers):
             rows_fitted.update(numbers.tolist())
             return objective(output, target, None)
 
         unit.weights = torch.arange(len(unit.target))  # come to the objective with the samples that they belong to
-        return original(unit, optimiser, counting, **options)
+        return original(unit, optimiser, counting, *rest, **options)
 
     monkeypatch.setattr(fitting, "optimise", optimise)
     qdiffusion.calibrate(wrap(weight_bits=4), data, quick(), quiet())  # 3 batches of 5 a unit
@@ -216,7 +217,7 @@ def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
     x, t = (i.repeat(6, *[1] * (i.dim() - 1))[:70].clone() for i in data.inputs)
     x[69] *= 10
     qnn = wrap(weight_bits=4, act_bits=8, act_symmetric=True)
-    linear.calibrate(qnn, CalibrationSet((x, t)), quiet())
+    linear.calibrate(qnn, CalibrationSet((x, t)), None, quiet())
     assert float(qnn.model.conv_in.act_quantizers[0].delta) == pytest.approx(float(x.abs().max()) / 127, rel=1e-6)
 
 

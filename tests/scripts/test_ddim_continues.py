@@ -44,11 +44,10 @@ def test_killed_run_makes_only_the_missing_images_again(kind, call, tiny, float_
 
 def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp_path, monkeypatch):
     """The blocks finished before the kill are not fitted again, and the checkpoint is the uninterrupted one."""
-    from qdiff.calibration import journal
-    from qdiff.methods import qdiffusion
+    from qdiff.calibration import journal, run
 
     folder, options = calibrated_run
-    finished, record, fit = [], journal.CalibrationJournal.record, qdiffusion.fit_unit
+    finished, record, fit = [], journal.CalibrationJournal.record, run.fit_unit
 
     def killed_at_the_fourth(self, phase, index, module):
         if len(finished) == 3:
@@ -69,7 +68,7 @@ def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp
         return fit(unit, objective, settings, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(qdiffusion, "fit_unit", counted)
+        patch.setattr(run, "fit_unit", counted)
         succeeded(call(SCRIPT, *options, "-l", tmp_path / "run"))
     everything = [n for n in manifest(folder)["reconstruction_errors"] if n.startswith("weights ")]
     assert len(fitted) == len(everything) - 3

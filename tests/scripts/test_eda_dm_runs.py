@@ -113,11 +113,10 @@ def test_killed_run_makes_the_missing_images_again(call, ddim_run, tmp_path):
 
 @pytest.mark.parametrize("finished", [0, 5])
 def test_calibration_killed_at_a_block_continues_there(finished, call, ddim_run, tmp_path, monkeypatch):
-    from qdiff.calibration import journal
-    from qdiff.methods import eda_dm
+    from qdiff.calibration import journal, run
 
     folder, options = ddim_run
-    kept, record, fit = [], journal.CalibrationJournal.record, eda_dm.fit_unit
+    kept, record, fit = [], journal.CalibrationJournal.record, run.fit_unit
 
     def killed(self, phase, index, module):
         if len(kept) == finished:
@@ -131,7 +130,7 @@ def test_calibration_killed_at_a_block_continues_there(finished, call, ddim_run,
     assert not (tmp_path / "run" / "quantized.safetensors").exists()
 
     fitted = []
-    monkeypatch.setattr(eda_dm, "fit_unit", lambda unit, *rest: (fitted.append(unit.name), fit(unit, *rest))[1])
+    monkeypatch.setattr(run, "fit_unit", lambda unit, *rest: (fitted.append(unit.name), fit(unit, *rest))[1])
     outcome = succeeded(call(DDIM, *options, "-l", tmp_path / "run"))
     assert "recording" not in outcome.err, "the recording was there"
     assert len(fitted) == len(manifest(folder)["reconstruction_errors"]) - finished

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from qdiff.calibration.dropping import Dropping
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import lp_error
-from qdiff.calibration.reconstruction import Unit, optimise
+from qdiff.calibration.reconstruction import FitSettings, Unit, optimise
 from qdiff.config import QuantConfig
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
@@ -168,8 +168,8 @@ class Spy(nn.Module):
 def loop(module, drop, inputs, float_inputs, pass_size=None, seed=0):
     unit = Unit("spy", module, inputs, torch.zeros(len(inputs[0]), 500), float_inputs)
     optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.0)
-    options = {"iterations": 3, "batch_size": 4, "generator": generator(seed), "feeding": Feeding(CPU, pass_size)}
-    optimise(unit, optimiser, lp_error(2.0), drop=drop, **options)
+    settings = FitSettings(3, 4, drop=drop)
+    optimise(unit, optimiser, lp_error(2.0), settings, generator(seed), Feeding(CPU, pass_size))
 
 
 @pytest.mark.parametrize("pass_size", [None, 3])

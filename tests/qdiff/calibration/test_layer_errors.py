@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import lp_error
-from qdiff.calibration.reconstruction import Unit, optimise
+from qdiff.calibration.reconstruction import FitSettings, Unit, optimise
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
@@ -185,11 +185,9 @@ def first_loss(layer_weight, pass_size=None):
             Unit("block", block, (x,), target, (float_x,)),
             torch.optim.SGD([unknown], lr=0.0),
             lp_error(2.0),
-            iterations=1,
-            batch_size=6,
-            generator=torch.Generator(),
-            feeding=Feeding(torch.device("cpu"), pass_size),
-            layer_weight=layer_weight,
+            FitSettings(1, 6, layer_weight=layer_weight),
+            torch.Generator(),
+            Feeding(torch.device("cpu"), pass_size),
         )
     return loss, by_hand(block, x, float_x)
 

@@ -20,10 +20,10 @@ from qdiff.calibration.memory import (
     plan_memory,
     resident_memory,
 )
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.errors import UserError
 from qdiff.methods import qdiffusion
-from qdiff.methods.common import CalibrationRun
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_model import QuantModel
 

@@ -11,7 +11,7 @@ from torch import nn
 from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
-from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
+from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser, Unit, optimise
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
@@ -44,10 +44,9 @@ def fit(unit, seed=0, iterations=300, batch_size=5, regulariser=RoundingRegulari
             unit,
             optimiser,
             lp_error(2.0),
-            iterations=iterations,
-            batch_size=batch_size,
-            generator=torch.Generator().manual_seed(seed),
-            feeding=Feeding(CPU),
+            FitSettings(iterations, batch_size),
+            torch.Generator().manual_seed(seed),
+            Feeding(CPU),
             penalty=lambda progress: regulariser([rounding], progress),
         )
     alpha = rounding.alpha.detach().clone()
@@ -87,10 +86,9 @@ def rows_used(count, batch_size, iterations):
         unit,
         torch.optim.SGD([parameter], lr=0.0),
         objective,
-        iterations=iterations,
-        batch_size=batch_size,
-        generator=torch.Generator().manual_seed(0),
-        feeding=Feeding(CPU),
+        FitSettings(iterations, batch_size),
+        torch.Generator().manual_seed(0),
+        Feeding(CPU),
     )
     return used
 
@@ -132,13 +130,11 @@ def test_callbacks_see_every_iteration():
         Unit("", lambda x: module(x) * parameter, unit.inputs, unit.target * 0, unit.float_inputs),
         optimiser,
         lp_error(2.4),
-        iterations=4,
-        batch_size=5,
-        generator=torch.Generator(),
-        feeding=Feeding(CPU),
+        FitSettings(4, 5, decays=True),
+        torch.Generator(),
+        Feeding(CPU),
         penalty=penalty,
         after_step=after_step,
-        scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=4),
         on_iteration=on_iteration,
     )
     assert seen["progress"] == [0.0, 0.25, 0.5, 0.75]
@@ -212,10 +208,9 @@ def test_a_unit_needs_no_more_than_its_fields():
         unit,
         torch.optim.SGD([parameter], lr=0.3),
         lp_error(2.0),
-        iterations=50,
-        batch_size=4,
-        generator=torch.Generator(),
-        feeding=Feeding(CPU),
+        FitSettings(50, 4),
+        torch.Generator(),
+        Feeding(CPU),
     )
     assert error < 1e-6  # (1 − 2·0.3)^50 is far below
     assert parameter.tolist() == pytest.approx([1, 1, 1], abs=1e-3)

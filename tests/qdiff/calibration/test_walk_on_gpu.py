@@ -9,9 +9,9 @@ import torch
 from virtual_cuda import Direction
 
 from qdiff.calibration.capture import Walker, walk
+from qdiff.calibration.run import init_weights
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.config import QuantConfig
-from qdiff.methods.common import init_weights
 from qdiff.quant_model import QuantModel
 
 GPU = torch.device("cuda", 0)

@@ -12,11 +12,11 @@ import torch
 from deploy_networks import STEPS, network_inputs
 from torch import Tensor
 
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet, select_samples
 from qdiff.cli.float_model import FloatModel
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
 
 REPOSITORY = Path(__file__).parents[3]
@@ -56,7 +56,7 @@ class Exported:
 def calibrated(network: torch.nn.Module, data: CalibrationSet, **config: object) -> QuantModel:
     """Return a copy of a float network, wrapped and with ranges set by the linear recipe."""
     qnn = QuantModel(copy.deepcopy(network), QuantConfig(**config))
-    linear.calibrate(qnn, data, CalibrationRun(show_progress=False))
+    linear.calibrate(qnn, data, None, CalibrationRun(show_progress=False))
     return qnn
 
 

@@ -15,13 +15,13 @@ from exact_runtimes import require_runtimes
 from following import RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.cli.float_model import FloatModel
 from qdiff.cli.parser import Parser
 from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
@@ -89,7 +89,7 @@ def quantized(name: str) -> tuple[QuantModel, FloatModel, tuple[Tensor, ...]]:
     model.load(torch.device("cpu"))
     inputs = network_inputs(model.input_shape, model.context_shape)
     qnn = QuantModel(model.network, QuantConfig(weight_bits=4, act_bits=8, **bundled.config))
-    linear.calibrate(qnn, CalibrationSet(inputs(4, 1)), CalibrationRun(show_progress=False))
+    linear.calibrate(qnn, CalibrationSet(inputs(4, 1)), None, CalibrationRun(show_progress=False))
     return qnn, model, inputs(2, 5)
 
 

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
+from qdiff.calibration import fitting
 from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.observe import observe_unit
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.methods import eda_dm, fitting
-from qdiff.methods.common import CalibrationRun
+from qdiff.methods import eda_dm
 from qdiff.methods.eda_dm import EdaDmConfig
-from qdiff.methods.ranges import observe_unit
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer
 
@@ -63,8 +64,8 @@ def changed(a, b, part):
     return any(not torch.equal(a[k], b[k]) for k in names)
 
 
-def calibrated_with(qnn, data, recipe=None, run=None, **options):
-    eda_dm.calibrate(qnn, data, recipe or quick(), run or quiet(), **options)
+def calibrated_with(qnn, data, recipe=None, run=None):
+    eda_dm.calibrate(qnn, data, recipe or quick(), run or quiet())
     return qnn
 
 
@@ -178,7 +179,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(unit, call, wrap, data, tm
 
 
 def test_ranges_alone(wrap, data, monkeypatch):
-    monkeypatch.setattr(eda_dm, "fit_unit", lambda *_: pytest.fail("nothing is to be learned"))
+    monkeypatch.setattr("qdiff.calibration.run.fit_unit", lambda *_: pytest.fail("nothing is to be learned"))
     run = quiet()
     qnn = calibrated_with(wrap(**W4A8), data, quick(reconstruct=False), run)
     assert run.errors == {} and qnn.silent_quantizers() == []
@@ -193,7 +194,7 @@ def test_loaded_weights_stay_as_they_are(wrap, data):
     qnn = wrap(**W4A8)
     qnn.load_state_dict(source.state_dict(), strict=False)
     before = result(qnn)
-    calibrated_with(qnn, data, weights=False)
+    calibrated_with(qnn, data, run=quiet(weights=False))
     after = result(qnn)
     assert not changed(after, before, "weight") and changed(after, before, "act_quantizers.0.delta")
     ranges = calibrated_with(wrap(**W4A8), data, quick(reconstruct=False))

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from qdiff.accounting import account
+from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods import eda_dm
-from qdiff.methods.common import CalibrationRun
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.native_format import content_bytes, counted_bytes
 from qdiff.quant_model import QuantModel

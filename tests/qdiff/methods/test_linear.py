@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qdiff.calibration.run import CalibrationRun, assert_all_fired
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.methods import linear
-from qdiff.methods.common import CalibrationRun, assert_all_fired
 from qdiff.range_estimators import qparams
 
 # Relative, of a step size: activations at another batch size differ in the last bits.
@@ -65,7 +65,7 @@ def test_more_samples_than_a_batch_all_count(wrap, data):
     x = x.clone()
     x[64] *= 10
     qnn = wrap(weight_bits=4, act_bits=8, act_symmetric=True)
-    linear.calibrate(qnn, CalibrationSet((x, t)), CalibrationRun(show_progress=False))
+    linear.calibrate(qnn, CalibrationSet((x, t)), None, CalibrationRun(show_progress=False))
     expected = float(x.abs().max()) / 127
     assert float(qnn.model.conv_in.act_quantizers[0].delta) == pytest.approx(expected, rel=RANGE_TOLERANCE)
 

@@ -7,11 +7,12 @@ import contextlib
 import pytest
 import torch
 
+from qdiff.calibration import fitting
 from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.run import CalibrationRun, init_weights
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.methods import fitting, modiff
-from qdiff.methods.common import CalibrationRun, init_weights
+from qdiff.methods import modiff
 from qdiff.methods.modiff import ChangesConfig, calibrate_changes
 from qdiff.modes import leaf_modes
 from qdiff.quantizer import Quantizer

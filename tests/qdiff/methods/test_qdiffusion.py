@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qdiff.calibration import fitting
 from qdiff.calibration.capture import Walker
 from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import Unit
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.errors import UserError
-from qdiff.methods import fitting, qdiffusion
-from qdiff.methods.common import CalibrationRun
+from qdiff.methods import qdiffusion
 from qdiff.methods.qdiffusion import QDiffusionConfig
-from qdiff.methods.ranges import observe_unit
 from qdiff.quantizer import ActQuantizer
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
@@ -134,7 +135,7 @@ def test_loaded_weights_stay_as_they_are(calibrated, wrap, data):
     qnn = wrap(**W4A8)
     qnn.load_state_dict(calibrated(**{**W4A8, "act_bits": None}).state_dict(), strict=False)
     before = result(qnn)
-    qdiffusion.calibrate(qnn, data, quick(), quiet(), weights=False)
+    qdiffusion.calibrate(qnn, data, quick(), quiet(weights=False))
     after = result(qnn)
     weights = [k for k in after if "weight" in k]
     assert weights and all(torch.equal(after[k], before[k]) for k in weights)
@@ -191,7 +192,7 @@ def test_numbers_out_of_range_name_the_option(values, option):
 
 def observed_deltas(wrap, data, recipe, monkeypatch):
     """Step sizes right after observing, before they are learned."""
-    monkeypatch.setattr(qdiffusion, "fit_unit", lambda *_: 0.0)
+    monkeypatch.setattr("qdiff.calibration.run.fit_unit", lambda *_: 0.0)
     qnn = wrap(**W4A8)
     qdiffusion.calibrate(qnn, data, recipe, quiet())
     return {n: float(q.delta.detach()) for n, q in qnn.act_quantizers().items()}

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration import fitting
 from qdiff.calibration.feeding import Feeding
+from qdiff.calibration.fitting import MAX_STEP_CHANGE, FitSettings, UnitKind, fit_unit, parts_of
 from qdiff.calibration.objectives import lp_error
+from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
 from qdiff.config import QuantConfig, RangeMethod
-from qdiff.methods import fitting
-from qdiff.methods.fitting import MAX_STEP_CHANGE, FitSettings, UnitKind, fit_unit, parts_of
-from qdiff.methods.ranges import observe_unit
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 
 import torch
@@ -14,7 +13,7 @@ from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration.capture import Walker, leaf_inputs_and_output, leaves_in_execution_order
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import Objective
-from qdiff.calibration.reconstruction import RoundingRegulariser, Unit, optimise
+from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser, Unit, optimise
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
@@ -30,32 +29,6 @@ class UnitKind(str, Enum):
 
     BLOCK = "block"
     LAYER = "layer"
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How a unit is fitted.
-
-    Attributes:
-        iterations, batch_size: of the loop.
-        lr_rounding: Adam's learning rate for α; None leaves the weights as they are.
-        lr_act: Adam's learning rate for activation step sizes, at most `MAX_STEP_CHANGE` of each; None leaves
-            activations in float.
-        regulariser: pushes α to a decision; None decides at the end alone.
-        decays: learning rates fall to 0 as a cosine.
-        drop: probability that an element of the unit's input, and of what an activation quantizer passes on, stays
-            in float during an iteration (QDrop, Wei et al. 2022).
-        layer_weight: γ of the layers' own errors beside the unit's (EDA-DM's fine-grained reconstruction).
-    """
-
-    iterations: int
-    batch_size: int
-    lr_rounding: float | None = None
-    lr_act: float | None = None
-    regulariser: RoundingRegulariser | None = None
-    decays: bool = False
-    drop: float = 0.0
-    layer_weight: float = 0.0
 
 
 def fit_unit(
@@ -95,18 +68,12 @@ def fit_unit(
             unit,
             optimiser,
             objective,
-            iterations=settings.iterations,
-            batch_size=settings.batch_size,
-            generator=generator,
-            feeding=feeding,
+            settings,
+            generator,
+            feeding,
             penalty=_penalty(settings.regulariser, roundings),
             after_step=lambda: _keep_positive(deltas),
-            scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=settings.iterations)
-            if settings.decays
-            else None,
             on_iteration=on_iteration,
-            drop=settings.drop,
-            layer_weight=settings.layer_weight,
         )
     for rounding in roundings:
         rounding.harden()

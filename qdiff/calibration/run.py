@@ -1,0 +1,209 @@
+"""What every method needs: where calibration runs, the loop over units, and the proof that all quantizers are set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.capture import Walker, walk
+from qdiff.calibration.feeding import Feeding
+from qdiff.calibration.fitting import UnitKind, fit_unit, parts_of
+from qdiff.calibration.footprint import Footprint
+from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.memory import DEFAULT_PASS
+from qdiff.calibration.objectives import Objective
+from qdiff.calibration.reconstruction import FitSettings, Unit
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.storage import ActivationStorage
+from qdiff.config import Ablation
+from qdiff.interface import State, SteppedNetwork
+from qdiff.progress import Progress, progress_bar
+from qdiff.quant_model import QuantModel
+
+
+@dataclass
+class CalibrationRun:
+    """The surroundings of one calibration.
+
+    Attributes:
+        seed: fixes the result.
+        weights: False keeps the weights as they are (loaded: ``--resume_w``).
+        storage: keeps activations within a memory budget.
+        journal: finished units on disk; None keeps nothing.
+        show_progress: a progress bar with the time left, on stderr.
+        errors: the final reconstruction error of every fitted unit, filled in by the recipe.
+        footprint, pass_bytes: what a sample takes, and what one pass may take; None has no limit.
+        resident_bytes: what a unit's samples may take on a GPU while it is fitted.
+    """
+
+    seed: int = 0
+    weights: bool = True
+    storage: ActivationStorage = field(default_factory=ActivationStorage)
+    journal: CalibrationJournal | None = None
+    show_progress: bool = True
+    errors: dict[str, float] = field(default_factory=dict)
+    footprint: Footprint | None = None
+    pass_bytes: int = DEFAULT_PASS
+    resident_bytes: int = 0
+
+    def walker(self, qnn: QuantModel) -> Walker:
+        if self.footprint is None:
+            return Walker(self.storage, qnn.device)
+        return Walker(self.storage, qnn.device, self.footprint.forward_batch(self.pass_bytes, Walker.batch_size))
+
+    def feeding(self, qnn: QuantModel, step: str, batch_size: int) -> Feeding:
+        """Return how the samples of a step come to the network's device, as many at a time as a pass may take."""
+        size = batch_size
+        if self.footprint is not None:
+            size = self.footprint.training_batch(step, self.pass_bytes, batch_size)
+        return Feeding(qnn.device, size, self.resident_bytes)
+
+    def generator(self, *place: int) -> torch.Generator:
+        """Return a generator for one unit, independent of what ran before it (so resuming changes nothing)."""
+        seed = self.seed
+        for number in place:
+            seed = seed * 1009 + number + 1
+        return torch.Generator().manual_seed(seed % (1 << 63))
+
+    def fits_weights(self, qnn: QuantModel) -> bool:
+        """Whether weights are to be quantized here."""
+        return self.weights and qnn.config.weight_bits is not None
+
+    def progress(self, network: SteppedNetwork, iterations: int, title: str = "calibrating") -> Progress:
+        """Return a bar over ``iterations`` per unit of a network."""
+        units = sum(1 for _ in network.steps())
+        return progress_bar(units * iterations, title, disable=not self.show_progress)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One walk over the network in which units are fitted.
+
+    Attributes:
+        name: of the journal's files.
+        number: tells the phase's random generators from those of other phases.
+        iterations: per unit, on the progress bar.
+        activations: activations are quantized in what feeds a unit, beside the weights.
+        has_work: whether there is anything to fit in a module.
+        label: begins the names of the phase's units.
+    """
+
+    name: str
+    number: int
+    iterations: int
+    activations: bool
+    has_work: Callable[[nn.Module], bool] = lambda module: True
+    label: str = ""
+
+
+class OpenUnit:
+    """A unit that is to be fitted now.
+
+    Attributes:
+        index: of the step, in execution order.
+        unit: the whole step, as `walk` yields it.
+        state: the quantized state before the step.
+        walker: of the walk.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        unit: Unit,
+        state: State,
+        walker: Walker,
+        phase: Phase,
+        qnn: QuantModel,
+        run: CalibrationRun,
+        bar: Progress,
+    ) -> None:
+        self.index, self.unit, self.state, self.walker = index, unit, state, walker
+        self._phase, self._qnn, self._run, self._bar = phase, qnn, run, bar
+        self._places: dict[int, tuple[int, float]] = {}  # of the parts, by identity
+
+    def parts(self, kind: UnitKind, wrap: Callable[[nn.Module], nn.Module] = lambda leaf: leaf) -> Iterator[Unit]:
+        """Yield what is fitted at a time: the whole step, or its layers in execution order; see `parts_of`."""
+        parts = parts_of(self.unit, kind, self.walker, activations=self._phase.activations, wrap=wrap)
+        for number, (part, share) in enumerate(parts):
+            self._places[id(part)] = number, share
+            if self._phase.has_work(part.module):
+                yield part
+
+    def fit(self, part: Unit, objective: Objective, settings: FitSettings) -> None:
+        """Fit one of the parts in place and note its error."""
+        number, share = self._places[id(part)]
+        error = fit_unit(
+            part,
+            objective,
+            settings,
+            self._run.generator(self._phase.number, self.index, number),
+            self._run.feeding(self._qnn, self.unit.name, settings.batch_size),
+            partial(self._bar.update, share),
+        )
+        self._run.errors[self._phase.label + part.name] = error
+
+
+def units_to_fit(
+    qnn: QuantModel,
+    network: SteppedNetwork,
+    inputs: tuple[Tensor, ...],
+    phase: Phase,
+    run: CalibrationRun,
+    bar: Progress,
+) -> Iterator[OpenUnit]:
+    """Walk over a network and yield what is left to fit, in execution order: the loop of every method.
+
+    Units that the journal has are restored instead; a unit is recorded when control returns.
+
+    Args:
+        network: whose steps are walked over, ``qnn.model`` or a view of it.
+        inputs: of the network, for all samples.
+    """
+    walker = run.walker(qnn)
+    steps = walk(network, inputs, walker, weights=True, activations=phase.activations)
+    for index, _, unit, state in steps:
+        bar.set_postfix_str(f"{phase.name} of {unit.name}" if phase.label else unit.name, refresh=False)
+        before, journal = bar.n, run.journal
+        if phase.has_work(unit.module) and not (
+            journal is not None and journal.restore(phase.name, index, unit.module)
+        ):
+            yield OpenUnit(index, unit, state, walker, phase, qnn, run, bar)
+            if journal is not None:
+                journal.record(phase.name, index, unit.module)
+        bar.update(phase.iterations - (bar.n - before))  # whatever was not counted one by one
+
+
+def init_weights(qnn: QuantModel) -> None:
+    """Choose ranges of all weights and round them to nearest; nothing to do where weights stay in float."""
+    if qnn.config.weight_bits is None:
+        return
+    for layer in qnn.layers().values():
+        layer.init_weight_ranges(qnn.config.weight_range)
+
+
+@torch.no_grad()
+def assert_all_fired(qnn: QuantModel, data: CalibrationSet, batch: int = 4, activations: bool = True) -> None:
+    """Prove on a few samples that every quantizer is set and takes part in a forward pass.
+
+    Args:
+        activations: False looks at the weights alone: ranges of changes are calibrated after them.
+
+    Raises:
+        RuntimeError: naming the quantizers that did nothing (a defect of the network's wrapping, not of the data).
+    """
+    qnn.reset_fired()
+    inputs = tuple(i[:batch].to(qnn.device) for i in data.inputs)
+    with qnn.quantized(weights=True, activations=activations), qnn.trajectory():
+        output = qnn(*inputs)
+        if qnn.config.modulate:  # at the first step there is no change to quantize
+            output = qnn(*inputs)
+    shows = activations and qnn.config.ablation is not Ablation.CLEARED_STATE  # which is meant to silence them
+    silent = qnn.silent_quantizers() if shows else []
+    if silent:
+        raise RuntimeError(f"{len(silent)} activation quantizers never fired, e.g. {silent[0]}")
+    if not torch.isfinite(output).all():
+        raise RuntimeError("the quantized network's output is not finite after calibration")

@@ -1,0 +1,118 @@
+"""The methods by name. A new one is a file beside this with a config and a ``calibrate``, and a row below.
+
+METHODS["eda-dm"].calibrate(qnn, data, EdaDmConfig(), CalibrationRun(seed=1234))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+from qdiff.calibration.draws import Schedule
+from qdiff.calibration.run import CalibrationRun
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.config import RangeMethod
+from qdiff.errors import UserError
+from qdiff.methods import eda_dm, linear, ptq4dm, qdiffusion
+from qdiff.quant_model import QuantModel
+
+
+class Scripts(Enum):
+    """Whose scripts a method's command line follows: they give some options other meanings and defaults."""
+
+    Q_DIFFUSION = "Q-Diffusion"
+    EDA_DM = "EDA-DM"  # without --a_sym ranges are symmetric; 8-bit ends; presets; drawn calibration sets
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to set all quantizers of a network.
+
+    Attributes:
+        name: of ``--method`` and of the API.
+        title: in tables and plots.
+        calibrate: ``(qnn, data, config, run)``, in place; `config` is None where ``config`` is.
+        config: dataclass of the method's numbers; None where there is nothing to set.
+        options: which field each option of the command line sets.
+        scripts: whose conventions the command line follows.
+        ranges: how first ranges are found; None takes the script's default.
+        draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
+            chosen timestep.
+    """
+
+    name: str
+    title: str
+    calibrate: Callable[[QuantModel, CalibrationSet, Any, CalibrationRun], None]
+    config: type | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    scripts: Scripts = Scripts.Q_DIFFUSION
+    ranges: RangeMethod | None = None
+    draws: Schedule | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is fitted at all."""
+        return self.config is not None
+
+
+_Q_DIFFUSION = {
+    "cali_iters": "iterations",
+    "cali_iters_a": "act_iterations",
+    "cali_batch_size": "batch_size",
+    "cali_lr_w": "lr_rounding",
+    "cali_lr": "lr_act",
+    "cali_p": "p",
+    "running_stat": "running_stat",
+    "rs_sm_only": "running_stat_softmax_only",
+    "objective": "objective",
+    "recon_unit": "unit",
+}
+_EDA_DM = {
+    "recon": "reconstruct",
+    "lr_w": "lr_rounding",
+    "lr_a": "lr_act",
+    "qdrop": "drop",
+    "cali_iters": "iterations",
+    "cali_batch_size": "batch_size",
+    "recon_unit": "unit",
+}
+_ROWS = (
+    Method("linear", "linear", linear.calibrate, ranges=RangeMethod.MIN_MAX),
+    Method("qdiff", "Q-Diffusion", qdiffusion.calibrate, qdiffusion.QDiffusionConfig, _Q_DIFFUSION),
+    Method(
+        "ptq4dm",
+        "PTQ4DM",
+        ptq4dm.calibrate,
+        ptq4dm.Ptq4dmConfig,
+        _EDA_DM,
+        Scripts.EDA_DM,
+        RangeMethod.SEARCH,
+        Schedule.NORMAL,
+    ),
+    Method(
+        "eda-dm",
+        "EDA-DM",
+        eda_dm.calibrate,
+        eda_dm.EdaDmConfig,
+        {**_EDA_DM, "add_loss": "layer_weight"},
+        Scripts.EDA_DM,
+        RangeMethod.SEARCH,
+        Schedule.TDAC,
+    ),
+)
+DEFAULT = "qdiff"
+METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})
+
+
+def find_method(name: str) -> Method:
+    """Return a method by its name.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in METHODS:
+        raise UserError(f"the method is {name!r}; choose one of {', '.join(METHODS)}")
+    return METHODS[name]
