@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddim.samplers import Parameterization
@@ -56,5 +56,5 @@ TOP = {
 }
 PRETRAINED = {
     **{name: Key(str) for name in ("file", "url", "md5", "reference", "extractor", "note", "prompt")},
-    "class_words": Key(),
+    "class_words": Key(Sequence[str]),
 }

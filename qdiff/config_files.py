@@ -25,6 +25,6 @@ def read_config(path: Path, missing: str) -> Any:
         raise UserError(f"config file {path} does not exist; {missing}")
     try:
         return OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"config file {path} is not readable YAML ({reason}); correct it") from error

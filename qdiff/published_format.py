@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.published_widths import check_softmax_ranges
@@ -152,7 +153,8 @@ def _check_symmetry(qnn: QuantModel, state: dict[str, Tensor], quantizers: dict[
     ]
     if not zeros:
         return
-    if qnn.config.act_symmetric and max(zeros) > 0:
+    # EDA-DM's symmetric search puts the levels of what lies on one side of 0 on that side.
+    if qnn.config.act_symmetric and qnn.config.act_range is not RangeMethod.SEARCH and max(zeros) > 0:
         raise UserError(f"checkpoint {path} was calibrated without --a_sym; leave --a_sym out")
     if not qnn.config.act_symmetric and max(zeros) == 0:
         raise UserError(f"checkpoint {path} was calibrated with --a_sym; add --a_sym")

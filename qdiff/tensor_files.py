@@ -40,11 +40,20 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
     """Raise a `UserError` that names the first tensor by which a file differs from what a network expects.
 
-    Differences are those of names and shapes, and values that are not finite.
+    Differences are those of names, shapes and kinds of number, and values that are not finite.
     """
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     shapes = sorted(n for n in expected.keys() & state.keys() if expected[n].shape != state[n].shape)
-    for names, what in ((missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")):
+    # Copied into floats, integers and complex numbers would pass without a word.
+    kinds = sorted(
+        n for n in expected.keys() & state.keys() if expected[n].is_floating_point() != state[n].is_floating_point()
+    )
+    for names, what in (
+        (missing, "missing"),
+        (unexpected, "unexpected"),
+        (shapes, "of another shape"),
+        (kinds, "of another kind of number"),
+    ):
         if names:
             raise UserError(
                 f"{path} does not hold the weights of this config's network: {len(names)} tensors {what} "

@@ -87,7 +87,14 @@ def test_softmax_steps_too_wide_for_their_width_are_refused_unprobed(name):
         load_checkpoint(case.wrapped(softmax_bits=16), case.path)
 
 
-RIGHT = [(4, 4, False, "max"), (4, 4, True, "mse"), (4, 6, False, "max"), (4, 8, True, "max"), (8, 8, False, "max")]
+RIGHT = [
+    (4, 4, False, "max"),
+    (4, 4, True, "mse"),
+    (4, 6, False, "max"),
+    (4, 8, True, "max"),
+    (8, 8, False, "max"),
+    (4, 8, True, "search"),
+]
 
 
 @pytest.mark.parametrize(("weight_bits", "bits", "symmetric", "act_range"), RIGHT)

@@ -216,6 +216,8 @@ def test_states_that_differ():
         ({"a": torch.zeros(2)}, r"path does not hold.*1 tensors missing \(e\.g\. b\)"),
         (expected | {"c": torch.zeros(1)}, r"1 tensors unexpected \(e\.g\. c\)"),
         (expected | {"b": torch.zeros(4)}, r"1 tensors of another shape \(e\.g\. b\)"),
+        (expected | {"b": torch.zeros(3, dtype=torch.int64)}, r"1 tensors of another kind of number \(e\.g\. b\)"),
+        (expected | {"a": torch.zeros(2, dtype=torch.complex64)}, r"1 tensors of another kind of number \(e\.g\. a\)"),
     ):
         with pytest.raises(UserError, match=says):
             check_state(state, expected, "path")
