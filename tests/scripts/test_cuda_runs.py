@@ -12,8 +12,6 @@ from modulated_runs import psnr
 from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
 from script_device import ON_DEVICE
 
-from qdiff.cli import command
-
 ON_CUDA = ("--device", "cuda")
 # The virtual device computes on the CPU, but attention by another composition.
 GREY_LEVELS = 1
@@ -54,11 +52,6 @@ QUANTIZED_RUNS = {
     "modulated by channel": (*W4A8, *MODULATED, "--act_scale_per", "channel"),
     "modulated, calibrated": (*W4A8, "--modulate", *LINEAR),
 }
-
-
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    monkeypatch.setattr(command, "HELD_OUT_IMAGES", 1)
 
 
 @pytest.fixture
