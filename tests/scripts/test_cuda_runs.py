@@ -12,6 +12,8 @@ from modulated_runs import psnr
 from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
 from script_device import ON_DEVICE
 
+from qdiff.cli import command
+
 ON_CUDA = ("--device", "cuda")
 # The virtual device computes on the CPU, but attention by another composition.
 GREY_LEVELS = 1
@@ -52,6 +54,11 @@ QUANTIZED_RUNS = {
     "modulated by channel": (*W4A8, *MODULATED, "--act_scale_per", "channel"),
     "modulated, calibrated": (*W4A8, "--modulate", *LINEAR),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_held_out(monkeypatch):
+    monkeypatch.setattr(command, "HELD_OUT_IMAGES", 1)
 
 
 @pytest.fixture
@@ -179,7 +186,7 @@ def test_collecting(run_on_cuda, of_script, tmp_path):
 def test_autocast(kind, run_on_cuda, of_script, tmp_path):
     """Half precision is what the conditional scripts take by default; their error of ε is measured in it."""
     quant = {"float": (), "w4a8": (*W4A8, "--sm_abit", 16, *LINEAR), "modulated": (*W4A8, *MODULATED)}[kind]
-    words = (*of_script("txt2img"), "--plms", *quant)
+    words = (*of_script("txt2img"), "--plms", "--ddim_steps", 2, *quant)
     run_on_cuda("txt2img", *words, "-l", tmp_path / "half")
     run_on_cuda("txt2img", *words, "--precision", "full", "-l", tmp_path / "full")
     assert psnr(tmp_path / "half", tmp_path / "full") > SAME_IMAGES
