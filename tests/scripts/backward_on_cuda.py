@@ -18,10 +18,10 @@ FEW = (*DATA, *TIMES, "--cali_iters_a", ITERATIONS, "--cali_batch_size", 2)
 EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, *TIMES, "--cali_batch_size", 2)
 QUICK = ("--w_range", "max", "--a_range", "max")
 RUNS = {
-    "qdiff": (*W4A8, *FEW),
-    "fisher": (*W4A8, "--objective", "fisher", *FEW),
+    "qdiff": (*W4A8, *FEW, *QUICK),
+    "fisher": (*W4A8, "--objective", "fisher", *FEW, *QUICK),
     "eda-dm": (*W4A8, "--method", "eda-dm", "--add_loss", 0.8, *EDA_DM, *QUICK),
-    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW),
+    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW, *QUICK),
 }
 STEPS = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
 

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from script_device import IS_VIRTUAL, ON_DEVICE
 from virtual_cuda import virtual_cuda
 
+from qdiff.cli import command
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 # 8×8, one channel, attention, up and down, wide enough to hear the timestep. β is small: random weights then leave
@@ -66,6 +68,14 @@ def load_script(name: str):
 def device_of_the_scripts():
     """Where ``QDIFF_TEST_DEVICE=virtual``, all script tests run on the virtual GPU."""
     with virtual_cuda() if IS_VIRTUAL else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_held_out():
+    """The error of ε of two images, not of 16: most of a tiny run's time would be its measurement."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "HELD_OUT_IMAGES", 2)
         yield
 
 

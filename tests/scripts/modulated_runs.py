@@ -58,7 +58,6 @@ def watching():
     """Yield what the sampling of a run inside the block does; calibration and its errors are not looked at."""
     watched, names, inside = Watched(), {}, False
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "HELD_OUT_IMAGES", 2)
         trajectory, forward = command.trajectory_of, QuantModel.forward
         layer_forward = QuantModule.forward
 

@@ -15,13 +15,14 @@ from ddim.command import DdimModel
 from ddim.models.diffusion import Model
 from ddim.samplers import ImageNoise
 from qdiff import quantizer
+from qdiff.cli import command
 from qdiff.cli.command import SampleCommand
 from qdiff.quantizer import ActQuantizer, Quantizer
 
 DATA = ("--cali_st", 2, "--cali_n", 2)
 LINEAR = (*W4A8, "--quant_mode", "linear", *DATA)
 STEPS = ("--timesteps", 3, "--max_images", 1, "--device", "cuda")
-TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_steps", 4, "--device", "cuda")
+TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_steps", 2, "--device", "cuda")
 
 
 @pytest.fixture
@@ -92,6 +93,8 @@ def test_noise_from_pageable_memory(sample, monkeypatch):
 def overflowing(monkeypatch):
     """Quantization in the tensor's own half precision, as it once was: 16-bit softmax levels are infinite there."""
 
+    monkeypatch.setattr(command, "HELD_OUT_IMAGES", 1)
+
     def halved(x, delta, zero_point, bits):
         x = x.half() if torch.is_autocast_enabled("cuda") else x
         q = (x / delta).round_().add_(zero_point).clamp_(0, 2**bits - 1)
@@ -106,7 +109,8 @@ def test_an_overflow_of_half_precision_is_an_error(call, latent, cuda, tmp_path,
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith("error: the ε of the quantized network is nan")
     assert "give --precision full" in outcome.err and not list((tmp_path / "half").glob("img/*.png"))
-    succeeded(call("txt2img", *words, "--precision", "full", "-l", tmp_path / "full"))
+    calibrated = ("--cali_ckpt", tmp_path / "half" / "quantized.safetensors")
+    succeeded(call("txt2img", *words, *calibrated, "--precision", "full", "-l", tmp_path / "full"))
 
 
 def test_an_error_of_eps_in_full_precision_would_not_show_it(call, latent, cuda, tmp_path, overflowing, monkeypatch):

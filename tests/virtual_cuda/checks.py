@@ -20,7 +20,7 @@ INDEXING = {
 }
 # Numbers on the CPU are arguments of these operations' kernels.
 _TAKE_NUMBERS = {aten.fill_.Tensor, aten.where.self, aten.masked_fill_.Tensor, aten.masked_fill.Tensor}
-_PRODUCTS = {
+PRODUCTS = {
     aten.mm.default,
     aten.bmm.default,
     aten.addmm.default,
@@ -83,7 +83,7 @@ def check_generator(kwargs: dict, device: torch.device | None) -> None:
 
 def check_products(func, tensors: list[Tensor]) -> None:
     """Raise where CUDA has no kernel for a product: integers, and shapes that `torch._int_mm` does not take."""
-    if func in _PRODUCTS and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
+    if func in PRODUCTS and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
         kind = str(tensors[0].dtype).removeprefix("torch.")
         raise NotImplementedError(f"\"{func._schema.name.split('::')[1]}_cuda\" not implemented for '{kind}'")
     if func is aten._int_mm.default:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from virtual_cuda.checks import INDEXING, check_devices, check_generator, check_products
+from virtual_cuda.checks import INDEXING, PRODUCTS, check_devices, check_generator, check_products
 from virtual_cuda.counts import Direction, Recorder
 from virtual_cuda.tensor import CPU, VirtualTensor, pinned
 
@@ -129,6 +129,9 @@ def _compute(func, args: tuple, kwargs: dict):
     if half and func in (aten.clamp.default, aten.clamp_.default):
         found = args[0].float().clamp(*args[1:], **kwargs).half()
         return args[0].copy_(found) if func is aten.clamp_.default else found
+    if half and func in PRODUCTS:  # CUDA sums in float32; CPUs without half precision take ten times as long
+        args = tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.float16 else t, args)
+        return func(*args, **kwargs).half()
     return func(*args, **kwargs)
 
 
