@@ -17,6 +17,7 @@ from qdiff.cli.ptq import add_ptq_options, resolve_ptq
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods.ptq4dm import Ptq4dmConfig
 
 
 def parsed(*words):
@@ -187,7 +188,7 @@ def test_schedule(words, schedule):
 def test_ptq4dm_is_the_recipe_without_the_layers():
     values = {"add_loss": 0.8, "lr_w": 0.01}
     made = plan("--method", "ptq4dm", preset=values)
-    assert made.method == "ptq4dm" and made.recipe == EdaDmConfig(lr_rounding=0.01, layer_weight=0.0)
+    assert made.method == "ptq4dm" and made.recipe == Ptq4dmConfig(lr_rounding=0.01)
     assert plan("--method", "ptq4dm", "--add_loss", 0, preset=values).recipe == made.recipe
 
 
