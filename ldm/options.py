@@ -82,7 +82,7 @@ def add_text_options(parser: argparse.ArgumentParser, seed: int = 42, n_iter: in
     add_guided_options(parser, TEXT_CONFIG, TEXT_CKPT, 50, 7.5, seed, "images of the prompt, and images at a time")
     group = parser.add_argument_group("prompts and sizes")
     group.add_argument("--prompt", nargs="?", help="(default: a virus monster playing guitar, or a digit)")
-    group.add_argument("--from-file", help="prompts, one a line; or COCO's captions_val2014.json")
+    group.add_argument("--from-file", help="prompts, one per line; or COCO's captions_val2014.json")
     group.add_argument("--cali_prompts", help="prompts of the recorded calibration set (default: the run's)")
     group.add_argument("--n_iter", type=int, default=n_iter, help="how often the prompts are gone through")
     group.add_argument("--max_images", type=int, help="stop after so many images")

@@ -12,7 +12,7 @@ from qdiff.prompt_lines import prompt_lines
 
 
 def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
-    """Return the prompts of a file: one a line, or COCO's ``captions_*.json``: one caption an image, by image id.
+    """Return the prompts of a file: one per line, or COCO's ``captions_*.json``: one caption per image, by image id.
 
     Args:
         option: that named the file, for errors.
@@ -29,7 +29,7 @@ def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
         raise UserError(f"prompt file {path} cannot be read as UTF-8 text ({error}); check {option}") from error
     prompts = _coco_captions(text, path) if path.suffix.lower() == ".json" else prompt_lines(text)
     if not prompts:
-        raise UserError(f"prompt file {path} holds no prompt; write one a line")
+        raise UserError(f"prompt file {path} holds no prompt; write one per line")
     return prompts
 
 
@@ -42,7 +42,7 @@ def _coco_captions(text: str, path: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path} is not a COCO captions file ({type(error).__name__}: {error}); give captions_val2014.json or a "
-            "text file with one prompt a line"
+            "text file with one prompt per line"
         ) from error
     # Of several captions of an image the one with the lowest id, whatever order the file has.
     return [caption for image in sorted(first) if (caption := first[image][1])]

@@ -16,7 +16,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 
 
 class FirstStageTask(OptimisedTask):
-    """Minimise |x − decoded| + weight · (codebook loss, or KL divergence a latent value).
+    """Minimise |x − decoded| + weight · (codebook loss, or KL divergence per latent value).
 
     Entries of a codebook that a whole epoch did not use are put on encoder outputs, for the first half of training.
 

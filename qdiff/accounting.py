@@ -79,7 +79,7 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
         empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-    for module in network.modules():  # whoever hooked the network does not want to hear of this forward
+    for module in network.modules():  # drop user hooks: they must not fire on this shape-only pass
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     shadow = copy.deepcopy(network, memo)
     counts: dict[str, tuple[int, ...]] = {}
@@ -175,6 +175,6 @@ def _weight_zero_point_bytes(quantizer: WeightQuantizer) -> int:
 
 
 def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:
-    """Bytes of stored ranges; those taken from the tensor at hand are nowhere stored."""
+    """Bytes of stored ranges; dynamic ones are not stored."""
     stored = (q for q in quantizers if not isinstance(q, DynamicActQuantizer))
     return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in stored)

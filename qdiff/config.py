@@ -50,7 +50,7 @@ class QuantConfig:
         weight_range, act_range: range methods.
         keep_ends: the first and the last layer's weights get 8 bits whatever ``weight_bits`` says, and the last layer's
             input stays in float (EDA-DM).
-        act_dynamic: activation ranges are those of the tensor at hand at every call, so there is nothing to calibrate.
+        act_dynamic: activation ranges are dynamic, computed at every call, so there is nothing to calibrate.
         act_scale_per: what shares a dynamic range.
         modulate: layers quantize the change of their input since the last step of the trajectory (MoDiff), inside
             ``QuantModel.trajectory``.
@@ -114,7 +114,7 @@ class QuantConfig:
             )
         if self.act_scale_per is not ScalePer.TENSOR and not self.act_dynamic:
             raise UserError(
-                f"one range a {self.act_scale_per.value} is for ranges taken from the tensor at hand; add --quant_mode "
+                f"one range per {self.act_scale_per.value} is for dynamic ranges; add --quant_mode "
                 "dynamic, or leave out --act_tensor and --act_scale_per"
             )
         if self.rest_bits is not None and not (self.modulate or self.act_dynamic):

@@ -86,7 +86,7 @@ def check_one_scale(config: QuantConfig) -> None:
     """Raise a `UserError` where a sum over channels could not be scaled at once."""
     if config.act_dynamic and config.act_scale_per is ScalePer.CHANNEL:
         raise UserError(
-            "one range a channel has no place in integer products: a sum over channels is scaled once; give "
+            "one range per channel has no place in integer products: a sum over channels is scaled once; give "
             "--act_scale_per tensor or sample"
         )
 

@@ -67,7 +67,7 @@ class LayerMemory:
 
     @property
     def bytes(self) -> int:
-        """What is remembered takes."""
+        """Bytes held by the remembered input and output."""
         return sum(t.numel() * t.element_size() for t in (self.input, self.output) if t is not None)
 
 

@@ -121,7 +121,7 @@ def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layo
         )
     if activations and there.act_dynamic:
         raise UserError(
-            f"checkpoint {path} holds no ranges of activations, they were taken from the tensor at hand; add "
+            f"checkpoint {path} holds no ranges of activations, they were dynamic; add "
             "--quant_mode dynamic, or calibrate them with --resume_w"
         )
     if activations and there.modulate != here.modulate:

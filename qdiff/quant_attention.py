@@ -26,7 +26,7 @@ class QuantAttention(nn.Module):
         self._float_core = core.forward
         if config.attention_widths is not None:
             bits, softmax_bits = config.attention_widths
-            # Attention does not modulate: in a modulated network its operands are quantized by the ranges at hand.
+            # Attention does not modulate: in a modulated network its operands have dynamic ranges.
             config = replace(config, act_dynamic=config.act_dynamic or config.modulate)
             for operand in "qkv":  # [N, heads, L, d]
                 quantizer = act_quantizer(config, bits, config.act_symmetric, False, channel_dim=-1)

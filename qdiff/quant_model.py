@@ -97,7 +97,7 @@ class QuantModel(nn.Module):
         return {n: m for n, m in self.model.named_modules() if isinstance(m, ActQuantizer)}
 
     def calibrated_act_quantizers(self) -> dict[str, ActQuantizer]:
-        """Return those whose range is state, not taken from the tensor at hand."""
+        """Return those whose range is state, not dynamic."""
         return calibrated_act_quantizers(self.model)
 
     @contextlib.contextmanager

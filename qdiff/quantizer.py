@@ -99,7 +99,7 @@ class ActQuantizer(Quantizer):
 
 
 class DynamicActQuantizer(ActQuantizer):
-    """Takes its range from the tensor at hand, at every call; gradients do not flow.
+    """Has a dynamic range, computed from the tensor at every call; gradients do not flow.
 
     Args:
         scale_per: what shares a range.
@@ -126,7 +126,7 @@ class DynamicActQuantizer(ActQuantizer):
 
 
 def calibrated_act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
-    """Return the activation quantizers inside a module whose range is state, not taken from the tensor at hand."""
+    """Return the activation quantizers inside a module whose range is state, not dynamic."""
     named = module.named_modules()
     return {n: m for n, m in named if isinstance(m, ActQuantizer) and not isinstance(m, DynamicActQuantizer)}
 

@@ -24,7 +24,7 @@ from qdiff.cli.script import LIKE, load_object, parser_like
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments)
     parser.add_argument("--cali_st", type=int, default=20, help="how many evenly spaced steps to record")
-    parser.add_argument("--cali_n", type=int, default=256, help="samples a step")
+    parser.add_argument("--cali_n", type=int, default=256, help="samples per step")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
     parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
     parser.add_argument("--cond", action="store_true", help="accepted: a conditional model is known by its config")

@@ -43,7 +43,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--lpips-net", choices=["alex", "vgg"], default="alex", help="which network these are of")
     group = parser.add_argument_group("CLIP score")
     group.add_argument("--clip", action="store_true", help="with the prompts of the run")
-    group.add_argument("--prompts", help="text file, a prompt a line, one an image")
+    group.add_argument("--prompts", help="text file, one prompt per line, one per image")
     group.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="folder or name of a CLIP model")
     group = parser.add_argument_group("run")
     group.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead of the table")

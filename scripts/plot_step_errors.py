@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         check_writable(path)
     found = step_errors(model, plan, args.images, args.device)
     quant = plan.quant
-    title = f"{model.name}, W{quant.weight_bits}A{quant.act_bits}, one range a {quant.act_scale_per.value}"
+    title = f"{model.name}, W{quant.weight_bits}A{quant.act_bits}, one range per {quant.act_scale_per.value}"
     step_error_picture(found["errors"], found["timesteps"], args.out, title)
     with written_whole(numbers) as path:
         path.write_text(json.dumps({**found, "quant": quant.to_dict(), "seed": args.seed}, indent=1))

@@ -47,7 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="weights, order and augmentation (default: 0)")
     parser.add_argument("--epochs", type=int, default=60, help="passes over the 1,437 images (default: 60)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per step (default: 64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default: 0.002)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; changes rounding (default: 1)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "models", help="folder (default: models)")

@@ -19,8 +19,8 @@ from qdiff.cli.parser import chosen_runtimes
 from qdiff.errors import UserError
 
 BASE = "float"
-# Relative L2 error of a call. Of float variants it is another order of sums. Of quantized ones rounding edges account
-# for hundredths, in modulated ones for more: what last bits alone do to the simulated network tells how much.
+# Relative L2 error of a call. Float variants differ by summation order only; quantized ones also
+# flip values on rounding boundaries (hundredths, more where they modulate: measured by moving the last bits of inputs).
 FLOAT_ERROR, QUANTIZED_ERROR, LAST_BITS_ERRORS = 1e-3, 0.06, 1.5
 
 

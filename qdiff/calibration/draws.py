@@ -10,7 +10,7 @@ from qdiff.errors import UserError
 
 
 class Schedule(str, Enum):
-    """Who decides how many samples a step gives."""
+    """How samples are distributed over timesteps."""
 
     TDAC = "tdac"  # where the network's features are dense and unlike those of other steps (EDA-DM)
     NORMAL = "normal"  # timesteps from a normal distribution (PTQ4DM)

@@ -19,7 +19,7 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
 from qdiff.range_estimators import TINY
 
-# Adam moves a step size by about its learning rate an iteration, whatever the step size: never by more than this
+# Adam moves a step size by about its learning rate per iteration, whatever the step size: never by more than this
 # share of it, or small ones (softmax outputs) end where the noise of the batches left them.
 MAX_STEP_CHANGE = 0.003
 

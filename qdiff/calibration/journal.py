@@ -17,7 +17,7 @@ from qdiff.tensor_files import check_finite
 
 
 class CalibrationJournal:
-    """One small safetensors file a finished unit, beside the settings that they were made with.
+    """One small safetensors file per finished unit, beside the settings that they were made with.
 
     Args:
         folder: where it lives; created at the first unit.

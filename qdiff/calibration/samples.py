@@ -27,7 +27,7 @@ KEYS = ("xs", "cs", "ucs", "xs_prev", *TIMES)
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Network inputs, one row a sample: x [N, C, H, W], t [N] and, where conditional, the context [N, L, D].
+    """Network inputs, one row per sample: x [N, C, H, W], t [N] and, where conditional, the context [N, L, D].
 
     Of pairs (`select_pairs`): [N, 2, C, H, W], [N, 2] and [N, 2, L, D], the step before first.
     """
@@ -142,7 +142,8 @@ def select_samples(
     fewest = min(len(xs[i]) for i in chosen)
     if per_step is not None and per_step > fewest:
         raise UserError(
-            f"--cali_n {per_step} is more than the {fewest} samples a step in {source}; give --cali_n {fewest} or less"
+            f"--cali_n {per_step} is more than the {fewest} samples per step in {source}; give --cali_n {fewest} or "
+            "less"
         )
     if any(tuple(xs[i].shape[1:]) != tuple(image_shape) for i in chosen):
         raise UserError(

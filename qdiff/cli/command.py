@@ -1,4 +1,4 @@
-"""The flow of every sampling command: quantize as planned, then sample what the run folder lacks."""
+"""The flow of every sampling command: quantize as planned, then sample what is missing in the run folder."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class SampleCommand:
         log.info("%s: %d steps of %d samples", wanted["out"], args.cali_st, wanted["per_step"])
 
     def run(self) -> None:
-        """Quantize as planned, then sample what the run folder lacks; or record, where ``--generate`` is given."""
+        """Quantize as planned, then sample what is missing in the run folder; with ``--generate``, record."""
         args, model = self.args, self.model
         start_logging(args.verbose)
         if args.generate is not None:
@@ -244,7 +244,7 @@ class SampleCommand:
             log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
             with memory_advice("recording", smaller_batch(model.batch_size)):
                 return model.record(plan.steps, plan.per_step, first=self._first_image, pairs=plan.changes is not None)
-        log.info("recording %d samples, one an image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
+        log.info("recording %d samples, one per image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
         fewer = max(1, plan.draw.batch_size // 2)
         with memory_advice("recording", f"begin anew with --batch_samples {fewer} in another --logdir"):
             recording, allocation, timesteps = model.record_draw(plan.draw, self._calibration_seed, self._first_image)

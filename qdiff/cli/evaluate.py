@@ -97,7 +97,7 @@ class Evaluation:
         self.cache = None if args.no_cache else Path(args.cache or cache_folder() / "features")
         self.prompts = self._prompts()
         self._check()
-        # What lacks should show now, not after the features of 50,000 images.
+        # Fail on a missing model now, not after 50,000 features.
         self.clip = None if self.prompts is None else load_clip(args.clip_model, args.download)
 
     @property
@@ -124,7 +124,9 @@ class Evaluation:
             # As txt2img.py reads them: without empty lines, and without the mark that editors on Windows begin with.
             return prompt_lines(Path(file).read_text(encoding="utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompts {file} cannot be read ({error}); give a text file, a prompt a line") from None
+            raise UserError(
+                f"--prompts {file} cannot be read ({error}); give a text file, one prompt per line"
+            ) from None
 
     def _check(self) -> None:
         """Refuse what cannot be done, before any work."""
@@ -137,7 +139,7 @@ class Evaluation:
         if self.prompts is not None and len(self.prompts) != len(samples.images):
             raise UserError(
                 f"there are {len(self.prompts)} prompts for the {len(samples.images)} images of {samples.path}; give "
-                "one an image"
+                "one per image"
             )
         if args.lpips_weights is not None and self.against is None:
             raise UserError("--lpips-weights is for --against; name the float run that images are compared with")
@@ -224,7 +226,7 @@ class Evaluation:
         return statistics
 
     def _reference(self, extractor: nn.Module, statistics: ReferenceStatistics | None) -> ReferenceStatistics | None:
-        """Return the statistics with what lacks, or made of the images that were named."""
+        """Return the statistics with what was missing added, or made of the images that were named."""
         needed = self.wanted is None or any(NEEDS.get(m) == "features" for m in self.wanted)
         if self.real is None or (statistics is not None and (statistics.features is not None or not needed)):
             return statistics
@@ -275,7 +277,7 @@ class Evaluation:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the metrics of an evaluation as a markdown table, one a line."""
+    """Return the metrics of an evaluation as a markdown table, one per line."""
     row = result["metrics"]
     shown = [(column.heading, column.text(row)) for column in METRICS if column.value(row) is not None]
     reference = result.get("reference")
@@ -287,7 +289,7 @@ def table(result: dict[str, Any]) -> str:
         head += f"; fidelity to {result['against']['path']}, image by image"
     lines = [head, "", "| metric | value |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in shown)]
     if left_out := result.get("protocol", {}).get("left_out"):
-        lines += ["", f"Left out, for too few images or for what the reference lacks: {', '.join(left_out)}."]
+        lines += ["", f"Left out, for too few images or missing in the reference: {', '.join(left_out)}."]
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ OnStep = Callable[[int, float, Tensor, Tensor], None]
 
 
 def trajectory_of(network: Network) -> contextlib.AbstractContextManager:
-    """What a batch is sampled in: networks that may modulate know it."""
+    """Context for sampling one batch: the network's `trajectory()`, or a no-op."""
     return network.trajectory() if hasattr(network, "trajectory") else contextlib.nullcontext()
 
 
@@ -128,7 +128,7 @@ class FloatModel:
 
         Args:
             network: False leaves the network without weights, on the meta device, and everything else on the CPU until
-                `move_to`: for who fills the network from a quantized file. ``weights`` is None where nothing was read.
+                `move_to`: the network is then filled from a quantized file. ``weights`` is None where nothing was read.
         """
         raise NotImplementedError
 
@@ -215,7 +215,7 @@ class FloatModel:
     def record_draw(
         self, draw: Draw, seed: int, first: int = 0
     ) -> tuple[dict[str, list[Tensor]], Allocation | None, list[float]]:
-        """Record one network input an image, at the step that a draw's schedule chooses for it.
+        """Record one network input per image, at the step that a draw's schedule chooses for it.
 
         Args:
             seed: decides which image gives its sample at which step.

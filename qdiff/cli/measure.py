@@ -65,7 +65,7 @@ class Measuring:
             "clip_model": clip_model,
             "compared": COMPARED,
         }
-        # What lacks should show now, not after hours of sampling.
+        # Fail on a missing model now, not after hours of sampling.
         self.clip = load_clip(*([] if clip_model is None else [clip_model])) if "clip" in self.metrics else None
         if "fidelity" in self.metrics:
             require_torchmetrics()

@@ -22,7 +22,7 @@ def add_modiff_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize the change of each layer's input since the sampling step before",
     )
-    group.add_argument("--act_tensor", action="store_true", help="with --quant_mode dynamic: one range a SAMPLE")
+    group.add_argument("--act_tensor", action="store_true", help="with --quant_mode dynamic: one range per SAMPLE")
     group.add_argument(
         "--act_scale_per",
         choices=[s.value for s in ScalePer],
@@ -62,8 +62,8 @@ def scale_per(args: Namespace) -> ScalePer:
     """Return what shares a dynamic range."""
     if args.act_tensor and args.act_scale_per not in (None, ScalePer.SAMPLE.value):
         raise UserError(
-            f"--act_tensor (one range a sample) and --act_scale_per {args.act_scale_per} contradict each other; leave "
-            "one of them out"
+            f"--act_tensor (one range per sample) and --act_scale_per {args.act_scale_per} contradict each other; "
+            "leave one of them out"
         )
     return ScalePer(args.act_scale_per or (ScalePer.SAMPLE if args.act_tensor else ScalePer.TENSOR))
 

@@ -57,7 +57,7 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         choices=["linear", "qdiff", "dynamic", *refused_values("quant_mode")],
         metavar="{linear,qdiff,dynamic}",
         default="qdiff",
-        help="linear: round to nearest, min-max; dynamic: activation ranges from the tensor at hand",
+        help="linear: round to nearest, min-max; dynamic: activation ranges computed at every call",
     )
     group.add_argument("--weight_bit", type=int, default=BITS, help="width of weights, 1-8")
     group.add_argument("--quant_act", action="store_true", help="quantize activations too")
@@ -88,12 +88,12 @@ def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True
     group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations")
     group.add_argument("--cali_data_path", help="calibration file; without it the float model records one")
     group.add_argument("--cali_st", type=int, default=1, help="how many timesteps to calibrate on")
-    group.add_argument("--cali_n", type=int, default=1024, help="samples a timestep")
-    group.add_argument("--cali_batch_size", type=int, help="samples an iteration (default: 32)")
+    group.add_argument("--cali_n", type=int, default=1024, help="samples per timestep")
+    group.add_argument("--cali_batch_size", type=int, help="samples per iteration (default: 32)")
     group.add_argument(
-        "--cali_iters", type=int, help="iterations a block for weights (default: 20000; EDA-DM: 5000, for both sides)"
+        "--cali_iters", type=int, help="iterations per block for weights (default: 20000; EDA-DM: 5000, for both sides)"
     )
-    group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations a block for activations")
+    group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations per block for activations")
     group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of activation step sizes")
     group.add_argument(
         "--cali_lr_w", type=float, help="learning rate of rounding (default: 1e-3, more for few iterations)"

@@ -1,4 +1,4 @@
-"""Sample the images that a run folder still lacks."""
+"""Sample the images that are missing in a run folder."""
 
 from __future__ import annotations
 

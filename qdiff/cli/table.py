@@ -211,7 +211,7 @@ class TableRun:
         manifest, reference = self._manifest(self.table.float_row), self._measuring.reference
         counts = sorted({row["images"] for row in results})
         protocol = [
-            ("images a row", " or ".join(f"{count:,}" for count in counts)),
+            ("images per row", " or ".join(f"{count:,}" for count in counts)),
             ("seed", str(manifest["config"]["seed"])),
             ("sampler", _shown(manifest["config"]["sampler"])),
             ("pixels", "clamped, scaled to 0–255, rounded"),
@@ -230,8 +230,8 @@ class TableRun:
         if any(row["state_bytes"] for row in results):
             protocol[-3:-3] = [
                 ("GBops of modulated rows", "mean over the run's network calls, the first step included"),
-                ("state", "float32 tensors that modulated layers keep from step to step, bytes an image"),
-                ("additions", "what modulated layers add and subtract at a later step, an image; in no GBops"),
+                ("state", "float32 tensors that modulated layers keep from step to step, bytes per image"),
+                ("additions", "what modulated layers add and subtract at a later step, per image; in no GBops"),
             ]
         if any("asked_share" in row for row in results):
             protocol.insert(-2, ("asked", "images in which the classifier sees what was asked for"))
@@ -254,7 +254,7 @@ def misses(row: dict[str, Any]) -> list[str]:
 
 
 def _ranges(ptq: dict[str, Any]) -> str | None:
-    """Return what a modulated row's ranges, or ranges taken from the tensor at hand, are; None for any other row."""
+    """Return what a modulated row's ranges, or dynamic ranges, are; None for any other row."""
     quant = ptq.get("quant", {})
     if quant.get("act_dynamic"):
         ranges = quant.get("act_scale_per", ScalePer.TENSOR.value)

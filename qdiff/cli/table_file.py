@@ -62,7 +62,7 @@ class Row:
         words = shlex.split(self.options)
         pairs = list(itertools.pairwise(words))
         draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.draws)
-        # Its ranges are those of the tensors at hand: with weights from elsewhere nothing is left to calibrate.
+        # Its ranges are dynamic: with weights from elsewhere nothing is left to calibrate.
         dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
         return (
             self.quantizes

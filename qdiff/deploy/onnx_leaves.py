@@ -27,7 +27,7 @@ class _WeightSlice(nn.Module):
         self.register_buffer("integers", integers.to(torch.uint8))
         self.register_buffer("scale", delta.detach().reshape(-1).clone())
         self.register_buffer("zero_point", zero_point.reshape(-1).to(torch.uint8))
-        # Of every tap of a kernel, what an input of ones gives: [O], or [O, kernel…].
+        # Response of each kernel tap to an all-ones input: [O], or [O, kernel…].
         sums = dequantize(integers, delta.detach().double(), zero_point).sum(dim=1)
         self.register_buffer("tap_sums", sums.float())
 
@@ -123,7 +123,7 @@ class OnnxAttention(nn.Module):
         self.quantizes = hasattr(attention, "act_quantizer_q")
         if self.quantizes:
             for operand in "qkvw":
-                # Of two operands with a scale at hand: no kernel is worth their corrections.
+                # Both operands have dynamic scales; correcting an integer product for both does not pay.
                 quantizer = getattr(attention, f"act_quantizer_{operand}")
                 setattr(self, operand, onnx_range(quantizer, in_bytes=False))
 

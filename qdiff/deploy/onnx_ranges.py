@@ -1,6 +1,6 @@
 """Activation quantizers that are traced into ONNX as pairs of quantize and dequantize nodes.
 
-A range of the tensor at hand has no constant scale, which integer kernels want. So x/δ is rounded instead, by a pair
+A dynamic range has no constant scale, which integer kernels want. So x/δ is rounded instead, by a pair
 whose scale is 1, and whoever multiplies it by a weight scales the product by δ:
 
     W·Q(x) = δ·(W·u + s·W·1),   u = round(x/δ) − s,   s = 0 up to 7 bits, else 128 − z.
@@ -74,10 +74,10 @@ class OnnxRange(nn.Module):
 
 
 class OnnxDynamicRange(nn.Module):
-    """Quantizes by the range of the tensor at hand.
+    """Quantizes by a dynamic range, that of each call's tensor.
 
     Args:
-        in_bytes: False leaves it arithmetic on float values, for who has no use for a scale of its own.
+        in_bytes: False leaves it arithmetic on float values, where a separate scale is of no use.
     """
 
     def __init__(self, quantizer: DynamicActQuantizer, in_bytes: bool) -> None:

@@ -1,4 +1,4 @@
-"""Weights of an exported model: four bits in the file where four suffice, bytes for who rewrites or runs it."""
+"""Weights of an exported model: stored as UINT4 where they fit, expanded to UINT8 before rewriting or running."""
 
 from __future__ import annotations
 

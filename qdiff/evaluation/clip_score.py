@@ -70,12 +70,12 @@ def clip_scores(
         ``clip_weights_hash``: SHA-256 of its weights in float32, the same wherever they were loaded from.
 
     Raises:
-        UserError: not one prompt an image, or the model is missing, incomplete, damaged, or not of one piece.
+        UserError: not one prompt per image, or the model is missing, incomplete, damaged, or not of one piece.
     """
     if isinstance(prompts, str) or len(prompts) != len(images):
         count = "one string" if isinstance(prompts, str) else len(prompts)
         raise UserError(
-            f"The CLIP score of {len(images)} images needs as many prompts, not {count}: give one an image."
+            f"The CLIP score of {len(images)} images needs as many prompts, not {count}: give one per image."
         )
     clip = model if isinstance(model, Clip) else load_clip(model, download)
     clip.model.to(device)

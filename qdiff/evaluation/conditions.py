@@ -29,13 +29,13 @@ def asked_share(
     Args:
         images: a folder (sorted by name, file i is image i) or another form that `open_images` takes; or what the
             extractor made of them before.
-        labels: the class asked for, one an image, as positions in the extractor's ``classes``.
+        labels: the class asked for, one per image, as positions in the extractor's ``classes``.
         extractor_name: a key of ``EXTRACTORS`` with class names.
         extractor_weights: weights file; by default the bundled one.
         batch_size: images per forward of the classifier.
 
     Raises:
-        UserError: if the extractor has no class names, labels are no classes or not one an image, or weights
+        UserError: if the extractor has no class names, labels are no classes or not one per image, or weights
             or images are unusable.
     """
     classes = extractor_spec(extractor_name).classes
@@ -49,9 +49,9 @@ def asked_share(
     count = images.count if known else len(images := open_images(images))
     asked = np.asarray(labels)
     if asked.ndim != 1 or not np.issubdtype(asked.dtype, np.integer):
-        raise UserError(f"Labels must be a list of integers, one an image, not {asked.dtype} {list(asked.shape)}.")
+        raise UserError(f"Labels must be a list of integers, one per image, not {asked.dtype} {list(asked.shape)}.")
     if len(asked) != count:
-        raise UserError(f"There are {len(asked)} labels for the {count} images{where}: give one label an image.")
+        raise UserError(f"There are {len(asked)} labels for the {count} images{where}: give one label per image.")
     strange = asked[(asked < 0) | (asked >= len(classes))]
     if len(strange):
         raise UserError(

@@ -248,12 +248,12 @@ def read_rgb(file: Path | IO[bytes], name: object, prepare: Prepare | None = Non
         prepare: done to the Pillow image in RGB.
 
     Raises:
-        UserError: it is no image, or has 16 bits a channel.
+        UserError: it is no image, or has 16 bits per channel.
     """
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):  # convert("RGB") would clip 16 bits to 8, not scale them
-                raise UserError(f"{name} has 16 bits a channel: metrics need PNG files with 8.")
+                raise UserError(f"{name} has 16 bits per channel: metrics need PNG files with 8.")
             image = image.convert("RGB")
             return np.asarray(image if prepare is None else prepare(image))
     except UserError:

@@ -67,7 +67,7 @@ def write_page(
         protocol: names and values of what all rows share, in the order shown.
         rows: numbers as in `qdiff.evaluation.columns`, and ``method``, ``weight_bits`` and ``act_bits`` (32 is
             float), ``split``, ``images``, ``flags`` (sentences on what is wrong with the row) and ``command``; of
-            modulated rows and of ranges taken from the tensor at hand also ``modulate``, ``ranges`` and
+            modulated rows and of dynamic ranges also ``modulate``, ``ranges`` and
             ``ablation``.
         folders: label of a row → its images, ``00000.png`` on; image i shares its noise across rows. Rows without
             a folder, or whose folder has no ``00000.png``, are shown without images.

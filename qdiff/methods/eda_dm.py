@@ -27,7 +27,7 @@ class EdaDmConfig:
 
     Attributes:
         reconstruct: False leaves everything at its first range and nearest rounding.
-        iterations, batch_size: a unit; weights and step sizes are learned together.
+        iterations, batch_size: per unit; weights and step sizes are learned together.
         lr_rounding, lr_act: Adam's learning rates for α and for step sizes; both fall to 0 as a cosine.
         layer_weight: γ, weight of the layers' own errors (FBR); 0 is plain block reconstruction.
         drop: probability of an element to stay in float while a unit is fitted (QDrop).

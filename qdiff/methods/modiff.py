@@ -28,7 +28,7 @@ class ChangesConfig:
 
     Attributes:
         learn: learn step sizes layer by layer; False stops at the first ranges (``--cali_min_max``).
-        iterations, batch_size: a layer.
+        iterations, batch_size: per layer.
         lr: Adam's learning rate for step sizes, decaying to 0 as a cosine.
         p: norm of the error of a layer's output.
         out_penalty: weight of Σ|target − output| over targets outside the range of the outputs (``--out_penalty``).

@@ -39,8 +39,8 @@ class QDiffusionConfig:
     """The recipe's numbers; defaults are the paper's.
 
     Attributes:
-        iterations, act_iterations: a unit, for rounding and for step sizes.
-        batch_size: samples an iteration.
+        iterations, act_iterations: per unit, for rounding and for step sizes.
+        batch_size: samples per iteration.
         lr_rounding: Adam's learning rate for α; None is 1e-3, more where so few iterations could not saturate h(α).
         lr_act: Adam's learning rate for step sizes, decaying to 0 as a cosine.
         p: norm of the activation phase's error.

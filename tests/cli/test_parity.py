@@ -186,7 +186,7 @@ def test_the_table():
         (
             ("--ptq", *DYNAMIC, "--act_scale_per", "channel"),
             {"runtimes": "torch-int8"},
-            "one range a channel has no place",
+            "one range per channel has no place",
         ),
         (
             ("--ptq", *DYNAMIC, "--modulate", "--modulate_ablation", "cleared-state"),

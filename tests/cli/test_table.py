@@ -182,7 +182,7 @@ def test_modulated_rows_show_what_they_keep_and_add(table, quantized):
     cells = table.cells("W4A4")
     assert (cells["state ↓"], cells["additions ↓"], cells["GBops ↓"]) == ("1.90 MB", "0.75 M", "2.5")
     assert table.cells("float")["state ↓"] == "–"
-    for words in ("first step included", "keep from step to step, bytes an image", "add and subtract"):
+    for words in ("first step included", "keep from step to step, bytes per image", "add and subtract"):
         assert words in table.text()
 
 

@@ -283,7 +283,7 @@ def test_archive_fetched_by_hand_is_checked_and_unpacked(served, cache, offline)
 
 @pytest.fixture
 def cifar(monkeypatch):
-    """A CIFAR-10 of two images a batch, with sums that torchvision accepts: file name → bytes, and the pixels."""
+    """A CIFAR-10 of two images per batch, with sums that torchvision accepts: file name → bytes, and the pixels."""
     pixels = random_pixels(10, 3, 32, 32)
     batches, sums = {}, []
     for i, (name, _) in enumerate(CIFAR10.train_list):

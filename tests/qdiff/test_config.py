@@ -77,7 +77,7 @@ BOTH = {**STATIC, **DYNAMIC}
         ({"act_dynamic": True}, ("--quant_act", "--quant_mode dynamic")),
         ({"modulate": True}, ("--quant_act", "--modulate")),
         ({"act_bits": 4, "act_scale_per": "sample"}, ("--quant_mode dynamic", "--act_tensor", "--act_scale_per")),
-        ({**STATIC, "act_scale_per": "channel"}, ("one range a channel", "--quant_mode dynamic")),
+        ({**STATIC, "act_scale_per": "channel"}, ("one range per channel", "--quant_mode dynamic")),
         ({"rest_bits": 8}, ("--rest_abit", "--modulate", "--quant_mode dynamic")),
         ({"act_bits": 4, "rest_bits": 8}, ("--rest_abit", "--modulate", "--quant_mode dynamic")),
         ({"act_bits": 4, "ablation": "cleared-state"}, ("cleared-state", "--modulate")),

@@ -198,7 +198,7 @@ def test_symmetric_adaround_keeps_negative_weights(wrap, data, relative):
 
 
 def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
-    """12 samples in batches of 5, for observing (64 a batch there, so 70 samples) and for fitting."""
+    """12 samples in batches of 5, for observing (64 per batch there, so 70 samples) and for fitting."""
     rows_fitted = Counter()
     original = fitting.optimise
 
@@ -211,7 +211,7 @@ def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
         return original(unit, optimiser, counting, *rest, **options)
 
     monkeypatch.setattr(fitting, "optimise", optimise)
-    qdiffusion.calibrate(wrap(weight_bits=4), data, quick(), quiet())  # 3 batches of 5 a unit
+    qdiffusion.calibrate(wrap(weight_bits=4), data, quick(), quiet())  # 3 batches of 5 per unit
     assert set(rows_fitted) == set(range(12))
 
     x, t = (i.repeat(6, *[1] * (i.dim() - 1))[:70].clone() for i in data.inputs)

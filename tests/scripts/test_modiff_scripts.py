@@ -32,7 +32,7 @@ from qdiff.tensor_files import read_safetensors
 
 REPOSITORY = Path(__file__).parents[2]
 # dB, between runs that differ in the batch an image is in: sums round differently, and a value on a rounding edge of
-# 4 bits then moves. 73 dB and more was seen; with one range a batch, where neighbours matter by design, 48.
+# 4 bits then moves. 73 dB and more was seen; with one range per batch, where neighbours matter by design, 48.
 SAME_IMAGES = 30.0
 CALLS = {"ddim": STEPS, "ldm": STEPS, "text": STEPS + 1}  # PLMS begins with two calls
 KINDS = pytest.mark.parametrize("kind", SCRIPTS)

@@ -130,7 +130,7 @@ def test_table_from_runs(call, table, stood_in, tmp_path):
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(ROWS)
     assert lines[2].startswith(f"| float | {rows[0]['fid']:.2f} | 7.00 | 2.00 ± 0.50 | 0.1250 | – | – |")
-    assert "images a row 3; seed 1234;" in text
+    assert "images per row 3; seed 1234;" in text
     assert "psnr" not in rows[0] and all(row["psnr"] < 50 for row in rows[1:])
 
     # Size and bit operations are counted: 4 bits of 32, and 4·32 and 4·8 of 32·32 for most layers.

@@ -52,7 +52,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def condition(self, values: Sequence[Any]) -> Tensor | None:
-        """Labels or texts, one an image → context [N, L, D]; None for an unconditional model."""
+        """Labels or texts, one per image → context [N, L, D]; None for an unconditional model."""
         return None if self.cond_stage_model is None else self.cond_stage_model(values)
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ def normalization(channels: int) -> nn.GroupNorm:
 
 
 def zero_module(module: Module) -> Module:
-    """Zero a module's parameters: the branch it ends starts as the identity's absence."""
+    """Zero a module's parameters, so the residual branch it ends initially adds nothing."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -29,7 +29,7 @@ _CLIP_VIT_L_14_TEXT = {
 
 
 class ClassEmbedder(nn.Module):
-    """One learned vector a class; the last class stands for "no class" where guidance is used.
+    """One learned vector per class; the last class stands for "no class" where guidance is used.
 
     Args:
         embed_dim: width of the vector.

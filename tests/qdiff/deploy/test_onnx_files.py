@@ -255,7 +255,10 @@ def test_nothing_half_written_is_left(failing, small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"act_bits": 8, "act_dynamic": True, "act_scale_per": "channel"}, "^one range a channel .*tensor or sample$"),
+        (
+            {"act_bits": 8, "act_dynamic": True, "act_scale_per": "channel"},
+            "^one range per channel .*tensor or sample$",
+        ),
         ({"act_bits": 8, "modulate": True, "ablation": "cleared-state"}, "^--modulate_ablation .*; leave it out"),
     ],
 )
@@ -268,7 +271,7 @@ def test_what_has_no_onnx_form_is_refused(config, sentence, tmp_path):
 def test_more_than_a_file_holds_is_refused_before_tracing(tmp_path, monkeypatch):
     from qdiff.deploy import onnx_export, onnx_graph
 
-    size = 3 * 6 * 9 + 4 * (6 + 6)  # a byte a weight, four a bias and a step size
+    size = 3 * 6 * 9 + 4 * (6 + 6)  # one byte per weight, four per bias and step size
     monkeypatch.setattr(onnx_graph, "trace", None)
     monkeypatch.setattr(onnx_export, "PROTOBUF_LIMIT", size - 1)
     with pytest.raises(UserError, match="as ONNX, more than one file holds"):

@@ -56,7 +56,7 @@ CONFIGS = {
     "w3a16": {"weight_bits": 3, "act_bits": 16},
     "w8": {"weight_bits": 8},
     "a8": {"weight_bits": None, "act_bits": 8},
-    # Ranges of the tensor at hand: 8 bits need what the zero point is away from the middle, fewer do not.
+    # Dynamic ranges: 8 bits need what the zero point is away from the middle, fewer do not.
     "d8_sample": {"act_bits": 8, "act_dynamic": True, "act_scale_per": "sample"},
     "d8": {"weight_bits": 4, "act_bits": 8, "act_dynamic": True},
     "d4_sample": {"weight_bits": 4, "act_bits": 4, "act_dynamic": True, "act_scale_per": "sample"},

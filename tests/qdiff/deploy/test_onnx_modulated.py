@@ -37,7 +37,7 @@ class ThreeLayers(nn.Module):
         return self.linear(hidden.movedim(1, -1)).movedim(-1, 1) + t[:, None, None, None]
 
 
-# Ranges: calibrated; of the tensor at hand; of the sample at hand, with the first step quantized too.
+# Ranges: calibrated; dynamic per tensor; dynamic per sample, with the first step quantized too.
 RANGES = {
     "w8": {"weight_bits": 8},
     "w4": {"weight_bits": 4},

@@ -22,7 +22,7 @@ LEVELS = 2**3 - 1
 STEPS = 18  # of the tiny network
 # Relative: a modulated layer's output is a sum over two steps, a plain one's is not.
 RANGE_TOLERANCE = 1e-4
-# What 30 iterations a layer with larger steps may leave of the error of min-max ranges on unseen pairs; 0.43 to 0.45
+# What 30 iterations per layer with larger steps may leave of the error of min-max ranges on unseen pairs; 0.43 to 0.45
 # was seen for W8A3.
 GAIN = 0.7
 
@@ -243,7 +243,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(call, learn, changed, resu
 
 
 def test_rest_bits_and_kept_ends(changed, result):
-    """Ranges at hand have nothing to calibrate; the last layer's input stays in float."""
+    """Dynamic ranges have nothing to calibrate; the last layer's input stays in float."""
     qnn = changed(quick(learn=False), rest_bits=8, keep_ends=True)
     assert "conv_in.act_quantizers.0" in ranges(qnn) and not any(n.startswith("conv_out") for n in ranges(qnn))
     assert not any("first_quantizers" in name or "attn" in name.split(".")[-1] for name in ranges(qnn))
