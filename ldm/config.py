@@ -85,8 +85,3 @@ def _read(path: Path) -> Any:
     if not OmegaConf.is_dict(config):
         raise UserError(f"config file {path} is not a YAML mapping; correct it")
     return config
-
-
-def is_latent_config(config: Any) -> bool:
-    """Whether a config has the form of a latent diffusion model's."""
-    return str((config.get("model") or {}).get("target", "")).startswith("ldm.")

@@ -3,7 +3,7 @@
 from ddim.samplers.ddpm import sample_ddpm_noisy
 from ddim.samplers.dpm_solver import SolverMethod, sample_dpm_solver
 from ddim.samplers.generalized import sample_generalized
-from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
+from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep
 from ddim.samplers.noise import CALIBRATION_STREAM, ImageNoise
 from ddim.samplers.parameterization import Parameterization, as_noise_prediction, training_target
 from ddim.samplers.plms import plms_calls, sample_plms
@@ -24,7 +24,6 @@ __all__ = [
     "NoiseSource",
     "OnStep",
     "Parameterization",
-    "Progress",
     "SkipKind",
     "SolverMethod",
     "as_noise_prediction",

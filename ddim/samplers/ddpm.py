@@ -8,7 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
+from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep
 from ddim.samplers.schedule import DiffusionSchedule
 
 
@@ -20,8 +20,6 @@ def sample_ddpm_noisy(
     noise: NoiseSource,
     *,
     on_step: OnStep | None = None,
-    progress: Progress | None = None,
-    track_gradients: bool = False,
 ) -> Tensor:
     """Sample with DDPM's larger variance, σ_t² = β_t.
 
@@ -35,8 +33,7 @@ def sample_ddpm_noisy(
         schedule: ᾱ_t of the network's training.
         timesteps: visited times, ascending (`select_timesteps`).
         noise: drawn from once per noisy step.
-        on_step, progress: see `ddim.samplers.interface`; x0_pred is the clipped prediction.
-        track_gradients: record the autograd graph; off, the whole run is under no_grad.
+        on_step: see `ddim.samplers.interface`; x0_pred is the clipped prediction.
 
     Returns:
         The final sample, [N, C, H, W].
@@ -49,8 +46,8 @@ def sample_ddpm_noisy(
     steps = schedule.steps(timesteps)
     last = len(steps) - 1
     x = x_T
-    with torch.set_grad_enabled(track_gradients):
-        for i, (t, a, a_next) in enumerate(progress(steps) if progress else steps):
+    with torch.no_grad():
+        for i, (t, a, a_next) in enumerate(steps):
             e = eps(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
             x0 = ((x - sqrt(1.0 - a) * e) / sqrt(a)).clamp(-1.0, 1.0)
             beta = 1.0 - a / a_next  # 0 where quad spacing repeats a timestep: the step then changes nothing

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddim.samplers.interface import NoisePrediction, OnStep, Progress
+from ddim.samplers.interface import NoisePrediction, OnStep
 from ddim.samplers.schedule import DiffusionSchedule
 from qdiff.errors import UserError
 
@@ -100,8 +100,6 @@ def sample_dpm_solver(
     method: SolverMethod | str = SolverMethod.MULTISTEP,
     lower_order_final: bool = True,
     on_step: OnStep | None = None,
-    progress: Progress | None = None,
-    track_gradients: bool = False,
 ) -> Tensor:
     """Sample with DPM-Solver++ on time-uniform steps from t = 1 to t = 1/T.
 
@@ -118,8 +116,7 @@ def sample_dpm_solver(
         method: ``multistep`` or ``singlestep``.
         lower_order_final: let multistep end with lower orders, for stability, where it has fewer than
             `LOWER_ORDER_BELOW` steps.
-        on_step, progress: see `ddim.samplers.interface`; one call per group of evaluations, with a float t.
-        track_gradients: record the autograd graph; off, the whole run is under no_grad.
+        on_step: see `ddim.samplers.interface`; one call per group of evaluations, with a float t.
 
     Returns:
         The final sample, [N, C, H, W].
@@ -158,8 +155,8 @@ def sample_dpm_solver(
     x, s = x_T, grid[0]
     history: list[tuple[Point, Tensor]] = []  # (time, D there), latest first; only multistep looks back
     plan = list(zip(ends, orders, strict=True))
-    with torch.set_grad_enabled(track_gradients):
-        for i, (end, k) in enumerate(progress(plan) if progress else plan):
+    with torch.no_grad():
+        for i, (end, k) in enumerate(plan):
             t = grid[end]
             d = data_prediction(x, s)
             if method is SolverMethod.MULTISTEP:

@@ -8,7 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep, Progress
+from ddim.samplers.interface import NoisePrediction, NoiseSource, OnStep
 from ddim.samplers.schedule import DiffusionSchedule
 from qdiff.errors import UserError
 
@@ -23,8 +23,6 @@ def sample_generalized(
     noise: NoiseSource | None = None,
     final_alpha_bar: float = 1.0,
     on_step: OnStep | None = None,
-    progress: Progress | None = None,
-    track_gradients: bool = False,
 ) -> Tensor:
     """Sample with DDIM.
 
@@ -36,8 +34,7 @@ def sample_generalized(
         eta: η in [0, 1]. Above 0 every step but one that ends at ᾱ = 1 adds noise.
         noise: drawn from once per noisy step; needed when eta > 0, and not touched when eta is 0.
         final_alpha_bar: ᾱ after the last step; see `DiffusionSchedule.steps`.
-        on_step, progress: see `ddim.samplers.interface`.
-        track_gradients: record the autograd graph; off, the whole run is under no_grad.
+        on_step: see `ddim.samplers.interface`.
 
     Returns:
         The final sample, [N, C, H, W].
@@ -53,8 +50,8 @@ def sample_generalized(
         raise UserError(f"eta is {eta}, so the sampler adds noise: pass a noise source, or eta=0")
     steps = schedule.steps(timesteps, final_alpha_bar)
     x = x_T
-    with torch.set_grad_enabled(track_gradients):
-        for i, (t, a, a_next) in enumerate(progress(steps) if progress else steps):
+    with torch.no_grad():
+        for i, (t, a, a_next) in enumerate(steps):
             e = eps(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
             x0 = (x - sqrt(1.0 - a) * e) / sqrt(a)  # eq. (9), "predicted x_0"
             variance = eta**2 * (1.0 - a_next) / (1.0 - a) * (1.0 - a / a_next)  # σ², eq. (16)

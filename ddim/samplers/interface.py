@@ -1,9 +1,9 @@
-"""What every sampler takes from its caller, as types: the network, the noise source and the two callbacks."""
+"""What every sampler takes from its caller, as types: the network, the noise source and the callback."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 from torch import Tensor
 
@@ -15,9 +15,6 @@ OnStep = Callable[[int, float, Tensor, Tensor], None]
 """``on_step(i, t, x, x0_pred)`` after step i (from 0): ``t`` is the time that the step left, as the network
 saw it, ``x`` [N, C, H, W] the state that it reached, and ``x0_pred`` the clean image predicted at ``t``. No
 sampler changes these tensors afterwards, so they may be kept without a copy."""
-
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
-"""Wraps the list of steps, as ``tqdm`` does."""
 
 
 class NoiseSource(Protocol):

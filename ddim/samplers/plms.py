@@ -8,7 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ddim.samplers.interface import NoisePrediction, OnStep, Progress
+from ddim.samplers.interface import NoisePrediction, OnStep
 from ddim.samplers.schedule import DiffusionSchedule
 from qdiff.errors import UserError
 
@@ -44,8 +44,6 @@ def sample_plms(
     *,
     final_alpha_bar: float = 1.0,
     on_step: OnStep | None = None,
-    progress: Progress | None = None,
-    track_gradients: bool = False,
 ) -> Tensor:
     """Sample with the pseudo linear multistep method. It is deterministic: there is no η.
 
@@ -59,9 +57,8 @@ def sample_plms(
         schedule: ᾱ_t of the network's training.
         timesteps: visited times, ascending (`select_timesteps`).
         final_alpha_bar: ᾱ after the last step; see `DiffusionSchedule.steps`.
-        on_step, progress: see `ddim.samplers.interface`; one call per timestep, also for the first step.
+        on_step: see `ddim.samplers.interface`; one call per timestep, also for the first step.
             x0_pred follows from the extrapolated noise prediction.
-        track_gradients: record the autograd graph; off, the whole run is under no_grad.
 
     Returns:
         The final sample, [N, C, H, W].
@@ -76,8 +73,8 @@ def sample_plms(
     second_t = steps[min(1, len(steps) - 1)].t
     x = x_T
     history: list[Tensor] = []  # raw noise predictions, latest first
-    with torch.set_grad_enabled(track_gradients):
-        for i, (t, a, a_next) in enumerate(progress(steps) if progress else steps):
+    with torch.no_grad():
+        for i, (t, a, a_next) in enumerate(steps):
             history = [eps(x, _batch_of(t, x)), *history[: MAX_ORDER - 1]]
             if i == 0:
                 euler, _ = _transfer(x, history[0], a, a_next)

@@ -313,15 +313,10 @@ def test_calls_dtype_and_shape(timesteps, expected, dtype):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_on_step_and_progress_see_every_step(length):
-    timesteps, seen, wrapped = spaced(length), [], []
-
-    def progress(steps):
-        wrapped.append(len(steps))
-        return steps
-
-    out = sample_plms(eps_of(0), X_T, STABLE, timesteps, on_step=lambda *s: seen.append(s), progress=progress)
-    assert [i for i, *_ in seen] == list(range(length)) and wrapped == [length]
+def test_on_step_sees_every_step(length):
+    timesteps, seen = spaced(length), []
+    out = sample_plms(eps_of(0), X_T, STABLE, timesteps, on_step=lambda *s: seen.append(s))
+    assert [i for i, *_ in seen] == list(range(length))
     assert [t for _, t, *_ in seen] == timesteps[::-1]
     assert torch.equal(seen[-1][2], out)
     torch.testing.assert_close(seen[-1][3], out)  # the last step goes to ᾱ = 1, so it ends on the predicted image
@@ -338,11 +333,9 @@ def test_states_may_be_kept():
     assert all(torch.equal(*pair) for pair in zip(kept, copies, strict=True))
 
 
-def test_gradients_only_on_request():
+def test_no_gradients():
     x_T = X_T.clone().requires_grad_()
     assert not sample_plms(eps_of(0), x_T, STABLE, spaced(5)).requires_grad
-    sample_plms(eps_of(0), x_T, STABLE, spaced(5), track_gradients=True).sum().backward()
-    assert x_T.grad.isfinite().all() and x_T.grad.abs().min() > 0
     assert torch.is_grad_enabled()
 
 

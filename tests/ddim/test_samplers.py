@@ -239,15 +239,10 @@ def test_dtype_shape_and_times(sampler, dtype):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_on_step_and_progress_see_every_step(sampler):
-    seen, wrapped = [], []
-
-    def progress(steps):
-        wrapped.append(len(steps))
-        return steps
-
-    out = SAMPLERS[sampler](closed_form_eps, GOLDEN["x_T"], on_step=lambda *s: seen.append(s), progress=progress)
-    assert [i for i, *_ in seen] == [0, 1, 2, 3] and wrapped == [4]
+def test_on_step_sees_every_step(sampler):
+    seen = []
+    out = SAMPLERS[sampler](closed_form_eps, GOLDEN["x_T"], on_step=lambda *s: seen.append(s))
+    assert [i for i, *_ in seen] == [0, 1, 2, 3]
     assert seen[0][1] == (999 if sampler == "dpm" else 900)
     assert torch.equal(seen[-1][2], out)
     if sampler != "dpm":  # the last step goes to ᾱ = 1, so it ends on the predicted image
@@ -258,11 +253,9 @@ def test_on_step_and_progress_see_every_step(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_gradients_only_on_request(sampler):
+def test_no_gradients(sampler):
     x_T = GOLDEN["x_T"].clone().requires_grad_()
     assert not SAMPLERS[sampler](closed_form_eps, x_T).requires_grad
-    SAMPLERS[sampler](closed_form_eps, x_T, track_gradients=True).sum().backward()
-    assert x_T.grad.isfinite().all()
     assert torch.is_grad_enabled()
 
 

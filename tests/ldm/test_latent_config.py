@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 import ldm.config
 from ddim.samplers import make_beta_schedule
-from ldm.config import REPOSITORY, is_latent_config, load_config
+from ldm.config import REPOSITORY, load_config
 from ldm.keys import WITHOUT_EFFECT
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.schedule import build_schedule
@@ -104,10 +104,7 @@ def test_a_sentence_from_inside_is_kept(model_config):
 def test_file(written, model_config):
     config = load_config(written(model_config()))
     assert config == model_config()
-    assert is_latent_config(config)
     assert isinstance(instantiate_from_config(config.model), LatentDiffusion)
-    assert not is_latent_config(OmegaConf.create({"model": {"ch": 32}}))
-    assert not is_latent_config(OmegaConf.create({}))
 
 
 def test_base_is_extended_and_overridden(written, model_config):
