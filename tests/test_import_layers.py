@@ -1,0 +1,91 @@
+"""Who may import whom: imports go downwards, and no part of qdiff knows a model family or a script."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+# From the top: a room imports from those below it, and within itself.
+LAYERS = (
+    ("scripts",),
+    ("qdiff.benchmark",),
+    ("ddim.command", "ldm.command"),  # a family's float model and sampler, as options name them
+    ("qdiff.cli",),
+    ("qdiff.evaluation",),
+    ("qdiff.methods",),
+    ("qdiff.calibration", "qdiff.deploy"),
+    ("ldm",),
+    ("ddim",),
+    ("qdiff",),
+)
+QDIFF_ROOMS = ("benchmark", "cli", "evaluation", "methods", "calibration", "deploy")
+# The type of a hook, and nothing that runs.
+ALLOWED = {("ldm.sampling", "qdiff.calibration.collect")}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    if module in ("ddim.command", "ldm.command"):
+        return module
+    if parts[0] == "qdiff" and len(parts) > 1 and parts[1] in QDIFF_ROOMS:
+        return ".".join(parts[:2])
+    return parts[0]
+
+
+def rank(module: str) -> int:
+    """Position from the top."""
+    return next(i for i, rooms in enumerate(LAYERS) if room(module) in rooms)
+
+
+def imports(source: str) -> Iterator[str]:
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def upward(module: str, source: str) -> list[str]:
+    """Return what a module imports from above it, or from its neighbours."""
+    ours = [name for name in imports(source) if name.split(".")[0] in ("qdiff", "ddim", "ldm", "scripts")]
+    here = rank(module)
+    return [
+        name
+        for name in ours
+        if (rank(name) < here or (rank(name) == here and room(name) != room(module)))
+        and (module, name) not in ALLOWED
+        # Families know one thing about each other: latent diffusion is built on DDIM's parts.
+        or (room(module) == "ddim" and room(name) == "ldm")
+    ]
+
+
+MODULES = {
+    ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("qdiff", "ddim", "ldm", "scripts")
+    for path in sorted((REPOSITORY / folder).rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_downwards(module):
+    assert upward(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "planted"),
+    [
+        ("qdiff.quant_model", "from qdiff.calibration.run import CalibrationRun"),
+        ("qdiff.calibration.run", "import qdiff.methods.registry"),
+        ("qdiff.methods.linear", "from qdiff.cli.ptq import PtqPlan"),
+        ("qdiff.deploy.runtimes", "from qdiff.calibration.capture import walk"),
+        ("qdiff.cli.script", "def f():\n    from ddim.command import DdimModel"),
+        ("ddim.config", "from ldm.config import load_config"),
+        ("ldm.config", "from qdiff.cli.parser import Parser"),
+    ],
+)
+def test_a_planted_import_is_found(module, planted):
+    assert len(upward(module, planted)) == 1
