@@ -10,17 +10,33 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qdiff.api import calibrate, record, sample
     from qdiff.checkpoint import load_checkpoint, save_checkpoint
     from qdiff.config import QuantConfig
     from qdiff.errors import UserError
+    from qdiff.evaluation.noise_error import measure_noise_error
     from qdiff.quant_model import QuantModel
 
-__all__ = ["QuantConfig", "QuantModel", "UserError", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "QuantConfig",
+    "QuantModel",
+    "UserError",
+    "calibrate",
+    "load_checkpoint",
+    "measure_noise_error",
+    "record",
+    "sample",
+    "save_checkpoint",
+]
 
 _HOMES = {
     "QuantConfig": "qdiff.config",
     "QuantModel": "qdiff.quant_model",
     "UserError": "qdiff.errors",
+    "calibrate": "qdiff.api",
+    "measure_noise_error": "qdiff.evaluation.noise_error",
+    "record": "qdiff.api",
+    "sample": "qdiff.api",
     "load_checkpoint": "qdiff.checkpoint",
     "save_checkpoint": "qdiff.checkpoint",
 }

@@ -15,6 +15,7 @@ LAYERS = (
     ("qdiff.benchmark",),
     ("ddim.command", "ldm.command"),  # a family's float model and sampler, as options name them
     ("qdiff.cli",),
+    ("qdiff.api",),
     ("qdiff.evaluation",),
     ("qdiff.methods",),
     ("qdiff.calibration", "qdiff.deploy"),
@@ -22,7 +23,7 @@ LAYERS = (
     ("ddim",),
     ("qdiff",),
 )
-QDIFF_ROOMS = ("benchmark", "cli", "evaluation", "methods", "calibration", "deploy")
+QDIFF_ROOMS = ("api", "benchmark", "cli", "evaluation", "methods", "calibration", "deploy")
 # The type of a hook, and nothing that runs.
 ALLOWED = {("ldm.sampling", "qdiff.calibration.collect")}
 
@@ -56,8 +57,9 @@ def upward(module: str, source: str) -> list[str]:
     return [
         name
         for name in ours
-        if (rank(name) < here or (rank(name) == here and room(name) != room(module)))
-        and (module, name) not in ALLOWED
+        if (
+            (rank(name) < here or (rank(name) == here and room(name) != room(module))) and (module, name) not in ALLOWED
+        )
         # Families know one thing about each other: latent diffusion is built on DDIM's parts.
         or (room(module) == "ddim" and room(name) == "ldm")
     ]
@@ -67,6 +69,7 @@ MODULES = {
     ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in ("qdiff", "ddim", "ldm", "scripts")
     for path in sorted((REPOSITORY / folder).rglob("*.py"))
+    if path != REPOSITORY / "qdiff" / "__init__.py"  # the front, which names what lies in all rooms
 }
 
 

@@ -27,13 +27,14 @@ from qdiff.cli.float_model import FloatModel, trajectory_of
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.ptq import ignored_options, resolve_ptq
-from qdiff.cli.quantize import Quantization, add_checkpoint, measure_noise_error, measure_trajectory_error
+from qdiff.cli.quantize import Quantization, add_checkpoint
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import Processes, choose_device, describe_gpu, peak_memory_bytes
 from qdiff.cli.sampling import sample_pending
 from qdiff.config import Ablation
 from qdiff.config_files import read_config
 from qdiff.errors import UserError
+from qdiff.evaluation.noise_error import measure_noise_error, measure_trajectory_error
 from qdiff.files import check_writable
 from qdiff.half_weights import halve_weights
 from qdiff.images import save_png, to_uint8

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -202,73 +200,3 @@ def add_checkpoint(run: RunFolder, role: str, path: str | Path) -> None:
     if made_by:
         run.manifest["checkpoint_notes"] = made_by
     log.info("loaded %s%s", path, f", calibrated by {made_by['method']}" if "method" in made_by else "")
-
-
-Precision = Callable[[], contextlib.AbstractContextManager]
-
-
-@torch.no_grad()
-def measure_noise_error(
-    qnn: QuantModel,
-    held_out: CalibrationSet,
-    batch_size: int = 64,
-    release: bool = False,
-    precision: Precision = contextlib.nullcontext,
-) -> dict[str, float]:
-    """Return how far the ε that is sampled with is from the float ε on held-out network inputs.
-
-    Args:
-        held_out: inputs that calibration did not see.
-        precision: what the quantized network runs in, `FloatModel.precision` of the sampling. The float network runs in
-            its own: an overflow of half precision is then an error of ε, not of the yardstick.
-        release: give up the float weights once their output is known (`QuantModel.release_float_weights`).
-
-    Returns:
-        ``mse``, the mean squared difference over all elements; ``float_mean_square``, the same of ε itself; and the
-        number of ``samples``.
-    """
-    batches = list(zip(*(i.split(batch_size) for i in held_out.inputs), strict=True))
-    errors, squares = _squares(qnn, batches, release, precision)
-    elements = held_out.inputs[0].numel()
-    return {"mse": sum(errors) / elements, "float_mean_square": sum(squares) / elements, "samples": len(held_out)}
-
-
-@torch.no_grad()
-def measure_trajectory_error(
-    qnn: QuantModel,
-    calls: Sequence[tuple[Tensor, ...]],
-    compared: Sequence[int],
-    release: bool = False,
-    precision: Precision = contextlib.nullcontext,
-) -> dict[str, Any]:
-    """Return the same for a network that modulates: it is run along a trajectory of the float model.
-
-    Args:
-        calls: the network's inputs at every call of a sampling run, in order; each [N, …].
-        compared: the calls that ``mse`` is the mean over.
-        release, precision: as in `measure_noise_error`.
-
-    Returns:
-        The same, and ``by_call``, the mean squared difference at every call.
-    """
-    errors, squares = _squares(qnn, calls, release, precision)
-    elements = calls[0][0].numel()
-    return {
-        "mse": sum(errors[i] for i in compared) / elements / len(compared),
-        "float_mean_square": sum(squares[i] for i in compared) / elements / len(compared),
-        "samples": len(calls[0][0]) * len(compared),
-        "by_call": [error / elements for error in errors],
-    }
-
-
-def _squares(
-    qnn: QuantModel, batches: Sequence[tuple[Tensor, ...]], release: bool, precision: Precision
-) -> tuple[list[float], list[float]]:
-    """Return the squared differences from float, and the squares of float ε, summed over each batch."""
-    batches = [tuple(part.to(qnn.device) for part in batch) for batch in batches]
-    wanted = [qnn(*batch).double() for batch in batches]
-    if release:
-        qnn.release_float_weights()
-    with precision(), qnn.quantized(), qnn.trajectory():  # once: entering dequantizes every weight
-        errors = [float((qnn(*b).double() - w).square().sum()) for b, w in zip(batches, wanted, strict=True)]
-    return errors, [float(w.square().sum()) for w in wanted]

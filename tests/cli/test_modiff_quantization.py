@@ -12,10 +12,11 @@ from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import save_checkpoint
 from qdiff.cli.parser import Parser
 from qdiff.cli.ptq import add_ptq_options, resolve_ptq
-from qdiff.cli.quantize import CHECKPOINT, JOURNAL, Quantization, measure_trajectory_error
+from qdiff.cli.quantize import CHECKPOINT, JOURNAL, Quantization
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
+from qdiff.evaluation.noise_error import measure_trajectory_error
 from qdiff.quant_model import QuantModel
 from qdiff.tensor_files import read_safetensors
 

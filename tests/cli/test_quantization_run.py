@@ -16,10 +16,11 @@ from qdiff.checkpoint import save_checkpoint
 from qdiff.cli import quantize
 from qdiff.cli.parser import Parser
 from qdiff.cli.ptq import add_ptq_options, resolve_ptq
-from qdiff.cli.quantize import CHECKPOINT, JOURNAL, RECORDING, Quantization, measure_noise_error
+from qdiff.cli.quantize import CHECKPOINT, JOURNAL, RECORDING, Quantization
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
+from qdiff.evaluation.noise_error import measure_noise_error
 from qdiff.quant_model import QuantModel
 
 SHAPE = (1, 8, 8)

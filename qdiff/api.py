@@ -1,0 +1,96 @@
+"""The job in Python: record a calibration set, calibrate, sample. docs/api.md is the tour, examples/ runs it.
+
+A sampler here is any ``sampler(network, rows)`` that returns the samples numbered ``rows``, [N, …], and calls
+``network(x, t)`` or ``network(x, t, context)``: a `ddim.sampling.DdimSampler`, or a function of your own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.run import CalibrationRun
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.schedules import evenly_spaced
+from qdiff.errors import UserError
+from qdiff.methods.registry import DEFAULT, find_method
+from qdiff.quant_model import QuantModel
+
+Sampler = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
+
+
+@torch.no_grad()
+def record(sampler: Sampler, network: nn.Module, count: int, steps: int, batch_size: int = 64) -> CalibrationSet:
+    """Sample from the float network and keep its inputs at evenly spaced calls (Q-Diffusion's calibration set).
+
+    Args:
+        network: float; a `QuantModel` computes in float outside of ``quantized()``.
+        count: samples to make; with guidance that doubles the batch, each gives two inputs per step.
+        steps: calls of a sampling run that are kept, from the noisiest.
+        batch_size: samples at a time.
+
+    Returns:
+        The inputs of the kept calls, on the CPU; count·steps rows.
+
+    Raises:
+        UserError: fewer than one sample, or more steps than the sampler takes.
+    """
+    if count < 1 or batch_size < 1:
+        raise UserError(f"count is {count} and batch_size {batch_size}; give at least 1")
+    kept: list[tuple[Tensor, ...]] = []
+    for first in range(0, count, batch_size):
+        calls: list[tuple[Tensor, ...]] = []
+
+        def listening(*inputs: Tensor, calls: list = calls) -> Tensor:
+            calls.append(tuple(i.detach().cpu() for i in inputs))
+            return network(*inputs)
+
+        sampler(listening, range(first, min(first + batch_size, count)))
+        kept += [calls[i] for i in evenly_spaced(len(calls), steps)]
+    return CalibrationSet(tuple(torch.cat(part) for part in zip(*kept, strict=True)))
+
+
+def calibrate(
+    qnn: QuantModel,
+    data: CalibrationSet,
+    method: str = DEFAULT,
+    config: Any = None,
+    *,
+    seed: int = 0,
+    run: CalibrationRun | None = None,
+) -> dict[str, float]:
+    """Set all quantizers of a network, in place.
+
+    Args:
+        qnn: built with the widths wanted, float weights loaded.
+        data: recorded from the float network.
+        method: a name of `qdiff.methods.registry.METHODS`.
+        config: the method's numbers, of its config class; None takes the paper's.
+        seed: fixes the result.
+        run: memory, journal, progress, seed; None keeps all activations in memory and shows a progress bar.
+
+    Returns:
+        The final reconstruction error of every unit that was fitted, by its name.
+
+    Raises:
+        UserError: an unknown method, or a config that is not the method's.
+    """
+    row = find_method(method)
+    if config is None and row.config is not None:
+        config = row.config()
+    if (row.config is None and config is not None) or (row.config is not None and not isinstance(config, row.config)):
+        wanted = "nothing to set" if row.config is None else f"a {row.config.__name__}"
+        raise UserError(f"the config of {method} is a {type(config).__name__}; the method takes {wanted}")
+    run = run or CalibrationRun(seed)
+    row.calibrate(qnn, data, config, run)
+    return run.errors
+
+
+@torch.no_grad()
+def sample(sampler: Sampler, qnn: QuantModel, rows: Sequence[int]) -> Tensor:
+    """Return the samples numbered ``rows`` from the quantized network, [N, …], in one trajectory."""
+    with qnn.quantized(), qnn.trajectory():
+        return sampler(qnn, rows)

@@ -1,0 +1,86 @@
+"""The job in Python: the examples of docs/api.md run, and what is asked wrongly is one sentence."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import qdiff
+from qdiff.errors import UserError
+from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods.qdiffusion import QDiffusionConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = REPOSITORY / "examples"
+
+
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def sampler(network, rows):
+    x = torch.stack([torch.full((1, 8, 8), float(row)) for row in rows])
+    for t in (900, 600, 300, 0):
+        x = x + 0.01 * network(x, torch.full((len(x),), t))
+    return x
+
+
+def test_the_bundled_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    images = example("quantize_bundled").main(str(tmp_path / "q.safetensors"), iterations=3)
+    assert images.shape == (8, 1, 16, 16) and torch.isfinite(images).all() and images.std() > 0.3
+    assert (tmp_path / "q.safetensors").stat().st_size < 700_000
+    said = capsys.readouterr().out.split("ε error ")[1]
+    assert 0 < float(said.split()[0]) < 0.1 * float(said.split()[2])
+
+
+def test_it_takes_less_than_twenty_lines():
+    body = (EXAMPLES / "quantize_bundled.py").read_text().split("def main")[1].split("\n\n\nif")[0]
+    assert len([line for line in body.splitlines() if line.strip()]) < 20
+
+
+def test_a_module_of_ones_own(tmp_path, capsys):
+    made = example("quantize_your_module").main(str(tmp_path / "mine.safetensors"), iterations=2)
+    assert made.shape == (4, 1, 8, 8) and torch.isfinite(made).all()
+    assert "3 units fitted" in capsys.readouterr().out and (tmp_path / "mine.safetensors").is_file()
+
+
+def test_what_is_recorded(tiny_network):
+    data = qdiff.record(sampler, tiny_network, count=5, steps=2, batch_size=3)
+    x, t = data.inputs
+    assert len(data) == 10 and x.shape == (10, 1, 8, 8)
+    assert t.tolist() == [900] * 3 + [300] * 3 + [900] * 2 + [300] * 2
+    assert x[:3, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
+    for wrong in ({"count": 0, "steps": 2}, {"count": 1, "steps": 5}):
+        with pytest.raises(UserError, match="give"):
+            qdiff.record(sampler, tiny_network, **wrong)
+
+
+@pytest.mark.parametrize("method", ["linear", "qdiff", "eda-dm", "ptq4dm"])
+def test_methods_by_name(method, wrap, data):
+    configs = {"qdiff": QDiffusionConfig(iterations=1, act_iterations=1), "eda-dm": EdaDmConfig(iterations=1)}
+    config = configs.get(method)
+    if method == "ptq4dm":
+        config = qdiff.methods.ptq4dm.Ptq4dmConfig(iterations=1)
+    qnn = wrap(weight_bits=4, act_bits=8)
+    errors = qdiff.calibrate(qnn, data, method, config)
+    assert bool(errors) == (method != "linear")
+    qnn.assert_initialised()
+    images = qdiff.sample(sampler, qnn, range(2))
+    assert not torch.equal(images, sampler(qnn, range(2)))  # outside it computes in float
+
+
+def test_wrong_names_and_configs(wrap, data):
+    qnn = wrap(weight_bits=4)
+    with pytest.raises(UserError, match="the method is 'brecq'"):
+        qdiff.calibrate(qnn, data, "brecq")
+    with pytest.raises(UserError, match="config of qdiff is a EdaDmConfig; the method takes a QDiffusionConfig"):
+        qdiff.calibrate(qnn, data, "qdiff", EdaDmConfig())
+    with pytest.raises(UserError, match="the method takes nothing to set"):
+        qdiff.calibrate(qnn, data, "linear", EdaDmConfig())
