@@ -20,7 +20,15 @@ GOLDEN = Path(__file__).parent / "golden"
 REPOSITORY = Path(__file__).parents[1]
 
 
+# Their fixtures export networks and run scripts: with --dist loadgroup, a file's tests share a worker and its fixtures.
+COSTLY = {"scripts", "deploy"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if COSTLY & set(item.path.parts):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
     if torch.cuda.is_available():
         return
     for item in items:
