@@ -44,7 +44,8 @@ class Row:
     own_recording: bool = False
 
     def __post_init__(self) -> None:
-        for value in (self.label, self.options, self.weights_from or ""):
+        _check_words(self.options)
+        for value in (self.label, self.weights_from or ""):
             _check_text(value)
         known = [column.key for column in METRICS]
         bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not _is_number(v)]
@@ -86,8 +87,8 @@ class Calibration:
     skip: tuple[str, ...] = ("--max_images",)
 
     def __post_init__(self) -> None:
-        for value in (self.script, self.options):
-            _check_text(value)
+        _check_text(self.script)
+        _check_words(self.options)
         if isinstance(self.skip, str) or not all(isinstance(o, str) and o.startswith("-") for o in self.skip):
             raise UserError(f"calibration: skip is {self.skip!r}; give a list of options, e.g. [--max_images]")
 
@@ -120,7 +121,7 @@ class TableFile:
             rows = itertools.chain.from_iterable(expand(row) for row in spec["rows"])
             self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in rows]
             self.title, self.script, self.config = (_check_text(spec[k]) for k in ("title", "script", "config"))
-            self.common = shlex.split(_check_text(spec["options"]))
+            self.common = shlex.split(_check_words(spec["options"]))
             given = spec.get("calibration")
             self.calibration = (
                 None if given is None else Calibration(**{**given, "options": given.get("options") or ""})
@@ -225,11 +226,15 @@ def _device(name: str | None) -> list[str]:
 
 
 def _check_text(value: Any) -> str:
-    """Return a text that the shell's rules take apart into words; anything else is a TypeError."""
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _check_words(value: Any) -> str:
+    """Return a text that the shell's rules take apart into words; anything else is a TypeError."""
     try:
-        shlex.split(value)
+        shlex.split(_check_text(value))
     except ValueError as error:
         raise TypeError(f"{value!r}: {error}") from None
     return value

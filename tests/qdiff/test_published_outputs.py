@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qdiff import quant_attention
 from qdiff.checkpoint import load_checkpoint
+from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
 
 ALL = pytest.mark.parametrize("name", ALL_CASES)
@@ -104,12 +105,15 @@ def test_softmax_is_computed_in_float64(loaded, relative, monkeypatch):
     assert relative(output(qnn, golden), golden.values["resumed"]) > EXACT_TOLERANCE
 
 
-def test_the_softmax_of_transformer_blocks_is_symmetric_in_published_files(loaded, relative):
-    """Read as unsigned, its range would be of twice the levels."""
+def test_the_softmax_of_transformer_blocks_is_symmetric_in_published_files(loaded, relative, monkeypatch):
+    """Read as unsigned, its range would be of twice the levels, and reach to 2."""
     golden, right = loaded("wide_sd_w8a8_sym")
     assert {int(q.zero_point) for n, q in right.act_quantizers().items() if n.endswith("_w")} == {128}
     wrong = golden.wrapped()
     wrong.family = replace(wrong.family, symmetric_softmax=None)
+    with pytest.raises(UserError, match="change --sm_abit"):
+        load_checkpoint(wrong, golden.path)
+    monkeypatch.setattr("qdiff.published_format.check_softmax_ranges", lambda *_: None)
     load_checkpoint(wrong, golden.path)
     assert relative(output(wrong.double(), golden), golden.values["resumed"]) > 1e-2
 

@@ -209,7 +209,7 @@ def test_conditions_are_encoded_before(call, latent, monkeypatch, tmp_path):
     files = latent("class")
     sampler = ("--like", "sample_diffusion_ldm_imagenet", "--ddim_steps", STEPS, "--scale", 2.0)
     options = (*sampler, "--config", files.config, "--ckpt", files.weights, *SHORT)
-    monkeypatch.setattr("qdiff.benchmark.files.load_checkpoint", lambda qnn, path: initialised(qnn))
+    monkeypatch.setattr("qdiff.benchmark.files.load_checkpoint", lambda qnn, path, probe=None: initialised(qnn))
     job = job_of(call, monkeypatch, tmp_path, *options, "--measure", "sampling", "--ptq", "--cali_ckpt", files.weights)
     there = job.model()
     there.load(torch.device("cpu"))

@@ -235,10 +235,11 @@ def test_interrupted_and_resumed_equals_uninterrupted(call, learn, changed, resu
         with pytest.raises(KeyboardInterrupt):
             changed(quick(learn=learn), quiet(journal=CalibrationJournal(tmp_path, {"seed": 0})))
     assert kept == [("changes", index) for index in range(call)]
+    wanted = result() if learn else result(learn=False)
     observed, observe = [], modiff.observe_unit
     monkeypatch.setattr(modiff, "observe_unit", lambda unit, *more: observed.append(unit.name) or observe(unit, *more))
     again = changed(quick(learn=learn), quiet(journal=CalibrationJournal(tmp_path, {"seed": 0})))
-    assert ranges(again) == (result() if learn else result(learn=False))
+    assert ranges(again) == wanted
     assert len(observed) == STEPS - call, "finished units were calibrated again"
 
 
