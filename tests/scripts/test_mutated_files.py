@@ -266,22 +266,22 @@ def reported_configs(rng, sources, folder):
 
 
 KINDS = {
-    float_bytes: 20,
-    float_tensors: 16,
-    quantized_bytes: 16,
+    float_bytes: 14,
+    float_tensors: 12,
+    quantized_bytes: 12,
     native_tensors: 10,
     native_metadata: 10,
-    published_tensors: 10,
-    recordings: 14,
-    ddim_configs: 50,
+    published_tensors: 8,
+    recordings: 10,
+    ddim_configs: 40,
     reported_configs: len(REPORTED),
     config_bytes: 6,
-    latent_configs: 60,
-    run_states: 20,
-    run_files: 8,
+    latent_configs: 45,
+    run_states: 14,
+    run_files: 6,
     evaluated_images: 12,
     evaluated_arrays: 8,
-    prompts: 24,
+    prompts: 12,
     tables: 30,
 }
 
