@@ -266,22 +266,22 @@ def reported_configs(rng, sources, folder):
 
 
 KINDS = {
-    float_bytes: 14,
+    float_bytes: 10,
     float_tensors: 12,
-    quantized_bytes: 12,
+    quantized_bytes: 10,
     native_tensors: 10,
     native_metadata: 10,
-    published_tensors: 8,
-    recordings: 10,
+    published_tensors: 6,
+    recordings: 8,
     ddim_configs: 40,
     reported_configs: len(REPORTED),
     config_bytes: 6,
-    latent_configs: 45,
-    run_states: 14,
+    latent_configs: 36,
+    run_states: 10,
     run_files: 6,
     evaluated_images: 12,
     evaluated_arrays: 8,
-    prompts: 12,
+    prompts: 8,
     tables: 30,
 }
 
