@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddim.samplers import Parameterization
 from ldm.checkpoint import load_latent_diffusion
 from ldm.config import REPOSITORY, load_config
 from ldm.locate import big_or_bundled, find_checkpoint, how_to_get, latent_shape
@@ -21,7 +20,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.options import CLASS_CKPT, CLASS_CONFIG, TEXT_CKPT, TEXT_CONFIG
 from ldm.prompts import asked_classes, read_prompts
 from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind
-from ldm.schedule import build_schedule
+from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
 from qdiff.calibration.collect import OnCall
@@ -53,7 +52,7 @@ class LatentModel(FloatModel):
         check_sizes(self.model_config, f"config file {config_path}", self.latent_shape)
         params = self.model_config.model.params
         self.schedule = build_schedule(params)
-        self.parameterization = Parameterization(params.get("parameterization", Parameterization.EPS.value))
+        self.parameterization = parameterization(params)
         self.sampler = self._sampler(torch.device("cpu"))
         if options.kind in (SamplerKind.DDIM, SamplerKind.PLMS):
             option = "--ddim_steps" if hasattr(args, "ddim_steps") else "--custom_steps"

@@ -1,11 +1,11 @@
-"""The noise schedule that a latent diffusion config describes."""
+"""The noise schedule that a latent diffusion config describes, and what its UNet predicts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ddim.samplers import BetaKind, DiffusionSchedule, make_beta_schedule
+from ddim.samplers import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
 from ddim.samplers.schedule import COSINE_OFFSET
 
 # What these configs call "linear" is linear in √β.
@@ -27,3 +27,8 @@ def build_schedule(params: Mapping[str, Any]) -> DiffusionSchedule:
         params.get("cosine_s", COSINE_OFFSET),
     )
     return DiffusionSchedule(betas, zero_terminal_snr=params.get("rescale_betas_zero_snr", False))
+
+
+def parameterization(params: Mapping[str, Any]) -> Parameterization:
+    """Return what the UNet of ``model.params`` predicts."""
+    return Parameterization(params.get("parameterization", Parameterization.EPS.value))

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qdiff.config_schema import check_section, keys_of
-from qdiff.errors import UserError
+from qdiff.errors import UserError, first_line
 
 # A YAML file is data: it may name these classes and run no other code.
 ALLOWED_TARGETS = frozenset(
@@ -50,9 +50,5 @@ def instantiate_from_config(config: Any) -> Any:
         raise
     except (TypeError, KeyError, IndexError, ValueError, ZeroDivisionError, OverflowError, RuntimeError) as error:
         raise UserError(
-            f"the config's parameters of {target} do not fit ({_first_line(error)}); correct them"
+            f"the config's parameters of {target} do not fit ({first_line(error)}); correct them"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdiff.errors import UserError
+from qdiff.errors import UserError, first_line
 
 
 def read_config(path: Path, missing: str) -> Any:
@@ -26,5 +26,4 @@ def read_config(path: Path, missing: str) -> Any:
     try:
         return OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"config file {path} is not readable YAML ({reason}); correct it") from error
+        raise UserError(f"config file {path} is not readable YAML ({first_line(error)}); correct it") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from qdiff.errors import UserError
+from qdiff.errors import UserError, first_line
 
 
 @contextlib.contextmanager
@@ -24,5 +24,6 @@ def check_runs(origin: str, what: str) -> Iterator[None]:
     except UserError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError) as error:
-        reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-        raise UserError(f"{origin} describes a network that cannot run ({reason}); correct {what}") from error
+        raise UserError(
+            f"{origin} describes a network that cannot run ({first_line(error)}); correct {what}"
+        ) from error

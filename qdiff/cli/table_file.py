@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.table_grid import expand
-from qdiff.errors import UserError
+from qdiff.errors import UserError, first_line
 from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.metrics import LEAST_IMAGES
 from qdiff.methods.registry import METHODS
@@ -271,7 +271,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"table or config {path} does not exist; see configs/tables") from None
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # a date that is none is a ValueError
-        raise UserError(f"{path} is not readable YAML ({str(error).splitlines()[0]}); correct it") from error
+        raise UserError(f"{path} is not readable YAML ({first_line(error)}); correct it") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a YAML mapping; correct it")
     return value

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qdiff.errors import UserError
+from qdiff.errors import UserError, first_line
 from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.image_sets import ImageSet
 from qdiff.progress import progress_bar, tracked
@@ -192,8 +192,9 @@ def _part(model: str | Path, what: str, load: Callable[[], Any], download: bool 
         with _quiet(progress=download):
             return load()
     except Exception as error:  # damaged files stop their readers in any way
-        reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise UserError(f"The {what} of the CLIP model {model} cannot be loaded ({reason}): {_REMEDY}.") from error
+        raise UserError(
+            f"The {what} of the CLIP model {model} cannot be loaded ({first_line(error)}): {_REMEDY}."
+        ) from error
 
 
 def _require_tokenizer_files(pretrained_model_name_or_path: str, local_files_only: bool) -> None:

@@ -51,12 +51,19 @@ def test_a_run_that_noted_a_calibration_prompt_for_each_image_goes_on(call, late
     assert "calibration_prompts" in line
 
 
-def test_lines_added_to_a_prompt_file_are_more_images(call, latent, tmp_path):
+@pytest.fixture
+def two_prompts(call, latent, tmp_path):
+    """A calibrated run of a file of two prompts: the file, the run folder, and the options that continue it."""
     path, run = tmp_path / "prompts.txt", tmp_path / "run"
     given = (*latent("text").options, *STEPS, "--from-file", path, "--n_samples", 9, "-l", run)
     given += (*W4A8, "--ptq", *FEW)
     path.write_text("two\nthree")
     succeeded(call(CAPTIONS, *given))
+    return path, run, given
+
+
+def test_lines_added_to_a_prompt_file_are_more_images(call, two_prompts):
+    path, run, given = two_prompts
     before = snapshot(run)
     path.write_text("two\nthree\nfour")
     succeeded(call(CAPTIONS, *given))
@@ -67,12 +74,8 @@ def test_lines_added_to_a_prompt_file_are_more_images(call, latent, tmp_path):
     assert "other options" in call(CAPTIONS, *given).err.splitlines()[-1]
 
 
-def test_lines_added_during_a_calibration_are_another_run(call, latent, tmp_path):
-    path, run = tmp_path / "prompts.txt", tmp_path / "run"
-    given = (*latent("text").options, *STEPS, "--from-file", path, "--n_samples", 9, "-l", run)
-    given += (*W4A8, "--ptq", *FEW)
-    path.write_text("two\nthree")
-    succeeded(call(CAPTIONS, *given))
+def test_lines_added_during_a_calibration_are_another_run(call, two_prompts):
+    path, run, given = two_prompts
     state = manifest(run)
     del state["noise_error"]
     (run / "run.json").write_text(json.dumps(state))

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddim.samplers import Parameterization
-from ldm.schedule import build_schedule
+from ldm.schedule import build_schedule, parameterization
 from ldm.util import instantiate_from_config
 
 
@@ -21,8 +20,7 @@ class LatentDiffusion(nn.Module):
         scale_factor: latents are multiplied by it before diffusion.
         scale_by_std: the factor was set from the first training batch and is in the checkpoint.
         use_ema: the checkpoint also holds averaged weights, which sampling takes.
-        parameterization: what the UNet predicts.
-        others: of the schedule, see `build_schedule`; the rest of what `ldm.config` allows has no effect here.
+        others: of `build_schedule` and `parameterization`; the rest of what `ldm.config` allows has no effect here.
     """
 
     def __init__(
@@ -33,7 +31,6 @@ class LatentDiffusion(nn.Module):
         scale_factor: float = 1.0,
         scale_by_std: bool = False,
         use_ema: bool = True,
-        parameterization: str = Parameterization.EPS.value,
         **others: Any,
     ) -> None:
         super().__init__()
@@ -41,7 +38,7 @@ class LatentDiffusion(nn.Module):
         self.model.diffusion_model = instantiate_from_config(unet_config)
         self.first_stage_model = instantiate_from_config(first_stage_config)
         self.cond_stage_model = instantiate_from_config(cond_stage_config)
-        self.schedule, self.parameterization = build_schedule(others), Parameterization(parameterization)
+        self.schedule, self.parameterization = build_schedule(others), parameterization(others)
         self.scale_by_std, self.use_ema = scale_by_std, use_ema
         self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
 
