@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from qdiff.sampling.registry import sample_types
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Model and sampler of a DDIM model."""
@@ -31,7 +33,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     """How a DDIM model is sampled."""
     group = parser.add_argument_group("sampler")
-    kinds = ["generalized", "ddpm_noisy", "dpm_solver"]
+    kinds = list(sample_types())
     group.add_argument("--sample_type", choices=kinds, default="generalized", help="generalized is DDIM")
     group.add_argument("--skip_type", choices=["uniform", "quad"], default="uniform")
     group.add_argument("--timesteps", type=int, default=1000)

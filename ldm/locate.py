@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,24 +30,27 @@ def find_checkpoint(path: str | Path) -> Path:
     return path
 
 
-def big_or_bundled(args: Namespace, config: str, ckpt: str, bundled: Path) -> tuple[Path, Path, str | None]:
+def big_or_bundled(
+    given_config: str | None, given_ckpt: str | None, config: str, ckpt: str, bundled: Path
+) -> tuple[Path, Path, str | None]:
     """Return config and checkpoint: the given ones, else the big model where it is, else the bundled one.
 
     Relative defaults are looked for here, then in the repository.
 
     Args:
+        given_config, given_ckpt: ``--config`` and ``--ckpt``.
         config, ckpt: of the big model.
         bundled: folder of the bundled one.
 
     Returns:
         The third value is a sentence for the user where the bundled model stands in for the big one.
     """
-    if args.config:
-        pretrained = load_config(args.config).get("pretrained") or {}
-        return Path(args.config), Path(args.ckpt or _here_or_in_repository(pretrained.get("file", ckpt))), None
-    if args.ckpt:
-        beside = Path(args.ckpt).with_name("config.yaml")
-        return beside if beside.is_file() else _here_or_in_repository(config), Path(args.ckpt), None
+    if given_config:
+        pretrained = load_config(given_config).get("pretrained") or {}
+        return Path(given_config), Path(given_ckpt or _here_or_in_repository(pretrained.get("file", ckpt))), None
+    if given_ckpt:
+        beside = Path(given_ckpt).with_name("config.yaml")
+        return beside if beside.is_file() else _here_or_in_repository(config), Path(given_ckpt), None
     if (weights := _here_or_in_repository(ckpt)).is_file():
         return _here_or_in_repository(config), weights, None
     note = f"{ckpt} is not there: the bundled model {bundled} takes its place"
@@ -59,15 +62,31 @@ def _here_or_in_repository(path: str) -> Path:
     return inside if inside.is_file() and not Path(path).is_file() else Path(path)
 
 
-def latent_shape(config: Any, args: Namespace) -> tuple[int, int, int]:
-    """Return (C, h, w) of a model's latents, or what ``--H`` and ``--W`` make of it where a script has them.
+@dataclass(frozen=True)
+class ImageSize:
+    """What the text scripts let a user choose; None is the model's.
+
+    Attributes:
+        H, W: of an image, in pixels.
+        C: channels of a latent.
+        f: pixels per latent pixel, on each side.
+    """
+
+    H: int | None = None
+    W: int | None = None
+    C: int | None = None
+    f: int | None = None
+
+
+def latent_shape(config: Any, asked: ImageSize) -> tuple[int, int, int]:
+    """Return (C, h, w) of a model's latents, or what ``--H`` and ``--W`` make of it.
 
     Raises:
         UserError: ``--C`` or ``--f`` are not the model's, or its UNet cannot halve ``--H`` or ``--W``.
     """
     params = config.model.params
     channels, size = params.get("channels", 3), params.get("image_size", 256)
-    if all(getattr(args, name, None) is None for name in "HWCf"):
+    if all(getattr(asked, field.name) is None for field in fields(asked)):
         return channels, size, size
     ddconfig = params.first_stage_config.params.get("ddconfig") or {}
     if "ch_mult" not in ddconfig:
@@ -75,13 +94,13 @@ def latent_shape(config: Any, args: Namespace) -> tuple[int, int, int]:
             "the model's config lacks first_stage_config.params.ddconfig.ch_mult; leave out --H, --W and --f"
         )
     factor = 2 ** (len(ddconfig.ch_mult) - 1)
-    for name, value, own in (("C", args.C, channels), ("f", args.f, factor)):
+    for name, value, own in (("C", asked.C, channels), ("f", asked.f, factor)):
         if value not in (None, own):
             raise UserError(f"--{name} is {value} and this model's is {own}; leave --{name} out")
     # The UNet halves the latent once a level, and its skips must fit on the way back.
     unit = factor * 2 ** (len(params.unet_config.params.get("channel_mult", (1, 2, 4, 8))) - 1)
     sides = []
-    for name, value in (("H", args.H), ("W", args.W)):
+    for name, value in (("H", asked.H), ("W", asked.W)):
         value = size * factor if value is None else value
         if value < 1 or value % unit:
             raise UserError(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+
+from qdiff.errors import UserError
+from qdiff.sampling import SAMPLERS
 
 
 def add_unconditional_options(
@@ -30,6 +34,7 @@ def add_unconditional_options(
     group.add_argument("-e", "--eta", type=float, nargs="?", const=1.0, default=1.0, help="η of DDIM")
     group.add_argument("-v", "--vanilla_sample", action="store_true", help="ancestral sampling over all steps")
     group.add_argument("--dpm", action="store_true", help="DPM-Solver++ 2M")
+    _add_sampler_option(group)
     group.add_argument("--a_min_max", action="store_true", help="min-max ranges of activations")
 
 
@@ -53,11 +58,33 @@ def add_guided_options(
     group = parser.add_argument_group("sampler")
     group.add_argument("--ddim_steps", type=int, default=steps)
     group.add_argument("--ddim_eta", type=float, default=0.0)
+    _add_sampler_option(group)
     group.add_argument("--scale", type=float, default=scale, help="of classifier-free guidance")
     group.add_argument("--n_samples", type=int, default=3, help=n_samples)
     group.add_argument("--n_rows", type=int, default=0, help="columns of the grid (default: about square)")
     group.add_argument("--skip_grid", action="store_true", help="write no grid")
     group.add_argument("--skip_save", action="store_true", help="keep the grid alone, not the single images")
+
+
+def _add_sampler_option(group: argparse._ArgumentGroup) -> None:
+    # Where x_0 is clipped to [−1, 1], latents come to harm.
+    names = [row.name for row in SAMPLERS.values() if not row.clips]
+    group.add_argument("--sampler", choices=names, help="any sampler by name (default: ddim)")
+
+
+def chosen_sampler(args: argparse.Namespace, flags: Mapping[str, str]) -> str:
+    """Return the name of the sampler that options choose.
+
+    Args:
+        flags: options of the published scripts, and the sampler that each means.
+
+    Raises:
+        UserError: more than one is given.
+    """
+    given = [name for name in (*flags, "sampler") if getattr(args, name)]
+    if len(given) > 1:
+        raise UserError(f"--{given[0]} and --{given[1]} contradict each other; leave one of them out")
+    return args.sampler or (flags[given[0]] if given else "ddim")
 
 
 def add_class_options(parser: argparse.ArgumentParser) -> None:

@@ -20,13 +20,15 @@ import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 import argparse
 import sys
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_like(__doc__, arguments)
+    parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     group = parser.add_argument_group("benchmark")
     group.add_argument("--random", action="store_true", help="random weights and ranges instead of --cali_ckpt")
@@ -48,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     from qdiff.benchmark.run import run_benchmark
 
-    run_benchmark(args, arguments)
+    run_benchmark(args, arguments, SCRIPTS)
 
 
 if __name__ == "__main__":

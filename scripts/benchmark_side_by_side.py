@@ -16,6 +16,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser
 from qdiff.errors import UserError
@@ -40,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.benchmark.machine import describe_machine
     from qdiff.benchmark.side_by_side import check_command, markdown, measure_side_by_side
 
-    command, machine = check_command(args.command), describe_machine(args.threads)
+    command, machine = check_command(args.command, SCRIPTS), describe_machine(args.threads)
     with tempfile.TemporaryDirectory(prefix="side-by-side-") as folder:
         phases = measure_side_by_side(command, Path(folder), args.runs, args.repeats, args.threads)
     print(markdown(phases, command, args.runs, args.repeats, machine))

@@ -15,14 +15,16 @@ import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 import argparse
 import sys
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.modiff import add_generate_option
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
-from qdiff.cli.script import LIKE, load_object, parser_like
+from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_like(__doc__, arguments)
+    parser = parser_like(__doc__, arguments, SCRIPTS)
     parser.add_argument("--cali_st", type=int, default=20, help="how many evenly spaced steps to record")
     parser.add_argument("--cali_n", type=int, default=256, help="samples per step")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
@@ -36,22 +38,23 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    from qdiff.calibration.collect import check_recorded_steps, record_evenly
     from qdiff.calibration.samples import save_recording
     from qdiff.cli.processes import choose_device
     from qdiff.errors import UserError
     from qdiff.io.files import check_writable
 
-    model = load_object(LIKE[args.like][1])(args)
+    pipeline = SCRIPTS[args.like].pipeline_of(args)
     pairs = args.generate == "residual"
-    model.recorded_calls(args.cali_st, pairs)  # checks --cali_st
+    check_recorded_steps(pipeline, args.cali_st, pairs)
     if args.cali_n < 1:
         raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
     check_writable(args.out)
-    with memory_advice("recording", smaller_batch(min(model.batch_size, args.cali_n), to_continue=False)):
-        model.load(choose_device(args.device))
-        for note in model.notes:
+    with memory_advice("recording", smaller_batch(min(pipeline.batch_size, args.cali_n), to_continue=False)):
+        pipeline.load(choose_device(args.device))
+        for note in pipeline.notes:
             print(note, file=sys.stderr)
-        recording = model.record(args.cali_st, args.cali_n, pairs=pairs)
+        recording = record_evenly(pipeline, args.cali_st, args.cali_n, pairs=pairs)
     save_recording(recording, args.out)
     print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")
 

@@ -16,13 +16,15 @@ import argparse
 import json
 import sys
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.ptq import add_ptq_options
-from qdiff.cli.script import LIKE, load_object, parser_like
+from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_like(__doc__, arguments)
+    parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     parser.add_argument("--images", type=int, default=64, help="images to sample with every network")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
@@ -44,20 +46,20 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.cli.parity import compare, markdown, resolve
     from qdiff.io.files import check_writable, written_whole
 
-    model = load_object(LIKE[args.like][1])(args)
-    plan, runtimes, skipped = resolve(args, model)
+    pipeline = SCRIPTS[args.like].pipeline_of(args)
+    plan, runtimes, skipped = resolve(args, pipeline)
     block = None if args.document is None else DocumentBlock(args.document, args.table)
     if args.out is not None:
         check_writable(args.out)
     for name, why in skipped.items():
         print(f"without {name}: {why}", file=sys.stderr)
-    found = compare(model, plan, runtimes, args.images, args.device, args.onnx)
-    for note in model.notes:
+    found = compare(pipeline, plan, runtimes, args.images, args.device, args.onnx)
+    for note in pipeline.notes:
         print(note, file=sys.stderr)
     text = markdown(found, args.images)
     print(text)
     if args.out is not None:
-        about = {"model": model.name, "checkpoint": plan.checkpoint, "images": args.images, "seed": args.seed}
+        about = {"model": pipeline.name, "checkpoint": plan.checkpoint, "images": args.images, "seed": args.seed}
         with written_whole(args.out) as path:
             path.write_text(json.dumps({**about, "quant": plan.quant.to_dict(), "skipped": skipped, **found}, indent=1))
     if block is not None:

@@ -19,13 +19,15 @@ import argparse
 import json
 import sys
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.ptq import add_ptq_options
-from qdiff.cli.script import LIKE, load_object, parser_like
+from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_like(__doc__, arguments)
+    parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     parser.add_argument("--batch_size", type=int, help="accepted: costs are those of one sample")
     parser.add_argument("--layers", type=int, default=10, help="how many of the heaviest layers to list")
@@ -51,13 +53,13 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--layers is {args.layers}; give 0 or more")
     if not getattr(args, "ckpt", True):
         args.use_pretrained = True  # costs are of shapes: whose weights they would be does not matter
-    model = load_object(LIKE[args.like][1])(args)
-    plan = resolve_ptq(args, model.weight_range, model.act_range)
-    network, context_shape = model.build_network()
-    accounts = {"float": account(network, model.input_shape, context_shape)}
+    pipeline = SCRIPTS[args.like].pipeline_of(args)
+    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
+    network, context_shape = pipeline.build_network()
+    accounts = {"float": account(network, pipeline.input_shape, context_shape)}
     if plan is not None:
-        accounts["quantized"] = account(QuantModel(network, plan.quant), model.input_shape, context_shape)
-    for note in model.notes:
+        accounts["quantized"] = account(QuantModel(network, plan.quant), pipeline.input_shape, context_shape)
+    for note in pipeline.notes:
         print(note, file=sys.stderr)
     heaviest = list(accounts.values())[-1].heaviest(args.layers, args.by)
     if args.json:
@@ -65,8 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         quant = None if plan is None else plan.quant.to_dict()
         print(json.dumps({**counted, "quant": quant, "heaviest": [layer.to_dict() for layer in heaviest]}, indent=1))
         return
-    shapes = f"input {list(model.input_shape)}" + (f", context {list(context_shape)}" if context_shape else "")
-    print(f"{model.name}: the denoising network, one call for one sample ({shapes})")
+    shapes = f"input {list(pipeline.input_shape)}" + (f", context {list(context_shape)}" if context_shape else "")
+    print(f"{pipeline.name}: the denoising network, one call for one sample ({shapes})")
     if context_shape:
         print("guidance calls it for a pair of samples, which costs twice as much a step")
     print(f"{'':<10}{'parameters':>14}{'MB (10^6)':>12}{'GMACs':>10}{'GBops':>12}")

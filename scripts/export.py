@@ -12,15 +12,16 @@ import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
 import argparse
 import sys
-from pathlib import Path
+
+from families import SCRIPTS
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.ptq import add_ptq_options
-from qdiff.cli.script import LIKE, load_object, parser_like
+from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_like(__doc__, arguments)
+    parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     parser.add_argument("--batch_size", type=int, help="accepted: the model takes any batch")
     parser.add_argument("--out", required=True, help="the file to write (.onnx)")
@@ -38,27 +39,27 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.deploy.onnx_export import check_exportable, export_onnx, import_onnx
     from qdiff.errors import UserError
     from qdiff.io.files import check_writable, sha256
-    from qdiff.io.tensor_files import is_pickle
+    from qdiff.io.tensor_files import check_readable
     from qdiff.quant_model import QuantModel
 
-    model = load_object(LIKE[args.like][1])(args)
-    plan = resolve_ptq(args, model.weight_range, model.act_range)
+    pipeline = SCRIPTS[args.like].pipeline_of(args)
+    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is not None and plan.action != "load":
         raise UserError("a calibrated checkpoint is what is exported; give --cali_ckpt PATH")
     import_onnx()
     if plan is not None:
         check_exportable(plan.quant)
-        is_pickle(Path(plan.checkpoint))  # it is there and can be read
+        check_readable(plan.checkpoint)
     check_writable(args.out)
-    model.load(torch.device("cpu"))
-    for note in model.notes:
+    pipeline.load(torch.device("cpu"))
+    for note in pipeline.notes:
         print(note, file=sys.stderr)
     if plan is None:
-        qnn, notes = wrapped(model.network), {"method": "float"}
+        qnn, notes = wrapped(pipeline.network), {"method": "float"}
     else:
-        qnn, notes = QuantModel(model.network, plan.quant), {"checkpoint": sha256(plan.checkpoint)}
-        load_checkpoint(qnn, plan.checkpoint, probe=model.probe)
-    for path in export_onnx(qnn, args.out, model.input_shape, model.context_shape, notes):
+        qnn, notes = QuantModel(pipeline.network, plan.quant), {"checkpoint": sha256(plan.checkpoint)}
+        load_checkpoint(qnn, plan.checkpoint, probe=pipeline.probe)
+    for path in export_onnx(qnn, args.out, pipeline.input_shape, pipeline.context_shape, notes):
         print(f"{path}: {path.stat().st_size} bytes")
 
 

@@ -14,6 +14,8 @@ import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
 import argparse
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser
 
@@ -34,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.benchmark.gpu_check import run_check, run_part
 
     if args.part is not None:
-        run_part(args.part, args)
+        run_part(args.part, args, SCRIPTS)
     elif not run_check(args):
         raise SystemExit(1)
 

@@ -17,13 +17,15 @@ import json
 import sys
 from pathlib import Path
 
+from families import SCRIPTS
+
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.ptq import add_ptq_options
-from qdiff.cli.script import LIKE, load_object, parser_like
+from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    parser = parser_like(__doc__, arguments)
+    parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     parser.add_argument("--images", type=int, default=64, help="trajectories to run along")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
@@ -40,15 +42,15 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.io.files import check_writable, written_whole
     from qdiff.report.step_error_plot import step_error_picture
 
-    model = load_object(LIKE[args.like][1])(args)
-    plan, numbers = resolve(args, model), Path(args.out).with_suffix(".json")
+    pipeline = SCRIPTS[args.like].pipeline_of(args)
+    plan, numbers = resolve(args, pipeline), Path(args.out).with_suffix(".json")
     if Path(args.out).suffix != ".png":
         raise UserError(f"--out is {args.out}; name a picture .png (the numbers go beside it as .json)")
     for path in (args.out, numbers):
         check_writable(path)
-    found = step_errors(model, plan, args.images, args.device)
+    found = step_errors(pipeline, plan, args.images, args.device)
     quant = plan.quant
-    title = f"{model.name}, W{quant.weight_bits}A{quant.act_bits}, one range per {quant.act_scale_per.value}"
+    title = f"{pipeline.name}, W{quant.weight_bits}A{quant.act_bits}, one range per {quant.act_scale_per.value}"
     step_error_picture(found["errors"], found["timesteps"], args.out, title)
     with written_whole(numbers) as path:
         path.write_text(json.dumps({**found, "quant": quant.to_dict(), "seed": args.seed}, indent=1))

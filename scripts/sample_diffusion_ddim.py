@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
-from ddim.options import add_sample_options
+from families import SCRIPTS
+
 from qdiff.cli.script import sampling_script
 
-main = sampling_script(
-    "sample_diffusion_ddim",
-    __doc__,
-    add_sample_options,
-    "ddim.command:DdimModel",
-    preset="configs/eda-dm/cifar10.yaml",
-)
+main = sampling_script(SCRIPTS["sample_diffusion_ddim"], __doc__)
 
 if __name__ == "__main__":
     main()

@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
-from ldm.options import add_unconditional_options
+from families import SCRIPTS
+
 from qdiff.cli.script import sampling_script
 
-main = sampling_script(
-    "sample_diffusion_ldm",
-    __doc__,
-    add_unconditional_options,
-    "ldm.command:UnconditionalModel",
-    preset="configs/eda-dm/bedroom.yaml",
-)
+main = sampling_script(SCRIPTS["sample_diffusion_ldm"], __doc__)
 
 if __name__ == "__main__":
     main()

@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
-from ldm.options import add_class_options
+from families import SCRIPTS
+
 from qdiff.cli.script import sampling_script
 
-main = sampling_script(
-    "sample_diffusion_ldm_imagenet",
-    __doc__,
-    add_class_options,
-    "ldm.command:ClassModel",
-    preset="configs/eda-dm/imagenet.yaml",
-)
+main = sampling_script(SCRIPTS["sample_diffusion_ldm_imagenet"], __doc__)
 
 if __name__ == "__main__":
     main()

@@ -11,16 +11,11 @@ from __future__ import annotations
 
 import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
-from ldm.options import add_caption_options
+from families import SCRIPTS
+
 from qdiff.cli.script import sampling_script
 
-main = sampling_script(
-    "sample_txt2img",
-    __doc__,
-    add_caption_options,
-    "ldm.command:CaptionModel",
-    preset="configs/eda-dm/stable-diffusion.yaml",
-)
+main = sampling_script(SCRIPTS["sample_txt2img"], __doc__)
 
 if __name__ == "__main__":
     main()

@@ -12,17 +12,11 @@ from __future__ import annotations
 
 import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
-from ldm.options import add_text_options
+from families import SCRIPTS
+
 from qdiff.cli.script import sampling_script
 
-main = sampling_script(
-    "txt2img",
-    __doc__,
-    add_text_options,
-    "ldm.command:TextModel",
-    folder=("--outdir", "-l", "--logdir"),
-    preset="configs/eda-dm/stable-diffusion.yaml",
-)
+main = sampling_script(SCRIPTS["txt2img"], __doc__)
 
 if __name__ == "__main__":
     main()

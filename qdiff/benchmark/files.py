@@ -17,12 +17,12 @@ from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.parity import LAST_BITS, last_bits_moved
 from qdiff.cli.runtime import wrapped
-from qdiff.cli.script import LIKE, load_object
+from qdiff.cli.script import Script
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.io.tensor_files import is_pickle, read_safetensors
 from qdiff.methods import linear, modiff
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.random_weights import randomised
 
@@ -35,18 +35,20 @@ class Job:
     """What is measured, as every process of a benchmark gets it.
 
     Attributes:
+        script: whose model it is.
         args: the options of scripts/benchmark.py.
         plan: what they say of quantization.
         folder: where files are written.
     """
 
+    script: Script
     args: Namespace
     plan: PtqPlan
     folder: Path
 
-    def model(self) -> FloatModel:
-        """Return the family's part, without weights."""
-        return load_object(LIKE[self.args.like][1])(self.args)
+    def pipeline(self) -> Pipeline:
+        """Return the model's pipeline, without weights."""
+        return self.script.pipeline_of(self.args)
 
     @property
     def takes_checkpoint(self) -> bool:
@@ -64,7 +66,7 @@ class Job:
 
     @property
     def conditions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Conditions of one batch, as `FloatModel.conditions` gives them."""
+        """Conditions of one batch, as `Pipeline.conditions` gives them."""
         return self._given["conditions"]
 
     def outputs(self, name: str) -> list[Tensor]:
@@ -82,7 +84,7 @@ class Job:
 
     def float_network(self, copied: bool = False) -> nn.Module:
         """Return the float network, its weights where the file is mapped, or in memory of its own."""
-        network, _ = self.model().build_network()
+        network, _ = self.pipeline().build_network()
         state = read_safetensors(self.path(FLOAT))
         if copied:
             state = {name: state.pop(name).clone() for name in list(state)}
@@ -101,31 +103,31 @@ def write_checkpoints(job: Job) -> list[str]:
     """Write the float32 file, the quantized one and the inputs; return the model's notes."""
     from safetensors.torch import save_file
 
-    model, is_random = job.model(), job.args.random
+    pipeline, is_random = job.pipeline(), job.args.random
     if is_random:
-        network, context_shape = model.build_network()
+        network, context_shape = pipeline.build_network()
         network, conditions = _with_biases(randomised(network)), (None, None)
     else:
-        model.load(torch.device("cpu"))
-        network, context_shape = model.network, model.context_shape
-        conditions = model.conditions(range(job.args.batch), calibration=False)
+        pipeline.load(torch.device("cpu"))
+        network, context_shape = pipeline.network, pipeline.context_shape
+        conditions = pipeline.conditions(range(job.args.batch), calibration=False)
     network.eval().requires_grad_(False)
     save_file({name: value.float().contiguous() for name, value in network.state_dict().items()}, job.path(FLOAT))
-    inputs = _inputs(model, context_shape, job.args.batch)
+    inputs = _inputs(pipeline, context_shape, job.args.batch)
     calls = _checked_calls(inputs, job.plan.quant)
     outputs = {FLOAT: [network(*given) for given in calls]}
     qnn = QuantModel(network, job.plan.quant)
     if is_random:
-        _calibrate_on_noise(qnn, job.plan, _inputs(model, context_shape, RANDOM_SAMPLES))
+        _calibrate_on_noise(qnn, job.plan, _inputs(pipeline, context_shape, RANDOM_SAMPLES))
     else:
-        load_checkpoint(qnn, job.plan.checkpoint, probe=model.probe)
+        load_checkpoint(qnn, job.plan.checkpoint, probe=pipeline.probe)
     if not job.takes_checkpoint:
         save_checkpoint(qnn, job.path(NATIVE))
     for name, moved in ((NATIVE, contextlib.nullcontext()), (LAST_BITS, last_bits_moved(qnn))):
         with qnn.quantized(), qnn.trajectory(), moved:
             outputs[name] = [qnn(*given) for given in calls]
     torch.save({"inputs": inputs, "conditions": conditions, "outputs": outputs}, job.folder / "inputs.pt")
-    return model.notes
+    return pipeline.notes
 
 
 @torch.no_grad()
@@ -153,9 +155,9 @@ def file_bytes(job: Job, name: str) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def _inputs(model: FloatModel, context_shape: tuple[int, ...] | None, count: int) -> tuple[Tensor, ...]:
+def _inputs(pipeline: Pipeline, context_shape: tuple[int, ...] | None, count: int) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    x, t = torch.randn(count, *model.input_shape, generator=generator), torch.linspace(0, 999, count)
+    x, t = torch.randn(count, *pipeline.input_shape, generator=generator), torch.linspace(0, 999, count)
     return (x, t) if context_shape is None else (x, t, torch.randn(count, *context_shape, generator=generator))
 
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qdiff.cli.script import Scripts
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable, written_whole
 
@@ -55,7 +56,7 @@ class Part:
     Attributes:
         title: in the table.
         seconds: that it may take.
-        function: ``module:name`` of ``function(args) → lines``, run in the part's own process.
+        function: ``module:name`` of ``function(args, scripts) → lines``, run in the part's own process.
         needs: packages, by the names they are imported by.
     """
 
@@ -125,11 +126,11 @@ def run_check(args: Namespace) -> bool:
     return not any((r.trouble and not r.skipped) or any(line.good is False for line in r.lines) for r in results)
 
 
-def run_part(name: str, args: Namespace) -> None:
+def run_part(name: str, args: Namespace, scripts: Scripts) -> None:
     """In the process of a part: write its lines to the part's file, one as soon as it is there."""
     module, function = PARTS[name].function.split(":")
     with _lines_file(Path(args.out), name).open("w") as file:
-        for line in getattr(importlib.import_module(module), function)(args):
+        for line in getattr(importlib.import_module(module), function)(args, scripts):
             file.write(json.dumps(asdict(line)) + "\n")
             file.flush()
 

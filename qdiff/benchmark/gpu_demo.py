@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qdiff.benchmark.gpu_check import REPOSITORY, Line
+from qdiff.cli.script import Scripts
 from qdiff.cli.table_file import read_yaml
 from qdiff.errors import UserError
 
@@ -31,7 +32,7 @@ SMALL = {
 }
 
 
-def demo_lines(args: Namespace) -> Iterator[Line]:
+def demo_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Run the demo's table on the device and compare it.
 
     Raises:

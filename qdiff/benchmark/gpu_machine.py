@@ -13,9 +13,10 @@ import torch
 from qdiff.benchmark.gpu_check import Line
 from qdiff.benchmark.machine import describe_machine, machine_text
 from qdiff.cli.processes import choose_device
+from qdiff.cli.script import Scripts
 
 
-def machine_lines(args: Namespace) -> Iterator[Line]:
+def machine_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Yield what the device is, and in which precision float32 is computed.
 
     Raises:

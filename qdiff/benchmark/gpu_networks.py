@@ -16,9 +16,9 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.cli.options.ptq import PtqPlan, add_ptq_options, resolve_ptq
 from qdiff.cli.processes import choose_device
-from qdiff.cli.script import LIKE, load_object, parser_like
+from qdiff.cli.script import Scripts, parser_like
 from qdiff.methods import qdiffusion
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.random_weights import randomised
 
@@ -63,24 +63,24 @@ QUANT = (
 )
 
 
-def cifar10_lines(args: Namespace) -> Iterator[Line]:
+def cifar10_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Yield the lines of the CIFAR-10 UNet."""
-    return _lines(SMALL_DDIM if args.small else CIFAR10, args.device)
+    return _lines(SMALL_DDIM if args.small else CIFAR10, args.device, scripts)
 
 
-def stable_diffusion_lines(args: Namespace) -> Iterator[Line]:
+def stable_diffusion_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Yield the lines of Stable Diffusion's UNet."""
-    return _lines(SMALL_TEXT if args.small else STABLE_DIFFUSION, args.device)
+    return _lines(SMALL_TEXT if args.small else STABLE_DIFFUSION, args.device, scripts)
 
 
-def _lines(size: Size, device_name: str) -> Iterator[Line]:
+def _lines(size: Size, device_name: str, scripts: Scripts) -> Iterator[Line]:
     device = choose_device(device_name)
-    model, plan = _model_and_plan(size)
-    network, context_shape = model.build_network()
+    pipeline, plan = _pipeline_and_plan(size, scripts)
+    network, context_shape = pipeline.build_network()
     network = randomised(network).to(device).eval().requires_grad_(False)
-    shapes = (model.input_shape, context_shape)
+    shapes = (pipeline.input_shape, context_shape)
     parameters = sum(p.numel() for p in network.parameters())
-    yield Line("network", f"{parameters / 1e6:.0f} million random weights, input {list(model.input_shape)}")
+    yield Line("network", f"{parameters / 1e6:.0f} million random weights, input {list(pipeline.input_shape)}")
     inputs = _inputs(size.batch, shapes, device)
     half = torch.autocast(device.type, dtype=torch.bfloat16)
     yield _called("float32", network, inputs)
@@ -101,17 +101,17 @@ def _lines(size: Size, device_name: str) -> Iterator[Line]:
         yield _called("W4A8 simulated, bfloat16 (autocast)", qnn, inputs)
 
 
-def _model_and_plan(size: Size) -> tuple[FloatModel, PtqPlan]:
+def _pipeline_and_plan(size: Size, scripts: Scripts) -> tuple[Pipeline, PtqPlan]:
     words = ["--like", size.like, *size.words, *QUANT]
-    parser = parser_like(None, words)
+    parser = parser_like(None, words, scripts)
     add_ptq_options(parser, resume=False)
     args = parser.parse_args(words)
     args.batch_size = size.batch
     args.cali_iters = args.cali_iters_a = size.iterations
     args.cali_st, args.cali_n = 1, size.samples
-    model: FloatModel = load_object(LIKE[size.like][1])(args)
-    plan = resolve_ptq(args, model.weight_range, model.act_range)
-    return model, plan
+    pipeline: Pipeline = scripts[size.like].pipeline_of(args)
+    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
+    return pipeline, plan
 
 
 def _inputs(count: int, shapes: tuple[tuple[int, ...], tuple[int, ...] | None], device: torch.device) -> tuple:

@@ -10,20 +10,21 @@ from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
 from qdiff.benchmark.gpu_check import REPOSITORY, Line
+from qdiff.cli.script import Scripts
 
 SCRIPT_TESTS = ("test_sample_diffusion_ddim", "test_sample_ldm_imagenet", "test_txt2img")
 SMALL_TESTS = ("-k", "test_sequence_writes_every_step")
 OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
-def marked_tests(args: Namespace) -> Iterator[Line]:
+def marked_tests(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Run the tests that are marked ``gpu``; only the files that have one are collected."""
     tests = REPOSITORY / "tests"
     files = [p for p in sorted(tests.rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text()]
     yield _tested("pytest -m gpu", [*map(str, files), "-m", "gpu"], args.device)
 
 
-def script_tests(args: Namespace) -> Iterator[Line]:
+def script_tests(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Run script tests on the device, file by file."""
     for name in SCRIPT_TESTS[:1] if args.small else SCRIPT_TESTS:
         words = [str(REPOSITORY / "tests" / "scripts" / f"{name}.py"), *(SMALL_TESTS if args.small else ())]

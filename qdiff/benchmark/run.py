@@ -22,24 +22,25 @@ from qdiff.benchmark.variants import BASE, VARIANTS, chosen_variants, open_varia
 from qdiff.cli.document import DocumentBlock
 from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
 from qdiff.cli.runtime import check_weight_cache
-from qdiff.cli.script import LIKE, load_object
+from qdiff.cli.script import Scripts
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable
-from qdiff.io.tensor_files import is_pickle
+from qdiff.io.tensor_files import check_readable
 from qdiff.methods.registry import METHODS
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.process_memory import FreshProcess
 
 SAMPLING = "sampling"
 WRITES = ("--out", "--document", "--table")
 
 
-def run_benchmark(args: Namespace, arguments: Sequence[str]) -> None:
+def run_benchmark(args: Namespace, arguments: Sequence[str], scripts: Scripts) -> None:
     """Measure, print the table, and write what was asked for.
 
     Args:
         arguments: what ``args`` was parsed from.
+        scripts: that ``--like`` names.
 
     Raises:
         UserError: options that contradict each other, or files that cannot be read or written.
@@ -49,17 +50,17 @@ def run_benchmark(args: Namespace, arguments: Sequence[str]) -> None:
         block = DocumentBlock(args.document, args.table)
     if args.out is not None:
         check_writable(args.out)
-    model, plan = _resolved(args)
+    pipeline, plan = _resolved(args, scripts)
     machine = describe_machine(args.threads)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
-        rows = measure(Job(args, plan, Path(folder)), variants)
+        rows = measure(Job(scripts[args.like], args, plan, Path(folder)), variants)
     about = {
-        "model": f"{model.name}{', random weights' if args.random else ''}",
+        "model": f"{pipeline.name}{', random weights' if args.random else ''}",
         "quant": widths(plan.quant),
         "config": plan.quant.to_dict(),
         "measure": args.measure,
         "batch": args.batch,
-        "calls": model.calls,
+        "calls": pipeline.calls,
         "repeats": args.repeats,
         "machine": machine,
         "date": datetime.date.today().isoformat(),
@@ -73,7 +74,7 @@ def run_benchmark(args: Namespace, arguments: Sequence[str]) -> None:
         block.replace(text)
 
 
-def _resolved(args: Namespace) -> tuple[FloatModel, PtqPlan]:
+def _resolved(args: Namespace, scripts: Scripts) -> tuple[Pipeline, PtqPlan]:
     """Check the options, fill in what they imply, and return what is measured."""
     for option, least in (("batch", 1), ("repeats", 0), ("threads", 1)):
         value = getattr(args, option)
@@ -84,21 +85,21 @@ def _resolved(args: Namespace) -> tuple[FloatModel, PtqPlan]:
         _imply_random(args)
     args.threads = args.threads or torch.get_num_threads()
     args.batch_size = args.batch
-    model = load_object(LIKE[args.like][1])(args)
-    plan = resolve_ptq(args, model.weight_range, model.act_range)
+    pipeline = scripts[args.like].pipeline_of(args)
+    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or (plan.action != "load" and not args.random):
         raise UserError("a calibrated network is what is measured; give --ptq and --cali_ckpt PATH, or --random")
     if plan.checkpoint is not None:
-        is_pickle(Path(plan.checkpoint))  # it is there and can be read
+        check_readable(plan.checkpoint)
     if plan.quant.modulate and args.measure != SAMPLING:
         raise UserError("--modulate is about changes from step to step, which one call has not; add --measure sampling")
-    model.check_modulation(plan.quant)
-    if args.random and model.conditional and args.measure == SAMPLING:
+    pipeline.check_modulation(plan.quant)
+    if args.random and pipeline.conditional and args.measure == SAMPLING:
         raise UserError(
             f"--like {args.like} samples with conditions, which need an encoder's file; leave out --random and give "
             "--ckpt, or leave out --measure sampling"
         )
-    return model, plan
+    return pipeline, plan
 
 
 def _imply_random(args: Namespace) -> None:

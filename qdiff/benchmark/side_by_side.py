@@ -9,13 +9,12 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qdiff.benchmark.machine import machine_text
 from qdiff.benchmark.timing import Spread
-from qdiff.cli.script import LIKE
 from qdiff.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
@@ -24,16 +23,19 @@ Together = Callable[[Sequence[str], Sequence[Path], int], None]
 """Runs a command once for every run folder, all at the same time, with so many threads each."""
 
 
-def check_command(command: Sequence[str]) -> list[str]:
+def check_command(command: Sequence[str], scripts: Collection[str]) -> list[str]:
     """Return the command of a sampling script without the ``--`` before it.
+
+    Args:
+        scripts: the names of all sampling scripts.
 
     Raises:
         UserError: it names no sampling script, or a run folder of its own.
     """
     words = list(command[1:] if command[:1] == ["--"] else command)
-    if not words or words[0] not in LIKE:
+    if not words or words[0] not in scripts:
         named = words[0] if words else "nothing"
-        raise UserError(f"the command begins with {named}; name a sampling script first, one of {', '.join(LIKE)}")
+        raise UserError(f"the command begins with {named}; name a sampling script first, one of {', '.join(scripts)}")
     for folder in ("-l", "--logdir", "--outdir"):
         if folder in words:
             raise UserError(f"the command has {folder}; leave it out, every run gets a folder of its own")

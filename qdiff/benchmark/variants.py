@@ -16,7 +16,7 @@ from qdiff.checkpoint import load_packed
 from qdiff.cli.options.parser import chosen_runtimes
 from qdiff.cli.parity import LAST_BITS
 from qdiff.errors import UserError
-from qdiff.pipeline import FloatModel, Network, trajectory_of
+from qdiff.pipeline import Network, Pipeline, trajectory_of
 
 BASE = "float"
 # Relative L2 error of a call. Float variants differ by summation order only; quantized ones also
@@ -45,7 +45,7 @@ def _simulated(job: Job) -> Network:
 
 def _packed(integer: bool) -> Callable[[Job], Network]:
     def opened(job: Job) -> Network:
-        network, _ = job.model().build_network()
+        network, _ = job.pipeline().build_network()
         cache = 0 if integer else int(job.args.weight_cache * 2**20)
         return _for_good(
             load_packed(network.eval(), job.path(NATIVE), job.plan.quant, cache_bytes=cache, integer=integer)
@@ -122,8 +122,8 @@ class Opened:
         batch: images of a sampling.
     """
 
-    def __init__(self, network: Network, model: FloatModel | None, inputs: tuple[Tensor, ...], batch: int) -> None:
-        self._network, self._model, self._inputs, self._batch = network, model, inputs, batch
+    def __init__(self, network: Network, pipeline: Pipeline | None, inputs: tuple[Tensor, ...], batch: int) -> None:
+        self._network, self._pipeline, self._inputs, self._batch = network, pipeline, inputs, batch
         self._calls = 0
         self.turn()
 
@@ -135,11 +135,11 @@ class Opened:
     def turn(self, clock: Callable[[], float] = time.perf_counter) -> tuple[float, int]:
         """Call the network once, or sample one batch; return the seconds and the network calls."""
         self._calls, started = 0, clock()
-        if self._model is None:
+        if self._pipeline is None:
             self._counted(*self._inputs)
         else:
             with trajectory_of(self._network):
-                self._model.trajectory(self._counted, range(self._batch))
+                self._pipeline.sample(self._counted, range(self._batch))
         return clock() - started, self._calls
 
 
@@ -172,7 +172,7 @@ def prepare(job: Job, name: str) -> None:
     for package in ("safetensors.torch", *VARIANTS[name].imports):
         with contextlib.suppress(ImportError):  # said when it is opened
             importlib.import_module(package)
-    job.model().build_network()
+    job.pipeline().build_network()
     _ = job.inputs
     torch.zeros_like(torch.empty(1, device="meta"))  # its first use imports sympy, 38 MB
     with torch.no_grad():
@@ -187,12 +187,12 @@ def open_variant(job: Job, name: str) -> Opened:
         UserError: it cannot run, or computes something else; the message says why.
     """
     try:
-        network, model = VARIANTS[name].open(job), None
+        network, pipeline = VARIANTS[name].open(job), None
         _check(network, job, name)
         if job.args.measure == "sampling":
-            model = job.model()
-            model.encoded = job.conditions
-        return Opened(network, model, job.inputs, job.args.batch)
+            pipeline = job.pipeline()
+            pipeline.encoded = job.conditions
+        return Opened(network, pipeline, job.inputs, job.args.batch)
     except UserError:
         raise
     except Exception as error:  # whatever a compiler or a kernel raises, which may not survive another process

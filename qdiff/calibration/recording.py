@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-
-class OnCall(Protocol):
-    """Told of every network call of a sampling run, before guidance doubles the batch."""
-
-    def __call__(
-        self, x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None
-    ) -> None:
-        """x [N, C, H, W], t [N]; where conditional [N, L, D], and the same where guidance uses "no condition"."""
-
+from qdiff.sampling.interface import OnCall
 
 Sample = Callable[[OnCall, Sequence[int]], object]
 """``sample(on_call, indices)`` runs the whole sampler for the images numbered ``indices``."""

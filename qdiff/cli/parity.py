@@ -23,7 +23,7 @@ from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
 from qdiff.io.images import to_uint8
 from qdiff.modes import leaves
-from qdiff.pipeline import FloatModel, Network
+from qdiff.pipeline import Network, Pipeline
 from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:
@@ -73,14 +73,14 @@ class Parity:
     identical: int
 
 
-def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dict[str, str]]:
+def resolve(args: Namespace, pipeline: Pipeline) -> tuple[PtqPlan, list[str], dict[str, str]]:
     """Return the plan of a command's options, the runtimes to compare, and why each of the others is left out.
 
     Raises:
         UserError: no finished checkpoint is named, or a runtime is named that is none, is not installed or cannot run
             such a network; or ``--onnx`` does not fit.
     """
-    plan = resolve_ptq(args, model.weight_range, model.act_range)
+    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or plan.action != "load":
         raise UserError("a calibrated network is what is compared; give --ptq and --cali_ckpt PATH")
     if args.images < 1:
@@ -105,7 +105,7 @@ def resolve(args: Namespace, model: FloatModel) -> tuple[PtqPlan, list[str], dic
 
 @torch.no_grad()
 def compare(
-    model: FloatModel,
+    pipeline: Pipeline,
     plan: PtqPlan,
     runtimes: Sequence[str],
     images: int,
@@ -123,22 +123,22 @@ def compare(
         ``timesteps`` of the sampler's calls; ``rows``, by network the values of a `Parity`: `FLOAT` and `LAST_BITS` for
         scale (the simulated network with `last_bits_moved`: what another order of summation does), then the runtimes.
     """
-    model.load(choose_device(device))
-    qnn = QuantModel(model.network, plan.quant)
-    load_checkpoint(qnn, plan.checkpoint, probe=model.probe)
+    pipeline.load(choose_device(device))
+    qnn = QuantModel(pipeline.network, plan.quant)
+    load_checkpoint(qnn, plan.checkpoint, probe=pipeline.probe)
     # Before anything is packed, and before the long work: a file may not fit.
-    networks = _exported(model, qnn, [name for name in runtimes if name in ONNX_RUNTIMES], onnx)
-    batches = list(_simulated(model, qnn, images))
-    found = {FLOAT: measure(model, qnn, batches, qnn.trajectory)}
+    networks = _exported(pipeline, qnn, [name for name in runtimes if name in ONNX_RUNTIMES], onnx)
+    batches = list(_simulated(pipeline, qnn, images))
+    found = {FLOAT: measure(pipeline, qnn, batches, qnn.trajectory)}
     with qnn.quantized(), last_bits_moved(qnn):
-        found[LAST_BITS] = measure(model, qnn, batches, qnn.trajectory)
+        found[LAST_BITS] = measure(pipeline, qnn, batches, qnn.trajectory)
     for name in runtimes:
         if name in networks:
-            found[name] = measure(model, networks[name], batches, networks[name].trajectory)
+            found[name] = measure(pipeline, networks[name], batches, networks[name].trajectory)
             continue
         qnn.pack_weights(integer=name == "torch-int8")  # for good
         with qnn.quantized():
-            found[name] = measure(model, qnn, batches, qnn.trajectory)
+            found[name] = measure(pipeline, qnn, batches, qnn.trajectory)
     return {
         "timesteps": [float(t[0]) for _, t, *_ in batches[0].calls],
         "rows": {name: asdict(parity) for name, parity in found.items()},
@@ -146,7 +146,7 @@ def compare(
 
 
 def _exported(
-    model: FloatModel, qnn: QuantModel, names: Sequence[str], given: str | Path | None
+    pipeline: Pipeline, qnn: QuantModel, names: Sequence[str], given: str | Path | None
 ) -> dict[str, OnnxNetwork]:
     """Return the network in ONNX runtimes, from a file or exported for them."""
     if not names:
@@ -155,7 +155,7 @@ def _exported(
     from qdiff.deploy.runtimes import OnnxNetwork
 
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
-        shapes = (model.input_shape, model.context_shape)
+        shapes = (pipeline.input_shape, pipeline.context_shape)
         if given is not None:
             return {name: OnnxNetwork(given, name, qnn=qnn, shapes=shapes) for name in names}
         path = Path(folder) / "model.onnx"
@@ -163,17 +163,17 @@ def _exported(
         return {name: OnnxNetwork(path, name) for name in names}
 
 
-def _simulated(model: FloatModel, qnn: QuantModel, images: int) -> Iterator[Sampled]:
+def _simulated(pipeline: Pipeline, qnn: QuantModel, images: int) -> Iterator[Sampled]:
     with qnn.quantized():  # once: entering dequantizes every weight
-        for first in range(0, images, model.batch_size):
-            rows, calls, eps = range(first, min(first + model.batch_size, images)), [], []
+        for first in range(0, images, pipeline.batch_size):
+            rows, calls, eps = range(first, min(first + pipeline.batch_size, images)), [], []
 
             def listened(*inputs: Tensor, calls: list = calls, eps: list = eps) -> Tensor:
                 calls.append(inputs)
                 eps.append(qnn(*inputs))
                 return eps[-1]
 
-            made = _images(model, listened, rows, qnn.trajectory)
+            made = _images(pipeline, listened, rows, qnn.trajectory)
             yield Sampled(rows, calls, eps, made)
 
 
@@ -194,13 +194,13 @@ def last_bits_moved(qnn: QuantModel) -> Iterator[None]:
             hook.remove()
 
 
-def _images(model: FloatModel, network: Network, rows: Sequence[int], trajectory: Trajectory) -> np.ndarray:
+def _images(pipeline: Pipeline, network: Network, rows: Sequence[int], trajectory: Trajectory) -> np.ndarray:
     with trajectory():
-        return to_uint8(model.to_images(model.trajectory(network, rows)))
+        return to_uint8(pipeline.to_images(pipeline.sample(network, rows)))
 
 
 @torch.no_grad()
-def measure(model: FloatModel, network: Network, batches: Sequence[Sampled], trajectory: Trajectory) -> Parity:
+def measure(pipeline: Pipeline, network: Network, batches: Sequence[Sampled], trajectory: Trajectory) -> Parity:
     """Compare a network with what the simulated one sampled.
 
     Args:
@@ -214,7 +214,7 @@ def measure(model: FloatModel, network: Network, batches: Sequence[Sampled], tra
             for i, (inputs, expected) in enumerate(zip(batch.calls, batch.eps, strict=True)):
                 errors[i] += float((network(*inputs).double() - expected.double()).square().sum())
                 squares[i] += float(expected.double().square().sum())
-        psnr.append(image_psnr(_images(model, network, batch.rows, trajectory), batch.images))
+        psnr.append(image_psnr(_images(pipeline, network, batch.rows, trajectory), batch.images))
     by_call, each = np.sqrt(errors / squares), np.concatenate(psnr)
     same = int(np.isinf(each).sum())
     return Parity(

@@ -56,7 +56,7 @@ class Quantization:
         image_shape: (C, H, W) of the network's input.
         context_shape: (L, D) of the context that a conditional network takes, else None.
         training_steps: T; a recording with a timestep of T or later is refused. None does not look.
-        probe: makes inputs of the network (`FloatModel.probe`), by which the activation widths of a published file are
+        probe: makes inputs of the network (`Pipeline.probe`), by which the activation widths of a published file are
             checked; None does not check them.
 
     Attributes:

@@ -16,7 +16,7 @@ from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.io.tensor_files import is_pickle
 from qdiff.kernels.integer_matmul import check_integer_products
-from qdiff.pipeline import FloatModel, Network
+from qdiff.pipeline import Network, Pipeline
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -99,7 +99,7 @@ def pack(args: Namespace, qnn: QuantModel) -> None:
         qnn.pack_weights(int(args.weight_cache * 2**20), integer=args.runtime == "torch-int8")
 
 
-def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
+def onnx_network(args: Namespace, pipeline: Pipeline, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
     """Return the network as a runtime computes it, exported where that was not done yet.
 
     Args:
@@ -115,7 +115,7 @@ def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Pa
     from qdiff.deploy.runtimes import OnnxNetwork
 
     path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
-    shapes = (model.input_shape, model.context_shape)
+    shapes = (pipeline.input_shape, pipeline.context_shape)
     is_new = args.onnx is None and not path.is_file() and processes.is_first
     if is_new:
         log.info("exporting to %s", path)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from qdiff.calibration.collect import record_evenly
 from qdiff.calibration.samples import network_calls
 from qdiff.checkpoint import load_checkpoint
 from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
@@ -14,7 +15,7 @@ from qdiff.cli.processes import choose_device
 from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
 from qdiff.evaluation.noise_error import measure_trajectory_error
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 
 VARIANTS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
@@ -25,13 +26,13 @@ VARIANTS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
 }
 
 
-def resolve(args: Namespace, model: FloatModel) -> PtqPlan:
+def resolve(args: Namespace, pipeline: Pipeline) -> PtqPlan:
     """Return the plan of a command's options, checked for what is shown here.
 
     Raises:
         UserError: no finished weights are named, or the ranges are not dynamic.
     """
-    plan = resolve_ptq(args, model.weight_range, model.act_range)
+    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or not plan.quant.act_dynamic:
         raise UserError(
             "this compares dynamic ranges with and without modulation; give --ptq --quant_act --quant_mode dynamic"
@@ -43,7 +44,7 @@ def resolve(args: Namespace, model: FloatModel) -> PtqPlan:
     return plan
 
 
-def step_errors(model: FloatModel, plan: PtqPlan, images: int, device: str | None) -> dict[str, Any]:
+def step_errors(pipeline: Pipeline, plan: PtqPlan, images: int, device: str | None) -> dict[str, Any]:
     """Run every variant along the same trajectories of the float model.
 
     Args:
@@ -53,8 +54,8 @@ def step_errors(model: FloatModel, plan: PtqPlan, images: int, device: str | Non
         ``timesteps`` of the sampler's calls; ``errors``, by variant the mean squared difference of ε from float at each
         call; ``fired``, by variant the share of (activation quantizer, call) pairs in which it quantized; ``images``.
     """
-    model.load(choose_device(device))
-    recording = model.record(model.calls, images, show_progress=False)
+    pipeline.load(choose_device(device))
+    recording = record_evenly(pipeline, pipeline.calls, images, show_progress=False)
     calls = network_calls(recording)
     found: dict[str, Any] = {
         "timesteps": [float(t[0]) for t in recording["ts"]],
@@ -63,10 +64,10 @@ def step_errors(model: FloatModel, plan: PtqPlan, images: int, device: str | Non
         "images": images,
     }
     for name, change in VARIANTS.items():
-        model.load(model.device)  # wrapping replaces the network's layers
-        qnn = QuantModel(model.network, change(plan.quant))
+        pipeline.load(pipeline.device)  # wrapping replaces the network's layers
+        qnn = QuantModel(pipeline.network, change(plan.quant))
         load_checkpoint(qnn, plan.checkpoint)
-        found["errors"][name] = measure_trajectory_error(qnn, calls, range(len(calls)), precision=model.precision)[
+        found["errors"][name] = measure_trajectory_error(qnn, calls, range(len(calls)), precision=pipeline.precision)[
             "by_call"
         ]
         counts = [quantizer.fired for quantizer in qnn.act_quantizers().values()]

@@ -78,6 +78,11 @@ def is_pickle(path: Path) -> bool:
     return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{") or tarfile.is_tarfile(path)
 
 
+def check_readable(path: str | Path) -> None:
+    """Raise a `UserError` where a checkpoint is missing, empty or cannot be opened: before any long work."""
+    is_pickle(Path(path))
+
+
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a ``torch.save``d state dict without running code from it; large files are mapped into memory.
 

@@ -1,12 +1,19 @@
-"""Samplers: functions of (noise prediction, x_T, schedule, noise source). They know of no network."""
+"""Sampling: samplers as functions of (ε, x_T, schedule, …), and one front for them. Nothing here knows a model family.
 
-from qdiff.sampling.ddim import sample_generalized
+sampler = Sampler(schedule, (3, 32, 32), SamplerOptions("ddim", steps=100), seed=1234)
+images = sampler(network, rows=range(16), device="cuda")
+"""
+
+from qdiff.sampling.ddim import sample_ddim
 from qdiff.sampling.ddpm import sample_ddpm_noisy
 from qdiff.sampling.dpm_solver import SolverMethod, sample_dpm_solver
-from qdiff.sampling.interface import NoisePrediction, NoiseSource, OnStep
+from qdiff.sampling.guidance import guided
+from qdiff.sampling.interface import Network, NoisePrediction, NoiseSource, OnCall, OnStep
 from qdiff.sampling.noise import CALIBRATION_STREAM, ImageNoise
 from qdiff.sampling.parameterization import Parameterization, as_noise_prediction, training_target
 from qdiff.sampling.plms import plms_calls, sample_plms
+from qdiff.sampling.registry import SAMPLERS, SamplerOptions, find_sampler
+from qdiff.sampling.sampler import Sampler
 from qdiff.sampling.schedule import (
     BetaKind,
     DiffusionSchedule,
@@ -17,21 +24,28 @@ from qdiff.sampling.schedule import (
 
 __all__ = [
     "CALIBRATION_STREAM",
+    "SAMPLERS",
     "BetaKind",
     "DiffusionSchedule",
     "ImageNoise",
+    "Network",
     "NoisePrediction",
     "NoiseSource",
+    "OnCall",
     "OnStep",
     "Parameterization",
+    "Sampler",
+    "SamplerOptions",
     "SkipKind",
     "SolverMethod",
     "as_noise_prediction",
+    "find_sampler",
+    "guided",
     "make_beta_schedule",
     "plms_calls",
+    "sample_ddim",
     "sample_ddpm_noisy",
     "sample_dpm_solver",
-    "sample_generalized",
     "sample_plms",
     "select_timesteps",
     "training_target",

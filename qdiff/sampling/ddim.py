@@ -13,7 +13,7 @@ from qdiff.sampling.interface import NoisePrediction, NoiseSource, OnStep
 from qdiff.sampling.schedule import DiffusionSchedule
 
 
-def sample_generalized(
+def sample_ddim(
     eps: NoisePrediction,
     x_T: Tensor,
     schedule: DiffusionSchedule,

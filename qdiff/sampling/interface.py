@@ -7,6 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+Network = Callable[..., Tensor]
+"""``network(x, t[, context])``, float or quantized: what it was trained to predict of x [N, C, H, W] at t [N]."""
+
 NoisePrediction = Callable[[Tensor, Tensor], Tensor]
 """``eps(x, t)``: the noise prediction ε_θ. x [N, C, H, W], t [N], result shaped like x. Conditions and
 classifier-free guidance are closed over by the caller; no sampler knows of them."""
@@ -23,3 +26,12 @@ class NoiseSource(Protocol):
     def draw(self) -> Tensor:
         """Return fresh standard normal noise [N, C, H, W]."""
         ...
+
+
+class OnCall(Protocol):
+    """Told of every network call of a sampling run, before guidance doubles the batch."""
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None
+    ) -> None:
+        """x [N, C, H, W], t [N]; where conditional [N, L, D], and the same where guidance uses "no condition"."""

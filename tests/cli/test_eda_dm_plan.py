@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,7 +18,7 @@ from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.ptq4dm import Ptq4dmConfig
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 
 
 def parsed(*words):
@@ -253,13 +254,15 @@ def test_dict_is_json_and_holds_what_decides_the_result():
 
 
 def command(tmp_path, *words, preset=None, section=None):
-    class Model(FloatModel):
-        name, count, batch_size, calls, config = "model", 1, 1, 4, {}
+    class Model(Pipeline):
+        calls, config = 4, {}
         eda_dm = section or {}
 
     path = tmp_path / "preset.yaml"
     path.write_text(yaml.safe_dump(preset or {}))
-    return SampleCommand("script", Model(parsed("--ptq", *words)), str(path)).plan
+    return SampleCommand(
+        "script", Model("model", SimpleNamespace(seed=0), 1, 1), parsed("--ptq", *words), str(path)
+    ).plan
 
 
 def test_command_line_before_model_before_preset(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +13,7 @@ from qdiff.cli.sample import SampleCommand
 from qdiff.config import Ablation, RangeMethod, ScalePer
 from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 
 W4A4 = ("--weight_bit", 4, "--quant_act", "--act_bit", 4)
 DYNAMIC = ("--quant_mode", "dynamic")
@@ -219,11 +220,11 @@ def test_dict_is_json_and_holds_what_decides_the_result():
 
 
 def command(*words, calls=4):
-    class Model(FloatModel):
-        name, count, batch_size, config = "model", 1, 1, {}
+    class Model(Pipeline):
+        config = {}  # noqa: RUF012
 
     Model.calls = calls
-    return SampleCommand("script", Model(parsed(*words)))
+    return SampleCommand("script", Model("model", SimpleNamespace(seed=0), 1, 1), parsed(*words))
 
 
 def test_what_generate_records():

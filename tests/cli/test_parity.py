@@ -20,7 +20,7 @@ from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PSNR_CAP
 from qdiff.methods import linear
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 
 TIMES = (900.0, 500.0, 100.0)
@@ -31,7 +31,7 @@ W4A8 = ("--weight_bit", 4, "--quant_act", "--quant_mode", "linear")
 DYNAMIC = ("--weight_bit", 4, "--quant_act", "--quant_mode", "dynamic")
 
 
-class Tiny(FloatModel):
+class Tiny(Pipeline):
     """A tiny network and a sampler of three steps; image i starts from noise of its own."""
 
     name, batch_size, input_shape = "tiny", 2, (1, 8, 8)
@@ -43,8 +43,8 @@ class Tiny(FloatModel):
     def load(self, device: torch.device) -> None:
         self.network, self.device = copy.deepcopy(self.float_network), device
 
-    def trajectory(self, network, indices, calibration=False, on_call=None, on_step=None):
-        x = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in indices])
+    def sample(self, network, rows, calibration=False, on_call=None, on_step=None):
+        x = torch.stack([torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in rows])
         for time in TIMES:
             x = x - 0.4 * network(x, torch.full((len(x),), time))
         return x.tanh()

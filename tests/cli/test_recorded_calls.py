@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qdiff.calibration.collect import record_evenly, recorded_calls
 from qdiff.errors import UserError
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 
 SHAPE = (1, 4, 4)
 
 
-class Counted(FloatModel):
+class Counted(Pipeline):
     """Every value says of which image and call it is; conditions belong to the image."""
 
-    batch_size = 2
-
     def __init__(self, calls=6, guided=False):
-        super().__init__(Namespace(seed=0))
+        super().__init__("counted", SimpleNamespace(seed=0), count=1, batch_size=2)
         self.made, self.guided, self.network = calls, guided, None
 
     @property
     def calls(self):
         return self.made
 
-    def trajectory(self, network, indices, calibration=False, on_call=None, on_step=None):
+    def sample(self, network, rows, calibration=False, on_call=None, on_step=None):
         assert calibration
-        numbers = torch.tensor(list(indices), dtype=torch.float32)
+        numbers = torch.tensor(list(rows), dtype=torch.float32)
         contexts = [v[:, None, None].expand(-1, 3, 2) for v in (numbers, -numbers)] if self.guided else []
         for call in range(self.made):
             x = (numbers + 100 * call)[:, None, None, None].expand(-1, *SHAPE).clone()
-            on_call(x, torch.full((len(indices),), 900 - 100 * call), *contexts)
+            on_call(x, torch.full((len(rows),), 900 - 100 * call), *contexts)
             x.zero_()  # samplers may reuse their memory
 
 
@@ -40,9 +39,9 @@ class Counted(FloatModel):
 @pytest.mark.parametrize("guided", [False, True])
 def test_the_step_before_is_the_call_before(calls, steps, guided):
     model = Counted(calls, guided)
-    whole = model.record(calls, 5, first=7, show_progress=False)
-    pairs = model.record(steps, 5, first=7, show_progress=False, pairs=True)
-    kept = model.recorded_calls(steps, pairs=True)
+    whole = record_evenly(model, calls, 5, first=7, show_progress=False)
+    pairs = record_evenly(model, steps, 5, first=7, show_progress=False, pairs=True)
+    kept = recorded_calls(model, steps, pairs=True)
     assert len(set(kept)) == len(kept) == steps and min(kept) >= 1
     assert set(pairs) == {"xs", "ts", "xs_prev", "ts_prev"} | ({"cs", "ucs"} if guided else set())
     for place, call in enumerate(kept):
@@ -54,7 +53,7 @@ def test_the_step_before_is_the_call_before(calls, steps, guided):
 
 
 def test_without_pairs_nothing_of_them_is_kept():
-    made = Counted().record(3, 4, show_progress=False)
+    made = record_evenly(Counted(), 3, 4, show_progress=False)
     assert set(made) == {"xs", "ts"} and made["ts"][:, 0].tolist() == [900, 700, 500]
 
 
@@ -63,7 +62,7 @@ def test_without_pairs_nothing_of_them_is_kept():
     [(3, False, [0, 2, 4]), (6, False, list(range(6))), (5, True, [1, 2, 3, 4, 5]), (1, True, [1]), (2, True, [1, 3])],
 )
 def test_calls_are_spaced_evenly(steps, pairs, calls):
-    assert Counted(6).recorded_calls(steps, pairs) == calls
+    assert recorded_calls(Counted(6), steps, pairs) == calls
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ def test_calls_are_spaced_evenly(steps, pairs, calls):
 )
 def test_steps_that_the_sampler_does_not_make(steps, pairs, says):
     with pytest.raises(UserError, match=says) as caught:
-        Counted(6).recorded_calls(steps, pairs)
+        recorded_calls(Counted(6), steps, pairs)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=says):
-        Counted(6).record(steps, 2, show_progress=False, pairs=pairs)
+        record_evenly(Counted(6), steps, 2, show_progress=False, pairs=pairs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from families import SCRIPTS
 
 from qdiff.cli.options.parser import Parser
-from qdiff.cli.script import LIKE, load_object
 
 REPOSITORY = Path(__file__).parents[2]
 LATENT = REPOSITORY / "models" / "ldm"
@@ -21,12 +21,11 @@ MODELS = {
 
 def notes(script, steps, *more):
     words, option = MODELS[script]
-    options, model = LIKE[script]
     parser = Parser(None)
-    load_object(options)(parser)
+    SCRIPTS[script].add_options(parser)
     args, _ = parser.parse_known_args([str(w) for w in (*words, option, steps, *more)])
     args.batch_size = None
-    return [note for note in load_object(model)(args).notes if "training steps" in note]
+    return [note for note in SCRIPTS[script].pipeline_of(args).notes if "training steps" in note]
 
 
 @pytest.mark.parametrize("script", MODELS)

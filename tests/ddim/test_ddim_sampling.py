@@ -7,20 +7,22 @@ import torch
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
-from ddim.sampling import DdimSampler, SamplerOptions
+from ddim.pipeline import ddim_sampler
 from qdiff.errors import UserError
+from qdiff.sampling import SamplerOptions
 
-CPU = torch.device("cpu")
 OPTIONS = {
-    "ddim": SamplerOptions(timesteps=3),
-    "ddim quad": SamplerOptions(timesteps=5, skip_type="quad"),
-    "ddim stochastic": SamplerOptions(timesteps=4, eta=1.0),
-    "ddpm": SamplerOptions("ddpm_noisy", timesteps=4),
-    "dpm 1": SamplerOptions("dpm_solver", timesteps=4, order=1),
-    "dpm 2 multistep": SamplerOptions("dpm_solver", timesteps=5, order=2),
-    "dpm 3 multistep": SamplerOptions("dpm_solver", timesteps=5, order=3),
-    "dpm 2 singlestep": SamplerOptions("dpm_solver", timesteps=5, order=2, method="singlestep"),
-    "dpm 3 singlestep": SamplerOptions("dpm_solver", timesteps=7, order=3, method="singlestep"),
+    "ddim": SamplerOptions(steps=3),
+    "ddim quad": SamplerOptions(steps=5, spacing="quad"),
+    "ddim stochastic": SamplerOptions(steps=4, eta=1.0),
+    "ddpm": SamplerOptions("ddpm_noisy", steps=4),
+    "plms": SamplerOptions("plms", steps=4),
+    "ancestral": SamplerOptions("ancestral", steps=4),
+    "dpm 1": SamplerOptions("dpm_solver", steps=4, order=1),
+    "dpm 2 multistep": SamplerOptions("dpm_solver", steps=5, order=2),
+    "dpm 3 multistep": SamplerOptions("dpm_solver", steps=5, order=3),
+    "dpm 2 singlestep": SamplerOptions("dpm_solver", steps=5, order=2, method="singlestep"),
+    "dpm 3 singlestep": SamplerOptions("dpm_solver", steps=7, order=3, method="singlestep"),
 }
 
 # Relative L2: a convolution may sum in another order for another batch size, which sampling amplifies a little.
@@ -38,14 +40,14 @@ def relative_error(out, expected):
 
 @torch.no_grad()
 def test_image_does_not_depend_on_its_batch(options, tiny_config, tiny_network):
-    sampler = DdimSampler(tiny_config, options, 7, CPU)
+    sampler = ddim_sampler(tiny_config, options, 7)
     together = sampler(tiny_network, range(5))
     assert together.shape == (5, 1, 8, 8)
     for batch in ([0], [1, 2], [4, 0, 3]):
         assert relative_error(sampler(tiny_network, batch), together[batch]) < BATCH_TOLERANCE
     # Planted: the image of another number, of another seed.
     assert relative_error(sampler(tiny_network, [1]), together[[0]]) > BATCH_TOLERANCE
-    other = DdimSampler(tiny_config, options, 8, CPU)
+    other = ddim_sampler(tiny_config, options, 8)
     assert relative_error(other(tiny_network, [0]), together[[0]]) > BATCH_TOLERANCE
 
 
@@ -57,7 +59,7 @@ def test_calls_are_counted_right(options, tiny_config):
         times.append(float(t[0]))
         return 0.1 * x
 
-    sampler = DdimSampler(tiny_config, options, 7, CPU)
+    sampler = ddim_sampler(tiny_config, options, 7)
     sampler(eps, [0, 1])
     assert sampler.calls == len(times)
     assert times[0] == max(times)
@@ -65,7 +67,7 @@ def test_calls_are_counted_right(options, tiny_config):
 
 @torch.no_grad()
 def test_calibration_images_are_not_among_the_run_s(options, tiny_config, tiny_network):
-    sampler = DdimSampler(tiny_config, options, 7, CPU)
+    sampler = ddim_sampler(tiny_config, options, 7)
     run, calibration = sampler(tiny_network, range(4)), sampler(tiny_network, range(4), calibration=True)
     distances = torch.cdist(run.flatten(1), calibration.flatten(1))
     assert float(distances.min() / run.flatten(1).norm(dim=1).max()) > BATCH_TOLERANCE
@@ -75,8 +77,7 @@ def test_calibration_images_are_not_among_the_run_s(options, tiny_config, tiny_n
 @torch.no_grad()
 def test_eta_adds_noise(tiny_config, tiny_network):
     made = [
-        DdimSampler(tiny_config, SamplerOptions(timesteps=4, eta=eta), 7, CPU)(tiny_network, [0])
-        for eta in (0.0, 0.5, 1.0)
+        ddim_sampler(tiny_config, SamplerOptions(steps=4, eta=eta), 7)(tiny_network, [0]) for eta in (0.0, 0.5, 1.0)
     ]
     assert not torch.equal(made[0], made[1]) and not torch.equal(made[1], made[2])
 
@@ -84,7 +85,7 @@ def test_eta_adds_noise(tiny_config, tiny_network):
 @torch.no_grad()
 def test_every_step_is_reported(options, tiny_config, tiny_network):
     seen = []
-    sampler = DdimSampler(tiny_config, options, 7, CPU)
+    sampler = ddim_sampler(tiny_config, options, 7)
     sampler(tiny_network, [0, 1], on_step=lambda i, t, x, x0: seen.append((i, x.shape, x0.shape)))
     assert [i for i, *_ in seen] == list(range(len(seen))) and 0 < len(seen) <= sampler.calls
     assert all(shapes == [(2, 1, 8, 8)] * 2 for _, *shapes in seen)
@@ -93,21 +94,21 @@ def test_every_step_is_reported(options, tiny_config, tiny_network):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (SamplerOptions(timesteps=0), "1 to 1000"),
-        (SamplerOptions(timesteps=1001), "1 to 1000"),
-        (SamplerOptions(skip_type="cubic"), "cubic"),
-        (SamplerOptions(eta=-0.1), "--eta"),
-        (SamplerOptions(eta=1.1), "--eta"),
-        (SamplerOptions(eta=float("nan")), "--eta"),
-        (SamplerOptions("ddpm_noisy", eta=0.5), "--sample_type ddpm_noisy"),
-        (SamplerOptions("dpm_solver", eta=0.5), "--eta"),
-        (SamplerOptions("dpm_solver", timesteps=0), "1 to 1000"),
+        (SamplerOptions(steps=0), "1 to 1000"),
+        (SamplerOptions(steps=1001), "1 to 1000"),
+        (SamplerOptions(spacing="cubic"), "cubic"),
+        (SamplerOptions(eta=-0.1), "eta is"),
+        (SamplerOptions(eta=1.1), "eta is"),
+        (SamplerOptions(eta=float("nan")), "eta is"),
+        (SamplerOptions("ddpm_noisy", eta=0.5), "DDPM with the larger variance has none"),
+        (SamplerOptions("dpm_solver", eta=0.5), "eta is"),
+        (SamplerOptions("dpm_solver", steps=0), "1 to 1000"),
     ],
     ids=str,
 )
 def test_bad_options_are_refused_at_construction(options, says, tiny_config):
     with pytest.raises(UserError) as caught:
-        DdimSampler(tiny_config, options, 0, CPU)
+        ddim_sampler(tiny_config, options, 0)
     assert says in str(caught.value)
 
 
@@ -118,7 +119,7 @@ def test_shape_comes_from_the_config(tmp_path, tiny_config):
     tiny_config.data.image_size = 16
     OmegaConf.save(tiny_config, tmp_path / "c.yml")
     config = load_config(tmp_path / "c.yml")
-    sampler = DdimSampler(config, SamplerOptions(timesteps=1), 0, CPU)
+    sampler = ddim_sampler(config, SamplerOptions(steps=1), 0)
     assert sampler.shape == (3, 16, 16)
     with torch.no_grad():
         assert sampler(Model(config).eval(), [5]).shape == (1, 3, 16, 16)

@@ -7,25 +7,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind, guided
+from ldm.pipeline import latent_options
 from ldm.schedule import build_schedule
 from qdiff.errors import UserError
-from qdiff.sampling import DiffusionSchedule, ImageNoise, Parameterization
+from qdiff.sampling import SAMPLERS, DiffusionSchedule, ImageNoise, Parameterization, Sampler, guided
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "samplers.pth", weights_only=True)
 GOLDEN_TOLERANCE = 1e-5  # relative L2; float32 rounding gives below 1e-6
 CONVERSION_TOLERANCE = 1e-4  # float32, 40 steps at most
-SHAPE, CPU = (3, 4, 4), torch.device("cpu")
+SHAPE = (3, 4, 4)
 
 LATENT = build_schedule({"linear_start": 0.0015, "linear_end": 0.0195})
 STABLE = build_schedule({"linear_start": 0.00085, "linear_end": 0.012})
 SHORT = build_schedule({"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 40})
 
-CASES = {f"ldm_ddim_{n}": (SamplerKind.DDIM, n, LATENT, None) for n in (20, 50, 200)}
-CASES |= {f"ldm_ddim_{n}_cfg3": (SamplerKind.DDIM, n, LATENT, 3.0) for n in (20, 50, 200)}
-CASES |= {f"ldm_plms_{n}_cfg7.5": (SamplerKind.PLMS, n, STABLE, 7.5) for n in (20, 50)}
-CASES |= {f"ldm_dpm_{n}_cfg7.5": (SamplerKind.DPM_SOLVER, n, STABLE, 7.5) for n in (10, 20)}
-KINDS = [(k, eta) for k in SamplerKind for eta in (0.0, 0.7) if k is SamplerKind.DDIM or eta == 0]
+CASES = {f"ldm_ddim_{n}": ("ddim", n, LATENT, None) for n in (20, 50, 200)}
+CASES |= {f"ldm_ddim_{n}_cfg3": ("ddim", n, LATENT, 3.0) for n in (20, 50, 200)}
+CASES |= {f"ldm_plms_{n}_cfg7.5": ("plms", n, STABLE, 7.5) for n in (20, 50)}
+CASES |= {f"ldm_dpm_{n}_cfg7.5": ("dpm_solver", n, STABLE, 7.5) for n in (10, 20)}
+KINDS = [(k, eta) for k in SAMPLERS if not SAMPLERS[k].clips for eta in (0.0, 0.7) if SAMPLERS[k].has_eta or eta == 0]
 
 
 def network(x, t, context=None):
@@ -39,9 +39,9 @@ def context(values) -> torch.Tensor:
 
 
 def sampler(
-    kind=SamplerKind.DDIM, steps=4, eta=0.0, scale=1.0, fixed_code=None, seed=3, schedule: DiffusionSchedule = SHORT
-) -> LatentSampler:
-    return LatentSampler(schedule, SHAPE, LatentSamplerOptions(kind, steps, eta, scale, fixed_code), seed, CPU)
+    kind="ddim", steps=4, eta=0.0, scale=1.0, fixed_code=None, seed=3, schedule: DiffusionSchedule = SHORT
+) -> Sampler:
+    return Sampler(schedule, SHAPE, latent_options(kind, steps, eta, scale, fixed_code), seed)
 
 
 def golden_error(case, monkeypatch, scale=None) -> float:
@@ -49,7 +49,7 @@ def golden_error(case, monkeypatch, scale=None) -> float:
     kind, steps, schedule, used = CASES[case]
     monkeypatch.setattr(ImageNoise, "draw", lambda self: GOLDEN["x_T"])
     conditions = () if used is None else (context(GOLDEN["cond"]), context(GOLDEN["uncond"]))
-    made = sampler(kind, steps, scale=scale or used or 1.0, schedule=schedule)(network, [0, 1], *conditions)
+    made = sampler(kind, steps, scale=scale or used or 1.0, schedule=schedule)(network, [0, 1], "cpu", *conditions)
     return float((made - GOLDEN[case]).norm() / GOLDEN[case].norm())
 
 
@@ -76,11 +76,11 @@ def test_networks_of_x0_and_v_under_guidance(kind, eta, predicts):
         x_0 = (x - (1 - bar).sqrt() * noise) / bar.sqrt()
         return x_0 if predicts is Parameterization.X0 else bar.sqrt() * noise - (1 - bar).sqrt() * x_0
 
-    options = LatentSamplerOptions(kind, 4, eta, 3.0)
-    expected = LatentSampler(SHORT, SHAPE, options, 3, CPU)(network, [0, 1], *conditions)
-    made = LatentSampler(SHORT, SHAPE, options, 3, CPU, predicts)(other, [0, 1], *conditions)
+    options = latent_options(kind, 4, eta, 3.0)
+    expected = Sampler(SHORT, SHAPE, options, 3)(network, [0, 1], "cpu", *conditions)
+    made = Sampler(SHORT, SHAPE, options, 3, predicts)(other, [0, 1], "cpu", *conditions)
     torch.testing.assert_close(made, expected, rtol=CONVERSION_TOLERANCE, atol=CONVERSION_TOLERANCE)
-    taken_for_noise = LatentSampler(SHORT, SHAPE, options, 3, CPU)(other, [0, 1], *conditions)
+    taken_for_noise = Sampler(SHORT, SHAPE, options, 3)(other, [0, 1], "cpu", *conditions)
     assert not torch.allclose(taken_for_noise, expected, rtol=0, atol=100 * CONVERSION_TOLERANCE)
 
 
@@ -153,7 +153,7 @@ def test_ancestral_sampling_is_ddpm_over_all_training_steps(monkeypatch):
 
     left = iter(draws)
     monkeypatch.setattr(ImageNoise, "draw", lambda self: next(left))
-    made = sampler(SamplerKind.ANCESTRAL)(network, [0])
+    made = sampler("ancestral")(network, [0])
     x, betas = draws[0], SHORT.betas.double()
     bars = torch.cat([torch.ones(1, dtype=torch.float64), SHORT.alphas_cumprod])
     for step, t in enumerate(reversed(range(40))):
@@ -170,12 +170,12 @@ def test_ancestral_sampling_is_ddpm_over_all_training_steps(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "steps", "calls"),
     [
-        (SamplerKind.DDIM, 4, 4),
-        (SamplerKind.DDIM, 6, 7),  # 40 steps by sixes: the published spacing gives one more than asked for
-        (SamplerKind.PLMS, 4, 5),  # the first step calls twice
-        (SamplerKind.DPM_SOLVER, 4, 4),
-        (SamplerKind.DPM_SOLVER, 37, 37),
-        (SamplerKind.ANCESTRAL, 4, 40),
+        ("ddim", 4, 4),
+        ("ddim", 6, 7),  # 40 steps by sixes: the published spacing gives one more than asked for
+        ("plms", 4, 5),  # the first step calls twice
+        ("dpm_solver", 4, 4),
+        ("dpm_solver", 37, 37),
+        ("ancestral", 4, 40),
     ],
 )
 def test_number_of_calls(kind, steps, calls):
@@ -209,7 +209,7 @@ def test_latent_times_begin_at_one():
         ({"steps": 0}, "1 to 40"),
         ({"steps": 41}, "1 to 40"),
         ({"steps": 40}, "fewer steps"),  # times 1 … 40 of a network that knows 0 … 39
-        ({"steps": 0, "kind": SamplerKind.DPM_SOLVER}, "1 to 40"),
+        ({"steps": 0, "kind": "dpm_solver"}, "1 to 40"),
     ],
 )
 def test_nonsense_is_one_sentence(options, says):

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from script_device import IS_VIRTUAL, ON_DEVICE
 from virtual_cuda import virtual_cuda
 
-from qdiff.cli import sample as command
+from qdiff.cli import held_out
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -75,7 +75,7 @@ def device_of_the_scripts():
 def few_held_out():
     """The error of ε of two images, not of 16: most of a tiny run's time would be its measurement."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "HELD_OUT_IMAGES", 2)
+        patch.setattr(held_out, "IMAGES", 2)
         yield
 
 

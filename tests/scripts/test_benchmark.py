@@ -211,16 +211,16 @@ def test_conditions_are_encoded_before(call, latent, monkeypatch, tmp_path):
     options = (*sampler, "--config", files.config, "--ckpt", files.weights, *SHORT)
     monkeypatch.setattr("qdiff.benchmark.files.load_checkpoint", lambda qnn, path, probe=None: initialised(qnn))
     job = job_of(call, monkeypatch, tmp_path, *options, "--measure", "sampling", "--ptq", "--cali_ckpt", files.weights)
-    there = job.model()
+    there = job.pipeline()
     there.load(torch.device("cpu"))
-    wanted = there.trajectory(there.network, range(BATCH))
-    model = job.model()
+    wanted = there.sample(there.network, range(BATCH))
+    model = job.pipeline()
     assert not hasattr(model, "model")
     model.encoded = job.conditions
-    found = model.trajectory(VARIANTS["float"].open(job), range(BATCH))
+    found = model.sample(VARIANTS["float"].open(job), range(BATCH))
     assert torch.equal(found, wanted)
     model.encoded = tuple(c.flip(0) for c in job.conditions)
-    assert not torch.equal(model.trajectory(VARIANTS["float"].open(job), range(BATCH)), wanted)
+    assert not torch.equal(model.sample(VARIANTS["float"].open(job), range(BATCH)), wanted)
     assert open_variant(job, "float").turn()[1] == STEPS
 
 

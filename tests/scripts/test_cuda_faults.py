@@ -11,10 +11,10 @@ from run_checks import succeeded
 from torch import nn
 from virtual_cuda import DeviceMismatch
 
-from ddim.command import DdimModel
 from ddim.models.diffusion import Model
+from ddim.pipeline import DdimPipeline
 from qdiff import quantizer
-from qdiff.cli import sample as command
+from qdiff.cli import held_out
 from qdiff.cli.sample import SampleCommand
 from qdiff.quantizer import ActQuantizer, Quantizer
 from qdiff.sampling import ImageNoise
@@ -51,13 +51,13 @@ def test_single_numbers_that_stay_on_the_cpu(sample, monkeypatch):
 
 
 def test_a_parameter_that_was_moved_away(sample, monkeypatch):
-    moved = DdimModel.move_to
+    moved = DdimPipeline.move_to
 
     def but_one(self, device):
         moved(self, device)
         self.network.norm_out.weight = nn.Parameter(self.network.norm_out.weight.cpu())
 
-    monkeypatch.setattr(DdimModel, "move_to", but_one)
+    monkeypatch.setattr(DdimPipeline, "move_to", but_one)
     with pytest.raises(DeviceMismatch, match=r"norm_out.weight is on the CPU"):
         sample()
 
@@ -72,7 +72,7 @@ def test_a_number_read_at_every_step(sample, monkeypatch):
         return forward(self, x, t)
 
     monkeypatch.setattr(Model, "forward", reads)
-    with pytest.raises(AssertionError, match=r"item at .*test_cuda_faults.*sample_generalized"):
+    with pytest.raises(AssertionError, match=r"item at .*test_cuda_faults.*sample_ddim"):
         assert_sampling_never_waits(sample("--batch_size", 1))
 
 
@@ -82,7 +82,7 @@ def test_noise_from_pageable_memory(sample, monkeypatch):
         return torch.from_numpy(np.stack(rows)).to(self.device)
 
     monkeypatch.setattr(ImageNoise, "draw", pageable)
-    with pytest.raises(AssertionError, match=r"H2D copy at .*sample_generalized"):
+    with pytest.raises(AssertionError, match=r"H2D copy at .*sample_ddim"):
         assert_sampling_never_waits(sample("--eta", 1))
 
 
@@ -93,7 +93,7 @@ def test_noise_from_pageable_memory(sample, monkeypatch):
 def overflowing(monkeypatch):
     """Quantization in the tensor's own half precision, as it once was: 16-bit softmax levels are infinite there."""
 
-    monkeypatch.setattr(command, "HELD_OUT_IMAGES", 1)
+    monkeypatch.setattr(held_out, "IMAGES", 1)
 
     def halved(x, delta, zero_point, bits):
         x = x.half() if torch.is_autocast_enabled("cuda") else x

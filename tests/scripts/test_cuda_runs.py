@@ -12,7 +12,7 @@ from modulated_runs import psnr
 from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
 from script_device import ON_DEVICE
 
-from qdiff.cli import sample as command
+from qdiff.cli import held_out
 
 ON_CUDA = ("--device", "cuda")
 # The virtual device computes on the CPU, but attention by another composition.
@@ -58,7 +58,7 @@ QUANTIZED_RUNS = {
 
 @pytest.fixture(autouse=True)
 def one_held_out(monkeypatch):
-    monkeypatch.setattr(command, "HELD_OUT_IMAGES", 1)
+    monkeypatch.setattr(held_out, "IMAGES", 1)
 
 
 @pytest.fixture

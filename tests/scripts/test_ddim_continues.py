@@ -105,16 +105,16 @@ def test_replaced_weights_do_not_continue_a_run(call, tiny, tmp_path):
 
 
 def test_run_that_was_out_of_memory_continues_with_smaller_batches(call, tiny, float_run, tmp_path, monkeypatch):
-    from ddim.command import DdimModel
+    from ddim.pipeline import DdimPipeline
 
-    folder, limit, sample = tmp_path / "run", 2, DdimModel.trajectory
+    folder, limit, sample = tmp_path / "run", 2, DdimPipeline.sample
 
     def sampled(self, network, indices, *args, **kwargs):
         if len(indices) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
         return sample(self, network, indices, *args, **kwargs)
 
-    monkeypatch.setattr(DdimModel, "trajectory", sampled)
+    monkeypatch.setattr(DdimPipeline, "sample", sampled)
     options = (*tiny.options, *SAMPLER, "-l", folder)
     outcome = call(SCRIPT, *options, "--batch_size", 4)
     assert outcome.code == 2

@@ -9,7 +9,7 @@ from exact_runtimes import require_runtimes
 from latent_models import FEW
 from run_checks import image_bytes, largest_difference, manifest, succeeded
 
-from ldm import command as ldm_command
+from ldm import pipeline as ldm_pipeline
 from qdiff.quant_model import QuantModel
 
 GREY_LEVELS = 1
@@ -24,7 +24,7 @@ def no_float_network(monkeypatch):
     def forbidden(*_):
         raise AssertionError("the float weights were read")
 
-    monkeypatch.setattr("ddim.command.load_float_weights", forbidden)
+    monkeypatch.setattr("ddim.pipeline.load_float_weights", forbidden)
     wrap = QuantModel.__init__
 
     def wrapped(self, network, config):
@@ -61,7 +61,7 @@ def test_ddim(runtime, call, tiny, weights_only_run, tmp_path, no_float_network)
 def test_text_with_first_stage_and_encoder(call, latent, tmp_path, monkeypatch):
     options = (*latent("text").options, *TEXT, "--ptq", "--weight_bit", 4, "--quant_mode", "linear")
     succeeded(call("txt2img", *options, *FEW, "--outdir", tmp_path / "simulated"))
-    loaded, load = [], ldm_command.load_latent_diffusion
+    loaded, load = [], ldm_pipeline.load_latent_diffusion
 
     def watched(*args):
         model = load(*args)
@@ -69,7 +69,7 @@ def test_text_with_first_stage_and_encoder(call, latent, tmp_path, monkeypatch):
         assert not any(parameter.is_meta for parameter in model.first_stage_model.parameters())
         return model
 
-    monkeypatch.setattr(ldm_command, "load_latent_diffusion", watched)
+    monkeypatch.setattr(ldm_pipeline, "load_latent_diffusion", watched)
     options += ("--cali_ckpt", tmp_path / "simulated" / "quantized.safetensors")
     for runtime in ("torch", "simulated"):
         succeeded(call("txt2img", *options, "--runtime", runtime, "--outdir", tmp_path / f"{runtime}-loaded"))

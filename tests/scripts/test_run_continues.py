@@ -151,13 +151,13 @@ def test_the_shape_of_the_images_is_learned_where_half_of_them_are_wrong(call, t
 @pytest.fixture
 def poisoned(monkeypatch):
     """``poisoned(value, row, call)`` has every float network give a value in one row from a call on."""
-    from ddim.command import DdimModel
-    from ldm.command import LatentModel
+    from ddim.pipeline import DdimPipeline
+    from ldm.pipeline import LatentPipeline
 
     patches = []
 
     def start(value: float, row: int, first_call: int) -> None:
-        for kind in (DdimModel, LatentModel):
+        for kind in (DdimPipeline, LatentPipeline):
             load = kind.load
 
             def loaded(self, *args, load=load, **kwargs):

@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+from families import SCRIPTS
 
-from qdiff.cli.script import LIKE, load_object
 from qdiff.cli.table import REPOSITORY
 from qdiff.cli.table_file import TableFile
 
@@ -54,7 +54,7 @@ def test_recording_resolves(shipped):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     args = module.parse_args(words)
-    assert load_object(LIKE[args.like][1])(args).calls >= args.cali_st
+    assert SCRIPTS[args.like].pipeline_of(args).calls >= args.cali_st
 
 
 def test_published_numbers_have_a_source(shipped):

@@ -76,12 +76,12 @@ def test_defaults_of_stable_diffusion_and_of_the_bundled_model(call, tmp_path, m
 
 
 def test_a_bundled_model_in_place_of_stable_diffusion_is_said(call, latent, tmp_path, monkeypatch):
-    import ldm.command
     import ldm.locate
+    import ldm.pipeline
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ldm.locate, "REPOSITORY", tmp_path)
-    monkeypatch.setitem(ldm.command.BUNDLED, "text", latent("text").folder)
+    monkeypatch.setitem(ldm.pipeline.BUNDLED, "text", latent("text").folder)
     given = (*SAMPLER, "--n_samples", 1, "--n_iter", 1, "--prompt", "two", *ON_DEVICE)
     outcome = succeeded(call(SCRIPT, *given))
     (folder,) = (tmp_path / "outputs" / "txt2img-samples").iterdir()  # the published place, a folder for each run
@@ -123,8 +123,8 @@ def test_dry_run_needs_no_prompt_file(option, script, call, latent, tmp_path):
 REFUSED = {
     "laion": (("--laion400m",), "--laion400m is not supported"),
     "two samplers": (("--plms", "--dpm"), "--plms and --dpm"),
-    "noise in PLMS": (("--plms", "--ddim_eta", 0.5), "--plms adds no noise, so --ddim_eta 0.5"),
-    "noise in DPM-Solver": (("--dpm", "--ddim_eta", 1), "--dpm adds no noise, so --ddim_eta 1.0"),
+    "noise in PLMS": (("--plms", "--ddim_eta", 0.5), "--plms has no η, so --ddim_eta 0.5"),
+    "noise in DPM-Solver": (("--dpm", "--ddim_eta", 1), "--dpm has no η, so --ddim_eta 1.0"),
     "height": (("--H", 18), "--H is 18; give a positive multiple of 4"),
     "width": (("--W", 30), "--W is 30"),
     "no height": (("--H", 0), "--H is 0"),

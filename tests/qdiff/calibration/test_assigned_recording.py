@@ -6,11 +6,11 @@ import pytest
 import torch
 from golden_cases import DDIM_CASES, LDM_CASES, GoldenCase
 
-from ldm.sampling import guided
 from qdiff.calibration.recording import assign, record_assigned, record_calls, record_features
 from qdiff.calibration.samples import load_recording, save_recording, select_samples
 from qdiff.errors import UserError
 from qdiff.interface import family_of
+from qdiff.sampling import guided
 
 CALLS, COUNT, SHAPE = 6, 7, (2, 4, 4)
 ASSIGNED = torch.tensor([5, 2, 0, 2, 5, 2, 3])

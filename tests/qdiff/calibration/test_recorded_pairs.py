@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ldm.sampling import guided
 from qdiff.calibration.recording import record_calls
 from qdiff.calibration.samples import load_recording, network_calls, save_recording, select_pairs, select_samples
 from qdiff.errors import UserError
+from qdiff.sampling import guided
 
 SHAPE = (2, 4, 4)
 STEPS, COUNT = 10, 6

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from deploy_networks import STEPS, network_inputs
+from families import SCRIPTS
 from torch import Tensor
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet, select_samples
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 
 REPOSITORY = Path(__file__).parents[3]
@@ -107,16 +108,15 @@ def exported_text(tmp_path_factory) -> Exported:
 
 
 @pytest.fixture(scope="session")
-def digits_model() -> FloatModel:
+def digits_model() -> Pipeline:
     """The bundled digits model with a sampler of `STEPS` steps, loaded."""
     from qdiff.cli.options.parser import Parser
-    from qdiff.cli.script import LIKE, load_object
 
-    options, model = LIKE["sample_diffusion_ddim"]
+    script = SCRIPTS["sample_diffusion_ddim"]
     parser = Parser(None)
-    load_object(options)(parser)
+    script.add_options(parser)
     words = ["--config", str(REPOSITORY / "configs" / "digits.yml"), "--use_pretrained", "--timesteps", str(STEPS)]
-    made = load_object(model)(_with_batch(parser.parse_args(words)))
+    made = script.pipeline_of(_with_batch(parser.parse_args(words)))
     made.load(torch.device("cpu"))
     return made
 

@@ -23,7 +23,7 @@ from qdiff.deploy.onnx_lowering import lower
 from qdiff.deploy.onnx_ranges import BYTE
 from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
 from qdiff.deploy.runtimes import OnnxNetwork, read_model
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
@@ -155,7 +155,7 @@ class _AfterRuntime:
 
 @torch.no_grad()
 def check_samples(
-    qnn: QuantModel, path: Path, runtime: str, model: FloatModel, last: str, calls: int, tolerance: float
+    qnn: QuantModel, path: Path, runtime: str, model: Pipeline, last: str, calls: int, tolerance: float
 ) -> None:
     """Assert that what a runtime samples is what is simulated, at every step and in the end.
 
@@ -167,7 +167,7 @@ def check_samples(
     real, followed, fed = OnnxNetwork(path, runtime), Followed(path, runtime), []
 
     def sampled(network: Callable[..., Tensor]) -> Tensor:
-        return model.trajectory(network, range(2))
+        return model.sample(network, range(2))
 
     def listened(*inputs: Tensor | None) -> Tensor:
         fed.append(tuple(value for value in inputs if value is not None))

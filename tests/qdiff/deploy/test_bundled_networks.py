@@ -12,16 +12,16 @@ import pytest
 import torch
 from deploy_networks import network_inputs
 from exact_runtimes import require_runtimes
+from families import SCRIPTS
 from following import RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.cli.options.parser import Parser
-from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
-from qdiff.pipeline import FloatModel
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
@@ -78,14 +78,13 @@ MODELS = {
 LATENTS = ("vq", "kl", "class", "text")  # digits is in test_onnx_networks
 
 
-def quantized(name: str) -> tuple[QuantModel, FloatModel, tuple[Tensor, ...]]:
+def quantized(name: str) -> tuple[QuantModel, Pipeline, tuple[Tensor, ...]]:
     """Return a model as W4A8 with ranges of a few random inputs, and others to call it with."""
     bundled = MODELS[name]
-    options, model_class = LIKE[bundled.like]
     parser = Parser(None)
-    load_object(options)(parser)
+    SCRIPTS[bundled.like].add_options(parser)
     parser.add_argument("--batch_size", type=int)
-    model = load_object(model_class)(parser.parse_args([*bundled.words]))
+    model = SCRIPTS[bundled.like].pipeline_of(parser.parse_args([*bundled.words]))
     model.load(torch.device("cpu"))
     inputs = network_inputs(model.input_shape, model.context_shape)
     qnn = QuantModel(model.network, QuantConfig(weight_bits=4, act_bits=8, **bundled.config))
@@ -145,7 +144,7 @@ def exported(tmp_path_factory):
     from qdiff.deploy.onnx_export import export_onnx
 
     @functools.cache
-    def made(name: str) -> tuple[QuantModel, FloatModel, Path, tuple[Tensor, ...]]:
+    def made(name: str) -> tuple[QuantModel, Pipeline, Path, tuple[Tensor, ...]]:
         qnn, model, given = quantized(name)
         path = tmp_path_factory.mktemp("bundled") / f"{name}.onnx"
         export_onnx(qnn, path, model.input_shape, model.context_shape)

@@ -11,9 +11,9 @@ from qdiff.sampling import (
     Parameterization,
     as_noise_prediction,
     make_beta_schedule,
+    sample_ddim,
     sample_ddpm_noisy,
     sample_dpm_solver,
-    sample_generalized,
     sample_plms,
     select_timesteps,
     training_target,
@@ -48,7 +48,7 @@ def samplers():
     times = select_timesteps("uniform", 8, T)
     noise = lambda: ImageNoise(3, [0, 1], SHAPE, torch.device("cpu"))  # noqa: E731
     return {
-        "ddim": lambda f, x: sample_generalized(f, x, SCHEDULE, times, eta=0.7, noise=noise()),
+        "ddim": lambda f, x: sample_ddim(f, x, SCHEDULE, times, eta=0.7, noise=noise()),
         "ddpm": lambda f, x: sample_ddpm_noisy(f, x, SCHEDULE, times, noise()),
         "plms": lambda f, x: sample_plms(f, x, SCHEDULE, times),
         "dpm multistep": lambda f, x: sample_dpm_solver(f, x, SCHEDULE, 8),

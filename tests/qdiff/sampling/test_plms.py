@@ -17,7 +17,7 @@ from qdiff.sampling import (
     DiffusionSchedule,
     make_beta_schedule,
     plms_calls,
-    sample_generalized,
+    sample_ddim,
     sample_plms,
     select_timesteps,
 )
@@ -147,7 +147,7 @@ def test_golden_tolerance_catches_planted_errors(steps):
     assert plms_error(steps, shift=1) > 10 * GOLDEN_TOLERANCE
     assert plms_error(steps, scale=SCALE * 1.01) > 10 * GOLDEN_TOLERANCE
     assert plms_error(steps, final_alpha_bar=1.0) > 10 * GOLDEN_TOLERANCE
-    ddim = sample_generalized(eps_of(SCALE), X_T, STABLE, uniform(steps), final_alpha_bar=FIRST_BAR)
+    ddim = sample_ddim(eps_of(SCALE), X_T, STABLE, uniform(steps), final_alpha_bar=FIRST_BAR)
     assert relative_error(ddim, GOLDEN[f"ldm_plms_{steps}_cfg7.5"]) > 10 * GOLDEN_TOLERANCE
 
 
@@ -253,7 +253,7 @@ def test_a_constant_noise_prediction_is_solved_exactly(length, final_bar):
         out = sampler(lambda x, t: noise * next(values, 1.0), x_T, STABLE, timesteps, final_alpha_bar=final_bar)
         return relative_error(out, solution)
 
-    assert run(sample_generalized) < EXACT_TOLERANCE
+    assert run(sample_ddim) < EXACT_TOLERANCE
     assert run(sample_plms) < EXACT_TOLERANCE
     assert run(sample_plms, factor=1.001) > 10 * EXACT_TOLERANCE
 
@@ -277,7 +277,7 @@ def gaussian_error(sampler, steps):
 
 @pytest.mark.parametrize("steps", [50, 100])
 def test_much_closer_to_the_solution_than_ddim(steps, monkeypatch):
-    ddim = gaussian_error(sample_generalized, steps)
+    ddim = gaussian_error(sample_ddim, steps)
     assert gaussian_error(sample_plms, steps) < 0.1 * ddim
     monkeypatch.setitem(module.ADAMS_BASHFORTH, 4, (55 / 24, -59 / 24, 37 / 24, -8 / 24))
     assert gaussian_error(sample_plms, steps) > 0.1 * ddim

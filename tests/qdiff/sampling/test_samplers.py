@@ -16,9 +16,9 @@ from qdiff.sampling import (
     DiffusionSchedule,
     ImageNoise,
     make_beta_schedule,
+    sample_ddim,
     sample_ddpm_noisy,
     sample_dpm_solver,
-    sample_generalized,
     select_timesteps,
 )
 
@@ -68,7 +68,7 @@ def ddim_error(case, *, shift=0, beta_factor=1.0, final_alpha_bar=None, device="
         final_alpha_bar = float(schedule.alphas_cumprod[0]) if ends_early else 1.0
     timesteps = [t + shift for t in timesteps]
     x_T = GOLDEN["x_T"].to(device)
-    out = sample_generalized(eps, x_T, schedule, timesteps, final_alpha_bar=final_alpha_bar)
+    out = sample_ddim(eps, x_T, schedule, timesteps, final_alpha_bar=final_alpha_bar)
     return relative_error(out, GOLDEN[case])
 
 
@@ -157,7 +157,7 @@ def gaussian_samples(sampler, timesteps, noise=None):
     x_T = ImageNoise(4, [0], (1, 100, 100)).draw()
     if sampler == "ddpm":
         return sample_ddpm_noisy(gaussian_eps, x_T, GAUSSIAN, timesteps, noise)
-    return sample_generalized(gaussian_eps, x_T, GAUSSIAN, timesteps, eta=1.0, noise=noise)
+    return sample_ddim(gaussian_eps, x_T, GAUSSIAN, timesteps, eta=1.0, noise=noise)
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "eta 1"])
@@ -205,8 +205,8 @@ def test_ddpm_clips_the_predicted_image():
 
 TIMES = [0, 300, 600, 900]
 SAMPLERS = {
-    "ddim": lambda eps, x, **kw: sample_generalized(eps, x, GAUSSIAN, TIMES, **kw),
-    "eta": lambda eps, x, **kw: sample_generalized(
+    "ddim": lambda eps, x, **kw: sample_ddim(eps, x, GAUSSIAN, TIMES, **kw),
+    "eta": lambda eps, x, **kw: sample_ddim(
         eps, x, GAUSSIAN, TIMES, eta=0.5, noise=ImageNoise(0, range(len(x)), x.shape[1:]), **kw
     ),
     "ddpm": lambda eps, x, **kw: sample_ddpm_noisy(

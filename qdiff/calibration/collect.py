@@ -1,0 +1,124 @@
+"""Calibration sets from a pipeline's float sampling: at evenly spaced steps, in pairs, or drawn by a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qdiff.calibration.recording import assign, record_assigned, record_calls, record_features
+from qdiff.calibration.tdac import Allocation, tdac
+from qdiff.calibration.timesteps import Draw, Schedule, evenly_spaced, normal_counts, uniform_counts
+from qdiff.errors import UserError
+from qdiff.interface import family_of
+from qdiff.io.progress import progress_bar
+from qdiff.pipeline import Pipeline
+from qdiff.sampling import OnCall
+
+# TDAC compares features of one batch; those of more images than this say the same and fill the memory.
+LOOKED_AT = 64
+
+
+def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[int]:
+    """Return which calls of a sampling run `record_evenly` keeps, counted from 0 (the noisiest).
+
+    Args:
+        pairs: the call before each is kept as well.
+
+    Raises:
+        UserError: the sampler makes fewer.
+    """
+    if not pairs:
+        return evenly_spaced(pipeline.calls, steps)
+    if pipeline.calls < 2:
+        raise UserError("pairs of steps cannot be recorded from a sampler of one step; give it more")
+    if steps >= pipeline.calls:  # the first has none before it
+        raise UserError(
+            f"--cali_st {steps} with the step before each needs more than the {pipeline.calls} steps of this sampler; "
+            f"give --cali_st {pipeline.calls - 1} or less"
+        )
+    return [call + 1 for call in evenly_spaced(pipeline.calls - 1, steps)]
+
+
+def check_recorded_steps(pipeline: Pipeline, steps: int, pairs: bool = False) -> None:
+    """Raise a `UserError` where `record_evenly` could not record so many steps: before any work."""
+    recorded_calls(pipeline, steps, pairs)
+
+
+@torch.no_grad()
+def record_evenly(
+    pipeline: Pipeline, steps: int, per_step: int, first: int = 0, show_progress: bool = True, pairs: bool = False
+) -> dict[str, Tensor]:
+    """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
+
+    Args:
+        pipeline: loaded.
+        steps, per_step: so many calls, each of so many images.
+        pairs: record ``xs_prev`` and ``ts_prev`` too, the call before each.
+
+    Returns:
+        The published format: see `record_calls`.
+    """
+    calls = recorded_calls(pipeline, steps, pairs)
+    kept = sorted({*calls, *(call - 1 for call in calls)}) if pairs else calls
+    with progress_bar(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
+        recorded = record_calls(
+            lambda on_call, rows: pipeline.sample(
+                pipeline.network, [first + i for i in rows], calibration=True, on_call=on_call
+            ),
+            per_step,
+            pipeline.batch_size,
+            kept,
+            on_batch=bar.update,
+        )
+    if not pairs:
+        return recorded
+    here, before = ([kept.index(call + shift) for call in calls] for shift in (0, -1))
+    return {key: values[here] for key, values in recorded.items()} | {
+        f"{key}_prev": recorded[key][before] for key in ("xs", "ts")
+    }
+
+
+@torch.no_grad()
+def record_draw(
+    pipeline: Pipeline, draw: Draw, seed: int, first: int = 0
+) -> tuple[dict[str, list[Tensor]], Allocation | None, list[float]]:
+    """Record one network input per image, at the step that a draw's schedule chooses for it.
+
+    Args:
+        pipeline: loaded.
+        seed: decides which image gives its sample at which step.
+        first: image of the calibration streams to begin at.
+
+    Returns:
+        The recording (see `record_assigned`); TDAC's allocation, or None with another schedule; and the timesteps of
+        the sampler's calls.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    timesteps: list[float] = []
+
+    def sample(on_call: OnCall, rows: Sequence[int]) -> Tensor:
+        def listen(x: Tensor, t: Tensor, *conditions: Tensor | None) -> None:
+            timesteps.append(float(t[0]))
+            on_call(x, t, *conditions)
+
+        timesteps.clear()
+        return pipeline.sample(pipeline.network, [first + i for i in rows], calibration=True, on_call=listen)
+
+    allocation = None
+    if draw.schedule is Schedule.TDAC:
+        middle = family_of(pipeline.network).middle
+        if middle is None:
+            raise UserError(f"the middle of {type(pipeline.network).__name__} is not known, which TDAC looks at")
+        looked_at = range(min(draw.batch_size, draw.count, LOOKED_AT))
+        features = record_features(sample, pipeline.network, middle, looked_at)
+        allocation = tdac(features, draw.radius, draw.lamda, draw.count)
+        counts = allocation.counts
+    elif draw.schedule is Schedule.NORMAL:
+        counts = normal_counts(pipeline.calls, draw.count, generator)
+    else:
+        counts = uniform_counts(pipeline.calls, draw.count)
+    with progress_bar(total=draw.count, desc="recording", unit="img") as bar:
+        recording = record_assigned(sample, assign(counts, generator), draw.batch_size, on_batch=bar.update)
+    return recording, allocation, list(timesteps)

@@ -1,0 +1,56 @@
+"""How far a quantized network's ε is from float on inputs that no calibration has seen."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qdiff.calibration.collect import record_evenly
+from qdiff.calibration.samples import network_calls, select_samples
+from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.cli.out_of_memory import memory_advice, smaller_batch
+from qdiff.errors import UserError
+from qdiff.evaluation.noise_error import measure_noise_error, measure_trajectory_error
+from qdiff.pipeline import Pipeline
+from qdiff.quant_model import QuantModel
+
+# Measured on so many held-out images at so many steps.
+IMAGES, STEPS = 16, 10
+# Samples in a network call meanwhile, at most.
+BATCH = 64
+# Beyond every calibration set, and the same for all of them, so that errors can be compared.
+FIRST = 1 << 20
+
+
+def held_out_error(pipeline: Pipeline, qnn: QuantModel, half_precision: bool) -> dict[str, Any]:
+    """Return the error of ε as run.json has it.
+
+    Args:
+        pipeline: loaded, its network wrapped by ``qnn``; float weights are still there, and given up meanwhile.
+        half_precision: the run samples in it, which is what may overflow.
+
+    Raises:
+        UserError: the error is not finite: every image would be black; or memory is used up.
+    """
+    with memory_advice("measuring the error of ε", smaller_batch(min(pipeline.batch_size, BATCH))):
+        found = _measured(pipeline, qnn)
+    if not math.isfinite(found["mse"]):
+        advice = "look for layers whose values leave the range of float32"
+        if half_precision:
+            advice = "half precision overflows; give --precision full"
+        raise UserError(f"the ε of the quantized network is {found['mse']}, and images of it would be black; {advice}")
+    return found
+
+
+def _measured(pipeline: Pipeline, qnn: QuantModel) -> dict[str, Any]:
+    steps = min(STEPS, pipeline.calls)
+    # Modulation is of trajectories: their steps cannot be picked out.
+    recorded = pipeline.calls if qnn.config.modulate else steps
+    recording = record_evenly(pipeline, recorded, IMAGES, first=FIRST, show_progress=False)
+    if qnn.config.modulate:
+        compared = evenly_spaced(pipeline.calls, steps)
+        calls = network_calls(recording)
+        return measure_trajectory_error(qnn, calls, compared, release=True, precision=pipeline.precision)
+    held_out = select_samples(recording, steps, IMAGES, pipeline.input_shape, pipeline.conditional)
+    batch_size = min(BATCH, pipeline.batch_size)
+    return measure_noise_error(qnn, held_out, batch_size, release=True, precision=pipeline.precision)

@@ -1,0 +1,91 @@
+"""One front for all samplers and model families: which images, from which noise, with which conditions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qdiff.errors import UserError
+from qdiff.sampling.guidance import guided
+from qdiff.sampling.interface import Network, OnCall, OnStep
+from qdiff.sampling.noise import CALIBRATION_STREAM, ImageNoise
+from qdiff.sampling.parameterization import Parameterization, as_noise_prediction
+from qdiff.sampling.registry import SamplerOptions, SamplingRun, find_sampler
+from qdiff.sampling.schedule import DiffusionSchedule
+
+
+class Sampler:
+    """Samples what a network was trained on; the noise of image i depends on (seed, i) alone.
+
+    Args:
+        schedule: ᾱ_t of the network's training.
+        shape: (C, H, W) of one image or latent.
+        options: see `SamplerOptions`.
+        seed: the run's seed.
+        parameterization: what the network predicts.
+
+    Attributes:
+        timesteps: visited times, ascending, where the sampler does not place its steps itself.
+        calls: how often one run calls the network.
+
+    Raises:
+        UserError: options out of range, or that contradict each other.
+    """
+
+    def __init__(
+        self,
+        schedule: DiffusionSchedule,
+        shape: tuple[int, int, int],
+        options: SamplerOptions,
+        seed: int,
+        parameterization: Parameterization = Parameterization.EPS,
+    ) -> None:
+        self.schedule, self.shape, self.options, self.seed = schedule, tuple(shape), options, seed
+        self.parameterization, self._row = parameterization, find_sampler(options.kind)
+        if options.eta > 0 and not self._row.has_eta:
+            raise UserError(f"eta is {options.eta}, and {self._row.title} has none; leave eta out")
+        if not 0 <= options.eta <= 1:
+            raise UserError(f"eta is {options.eta}; give a number from 0 to 1")
+        if not math.isfinite(options.scale):
+            raise UserError(f"the guidance scale is {options.scale}; give a finite number")
+        self.timesteps = self._row.timesteps(options, schedule.num_train)
+        self.calls = self._row.calls(options, self.timesteps)
+
+    def __call__(
+        self,
+        network: Network,
+        rows: Sequence[int],
+        device: torch.device | str = "cpu",
+        condition: Tensor | None = None,
+        unconditional: Tensor | None = None,
+        calibration: bool = False,
+        on_call: OnCall | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Return the images or latents numbered ``rows``, [N, C, H, W], in the range that the network was trained on.
+
+        Args:
+            network: ε(x, t[, context]), or what else the parameterization says.
+            device: where x_T is, and with it everything.
+            condition, unconditional: [N, L, D] where the network is conditional; see `guided`.
+            calibration: draw from the calibration streams instead of the run's.
+            on_call: told of every network call, before guidance doubles the batch.
+            on_step: see `qdiff.sampling.interface`.
+        """
+        # Guidance and the conversion to ε commute: both are linear in the prediction.
+        guided_network = guided(network, condition, unconditional, self.options.scale)
+        predicted = as_noise_prediction(guided_network, self.schedule, self.parameterization)
+
+        def eps(x: Tensor, t: Tensor) -> Tensor:
+            if on_call is not None:
+                on_call(x, t, condition, unconditional)
+            return predicted(x, t)
+
+        noise = ImageNoise(self.seed + (CALIBRATION_STREAM if calibration else 0), rows, self.shape, device)
+        x_T, shared = noise.draw(), self.options.fixed_code
+        if shared is not None and not calibration:
+            x_T = ImageNoise(self.seed, [i % shared for i in rows], self.shape, device).draw()
+        return self._row.sample(eps, x_T, SamplingRun(self.schedule, self.timesteps, self.options, noise, on_step))
