@@ -1,4 +1,4 @@
-"""The pipelines of latent diffusion models: unconditional, by class, by text."""
+"""The pipeline of a latent diffusion model, and the unconditional one; the others are in `ldm.conditional`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ldm.checkpoint import load_latent_diffusion
 from ldm.config import REPOSITORY, load_config
-from ldm.locate import ImageSize, big_or_bundled, find_checkpoint, how_to_get, latent_shape
+from ldm.locate import ImageSize, find_checkpoint, how_to_get, latent_shape
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.util import Checkpointed
-from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from ldm.options import CLASS_CKPT, CLASS_CONFIG, TEXT_CKPT, TEXT_CONFIG, chosen_sampler
-from ldm.prompts import asked_classes, read_prompts
+from ldm.options import chosen_sampler
 from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
@@ -31,7 +29,6 @@ from qdiff.sampling.registry import find_sampler
 
 BUNDLED = {name: REPOSITORY / "models" / "ldm" / f"digits_{name}" for name in ("vq", "class", "text")}
 UNCONDITIONAL = "__is_unconditional__"
-PROMPT = "a painting of a virus monster playing guitar"
 
 
 def latent_options(kind: str, steps: int, eta: float = 0.0, scale: float = 1.0, fixed_code: int | None = None):
@@ -49,7 +46,7 @@ class LatentPipeline(Pipeline):
         count: how many images.
         batch_size: images at a time.
         size: of the images, where it is not the model's.
-        precision: ``autocast`` calls the network in half precision on CUDA; or ``full``.
+        precision: ``autocast`` calls the network in half precision on CUDA; None is ``full``.
         recompute: fitting computes activations of blocks again instead of keeping them, where the config says so.
 
     Raises:
@@ -65,14 +62,14 @@ class LatentPipeline(Pipeline):
         count: int,
         batch_size: int,
         size: ImageSize = ImageSize(),  # noqa: B008, frozen
-        precision: str = "full",
+        precision: str | None = None,
         recompute: bool = True,
     ) -> None:
         from omegaconf import OmegaConf
 
         self.model_config = load_config(config)
         self.weights, self._origin = Path(weights), config
-        self._precision, self._recompute = precision, recompute
+        self.precision_name, self._recompute = precision, recompute
         shape = latent_shape(self.model_config, size)
         check_sizes(self.model_config, f"config file {config}", shape)
         params = self.model_config.model.params
@@ -137,7 +134,7 @@ class LatentPipeline(Pipeline):
         return condition, None if self.sampler.options.scale == 1.0 else self.model.condition([nothing] * len(values))
 
     def precision(self) -> contextlib.AbstractContextManager:
-        if self._precision == "autocast" and self.device.type == "cuda":
+        if self.precision_name == "autocast" and self.device.type == "cuda":
             return torch.autocast("cuda")
         return contextlib.nullcontext()
 
@@ -186,181 +183,3 @@ class UnconditionalPipeline(LatentPipeline):
             made.act_range = RangeMethod.MIN_MAX
         made.note_steps("--custom_steps")
         return made
-
-
-class GuidedPipeline(LatentPipeline):
-    """What the two conditional pipelines share."""
-
-    conditional = True
-
-    def __init__(
-        self,
-        config: str | Path,
-        weights: str | Path,
-        options: SamplerOptions,
-        seed: int,
-        count: int,
-        batch_size: int,
-        size: ImageSize = ImageSize(),  # noqa: B008, frozen
-        precision: str = "full",
-        recompute: bool = True,
-    ) -> None:
-        super().__init__(config, weights, options, seed, count, batch_size, size, precision, recompute)
-        self.config["precision"] = precision
-
-
-def _check_guided(args: Namespace) -> None:
-    """Raise a `UserError` where options of `ldm.options.add_guided_options` contradict each other."""
-    require_at_least(0, {"--n_rows": args.n_rows, "--seed": args.seed})
-    if args.skip_grid and args.skip_save and not getattr(args, "save_npz", True):
-        raise UserError("--skip_grid and --skip_save together leave nothing; leave one of them out")
-    for name in ("n_samples", "n_iter", "n_batch", "max_images", "batch_size"):
-        require_at_least(1, {f"--{name}": getattr(args, name, None)})
-
-
-class ClassPipeline(GuidedPipeline):
-    """A class-conditional model: image i shows class i mod their number."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._require_encoder("ClassEmbedder", "class")
-        self.classes = self._condition_stage.params.get("n_classes", 1000) - 1  # the last one is "no class"
-        self.labels = [self.label(i) for i in range(self.count)]
-        self.config["num_images"] = self.count
-
-    @classmethod
-    def from_args(cls, args: Namespace) -> ClassPipeline:
-        """Return what the options of `ldm.options.add_class_options` name.
-
-        Raises:
-            UserError: they contradict each other.
-        """
-        _check_guided(args)
-        config, weights, note = big_or_bundled(args.config, args.ckpt, CLASS_CONFIG, CLASS_CKPT, BUNDLED["class"])
-        options = latent_options(chosen_sampler(args, {}), args.ddim_steps, args.ddim_eta, args.scale)
-        made = cls(
-            config,
-            weights,
-            options,
-            args.seed,
-            args.n_samples,
-            args.batch_size or args.n_batch,
-            precision=args.precision,
-            recompute=not args.no_grad_ckpt,
-        )
-        made.notes += [note] if note else []
-        made.note_steps("--ddim_steps")
-        return made
-
-    def label(self, index: int) -> int:
-        """Return the class of an image."""
-        return index % self.classes
-
-    def conditions(self, rows: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
-        return self._contexts([self.label(i) for i in rows])
-
-
-class TextPipeline(GuidedPipeline):
-    """A text-conditional model: image i shows prompt i mod their number.
-
-    Args:
-        prompts: of the images, as many as there are.
-        calibration_prompts: of the images that a calibration set is recorded from; None takes ``prompts``.
-        others: see `LatentPipeline`.
-    """
-
-    runs = Path("outputs") / "txt2img-samples"
-
-    def __init__(
-        self,
-        config: str | Path,
-        weights: str | Path,
-        options: SamplerOptions,
-        seed: int,
-        prompts: Sequence[str],
-        batch_size: int,
-        calibration_prompts: Sequence[str] | None = None,
-        **others: Any,
-    ) -> None:
-        super().__init__(config, weights, options, seed, max(1, len(prompts)), batch_size, **others)
-        self._require_encoder("FrozenCLIPEmbedder", "text")
-        self.prompts, self.count = list(prompts), len(prompts)
-        self.calibration_prompts = self.prompts if calibration_prompts is None else list(calibration_prompts)
-        pretrained = self.model_config.get("pretrained") or {}
-        self.labels = asked_classes(self.prompts, pretrained.get("class_words", []))
-        self.config |= {"prompts": self.prompts, "calibration_prompts": self.calibration_prompts}
-
-    @classmethod
-    def from_args(cls, args: Namespace) -> TextPipeline:
-        """Return what the options of `ldm.options.add_text_options` name.
-
-        Raises:
-            UserError: they contradict each other, or a prompt file cannot be read.
-        """
-        kind = chosen_sampler(args, {"plms": "plms", "dpm": "dpm_solver"})
-        if args.ddim_eta != 0 and not find_sampler(kind).has_eta:
-            option = next((f"--{name}" for name in ("plms", "dpm") if getattr(args, name)), f"--sampler {kind}")
-            raise UserError(f"{option} has no η, so --ddim_eta {args.ddim_eta} contradicts it; leave one out")
-        _check_guided(args)
-        together = getattr(args, "n_batch", args.n_samples)
-        config, weights, note = big_or_bundled(args.config, args.ckpt, TEXT_CONFIG, TEXT_CKPT, BUNDLED["text"])
-        code = together if args.fixed_code else None
-        notes = [note] if note else []
-        if args.from_file and args.prompt:
-            notes.append("--from-file takes the place of --prompt")
-        prompt = args.prompt or (load_config(config).get("pretrained") or {}).get("prompt", PROMPT)
-        lines = [prompt] * args.n_samples
-        if args.from_file:
-            lines = _prompts_of(args, args.from_file, "--from-file", notes)
-        asked = lines if args.from_file else [prompt]
-        if args.cali_prompts:
-            asked = _prompts_of(args, args.cali_prompts, "--cali_prompts", notes)
-        made = cls(
-            config,
-            weights,
-            latent_options(kind, args.ddim_steps, args.ddim_eta, args.scale, code),
-            args.seed,
-            (lines * args.n_iter)[: cls._limit(args)],
-            args.batch_size or together,
-            asked,
-            size=ImageSize(args.H, args.W, args.C, args.f),
-            precision=args.precision,
-            recompute=not args.no_grad_ckpt,
-        )
-        made.notes = notes + made.notes
-        made.note_steps("--ddim_steps")
-        return made
-
-    @staticmethod
-    def _limit(args: Namespace) -> int | None:
-        return args.max_images
-
-    def load(self, device: torch.device, network: bool = True) -> None:
-        super().load(device, network)
-        encoder: FrozenCLIPEmbedder = self.model.cond_stage_model
-        for prompt in dict.fromkeys(self.prompts + self.calibration_prompts):
-            if cut := encoder.cut(prompt):
-                limit = f"the text encoder takes {encoder.max_length} tokens"
-                self.notes.append(f"{limit}; of the prompt {prompt!r} this was cut: {cut!r}")
-
-    def conditions(self, rows: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
-        prompts = self.calibration_prompts if calibration else self.prompts
-        return self._contexts([prompts[i % len(prompts)] for i in rows])
-
-
-def _prompts_of(args: Namespace, path: str, option: str, notes: list[str]) -> list[str]:
-    """Return the prompts of the file that an option names; of one that is missing, none in a dry run."""
-    if getattr(args, "dry_run", False) and not Path(path).exists():
-        notes.append(f"{option} {path} does not exist: the plan is shown without its prompts")
-        return []
-    return read_prompts(path, option)
-
-
-class CaptionPipeline(TextPipeline):
-    """What EDA-DM's scripts/sample_txt2img.py samples: ``--n_samples`` images, ``--n_batch`` at a time."""
-
-    runs = Path("runs")
-
-    @staticmethod
-    def _limit(args: Namespace) -> int:
-        return args.n_samples if args.max_images is None else min(args.max_images, args.n_samples)

@@ -41,6 +41,8 @@ class Pipeline:
         runs: folder of the default run folders.
         eda_dm: EDA-DM's values for this model by option name, of its config's section of that name.
         notes: sentences that the user should read; `load` may add some.
+        precision_name: in which `precision` the network is called, ``full`` or ``autocast``; None where there is no
+            choice.
         encoded: `conditions` of the images that `sample` is asked for, where that is known: it then needs no
             `load`. None encodes them.
         network, weights: after `load`.
@@ -57,6 +59,7 @@ class Pipeline:
     labels: list[int] | None = None
     runs = Path("runs")
     eda_dm: Mapping[str, Any] = MappingProxyType({})
+    precision_name: str | None = None
     encoded: tuple[Tensor | None, Tensor | None] | None = None
     network: SteppedNetwork
     weights: Path | None = None

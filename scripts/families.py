@@ -26,7 +26,7 @@ _ROWS = (
     Script(
         "sample_diffusion_ldm_imagenet",
         ldm.add_class_options,
-        "ldm.pipeline:ClassPipeline",
+        "ldm.conditional:ClassPipeline",
         preset="configs/eda-dm/imagenet.yaml",
     ),
     Script(
@@ -46,14 +46,14 @@ _ROWS = (
     Script(
         "txt2img",
         ldm.add_text_options,
-        "ldm.pipeline:TextPipeline",
+        "ldm.conditional:TextPipeline",
         folder=("--outdir", "-l", "--logdir"),
         preset="configs/eda-dm/stable-diffusion.yaml",
     ),
     Script(
         "sample_txt2img",
         ldm.add_caption_options,
-        "ldm.pipeline:CaptionPipeline",
+        "ldm.conditional:CaptionPipeline",
         preset="configs/eda-dm/stable-diffusion.yaml",
     ),
 )

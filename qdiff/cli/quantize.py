@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qdiff.api import calibrate
 from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.memory_plan import MemoryUse, plan_memory
@@ -33,7 +34,6 @@ from qdiff.interface import SteppedNetwork
 from qdiff.io.files import sha256
 from qdiff.io.tensor_files import is_pickle
 from qdiff.methods import modiff
-from qdiff.methods.registry import find_method
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
@@ -178,7 +178,7 @@ class Quantization:
         log.info("calibrating with %s on %d samples", plan.name, len(self.data))
         with run.timed("calibration"):
             if weights or plan.changes is None:
-                find_method(plan.method).calibrate(self.qnn, self.data, plan.recipe, calibration)
+                calibrate(self.qnn, self.data, plan.method, plan.recipe, run=calibration)
             if plan.changes is not None:
                 modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
         run.manifest["estimated_peak_bytes"] = memory.peak

@@ -138,7 +138,7 @@ class SampleCommand:
             self._generate()
             return
         run = RunFolder(self._folder(), self.config, pipeline.count)
-        if run.is_complete and getattr(args, "skip_save", False):
+        if run.is_complete and args.skip_save:
             log.info("%s is finished already", run.path)
             run.discard_images()  # a kill may have come before all were deleted
             return
@@ -211,7 +211,7 @@ class SampleCommand:
 
         advice = smaller_batch(min(pipeline.batch_size, run.count), kept=": the images that are there are kept")
         with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():
-            if getattr(self.args, "sequence", False) and processes.is_first:
+            if self.args.sequence and processes.is_first:
                 with trajectory_of(denoiser):
                     self._write_sequence(run, denoiser)
             made = sample_pending(run, images, pipeline.batch_size, processes)
@@ -231,7 +231,7 @@ class SampleCommand:
         seed = self.args.seed if self.plan.seed is None else self.plan.seed
         qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
         if "noise_error" not in run.manifest:
-            halves = getattr(self.args, "precision", "full") != "full"
+            halves = self.pipeline.precision_name not in (None, "full")
             run.manifest["noise_error"] = held_out_error(self.pipeline, qnn, halves)
             log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
             run.save_manifest()
@@ -257,7 +257,7 @@ class SampleCommand:
         manifest = run.manifest
         if any(r["made"] for r in results):
             manifest["device"] = str(device)
-            manifest["gpu"] = describe_gpu(device, getattr(self.args, "precision", None))
+            manifest["gpu"] = describe_gpu(device, self.pipeline.precision_name)
             manifest["processes"] = processes.count
             manifest["torch_threads"] = torch.get_num_threads()
             manifest["peak_memory_bytes"] = [r["peak"] for r in results]
@@ -274,8 +274,8 @@ class SampleCommand:
         args = self.args
         run.finish(
             args.save_npz,
-            columns=getattr(args, "n_rows", 0) or None,
-            write_grid=not getattr(args, "skip_grid", False),
-            keep_images=not getattr(args, "skip_save", False),
+            columns=args.n_rows or None,
+            write_grid=not args.skip_grid,
+            keep_images=not args.skip_save,
         )
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)

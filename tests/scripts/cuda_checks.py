@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from virtual_cuda import Counts
 
-SAMPLERS = ("ddim/samplers/",)
+SAMPLERS = ("qdiff/sampling/",)
 """Where the loop over the steps is: nothing below may make the host wait."""
 KEEPING = ("qdiff/calibration/recording.py", "qdiff/cli/sample.py:on_step")
 """But for what is kept of a step: calibration sets, and --sequence's pictures."""

@@ -116,6 +116,10 @@ def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True
     group.add_argument("--cond", action="store_true", help="the model is conditional")
 
 
+# Options that only some sampling scripts have, and what holds for the others.
+OF_SOME_SCRIPTS = {"sequence": False, "skip_save": False, "skip_grid": False, "n_rows": 0}
+
+
 def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = ("-l", "--logdir")) -> None:
     """What every sampling command offers; ``folder``: what the option for the run folder is called."""
     group = parser.add_argument_group("run")
@@ -147,3 +151,6 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
         "timed on a GPU yet)",
     )
     group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")
+    for name, value in OF_SOME_SCRIPTS.items():
+        if parser.get_default(name) is None:
+            parser.set_defaults(**{name: value})
