@@ -171,15 +171,15 @@ class SampleCommand:
                     run.add_file("float weights", pipeline.weights)
                 if packed is not None:
                     add_checkpoint(run, "quantized checkpoint", self.plan.checkpoint)
-                run.manifest["fused_kernels"] = args.fused_kernels
-                run.manifest["network_calls"] = pipeline.calls  # of one image
-                run.manifest["network_bytes"] = sum(p.numel() * 4 for p in pipeline.network.parameters())
+                run.manifest.fused_kernels = args.fused_kernels
+                run.manifest.network_calls = pipeline.calls  # of one image
+                run.manifest.network_bytes = sum(p.numel() * 4 for p in pipeline.network.parameters())
                 if pipeline.labels is not None:
-                    run.manifest["labels"] = pipeline.labels
+                    run.manifest.labels = pipeline.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
                 counted = packed or (pipeline.network if prepared is None else prepared.qnn)
                 cost = account(counted, pipeline.input_shape, pipeline.context_shape)
-                run.manifest["cost"] = cost.summary(pipeline.calls)
+                run.manifest.cost = cost.summary(pipeline.calls)
                 self._complete(prepared, run)
             processes.wait()
             if packed is None and prepared is None and (prepared := self._prepare(run)) is not None:
@@ -230,10 +230,10 @@ class SampleCommand:
             return
         seed = self.args.seed if self.plan.seed is None else self.plan.seed
         qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
-        if "noise_error" not in run.manifest:
+        if run.manifest.noise_error is None:
             halves = self.pipeline.precision_name not in (None, "full")
-            run.manifest["noise_error"] = held_out_error(self.pipeline, qnn, halves)
-            log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
+            run.manifest.noise_error = held_out_error(self.pipeline, qnn, halves)
+            log.info("mean squared error of ε against float: %.3e", run.manifest.noise_error["mse"])
             run.save_manifest()
         qnn.release_float_weights()  # sampling needs one copy of the weights, not two
         qnn.reset_fired()
@@ -256,14 +256,14 @@ class SampleCommand:
             return
         manifest = run.manifest
         if any(r["made"] for r in results):
-            manifest["device"] = str(device)
-            manifest["gpu"] = describe_gpu(device, self.pipeline.precision_name)
-            manifest["processes"] = processes.count
-            manifest["torch_threads"] = torch.get_num_threads()
-            manifest["peak_memory_bytes"] = [r["peak"] for r in results]
-            manifest["seconds"]["sampling"] = round(manifest["seconds"].get("sampling", 0.0) + seconds, 3)
+            manifest.device = str(device)
+            manifest.gpu = describe_gpu(device, self.pipeline.precision_name)
+            manifest.processes = processes.count
+            manifest.torch_threads = torch.get_num_threads()
+            manifest.peak_memory_bytes = [r["peak"] for r in results]
+            manifest.add_seconds("sampling", seconds)
             if qnn is not None:
-                manifest["activation_quantizers"] = {
+                manifest.activation_quantizers = {
                     "total": len(qnn.act_quantizers()),
                     "silent": sorted({name for r in results for name in r["silent"]}),
                 }
