@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.weight_forms import WeightForm
 
 
 @torch.no_grad()
@@ -25,7 +26,7 @@ def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(module, (*QUANTIZABLE, QuantModule)):
             continue
         if isinstance(module, QuantModule) and len(module.weight_quantizers) > 0:
-            assert module.released or module.packed is not None, "its float weight is still needed"
+            assert module.form in (WeightForm.RELEASED, WeightForm.PACKED), "its float weight is still needed"
         for name in ("weight", "bias"):
             parameter = getattr(module, name)
             if parameter is not None:

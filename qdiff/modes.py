@@ -32,8 +32,8 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
             if isinstance(leaf, QuantModule):
                 leaf.acts_quantized = activations and len(leaf.act_quantizers) > 0
                 leaf.weights_quantized = weights and len(leaf.weight_quantizers) > 0
-                if leaf.weights_quantized and leaf.soft_weight is None:
-                    leaf.bake()
+                if leaf.weights_quantized:
+                    leaf.hold_dequantized()
             else:
                 leaf.acts_quantized = activations and hasattr(leaf, "act_quantizer_q")
         yield
@@ -43,4 +43,4 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
             if isinstance(leaf, QuantModule):
                 leaf.weights_quantized = weights_before
                 if not weights_before:
-                    leaf.baked = None
+                    leaf.drop_dequantized()

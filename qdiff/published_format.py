@@ -22,6 +22,7 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
 from qdiff.tensor_files import check_finite, unwrapped
+from qdiff.weight_forms import WeightForm
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
@@ -203,7 +204,7 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
-    if any(layer.released for layer in qnn.layers().values()):
+    if any(layer.form is WeightForm.RELEASED for layer in qnn.layers().values()):
         raise UserError(
             "the published format holds the float weights, which this network has released; save it before "
             "release_float_weights, or save the native format"

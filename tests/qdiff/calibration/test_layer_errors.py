@@ -142,12 +142,12 @@ def test_hooks_and_modes_are_as_before(where):
 def learned_gradient(block):
     """Of the layers' errors, with respect to a factor on the first layer's weight."""
     factor = torch.ones((), requires_grad=True)
-    block.enter.soft_weight = lambda: block.enter.dequantized_weight() * factor
+    block.enter.begin_soft_rounding(lambda: block.enter.dequantized_weight() * factor)
     with leaf_modes([block], weights=True, activations=False):  # as in the loop, also on the way back
         error = watched(block, images(1), images(2))
         assert error.requires_grad
         error.backward()
-    block.enter.soft_weight = None
+    block.enter.end_soft_rounding()
     return float(factor.grad)
 
 
@@ -179,7 +179,7 @@ def first_loss(layer_weight, pass_size=None):
     with torch.no_grad():
         target = block(float_x)
     unknown = nn.Parameter(torch.zeros(()))
-    block.enter.soft_weight = lambda: block.enter.dequantized_weight() + 0 * unknown
+    block.enter.begin_soft_rounding(lambda: block.enter.dequantized_weight() + 0 * unknown)
     with leaf_modes([block], weights=True, activations=False):
         loss = optimise(
             Unit("block", block, (x,), target, (float_x,)),

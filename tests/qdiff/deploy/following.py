@@ -182,12 +182,12 @@ def check_samples(
     weights = qnn.layers()[last]
     before = weights.weight_quantizers[0].delta.clone()
     weights.weight_quantizers[0].delta.mul_(1 + 1 / 255)
-    weights.baked = None
+    weights.drop_dequantized()
     planted = _AfterRuntime(followed, qnn, fed)
     assert psnr(sampled(planted), made) < FOLLOWED_PSNR
     assert min(planted.errors) > tolerance, planted.errors
     weights.weight_quantizers[0].delta.copy_(before)
-    weights.baked = None
+    weights.drop_dequantized()
 
     # Each for itself, and the graph as it runs, where nobody looks inside: flips at edges take what they take.
     with qnn.quantized():

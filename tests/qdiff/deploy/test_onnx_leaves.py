@@ -205,7 +205,7 @@ def planted(qnn: QuantModel, name: str, x: Tensor) -> dict[str, Tensor]:
     def tried(what: str, change) -> None:
         leaf = copy.deepcopy(qnn.model.layers[name])
         change(leaf)
-        leaf.baked = None
+        leaf.drop_dequantized()
         view = VIEWS[VIEW_OF.get(name.split("-")[1], "conv2d")](x)
         with leaf_modes([leaf], weights=True, activations=True), torch.no_grad():
             results[what] = leaf(view)

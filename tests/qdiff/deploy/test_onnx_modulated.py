@@ -73,7 +73,7 @@ def trajectory(network, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 def simulated(qnn: QuantModel, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     for layer in qnn.layers().values():
-        layer.baked = None
+        layer.drop_dequantized()
     with qnn.quantized():
         return trajectory(qnn, inputs)
 
