@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from qdiff import files
-from qdiff.downloads import cache_folder, download
 from qdiff.errors import UserError
-from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
+from qdiff.io import files
+from qdiff.io.downloads import cache_folder, download
+from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

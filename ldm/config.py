@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ldm.keys import MODEL, PARAMS, PRETRAINED, STAGE, TOP
-from qdiff.config_files import read_config
-from qdiff.config_schema import check_section
 from qdiff.errors import UserError
+from qdiff.io.config_schema import check_section
+from qdiff.io.yaml_files import read_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qdiff.errors import UserError
-from qdiff.prompt_lines import prompt_lines
+from qdiff.io.prompt_lines import prompt_lines
 
 
 def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.integer import Geometry, Levels, integer_product
+from qdiff.kernels.integer_matmul import Geometry, Levels, integer_product
 from qdiff.modulation import LayerMemory
 from qdiff.quantizer import DynamicActQuantizer, act_quantizer
 from qdiff.weight_forms import WeightedModule
@@ -94,7 +94,7 @@ class QuantModule(WeightedModule):
         return self.quantized_weight() if self.weights_quantized else self.float_weight()
 
     def assert_multiplies_integers(self, name: str) -> None:
-        """Raise a `UserError` with the layer's name where `qdiff.integer` cannot compute it."""
+        """Raise a `UserError` with the layer's name where `qdiff.kernels.integer_matmul` cannot compute it."""
         if self.geometry is not None and (self.geometry.groups != 1 or isinstance(self.geometry.padding, str)):
             raise UserError(
                 f"{name} has {self.geometry.groups} groups and padding {self.geometry.padding}; integer products are "
@@ -103,7 +103,7 @@ class QuantModule(WeightedModule):
 
     @property
     def multiplies_integers(self) -> bool:
-        """Whether quantized inputs meet the weight as whole numbers (`qdiff.integer`)."""
+        """Whether quantized inputs meet the weight as whole numbers (`qdiff.kernels.integer_matmul`)."""
         return self.weights_quantized and self.packed is not None and self.packed.multiplies_integers
 
     def _levels(self, x: Tensor, quantizers: nn.ModuleList) -> list[Levels]:

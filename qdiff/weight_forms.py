@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.functional import dequantize, quantize
-from qdiff.packed_weight import PACKED, PackedWeight
-from qdiff.packing import pack
+from qdiff.kernels.packed_weight import PACKED, PackedWeight
+from qdiff.kernels.packing import pack
 from qdiff.quantizer import WeightQuantizer
-from qdiff.range_estimators import estimate
+from qdiff.ranges.estimators import estimate
 
 RELEASED = "the float weights of this network were released"
 DEQUANTIZED_AT_A_TIME = 1 << 17  # weights: their three passes stay in a cache
@@ -145,7 +145,7 @@ class WeightedModule(nn.Module):
         return self.weight_int if self.packed is None else self.packed.integers()
 
     def packed_integers(self) -> Tensor:
-        """Return the quantized weight as integers at their width (`qdiff.packing`), uint8."""
+        """Return the quantized weight as integers at their width (`qdiff.kernels.packing`), uint8."""
         if self.packed is not None:
             return self.packed.stream
         return pack(self.weight_int, self.weight_quantizers[0].bits)

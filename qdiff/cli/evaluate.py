@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from qdiff.cli.processes import choose_device
 from qdiff.cli.run_folder import installed_versions
 from qdiff.cli.run_manifest import read_manifest
-from qdiff.cli.runtime import choose_device
-from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
 from qdiff.evaluation.clip_score import clip_scores, load_clip
-from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.conditions import asked_share
 from qdiff.evaluation.extractors import REPOSITORY, create_extractor, extractor_spec
 from qdiff.evaluation.features import cached_features
@@ -34,8 +32,10 @@ from qdiff.evaluation.reference import (
     load_reference,
     reference_of,
 )
-from qdiff.files import check_writable
-from qdiff.prompt_lines import prompt_lines
+from qdiff.io.downloads import cache_folder
+from qdiff.io.files import check_writable
+from qdiff.io.prompt_lines import prompt_lines
+from qdiff.report.columns import METRICS
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.runtime import choose_device
+from qdiff.cli.processes import choose_device
 from qdiff.errors import UserError
 from qdiff.evaluation.clip_score import clip_scores, load_clip
 from qdiff.evaluation.conditions import asked_share
@@ -16,7 +16,7 @@ from qdiff.evaluation.fidelity import compare_runs, require_torchmetrics
 from qdiff.evaluation.image_sets import FirstImages, open_images
 from qdiff.evaluation.metrics import LEAST_IMAGES, compute_metrics, possible_metrics
 from qdiff.evaluation.reference import find_reference
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
 
 CACHE = "metrics.json"
 # Images that are compared with the float run's, one by one: the mean of some hundreds is steady, and SSIM is slow.

@@ -12,9 +12,9 @@ from typing import Any
 
 from qdiff.cli.table_grid import expand
 from qdiff.errors import UserError, first_line
-from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.metrics import LEAST_IMAGES
 from qdiff.methods.registry import METHODS
+from qdiff.report.columns import METRICS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = "see configs/tables/digits-demo.yaml"
@@ -31,7 +31,7 @@ class Row:
         label: its name; the folder of its run is made of it.
         options: what it adds to the common options.
         weights_from: label of the row whose calibrated weights it starts from.
-        published: what a paper reports, by metric (keys of `qdiff.evaluation.columns.METRICS`).
+        published: what a paper reports, by metric (keys of `qdiff.report.columns.METRICS`).
         own_recording: it records a calibration set of its own (with another ``--cali_seed``), not the shared one.
         unverified: the published numbers were quoted from memory of the paper.
     """

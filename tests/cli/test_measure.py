@@ -19,7 +19,7 @@ from qdiff.errors import UserError
 from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY, create_extractor
 from qdiff.evaluation.metrics import compute_metrics
 from qdiff.evaluation.reference import bundled_reference, compute_reference, load_reference, save_reference
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 
 NAME, REFERENCE = "digits-classifier", "digits32"
 SAME = 1e-9  # relative: the same float64 arithmetic on the same features

@@ -14,7 +14,7 @@ from qdiff.cli import table as module
 from qdiff.cli.table import misses
 from qdiff.errors import UserError
 from qdiff.evaluation import extractors
-from qdiff.evaluation.columns import METRICS
+from qdiff.report.columns import METRICS
 
 W4 = {"label": "W4", "options": QUANTIZED}
 

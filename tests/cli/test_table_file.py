@@ -11,7 +11,7 @@ from digit_runs import QUANTIZED
 from qdiff.cli.table import TableRun
 from qdiff.cli.table_file import MEASURABLE, Row, TableFile, without
 from qdiff.errors import UserError
-from qdiff.evaluation.columns import METRICS
+from qdiff.report.columns import METRICS
 
 SPEC = {
     "title": "T",

@@ -8,7 +8,7 @@ from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
 from qdiff.evaluation.conditions import asked_share
 from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 
 DIGITS = "digits-classifier"
 COUNT = 60

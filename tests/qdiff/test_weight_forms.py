@@ -10,7 +10,7 @@ from torch import nn
 
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
-from qdiff.packing import packed_bytes
+from qdiff.kernels.packing import packed_bytes
 from qdiff.weight_forms import TRANSITIONS, WeightedModule, WeightForm
 
 BITS = 3

@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from qdiff.accounting import account
 from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.checkpoint.native import content_bytes, counted_bytes
 from qdiff.config import QuantConfig
+from qdiff.cost.account import account
 from qdiff.errors import UserError
 from qdiff.methods import eda_dm
 from qdiff.methods.eda_dm import EdaDmConfig
-from qdiff.native_format import content_bytes, counted_bytes
 from qdiff.quant_model import QuantModel
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "split_shortcut": True}

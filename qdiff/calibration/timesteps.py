@@ -1,0 +1,111 @@
+"""Which timesteps calibration samples come from: the draw of a set, and how many samples each step gives.
+
+Steps are chosen such that they give equally many (`evenly_spaced`), or have counts, int64 [T] with the sum N: what step
+i of a sampling run gives. Steps are in sampling order, so step 0 is the noisiest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from qdiff.errors import UserError
+
+# PTQ4DM's distribution of timesteps, in units of T.
+NORMAL_MEAN, NORMAL_STD = 0.4, 0.4
+
+
+class Schedule(str, Enum):
+    """How samples are distributed over timesteps."""
+
+    TDAC = "tdac"  # where the network's features are dense and unlike those of other steps (EDA-DM)
+    NORMAL = "normal"  # timesteps from a normal distribution (PTQ4DM)
+    UNIFORM = "uniform"  # all alike (Q-Diffusion)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A calibration set in which every sampled image gives one sample, at a step that the schedule chooses.
+
+    Attributes:
+        schedule: see the enum.
+        count: N, how many images.
+        batch_size: images sampled at a time, and at most so many whose features TDAC looks at.
+        lamda: λ, weight of variety against density (TDAC).
+        radius: r, mean squared distance up to which two steps' features count as near (TDAC).
+    """
+
+    schedule: Schedule = Schedule.TDAC
+    count: int = 1024
+    batch_size: int = 64
+    lamda: float = 1.0
+    radius: float = 3.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", Schedule(self.schedule))
+        for name, option in (("count", "--calib_num_samples"), ("batch_size", "--batch_samples")):
+            if getattr(self, name) < 1:
+                raise UserError(f"{option} is {getattr(self, name)}; give at least 1")
+        if not 0 <= self.lamda < math.inf:
+            raise UserError(f"--lamda is {self.lamda}; give a finite number from 0")
+        if not self.radius > 0:
+            raise UserError(f"--tdac_radius is {self.radius}; give it above 0")
+
+
+def evenly_spaced(recorded: int, count: int) -> list[int]:
+    """Return ``count`` step indices out of ``recorded``: every ⌊recorded/count⌋-th from the first (Q-Diffusion).
+
+    Raises:
+        UserError: more steps asked for than recorded, or fewer than one.
+    """
+    if not 1 <= count <= recorded:
+        raise UserError(
+            f"{count} calibration steps were asked for and {recorded} are recorded; give --cali_st 1 to {recorded}"
+        )
+    return list(range(0, recorded, recorded // count))[:count]
+
+
+def uniform_counts(steps: int, count: int) -> Tensor:
+    """Return equal counts, int64 [steps], with the sum ``count``; a remainder is spread over the whole run.
+
+    Raises:
+        UserError: fewer than one sample.
+    """
+    _check(steps, count)
+    return (torch.arange(steps + 1) * count // steps).diff()
+
+
+def normal_counts(steps: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return counts, int64 [steps], of timesteps drawn from a normal distribution (PTQ4DM), with the sum ``count``.
+
+    Timesteps are drawn with mean 0.4·T and standard deviation 0.4·T, T = ``steps``; then the drawn values' own range
+    is stretched to [0, T − 1] and rounded. Timestep 0 is the CLEAN end there and the last of a sampling run, so drawn
+    timestep t counts for step T − 1 − t. (Stretching undoes any mean and deviation: the bell ends up between the two
+    extremes that were drawn, around the middle of the run on average.)
+
+    Args:
+        generator: decides the draw.
+
+    Raises:
+        UserError: fewer than one sample.
+
+    Source: Shang et al. 2023, "Post-training Quantization on Diffusion Models", as EDA-DM runs it for comparison.
+    """
+    _check(steps, count)
+    drawn = NORMAL_MEAN * steps + NORMAL_STD * steps * torch.randn(count, generator=generator, dtype=torch.float64)
+    spread = drawn.max() - drawn.min()
+    if spread > 0:
+        drawn = (drawn - drawn.min()) / spread * (steps - 1)
+    timestep = drawn.round().long().clamp(0, steps - 1)  # a single draw has no range to stretch
+    return (steps - 1 - timestep).bincount(minlength=steps)
+
+
+def _check(steps: int, count: int) -> None:
+    if steps < 1:
+        raise ValueError(f"a sampling run of {steps} steps")
+    if count < 1:
+        raise UserError(f"the number of calibration samples is {count}; give at least 1")
