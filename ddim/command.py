@@ -16,9 +16,9 @@ from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sampling import DdimSampler, SamplerOptions
 from ddim.sizes import check_sizes
 from qdiff.calibration.recording import OnCall
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.pipeline import FloatModel, Network, OnStep
+from qdiff.ranges.estimators import RangeMethod
 
 
 class DdimModel(FloatModel):

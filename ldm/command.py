@@ -24,10 +24,10 @@ from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
 from qdiff.calibration.recording import OnCall
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork
 from qdiff.pipeline import FloatModel, Network, OnStep
+from qdiff.ranges.estimators import RangeMethod
 
 BUNDLED = {name: REPOSITORY / "models" / "ldm" / f"digits_{name}" for name in ("vq", "class", "text")}
 
@@ -154,7 +154,7 @@ class UnconditionalModel(LatentModel):
         weights = find_checkpoint(args.resume_base) if args.resume_base else bundled
         if args.dpm and args.vanilla_sample:
             raise UserError("--dpm and --vanilla_sample contradict each other; leave one of them out")
-        if args.a_min_max and getattr(args, "a_range", None) not in (None, RangeMethod.MIN_MAX.value):
+        if args.a_min_max and getattr(args, "a_range", None) not in (None, RangeMethod.MIN_MAX):
             raise UserError(f"--a_min_max and --a_range {args.a_range} contradict each other; leave one of them out")
         if args.a_min_max:
             self.act_range = RangeMethod.MIN_MAX

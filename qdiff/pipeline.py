@@ -15,10 +15,11 @@ from torch import Tensor
 from qdiff.calibration.recording import OnCall, assign, record_assigned, record_calls, record_features
 from qdiff.calibration.tdac import Allocation, tdac
 from qdiff.calibration.timesteps import Draw, Schedule, evenly_spaced, normal_counts, uniform_counts
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.io.progress import progress_bar
+from qdiff.ranges.estimators import RangeMethod
 
 # TDAC compares features of one batch; those of more images than this say the same and fill the memory.
 LOOKED_AT = 64

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.functional import dequantize, quantize
 from qdiff.kernels.packed_weight import PACKED, PackedWeight
@@ -153,7 +153,7 @@ class WeightedModule(nn.Module):
     # New integers, in the form that there is
 
     @torch.no_grad()
-    def init_weight_ranges(self, method: RangeMethod) -> None:
+    def init_weight_ranges(self, method: str) -> None:
         """Choose δ and z per output channel and round every weight to the nearest level; errors as `float_weight`."""
         integers = []
         for quantizer, part in zip(self.weight_quantizers, self.weight_slices(), strict=True):

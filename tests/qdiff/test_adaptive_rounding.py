@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from qdiff.adaptive_rounding import LearnedRounding
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.interface import split_input
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.weight_forms import WeightForm
 
 # Absolute, in units of a step: the fraction of w/δ through a logarithm and a sigmoid in float32.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdiff import quant_layer, quantizer
+from qdiff import quantizer, weight_forms
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.modes import leaves
@@ -198,8 +198,8 @@ def test_weight_only_sampling_costs_what_float_costs(calibrated, held_out, monke
     qnn = calibrated(**W4A8)
     work = []
     for module, name in (
-        (quant_layer, "dequantize"),
-        (quant_layer, "quantize"),
+        (weight_forms, "dequantize"),
+        (weight_forms, "quantize"),
         (quantizer, "fake_quantize_inference"),
     ):
         original = getattr(module, name)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.kernels.packing import packed_bytes
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.weight_forms import TRANSITIONS, WeightedModule, WeightForm
 
 BITS = 3

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from qdiff.cli.options.paper_options import check_paper_options, refused_values
 from qdiff.errors import UserError
+from qdiff.ranges.estimators import ESTIMATORS
 
 BITS = 8
 SIMULATED, TORCH_RUNTIMES, ONNX_RUNTIMES = "simulated", ("torch", "torch-int8"), ("onnxruntime", "openvino")
@@ -71,8 +72,8 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="8-bit weights in the first and last layer, float input of the last (default with EDA-DM)",
     )
-    group.add_argument("--w_range", choices=["max", "mse", "search"], help="how weight ranges are chosen")
-    group.add_argument("--a_range", choices=["max", "mse", "search"], help="how activation ranges are chosen")
+    group.add_argument("--w_range", choices=list(ESTIMATORS), help="how weight ranges are chosen")
+    group.add_argument("--a_range", choices=list(ESTIMATORS), help="how activation ranges are chosen")
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:

@@ -16,10 +16,11 @@ from qdiff.calibration.fitting import MAX_STEP_CHANGE, FitSettings, UnitKind, fi
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.weight_forms import WeightForm
 
 CPU = torch.device("cpu")

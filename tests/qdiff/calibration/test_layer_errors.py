@@ -12,9 +12,10 @@ from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.reconstruction import FitSettings, Unit, optimise
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
+from qdiff.ranges.estimators import RangeMethod
 
 # Relative: float32 sums of a few hundred terms in another order.
 SUM_TOLERANCE = 1e-5

@@ -11,13 +11,14 @@ from exact_runtimes import SPLIT, require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.interface import AttentionCore, split_input
 from qdiff.modes import leaf_modes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, calibrated_act_quantizers
+from qdiff.ranges.estimators import RangeMethod
 
 require_runtimes()
 

@@ -9,8 +9,9 @@ from exact_runtimes import SPLIT, require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 require_runtimes()
 
