@@ -20,9 +20,9 @@ from torch import Tensor
 
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.onnx_network import OnnxNetwork, read_model
 from qdiff.deploy.onnx_ranges import BYTE
-from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
-from qdiff.deploy.runtimes import OnnxNetwork, read_model
+from qdiff.deploy.runtimes import RUNTIMES as ROWS
 from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -87,8 +87,8 @@ class Followed:
             if name not in given:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
         # As it runs; what is looked at stays.
-        lower(model, runtime, check_exact(runtime, SESSIONS[runtime]))
-        self._session = SESSIONS[runtime](model, 1)
+        lower(model, ROWS[runtime].changes(check_exact(ROWS[runtime])))
+        self._session = ROWS[runtime].open(model, 1)
         self.names = [each.name for each in model.graph.input]
         self._outputs = [each.name for each in model.graph.output]
 

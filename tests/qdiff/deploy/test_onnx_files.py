@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qdiff.checkpoint.native import layout
 from qdiff.config import QuantConfig
 from qdiff.deploy.onnx_export import FORMAT, METADATA, export_onnx
-from qdiff.deploy.runtimes import OnnxNetwork, properties, read_model
+from qdiff.deploy.onnx_network import OnnxNetwork, properties, read_model
 from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod

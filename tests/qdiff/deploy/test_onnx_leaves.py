@@ -168,7 +168,7 @@ def x(leaves) -> Tensor:
 @pytest.fixture(scope="module")
 def computed(leaves, x, tmp_path_factory) -> dict[str, dict[str, Tensor]]:
     """Outputs of every leaf by runtime; and the simulated ones."""
-    from qdiff.deploy import runtimes
+    from qdiff.deploy import onnx_network
     from qdiff.deploy.onnx_export import export_onnx
 
     path = tmp_path_factory.mktemp("leaves") / "leaves.onnx"
@@ -178,8 +178,8 @@ def computed(leaves, x, tmp_path_factory) -> dict[str, dict[str, Tensor]]:
     for runtime in COMPUTED:
         with pytest.MonkeyPatch.context() as patch:
             if runtime == FORCED:
-                patch.setattr(runtimes, "check_exact", lambda *runtime: SPLIT)
-            flat = runtimes.OnnxNetwork(path, runtime.split("-")[0])(x, torch.zeros(len(x)))
+                patch.setattr(onnx_network, "check_exact", lambda *runtime: SPLIT)
+            flat = onnx_network.OnnxNetwork(path, runtime.split("-")[0])(x, torch.zeros(len(x)))
         parts = flat[:, :-1].split(list(sizes.values()), dim=1)
         results[runtime] = {
             name: part.reshape(results["simulated"][name].shape) for name, part in zip(sizes, parts, strict=True)
@@ -269,7 +269,7 @@ def test_a_zero_point_at_hand_counts_where_taps_lie_inside(leaves, x, computed, 
     """Planted: as if every tap of a kernel lay inside, also at the borders."""
     from qdiff.deploy import onnx_leaves
     from qdiff.deploy.onnx_export import export_onnx
-    from qdiff.deploy.runtimes import OnnxNetwork
+    from qdiff.deploy.onnx_network import OnnxNetwork
 
     inside = onnx_leaves._inside
     monkeypatch.setattr(onnx_leaves, "_inside", lambda *where: torch.ones_like(inside(*where)))

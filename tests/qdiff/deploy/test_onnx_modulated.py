@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
 from qdiff.deploy.onnx_export import export_onnx, first_step_path
-from qdiff.deploy.runtimes import OnnxNetwork, read_model
+from qdiff.deploy.onnx_network import OnnxNetwork, read_model
 from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.quant_model import QuantModel

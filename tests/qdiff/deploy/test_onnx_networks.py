@@ -12,7 +12,7 @@ from exact_runtimes import require_runtimes
 from following import FREE_STEP_TOLERANCE, RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
-from qdiff.deploy.runtimes import OnnxNetwork
+from qdiff.deploy.onnx_network import OnnxNetwork
 from qdiff.quant_model import QuantModel
 
 require_runtimes()
