@@ -94,13 +94,13 @@ class Variant:
     imports: tuple[str, ...] = ()
 
 
-def _variants(runtime: Runtime) -> dict[str, Variant]:
+def variants_of(runtime: Runtime) -> dict[str, Variant]:
     """Return a runtime's variants: of one that runs exported models, the float model too."""
     name = runtime.name
     if not isinstance(runtime, OnnxRuntime):
         opened = _packed(runtime) if runtime.packs else _simulated
         return {name: Variant(NATIVE, opened, is_simulation=not runtime.multiplies_integers)}
-    own_float, packages = f"{name}-float", ("onnx", name)
+    own_float, packages = f"{name}-float", ("onnx", runtime.package)
     return {
         own_float: Variant(FLOAT_ONNX, _onnx(name, FLOAT_ONNX), imports=packages),
         name: Variant(ONNX, _onnx(name, ONNX), own_float=own_float, imports=packages),
@@ -111,7 +111,7 @@ VARIANTS: dict[str, Variant] = {
     BASE: Variant(FLOAT, _float),
     "float-channels-last": Variant(FLOAT, _channels_last),
     "float-compile": Variant(FLOAT, _compiled, imports=("torch._dynamo", "torch._inductor.compile_fx")),
-    **{name: variant for runtime in RUNTIMES.values() for name, variant in _variants(runtime).items()},
+    **{name: variant for runtime in RUNTIMES.values() for name, variant in variants_of(runtime).items()},
 }
 
 

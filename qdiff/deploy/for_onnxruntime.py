@@ -148,4 +148,4 @@ def _session(model: onnx.ModelProto, threads: int, fast: bool) -> Run:
     return lambda feed: session.run(None, feed)
 
 
-ONNXRUNTIME = OnnxRuntime(name="onnxruntime", changes=changes, open=_open)
+ONNXRUNTIME = OnnxRuntime(name="onnxruntime", package="onnxruntime", changes=changes, open=_open)

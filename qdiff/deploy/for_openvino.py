@@ -128,4 +128,4 @@ def _open(model: onnx.ModelProto, threads: int) -> Run:
     return lambda feed: [value.copy() for value in compiled([feed[name] for name in names]).values()]
 
 
-OPENVINO = OnnxRuntime(name="openvino", changes=changes, open=_open)
+OPENVINO = OnnxRuntime(name="openvino", package="openvino", changes=changes, open=_open)

@@ -68,16 +68,18 @@ class OnnxRuntime(Runtime):
     """Runs an exported model (`qdiff.deploy.onnx_network.OnnxNetwork`) on the CPU.
 
     Attributes:
+        package: what is imported for it, of the ``deploy`` extra.
         changes: of products' limits, how a model is rewritten into what the runtime's integer kernels take.
         open: returns a rewritten model as a function, computed with a number of threads.
     """
 
+    package: str
     changes: Callable[[ProductLimits], Mapping[str, Change]]
     open: Callable[[onnx.ModelProto, int], Run]
 
     def check(self, quant: QuantConfig | None) -> None:
         import_onnx()
-        import_extra(self.name)
+        import_extra(self.package)
         if quant is None:
             return
         check_exportable(quant)
