@@ -29,13 +29,13 @@ from qdiff.io.tensor_files import read_float_tensors
 from qdiff.kernels.packing import deflate_floats, inflate_floats
 from qdiff.quant_model import QuantModel
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 LATENT = ("digits_class", "digits_kl", "digits_text", "digits_vq")
 UNET = "model.diffusion_model."
 # What a file may take of the network in float32, scales and header included (issue 7).
 LARGEST = {4: 0.14, 8: 0.27}
 
-FIRST = Path(__file__).parents[1] / "golden" / "native_1"
+FIRST = Path(__file__).parents[2] / "golden" / "native_1"
 # Relative L2 between machines; the files hold the same integers (hash) and scales.
 OUTPUT_TOLERANCE = 2e-3
 

@@ -25,7 +25,7 @@ from qdiff.modes import leaves
 from qdiff.quant_model import QuantModel
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
-CIFAR10 = Path(__file__).parents[2] / "configs" / "cifar10.yml"
+CIFAR10 = Path(__file__).parents[3] / "configs" / "cifar10.yml"
 TINY = (1, 8, 8)  # what `tiny_network` takes
 # Inputs of the released UNets: (C, H, W), (L, D).
 INPUTS = {

@@ -12,7 +12,7 @@ import pytest
 from qdiff.io import progress
 from qdiff.io.progress import INTERVAL, Lines, duration, progress_bar, tracked
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 class Clock:

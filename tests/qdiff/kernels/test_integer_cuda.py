@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_integer import LAYERS, one_layer, run
+from test_integer_matmul import LAYERS, one_layer, run
 
 from qdiff.kernels import integer_matmul as integer
 from qdiff.kernels.integer_matmul import int8_is_exact, int8_matmul

@@ -25,7 +25,7 @@ from qdiff.methods import linear
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import estimate
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 # Relative L2 of a layer's output without bias: the order in which float32 is summed.
 LAYER_TOLERANCE = 1e-5
 # … of the bundled network's, where a value on a rounding edge of the next quantizer may fall to the other side and a

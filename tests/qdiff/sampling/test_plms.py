@@ -23,7 +23,7 @@ from qdiff.sampling import (
 )
 from qdiff.sampling import plms as module
 
-GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "samplers.pth", weights_only=True)
+GOLDEN = torch.load(Path(__file__).parents[2] / "golden" / "samplers.pth", weights_only=True)
 GOLDEN_TOLERANCE = 1e-5  # relative L2; float32 rounding gives below 1e-6
 EXACT_TOLERANCE = 1e-12  # relative L2 in float64
 

@@ -22,7 +22,7 @@ from qdiff.sampling import (
     select_timesteps,
 )
 
-GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "samplers.pth", weights_only=True)
+GOLDEN = torch.load(Path(__file__).parents[2] / "golden" / "samplers.pth", weights_only=True)
 GOLDEN_TOLERANCE = 1e-5  # relative L2; float32 rounding gives below 1e-6
 VARIANCE_TOLERANCE = 0.07  # relative; five standard errors √(2/N) of a variance of N = 10,000 samples
 
