@@ -107,7 +107,7 @@ class QuantModule(WeightedModule):
         return self.weights_quantized and self.packed is not None and self.packed.multiplies_integers
 
     def _levels(self, x: Tensor, quantizers: nn.ModuleList) -> list[Levels]:
-        """Return the integers of the input, one a slice."""
+        """Return the integers of the input, one per slice."""
         return [q.levels(part) for q, part in zip(quantizers, x.split(self.slices, self.channel_dim), strict=True)]
 
     def _integer_product(self, levels: list[Levels], bias: Tensor | None) -> Tensor:
