@@ -20,10 +20,10 @@ from ldm.options import chosen_sampler
 from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
 from qdiff.pipeline import Pipeline
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Sampler, SamplerOptions
 from qdiff.sampling.registry import find_sampler
 

@@ -12,7 +12,7 @@ from ldm.checkpoint import build_without_weights
 from ldm.config import REPOSITORY, load_config
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from qdiff.io.files import check_writable, written_whole
-from qdiff.random_weights import random_values
+from qdiff.io.random_weights import random_values
 
 TOKENIZER = REPOSITORY / "models" / "ldm" / "digits_text" / "text_encoder"
 

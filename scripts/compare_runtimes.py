@@ -24,13 +24,15 @@ from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
+    from qdiff.cli.parity import compared_runtimes
+
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     parser.add_argument("--images", type=int, default=64, help="images to sample with every network")
     parser.add_argument("--batch_size", type=int, help="images sampled at a time")
     parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
     parser.add_argument(
-        "--runtimes", help="names separated by commas: torch, torch-int8, onnxruntime, openvino (default: all that can)"
+        "--runtimes", help=f"names separated by commas: {', '.join(compared_runtimes())} (default: all that can)"
     )
     parser.add_argument("--onnx", help="the exported model (default: exported into a temporary folder)")
     parser.add_argument("--out", help="a JSON file to write, with the error at every step")

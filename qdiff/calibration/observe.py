@@ -7,16 +7,15 @@ from torch import Tensor
 
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker
-from qdiff.config import RangeMethod
 from qdiff.modes import leaf_modes
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.ranges.estimators import RangeObserver
+from qdiff.ranges.estimators import ESTIMATORS
 
 
 def observe_unit(
     unit: Unit,
     walker: Walker,
-    method: RangeMethod,
+    method: str,
     rows: Tensor | None = None,
     momentum: float | None = None,
     softmax_only: bool = False,
@@ -26,6 +25,7 @@ def observe_unit(
     Weights are quantized while observing, activations that are being observed are not.
 
     Args:
+        method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
         rows: which samples to look at, in this order; None takes all.
         momentum: of a running average over batches; None takes the extremes over everything.
         softmax_only: observe softmax outputs alone; the other quantizers have their ranges and keep them.
@@ -37,7 +37,7 @@ def observe_unit(
         return
     rows = (torch.arange(len(unit.target)) if rows is None else rows).to(unit.target.device)
     for quantizer in quantizers:
-        quantizer.observer = RangeObserver(method, momentum)
+        quantizer.observer = ESTIMATORS[method](momentum)
     try:
         with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
             for part in walker.slices(len(rows)):

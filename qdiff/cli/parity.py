@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoint import load_checkpoint
-from qdiff.cli.options.parser import ONNX_RUNTIMES, TORCH_RUNTIMES, chosen_runtimes
+from qdiff.cli.options.parser import chosen_runtimes
 from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
 from qdiff.cli.processes import choose_device
-from qdiff.cli.runtime import check_can_run, check_onnx_file
+from qdiff.cli.runtime import check_onnx_file
+from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes
+from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
 from qdiff.io.images import to_uint8
@@ -27,9 +29,8 @@ from qdiff.pipeline import Network, Pipeline
 from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:
-    from qdiff.deploy.runtimes import OnnxNetwork
+    from qdiff.deploy.onnx_network import OnnxNetwork
 
-RUNTIMES = (*TORCH_RUNTIMES, *ONNX_RUNTIMES)
 FLOAT, LAST_BITS = "float", "simulated, last bits moved"
 LAST_BIT = 2.0**-23  # of a float32's mantissa
 
@@ -73,6 +74,11 @@ class Parity:
     identical: int
 
 
+def compared_runtimes() -> list[str]:
+    """Return the names of all runtimes but simulation itself."""
+    return [name for name in RUNTIMES if name != SIMULATED.name]
+
+
 def resolve(args: Namespace, pipeline: Pipeline) -> tuple[PtqPlan, list[str], dict[str, str]]:
     """Return the plan of a command's options, the runtimes to compare, and why each of the others is left out.
 
@@ -85,20 +91,21 @@ def resolve(args: Namespace, pipeline: Pipeline) -> tuple[PtqPlan, list[str], di
         raise UserError("a calibrated network is what is compared; give --ptq and --cali_ckpt PATH")
     if args.images < 1:
         raise UserError(f"--images is {args.images}; give at least 1")
-    chosen, skipped = list(RUNTIMES), {}
+    chosen, skipped = compared_runtimes(), {}
     if args.runtimes is not None:
-        chosen = chosen_runtimes(args.runtimes, RUNTIMES)
+        chosen = chosen_runtimes(args.runtimes, chosen)
     for name in chosen:
         try:
-            check_can_run(name, plan.quant)
+            RUNTIMES[name].check(plan.quant)
         except UserError as error:
             if args.runtimes is not None:
                 raise
             skipped[name] = str(error)
     chosen = [name for name in chosen if name not in skipped]
     if args.onnx is not None:
-        if not set(chosen) & set(ONNX_RUNTIMES):
-            raise UserError(f"--onnx is for the runtimes {' and '.join(ONNX_RUNTIMES)}; name one, or leave --onnx out")
+        if not set(chosen) & set(onnx_runtimes()):
+            named = " and ".join(onnx_runtimes())
+            raise UserError(f"--onnx is for the runtimes {named}; name one, or leave --onnx out")
         check_onnx_file(Path(args.onnx), plan.quant)
     return plan, chosen, skipped
 
@@ -115,7 +122,7 @@ def compare(
     """Sample with the simulated network, then compare float and every runtime with it.
 
     Args:
-        runtimes: of `RUNTIMES`.
+        runtimes: of `compared_runtimes`.
         images: the first so many of the sampler's.
         onnx: the exported model; None exports into a temporary folder.
 
@@ -127,7 +134,7 @@ def compare(
     qnn = QuantModel(pipeline.network, plan.quant)
     load_checkpoint(qnn, plan.checkpoint, probe=pipeline.probe)
     # Before anything is packed, and before the long work: a file may not fit.
-    networks = _exported(pipeline, qnn, [name for name in runtimes if name in ONNX_RUNTIMES], onnx)
+    networks = _exported(pipeline, qnn, [name for name in runtimes if name in onnx_runtimes()], onnx)
     batches = list(_simulated(pipeline, qnn, images))
     found = {FLOAT: measure(pipeline, qnn, batches, qnn.trajectory)}
     with qnn.quantized(), last_bits_moved(qnn):
@@ -136,7 +143,7 @@ def compare(
         if name in networks:
             found[name] = measure(pipeline, networks[name], batches, networks[name].trajectory)
             continue
-        qnn.pack_weights(integer=name == "torch-int8")  # for good
+        RUNTIMES[name].prepare(qnn)  # for good
         with qnn.quantized():
             found[name] = measure(pipeline, qnn, batches, qnn.trajectory)
     return {
@@ -152,7 +159,7 @@ def _exported(
     if not names:
         return {}
     from qdiff.deploy.onnx_export import export_onnx
-    from qdiff.deploy.runtimes import OnnxNetwork
+    from qdiff.deploy.onnx_network import OnnxNetwork
 
     with tempfile.TemporaryDirectory(prefix="parity-") as folder:
         shapes = (pipeline.input_shape, pipeline.context_shape)

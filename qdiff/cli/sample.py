@@ -22,7 +22,6 @@ from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
 from qdiff.cli.held_out import held_out_error
 from qdiff.cli.options.eda_dm import of_width
-from qdiff.cli.options.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.pending import sample_pending
@@ -33,6 +32,8 @@ from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import check_runtime, onnx_network, pack, starts_packed, wrapped
 from qdiff.config import Ablation
 from qdiff.cost.account import account
+from qdiff.deploy.runtimes import onnx_runtimes
+from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable
 from qdiff.io.images import save_png, to_uint8
@@ -83,7 +84,7 @@ class SampleCommand:
         if self.args.generate is not None:
             self.config["generate"] = self._recording_asked_for()
         check_runtime(self.args, None if self.plan is None else self.plan.quant)
-        if self.args.runtime != SIMULATED:
+        if self.args.runtime != SIMULATED.name:
             self.config["runtime"] = self.args.runtime
         if self.args.tf32:
             self.config["tf32"] = True
@@ -191,7 +192,7 @@ class SampleCommand:
         denoiser = pipeline.network if qnn is None else qnn
         if qnn is not None:
             pack(self.args, qnn)
-        if self.args.runtime in ONNX_RUNTIMES:
+        if self.args.runtime in onnx_runtimes():
             denoiser = onnx_network(self.args, pipeline, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
             # What is simulated in torch does not run.
             qnn = None

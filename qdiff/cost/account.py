@@ -8,6 +8,7 @@ MACs · weight bits · activation bits; attention products are included, and flo
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -96,8 +97,8 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
 
     for name, module in shadow.named_modules():
         if isinstance(module, QuantModule):
-            module.acts_quantized = module.weights_quantized = module.released = False
-            module.packed = None
+            # In whatever form its weight is, the shapes of its products are those of the float layer.
+            module.forward = functools.partial(module.apply_weight, weight=module.weight, bias=module.bias)
         elif isinstance(module, QuantAttention):
             module.acts_quantized = False
         if isinstance(module, (*_LAYERS, *_ATTENTION)):

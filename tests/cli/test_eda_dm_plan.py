@@ -14,11 +14,11 @@ from qdiff.cli.options import eda_dm
 from qdiff.cli.options.parser import Parser, add_run_options
 from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.sample import SampleCommand
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.ptq4dm import Ptq4dmConfig
 from qdiff.pipeline import Pipeline
+from qdiff.ranges.estimators import RangeMethod
 
 
 def parsed(*words):
@@ -90,7 +90,7 @@ def test_named_methods():
 def test_widths_and_ranges():
     quant = plan("--recon", "--weight_bit", 4, "--quant_act", "--act_bit", 6, "--split").quant
     assert (quant.weight_bits, quant.act_bits, quant.split_shortcut) == (4, 6, True)
-    assert quant.weight_range is quant.act_range is RangeMethod.SEARCH
+    assert quant.weight_range == quant.act_range == RangeMethod.SEARCH
     one = plan("--recon", "--w_range", "max", "--a_range", "mse").quant
     assert (one.weight_range, one.act_range) == (RangeMethod.MIN_MAX, RangeMethod.MSE)
 

@@ -10,10 +10,11 @@ import pytest
 from qdiff.cli.options.parser import Parser, add_run_options
 from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.sample import SampleCommand
-from qdiff.config import Ablation, RangeMethod, ScalePer
+from qdiff.config import Ablation, ScalePer
 from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.pipeline import Pipeline
+from qdiff.ranges.estimators import RangeMethod
 
 W4A4 = ("--weight_bit", 4, "--quant_act", "--act_bit", 4)
 DYNAMIC = ("--quant_mode", "dynamic")
@@ -117,9 +118,9 @@ def test_options_reach_the_config():
 @pytest.mark.parametrize("method", ["qdiff", "linear", "eda-dm"])
 def test_ranges_of_changes_begin_at_their_extremes(method):
     loaded = ("--method", method, *DYNAMIC) if method != "qdiff" else ()
-    assert plan("--modulate", *loaded).quant.act_range is RangeMethod.MIN_MAX
-    assert plan("--modulate", *loaded, "--a_range", "mse").quant.act_range is RangeMethod.MSE
-    assert plan("--modulate", *loaded).quant.weight_range is {
+    assert plan("--modulate", *loaded).quant.act_range == RangeMethod.MIN_MAX
+    assert plan("--modulate", *loaded, "--a_range", "mse").quant.act_range == RangeMethod.MSE
+    assert plan("--modulate", *loaded).quant.weight_range == {
         "qdiff": RangeMethod.MSE, "linear": RangeMethod.MIN_MAX, "eda-dm": RangeMethod.SEARCH
     }[method]  # fmt: skip
 

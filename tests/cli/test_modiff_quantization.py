@@ -14,11 +14,12 @@ from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.quantize import CHECKPOINT, JOURNAL, Quantization
 from qdiff.cli.run_folder import RunFolder
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.evaluation.noise_error import measure_trajectory_error
 from qdiff.io.tensor_files import read_safetensors
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 SHAPE = (1, 8, 8)
 QUICK = ("--cali_st", 2, "--cali_n", 3, "--cali_iters", 2, "--cali_iters_a", 2, "--cali_batch_size", 3)

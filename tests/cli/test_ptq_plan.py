@@ -9,9 +9,9 @@ import pytest
 
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.qdiffusion import UnitKind, WeightObjective
+from qdiff.ranges.estimators import RangeMethod
 
 
 def plan(*words, weight_range=RangeMethod.MIN_MAX, act_range=RangeMethod.MIN_MAX):
@@ -118,7 +118,7 @@ def test_widths_and_ranges_reach_the_config():
 def test_ranges_default_to_the_script_s():
     quant = plan("--ptq", act_range=RangeMethod.MSE).quant
     assert (quant.weight_range, quant.act_range) == (RangeMethod.MIN_MAX, RangeMethod.MSE)
-    assert plan("--ptq", "--a_range", "max", act_range=RangeMethod.MSE).quant.act_range is RangeMethod.MIN_MAX
+    assert plan("--ptq", "--a_range", "max", act_range=RangeMethod.MSE).quant.act_range == RangeMethod.MIN_MAX
 
 
 def test_recipe_takes_the_calibration_options():

@@ -188,7 +188,7 @@ def test_forgotten_scales_are_seen(name, value, wrap, monkeypatch):
 
 def snapshot(network: nn.Module) -> list:
     modules = dict(network.named_modules())
-    flags = ("training", "fired", "acts_quantized", "weights_quantized", "released", "baked", "observer")
+    flags = ("training", "fired", "acts_quantized", "weights_quantized", "form", "observer")
     state = [(n, flag, getattr(m, flag)) for n, m in modules.items() for flag in flags if hasattr(m, flag)]
     state += [(n, tuple(m._forward_hooks), tuple(m._forward_pre_hooks)) for n, m in modules.items()]
     state += [(n, id(p), p._version, p.device) for n, p in network.named_parameters()]

@@ -87,7 +87,7 @@ def test_packing_while_quantized(calibrated, held_out):
     with qnn.quantized(), torch.no_grad():
         expected = qnn(*held_out)
         qnn.pack_weights()
-        assert all(layer.baked is None for layer in qnn.layers().values())
+        assert all(layer.weight_dequantized is None for layer in qnn.layers().values())
         assert torch.equal(qnn(*held_out), expected)
 
 
@@ -124,7 +124,7 @@ def test_no_network_of_floats_in_passing(calibrated, held_out):
     assert all(layer.weight.is_meta for layer in qnn.layers().values())
     with qnn.quantized():
         for layer in qnn.layers().values():
-            assert layer.bake() is None
+            assert layer.weight_dequantized is None
             assert layer.dequantized_weight().numel() <= largest
 
 
