@@ -13,8 +13,9 @@ from typing import Any
 from qdiff.cli.table_file import REPOSITORY, Row, TableFile, without
 from qdiff.config import ScalePer
 from qdiff.errors import UserError
-from qdiff.evaluation.columns import METRICS, markdown
+from qdiff.evaluation.columns import markdown
 from qdiff.evaluation.comparison import comparison_picture
+from qdiff.evaluation.registry import metric_columns
 from qdiff.files import written_whole
 
 TOLERANCE = 0.05  # how far the float model may be from its published number
@@ -181,7 +182,7 @@ class TableRun:
             calibration += self._manifest(base)["seconds"].get("calibration", 0.0)
         quant = (manifest["config"].get("ptq") or {}).get("quant", {})
         cost = manifest.get("cost", {})
-        keys = [column.key for column in METRICS]
+        keys = [column.key for column in metric_columns()]
         result = {
             "label": row.label,
             "method": manifest["config"].get("method", "float"),
@@ -243,7 +244,7 @@ class TableRun:
 def misses(row: dict[str, Any]) -> list[str]:
     """Return a sentence for every published number that the row is more than 5 % away from."""
     sentences = []
-    for column in METRICS:
+    for column in metric_columns():
         wanted, found = row["published"].get(column.key), row.get(column.key)
         if wanted and found is not None and abs(found - wanted) > TOLERANCE * abs(wanted):
             off = abs(found - wanted) / abs(wanted)

@@ -12,14 +12,11 @@ from typing import Any
 
 from qdiff.cli.table_grid import expand
 from qdiff.errors import UserError, first_line
-from qdiff.evaluation.columns import METRICS
-from qdiff.evaluation.metrics import LEAST_IMAGES
+from qdiff.evaluation.registry import metric_columns, named_metrics
 from qdiff.methods.registry import METHODS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = "see configs/tables/digits-demo.yaml"
-# What a table may ask for: the metrics of features, CLIP score, and the distance from the float row's images.
-MEASURABLE = (*LEAST_IMAGES, "clip", "fidelity")
 DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")
 
 
@@ -31,7 +28,7 @@ class Row:
         label: its name; the folder of its run is made of it.
         options: what it adds to the common options.
         weights_from: label of the row whose calibrated weights it starts from.
-        published: what a paper reports, by metric (keys of `qdiff.evaluation.columns.METRICS`).
+        published: what a paper reports, by metric (keys of `qdiff.evaluation.registry.metric_columns`).
         own_recording: it records a calibration set of its own (with another ``--cali_seed``), not the shared one.
         unverified: the published numbers were quoted from memory of the paper.
     """
@@ -47,7 +44,7 @@ class Row:
         _check_words(self.options)
         for value in (self.label, self.weights_from or ""):
             _check_text(value)
-        known = [column.key for column in METRICS]
+        known = [column.key for column in metric_columns()]
         bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not _is_number(v)]
         if bad:
             raise UserError(f"row {self.label}: published {bad[0]} is no number of {', '.join(known)}; correct it")
@@ -104,7 +101,7 @@ class TableFile:
         title, source: of the table; the source is the paper whose numbers are the published ones.
         rows: float rows first in meaning and place: the first row is one. Those of a grid are here one by one (see
             `qdiff.cli.table_grid.expand`).
-        metrics: what is measured, out of `MEASURABLE`.
+        metrics: what is measured, out of `named_metrics`.
         extractor, reference: feature network and reference statistics, as `pretrained` of the model's config or the
             table itself names them.
         clip_model: for "clip"; None takes the usual one.
@@ -143,9 +140,10 @@ class TableFile:
         self._check()
 
     def _check(self) -> None:
-        unknown = [m for m in self.metrics if m not in MEASURABLE]
+        unknown = [m for m in self.metrics if m not in named_metrics()]
         if unknown:
-            raise UserError(f"table {self.path}: metrics {unknown[0]!r} is none of {', '.join(MEASURABLE)}; correct it")
+            known = ", ".join(named_metrics())
+            raise UserError(f"table {self.path}: metrics {unknown[0]!r} is none of {known}; correct it")
         if not self.rows:
             raise UserError(f"table {self.path} has no rows; {EXAMPLE}")
         above: dict[str, Path] = {}

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from qdiff.errors import UserError, first_line
 from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.image_sets import ImageSet
+from qdiff.evaluation.subject import Subject
 from qdiff.progress import progress_bar, tracked
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
@@ -33,6 +34,11 @@ class Clip:
     processor: Any
     max_tokens: int  # of a text, start and end included
     hash: str
+
+
+def clip_score(subject: Subject) -> dict[str, Any]:
+    """Return `clip_scores` of a subject's images and prompts. It takes long enough on a CPU to show its bars always."""
+    return clip_scores(subject.images, subject.prompts, subject.clip, device=subject.device)
 
 
 def clip_scores(

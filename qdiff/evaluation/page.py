@@ -16,7 +16,8 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from qdiff.evaluation.activation_plots import activation_plots
-from qdiff.evaluation.columns import LOWER, NOTHING, Row, columns_of
+from qdiff.evaluation.column import LOWER, NOTHING, Row
+from qdiff.evaluation.columns import columns_of
 from qdiff.evaluation.metric_axes import bits, is_float, method_name, number, width
 from qdiff.evaluation.plots import legend, metric_plots
 from qdiff.files import written_whole

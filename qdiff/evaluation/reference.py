@@ -199,15 +199,22 @@ def cached_reference_path(name: str, extractor: nn.Module) -> Path:
     return cache_folder() / "references" / file
 
 
+def statistics_file(name: str | Path) -> Path | None:
+    """Return the file that a reference's path (from here or from the repository) or bundled name stands for.
+
+    None where it stands for no file that is there: for prepared statistics the extractor must be known as well.
+    """
+    path = next((p for p in (Path(name), REPOSITORY / name) if p.is_file()), None)
+    return REPOSITORY / BUNDLED[str(name)] if path is None and str(name) in BUNDLED else path
+
+
 def find_reference(name: str | Path, extractor: nn.Module) -> ReferenceStatistics:
     """Load statistics by name (bundled, or prepared before) or by a file's path (from here or from the repository).
 
     Raises:
         UserError: as `load_reference`, or no such name is known here.
     """
-    path = next((p for p in (Path(name), REPOSITORY / name) if p.is_file()), None)
-    if path is None and str(name) in BUNDLED:
-        path = REPOSITORY / BUNDLED[str(name)]
+    path = statistics_file(name)
     if path is None and Path(name).suffix == ".npz":
         path = Path(name)
     if path is None:

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from qdiff.evaluation.activation_plots import activation_picture, activation_plots, activation_series, pictured
-from qdiff.evaluation.columns import METRICS
 from qdiff.evaluation.metric_axes import method_name
 from qdiff.evaluation.page import write_page
 from qdiff.evaluation.plots import series_of
+from qdiff.evaluation.registry import metric_columns
 
 WIDTHS = (8, 6, 4, 3, 2)
-FID = next(column for column in METRICS if column.key == "fid")
+FID = next(column for column in metric_columns() if column.key == "fid")
 
 
 def row(label: str, method: str, weights: int, acts: int, **others) -> dict:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from qdiff.evaluation import page as page_module
-from qdiff.evaluation.columns import NOTHING, columns_of
+from qdiff.evaluation.column import NOTHING
+from qdiff.evaluation.columns import columns_of
 from qdiff.evaluation.page import AMPLIFIED, SHRUNK_TO, write_page
 from qdiff.evaluation.plots import legend, metric_plots, series_of
 from qdiff.images import save_png
