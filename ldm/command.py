@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_latent_diffusion
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from ldm.locate import big_or_bundled, find_checkpoint, how_to_get, latent_shape
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.util import Checkpointed
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.options import CLASS_CKPT, CLASS_CONFIG, TEXT_CKPT, TEXT_CONFIG
-from ldm.prompts import asked_classes, read_prompts
+from ldm.prompts import asked_classes
 from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind
 from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
@@ -28,6 +28,8 @@ from qdiff.cli.float_model import FloatModel, Network, OnStep
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork
+from qdiff.io.repository import REPOSITORY
+from qdiff.prompt_lines import read_prompts
 
 BUNDLED = {name: REPOSITORY / "models" / "ldm" / f"digits_{name}" for name in ("vq", "class", "text")}
 

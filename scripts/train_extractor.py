@@ -31,9 +31,10 @@ from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.parser import Parser
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
-from qdiff.evaluation.extractors import REPOSITORY, create_extractor
+from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.reference import compute_reference, save_reference
 from qdiff.files import written_whole
+from qdiff.io.repository import REPOSITORY
 from qdiff.progress import tracked
 
 NAME = "digits-classifier"

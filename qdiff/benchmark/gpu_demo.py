@@ -9,9 +9,10 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from qdiff.benchmark.gpu_check import REPOSITORY, Line
-from qdiff.cli.table_file import read_yaml
+from qdiff.benchmark.gpu_check import Line
+from qdiff.config_files import read_table
 from qdiff.errors import UserError
+from qdiff.io.repository import REPOSITORY
 
 TABLE = REPOSITORY / "configs" / "tables" / "digits-demo.yaml"
 # The table of the README: FID and the error of ε, rows by label.
@@ -63,7 +64,7 @@ def compared(row: dict, compare: bool = True) -> Line:
 
 
 def _small_table(folder: Path) -> Path:
-    spec = read_yaml(TABLE)
+    spec = read_table(TABLE)
     spec["options"] += SMALL["options"]
     spec["calibration"]["options"] += SMALL["calibration"]
     for row in spec["rows"]:

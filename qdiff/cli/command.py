@@ -38,12 +38,12 @@ from qdiff.evaluation.noise_error import measure_noise_error, measure_trajectory
 from qdiff.files import check_writable
 from qdiff.half_weights import halve_weights
 from qdiff.images import save_png, to_uint8
+from qdiff.io.repository import REPOSITORY
 from qdiff.kernels.switch import check_available, fused
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SEQUENCE_IMAGES = 8
 # The ε error against float is measured on this many held-out trajectories at this many steps.
 HELD_OUT_IMAGES, HELD_OUT_STEPS = 16, 10

@@ -23,7 +23,7 @@ from qdiff.evaluation.reference_set import ReferenceSet
 from qdiff.evaluation.registry import METRICS, implied_metrics, metric_columns, optional_metrics
 from qdiff.evaluation.subject import Subject
 from qdiff.files import check_writable
-from qdiff.prompt_lines import prompt_lines
+from qdiff.prompt_lines import read_prompts
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
 
@@ -76,18 +76,11 @@ class Evaluation:
         return all(str(path).endswith(".npz") for path in self.args.paths) and len(self.args.paths) == 2
 
     def _prompts(self) -> list[str] | None:
-        file = self.args.prompts
-        if file is None:
-            if self.args.clip and "prompts" not in self.samples.config:
-                raise UserError(f"{self.samples.path} has no prompts in a run.json; name a file with --prompts")
-            return self.samples.config["prompts"] if self.args.clip else None
-        try:
-            # As txt2img.py reads them: without empty lines, and without the mark that editors on Windows begin with.
-            return prompt_lines(Path(file).read_text(encoding="utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"--prompts {file} cannot be read ({error}); give a text file, one prompt per line"
-            ) from None
+        if self.args.prompts is not None:
+            return read_prompts(self.args.prompts, "--prompts")
+        if self.args.clip and "prompts" not in self.samples.config:
+            raise UserError(f"{self.samples.path} has no prompts in a run.json; name a file with --prompts")
+        return self.samples.config["prompts"] if self.args.clip else None
 
     def _check(self) -> None:
         """Refuse what cannot be done, before any work."""

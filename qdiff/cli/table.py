@@ -10,13 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.table_file import REPOSITORY, Row, TableFile, without
+from qdiff.cli.table_file import Row, TableFile, without
 from qdiff.config import ScalePer
 from qdiff.errors import UserError
 from qdiff.evaluation.columns import markdown
 from qdiff.evaluation.comparison import comparison_picture
 from qdiff.evaluation.registry import metric_columns
 from qdiff.files import written_whole
+from qdiff.io.repository import REPOSITORY
 
 TOLERANCE = 0.05  # how far the float model may be from its published number
 FLOAT_BITS = 32

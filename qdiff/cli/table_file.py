@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.table_grid import expand
-from qdiff.errors import UserError, first_line
+from qdiff.config_files import read_table
+from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns, named_metrics
+from qdiff.io.repository import REPOSITORY
 from qdiff.methods.registry import METHODS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = "see configs/tables/digits-demo.yaml"
 DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")
 
@@ -113,7 +114,7 @@ class TableFile:
 
     def __init__(self, file: str | Path, out: str | Path | None = None) -> None:
         path = self.path = Path(file)
-        spec = read_yaml(path)
+        spec = read_table(path)
         try:
             rows = itertools.chain.from_iterable(expand(row) for row in spec["rows"])
             self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in rows]
@@ -128,7 +129,7 @@ class TableFile:
             for key in ("extractor", "reference", "clip_model", "source"):
                 if spec.get(key) is not None:
                     _check_text(spec[key])
-            config = read_yaml(REPOSITORY / self.config)
+            config = read_table(REPOSITORY / self.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"table {path} is incomplete ({error}); {EXAMPLE}") from None
         pretrained = config.get("pretrained")
@@ -258,18 +259,3 @@ def without(words: list[str], options: Collection[str]) -> list[str]:
         elif not equals:
             next(rest, None)
     return kept
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; anything else is a `UserError`."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"table or config {path} does not exist; see configs/tables") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # a date that is none is a ValueError
-        raise UserError(f"{path} is not readable YAML ({first_line(error)}); correct it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a YAML mapping; correct it")
-    return value

@@ -17,8 +17,7 @@ from torch import nn
 
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import DigitClassifier
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from qdiff.io.repository import REPOSITORY
 
 
 @dataclass(frozen=True)

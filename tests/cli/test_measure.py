@@ -17,12 +17,13 @@ from qdiff.cli import measure as module
 from qdiff.cli.measure import Measuring
 from qdiff.errors import UserError
 from qdiff.evaluation import features
-from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY, create_extractor
+from qdiff.evaluation.extractors import EXTRACTORS, create_extractor
 from qdiff.evaluation.measure import measure
 from qdiff.evaluation.reference import compute_reference, find_reference, load_reference, save_reference
 from qdiff.evaluation.registry import METRICS
 from qdiff.evaluation.subject import Subject
 from qdiff.images import save_png
+from qdiff.io.repository import REPOSITORY
 
 NAME, REFERENCE = "digits-classifier", "digits32"
 SAME = 1e-9  # relative: the same float64 arithmetic on the same features

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
 from qdiff.evaluation.conditions import asked_share
-from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY, create_extractor
+from qdiff.evaluation.extractors import EXTRACTORS, create_extractor
 from qdiff.evaluation.features import extract_features
 from qdiff.images import save_png
+from qdiff.io.repository import REPOSITORY
 
 DIGITS = "digits-classifier"
 COUNT = 60

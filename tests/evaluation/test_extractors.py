@@ -15,11 +15,11 @@ from qdiff.evaluation import extractors
 from qdiff.evaluation.classifier import DigitClassifier
 from qdiff.evaluation.extractors import (
     EXTRACTORS,
-    REPOSITORY,
     create_extractor,
     extractor_class,
     weights_hash,
 )
+from qdiff.io.repository import REPOSITORY
 
 DIGITS = "digits-classifier"
 INCEPTION = "inception-v3-compat"

@@ -11,7 +11,7 @@ import torch
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
 from qdiff.evaluation import reference as module
-from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY, create_extractor
+from qdiff.evaluation.extractors import EXTRACTORS, create_extractor
 from qdiff.evaluation.gaussians import Gaussian, frechet_distance
 from qdiff.evaluation.reference import (
     BUNDLED,
@@ -24,6 +24,7 @@ from qdiff.evaluation.reference import (
     load_reference,
     save_reference,
 )
+from qdiff.io.repository import REPOSITORY
 
 DIGITS = "digits-classifier"
 SELF_FID = 1e-3  # statistics made on another CPU; half of the digits are at 0.1

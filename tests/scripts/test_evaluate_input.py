@@ -100,7 +100,7 @@ BAD_WORDS = {
     ),
     "a float run and no reference": (("none", "run", "--against", "run", "--extractor", NAME), "statistics 'none'"),
     "prompts of no run": (("made", "--clip"), "no prompts in a run.json"),
-    "prompts that are not there": (("made", "--prompts", "none.txt"), "--prompts none.txt cannot be read"),
+    "prompts that are not there": (("made", "--prompts", "none.txt"), "none.txt does not exist; check --prompts"),
     "too few prompts": (("made", "--prompts", "prompts.txt"), "5 prompts for the 12 images"),
     "too many prompts": (("few", "--prompts", "prompts.txt"), "5 prompts for the 3 images"),
     "CLIP that is not there": (("five", "--prompts", "prompts.txt"), "no CLIP model openai/clip-vit-large-patch14"),
