@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from qdiff.errors import UserError
@@ -127,7 +128,7 @@ def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Ten
         outputs = extractor.convert_features_tuple_to_dict(extractor(batch.to(device)))
     finally:
         handle.remove()
-    spatial = maps[0].permute(0, 2, 3, 1).flatten(1)
+    spatial = rearrange(maps[0], "n c h w -> n (h w c)")
     return {layer: output.float().cpu() for layer, output in outputs.items()}, spatial.float().cpu()
 
 

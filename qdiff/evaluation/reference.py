@@ -17,7 +17,7 @@ from torch import nn
 
 from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
-from qdiff.evaluation.extractors import extractor_spec, weights_hash
+from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.features import ImageFeatures, extract_features
 from qdiff.evaluation.gaussians import Gaussian
 from qdiff.evaluation.image_sets import Images
@@ -227,17 +227,3 @@ def find_reference(name: str | Path, extractor: nn.Module) -> ReferenceStatistic
                 f"{', '.join(BUNDLED)}."
             )
     return load_reference(path, extractor)
-
-
-def bundled_reference(name: str, extractor: nn.Module | None = None) -> ReferenceStatistics:
-    """Load the reference statistics that come with the extractor called ``name``.
-
-    Raises:
-        UserError: as `load_reference`, or if that extractor comes with none.
-    """
-    spec = extractor_spec(name)
-    if spec.reference is None:
-        raise UserError(
-            f"No reference statistics come with the extractor {name}: make them from the real images first."
-        )
-    return load_reference(REPOSITORY / spec.reference, extractor)

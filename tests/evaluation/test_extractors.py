@@ -96,7 +96,7 @@ def test_registered_with_torch_fidelity_under_its_name(extractor):
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    assert FEATURE_EXTRACTORS_REGISTRY[DIGITS] is extractors.DigitFeatures is type(extractor)
+    assert FEATURE_EXTRACTORS_REGISTRY[DIGITS] is extractor_class(DIGITS) is type(extractor)
     assert isinstance(extractor, FeatureExtractorBase) and extractor.get_name() == DIGITS
     assert not extractor.training and not any(p.requires_grad for p in extractor.parameters())
 
