@@ -15,10 +15,10 @@ from ddim.models.diffusion import Model
 from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sampling import DdimSampler, SamplerOptions
 from ddim.sizes import check_sizes
-from qdiff.calibration.collect import OnCall
-from qdiff.cli.float_model import FloatModel, Network, OnStep
+from qdiff.calibration.recording import OnCall
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
+from qdiff.pipeline import FloatModel, Network, OnStep
 
 
 class DdimModel(FloatModel):

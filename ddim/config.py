@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddim.samplers import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
-from qdiff.config_files import read_config
-from qdiff.config_schema import Key, check_section
 from qdiff.errors import UserError
+from qdiff.io.config_schema import Key, check_section
+from qdiff.io.yaml_files import read_config
+from qdiff.sampling import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
 
 COUNT = Key(int, least=1)
 REQUIRED_COUNT = Key(int, required=True, least=1)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from qdiff import files
-from qdiff.downloads import cache_folder, download
 from qdiff.errors import UserError
+from qdiff.io.downloads import cache_folder, download
 from qdiff.io.repository import REPOSITORY
-from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
+from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 
 
 def pretrained_path(config: Any, folder: str | Path | None = None) -> Path:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ddim.config import build_schedule, parameterization
-from ddim.samplers import (
+from qdiff.errors import UserError
+from qdiff.sampling import (
     CALIBRATION_STREAM,
     ImageNoise,
     NoisePrediction,
@@ -22,7 +23,6 @@ from ddim.samplers import (
     sample_generalized,
     select_timesteps,
 )
-from qdiff.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class DdimSampler:
 
         Args:
             network: ε(x, t), or what else the config says that it predicts.
-            on_step: see `ddim.samplers.interface`.
+            on_step: see `qdiff.sampling.interface`.
             calibration: draw from the calibration streams instead of the run's.
         """
         seed = self.seed + (CALIBRATION_STREAM if calibration else 0)

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from ddim.config import build_schedule, parameterization
 from ddim.datasets.transform import to_network_range
 from ddim.models.diffusion import Model
-from ddim.samplers import DiffusionSchedule, Parameterization, training_target
 from qdiff.errors import UserError
-from qdiff.files import check_writable
-from qdiff.progress import Progress, progress_bar
+from qdiff.io.files import check_writable
+from qdiff.io.progress import Progress, progress_bar
+from qdiff.sampling import DiffusionSchedule, Parameterization, training_target
 
 SETTINGS = "qdiff_settings"  # of a checkpoint
 

@@ -14,7 +14,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
-from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
+from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 
 log = logging.getLogger("qdiff")
 

@@ -23,13 +23,13 @@ from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind
 from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
-from qdiff.calibration.collect import OnCall
-from qdiff.cli.float_model import FloatModel, Network, OnStep
+from qdiff.calibration.recording import OnCall
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork
+from qdiff.io.prompt_lines import read_prompts
 from qdiff.io.repository import REPOSITORY
-from qdiff.prompt_lines import read_prompts
+from qdiff.pipeline import FloatModel, Network, OnStep
 
 BUNDLED = {name: REPOSITORY / "models" / "ldm" / f"digits_{name}" for name in ("vq", "class", "text")}
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm.keys import MODEL, PARAMS, PRETRAINED, STAGE, TOP
-from qdiff.config_files import read_config
-from qdiff.config_schema import check_section
 from qdiff.errors import UserError
+from qdiff.io.config_schema import check_section
 from qdiff.io.repository import REPOSITORY
+from qdiff.io.yaml_files import read_config
 
 MISSING = "see configs/latent-diffusion and configs/stable-diffusion"  # where the file is none
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"

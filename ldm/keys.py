@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ddim.samplers import Parameterization
 from ldm.schedule import BETA_SCHEDULES
-from qdiff.config_schema import Key
+from qdiff.io.config_schema import Key
+from qdiff.sampling import Parameterization
 
 COUNT = Key(int, least=1)
 CONTEXT = "a condition is read by cross attention alone"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.checkpoint import build_without_weights
 from ldm.config import load_config
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from qdiff.files import check_writable, written_whole
+from qdiff.io.files import check_writable, written_whole
 from qdiff.io.repository import REPOSITORY
 from qdiff.random_weights import random_values
 

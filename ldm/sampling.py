@@ -10,7 +10,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ddim.samplers import (
+from qdiff.calibration.recording import OnCall
+from qdiff.errors import UserError
+from qdiff.sampling import (
     CALIBRATION_STREAM,
     DiffusionSchedule,
     ImageNoise,
@@ -24,8 +26,6 @@ from ddim.samplers import (
     sample_plms,
     select_timesteps,
 )
-from qdiff.calibration.collect import OnCall
-from qdiff.errors import UserError
 
 
 class SamplerKind(str, Enum):
@@ -141,7 +141,7 @@ class LatentSampler:
             condition, unconditional: [N, L, D] where the network is conditional; see `guided`.
             calibration: draw from the calibration streams instead of the run's.
             on_call: told of every network call, before guidance doubles the batch.
-            on_step: see `ddim.samplers.interface`.
+            on_step: see `qdiff.sampling.interface`.
         """
         o = self.options
         # Guidance and the conversion commute: both are linear in the prediction.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ddim.samplers import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
-from ddim.samplers.schedule import COSINE_OFFSET
+from qdiff.sampling import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
+from qdiff.sampling.schedule import COSINE_OFFSET
 
 # What these configs call "linear" is linear in √β.
 BETA_SCHEDULES = {

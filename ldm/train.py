@@ -24,8 +24,8 @@ from ldm.sizes import check_sizes
 from ldm.training import FirstStageTask, LatentDenoisingTask, latent_moments
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
-from qdiff.files import written_whole
-from qdiff.tensor_files import check_state, read_float_tensors, unwrapped
+from qdiff.io.files import written_whole
+from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 
 PREFIX = "first_stage_model."
 

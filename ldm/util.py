@@ -6,8 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from qdiff.config_schema import check_section, keys_of
 from qdiff.errors import UserError, first_line
+from qdiff.io.config_schema import check_section, keys_of
 
 # A YAML file is data: it may name these classes and run no other code.
 ALLOWED_TARGETS = frozenset(

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.functional import dequantize, quantize
-from qdiff.integer import Geometry, Levels, integer_product
+from qdiff.kernels.integer_matmul import Geometry, Levels, integer_product
+from qdiff.kernels.packed_weight import PACKED, PackedWeight
+from qdiff.kernels.packing import pack
 from qdiff.modulation import LayerMemory
-from qdiff.packed_weight import PACKED, PackedWeight
-from qdiff.packing import pack
 from qdiff.quantizer import DynamicActQuantizer, WeightQuantizer, act_quantizer
-from qdiff.range_estimators import estimate
+from qdiff.ranges.estimators import estimate
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 DEQUANTIZED_AT_A_TIME = 1 << 17  # weights: their three passes stay in a cache
@@ -122,7 +122,7 @@ class QuantModule(nn.Module):
         return self.weight_int if self.packed is None else self.packed.integers()
 
     def packed_integers(self) -> Tensor:
-        """Return them at their width (`qdiff.packing`), uint8."""
+        """Return them at their width (`qdiff.kernels.packing`), uint8."""
         if self.packed is not None:
             return self.packed.stream
         return pack(self.weight_int, self.weight_quantizers[0].bits)
@@ -198,7 +198,7 @@ class QuantModule(nn.Module):
         return self.bake() if self.packed is None else self.packed.cached(self.dequantized_weight)
 
     def assert_multiplies_integers(self, name: str) -> None:
-        """Raise a `UserError` with the layer's name where `qdiff.integer` cannot compute it."""
+        """Raise a `UserError` with the layer's name where `qdiff.kernels.integer_matmul` cannot compute it."""
         if self.geometry is not None and (self.geometry.groups != 1 or isinstance(self.geometry.padding, str)):
             raise UserError(
                 f"{name} has {self.geometry.groups} groups and padding {self.geometry.padding}; integer products are "
@@ -207,7 +207,7 @@ class QuantModule(nn.Module):
 
     @property
     def multiplies_integers(self) -> bool:
-        """Whether quantized inputs meet the weight as whole numbers (`qdiff.integer`)."""
+        """Whether quantized inputs meet the weight as whole numbers (`qdiff.kernels.integer_matmul`)."""
         return self.weights_quantized and self.packed is not None and self.packed.multiplies_integers
 
     def _levels(self, x: Tensor, quantizers: nn.ModuleList) -> list[Levels]:

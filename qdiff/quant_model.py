@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
-from qdiff.integer import check_integer_products, int8_is_exact
 from qdiff.interface import family_of
+from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
+from qdiff.kernels.packed_weight import PACKED, WeightCache
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
-from qdiff.packed_weight import PACKED, WeightCache
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
 from qdiff.wrapping import replace_leaves
@@ -160,7 +160,7 @@ class QuantModel(nn.Module):
 
         Args:
             cache_bytes: dequantized weights kept from call to call, of all layers together (`WeightCache`).
-            integer: quantized inputs meet quantized weights as integers (`qdiff.integer`), with the result of the
+            integer: quantized inputs meet quantized weights as integers (`qdiff.kernels.integer_matmul`), with the result of the
                 simulation up to float32's rounding. Attention's two products stay simulated, and so do layers whose
                 input is in float: outside of ``quantized(activations=True)``, under ``keep_ends`` the last one, and in
                 a modulated network without ``rest_bits`` the first step.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig, ScalePer
 from qdiff.functional import fake_quantize, fake_quantize_inference, quantize
-from qdiff.integer import Levels
-from qdiff.range_estimators import RangeObserver, qparams
+from qdiff.kernels.integer_matmul import Levels
+from qdiff.ranges.estimators import RangeObserver, qparams
 
 
 class Quantizer(nn.Module):

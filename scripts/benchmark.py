@@ -21,7 +21,7 @@ import argparse
 import sys
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.cli.script import parser_like
 
 

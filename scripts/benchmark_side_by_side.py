@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 from qdiff.errors import UserError
 
 

@@ -16,7 +16,7 @@ import argparse
 import sys
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.modiff import add_generate_option
+from qdiff.cli.options.modiff import add_generate_option
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.script import LIKE, load_object, parser_like
 
@@ -37,9 +37,9 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.calibration.samples import save_recording
-    from qdiff.cli.runtime import choose_device
+    from qdiff.cli.processes import choose_device
     from qdiff.errors import UserError
-    from qdiff.files import check_writable
+    from qdiff.io.files import check_writable
 
     model = load_object(LIKE[args.like][1])(args)
     pairs = args.generate == "residual"

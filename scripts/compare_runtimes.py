@@ -17,7 +17,7 @@ import json
 import sys
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.cli.document import DocumentBlock
     from qdiff.cli.parity import compare, markdown, resolve
-    from qdiff.files import check_writable, written_whole
+    from qdiff.io.files import check_writable, written_whole
 
     model = load_object(LIKE[args.like][1])(args)
     plan, runtimes, skipped = resolve(args, model)

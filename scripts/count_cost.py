@@ -20,7 +20,7 @@ import json
 import sys
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
@@ -42,8 +42,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    from qdiff.accounting import account
-    from qdiff.cli.ptq import resolve_ptq
+    from qdiff.cli.options.ptq import resolve_ptq
+    from qdiff.cost.account import account
     from qdiff.errors import UserError
     from qdiff.quant_model import QuantModel
 

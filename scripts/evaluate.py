@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.options.parser import Parser
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
-from qdiff.cli.parser import Parser
 from qdiff.errors import UserError
 
 
@@ -64,7 +64,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     from qdiff.cli.evaluate import Evaluation, table
-    from qdiff.files import check_writable, written_whole
+    from qdiff.io.files import check_writable, written_whole
 
     to_file = args.json not in (None, "-")
     if to_file:

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
@@ -33,13 +33,13 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from qdiff.checkpoint import load_checkpoint
-    from qdiff.cli.deploy import wrapped
-    from qdiff.cli.ptq import resolve_ptq
+    from qdiff.cli.options.ptq import resolve_ptq
+    from qdiff.cli.runtime import wrapped
     from qdiff.deploy.onnx_export import check_exportable, export_onnx, import_onnx
     from qdiff.errors import UserError
-    from qdiff.files import check_writable, sha256
+    from qdiff.io.files import check_writable, sha256
+    from qdiff.io.tensor_files import is_pickle
     from qdiff.quant_model import QuantModel
-    from qdiff.tensor_files import is_pickle
 
     model = load_object(LIKE[args.like][1])(args)
     plan = resolve_ptq(args, model.weight_range, model.act_range)

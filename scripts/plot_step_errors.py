@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.cli.script import LIKE, load_object, parser_like
 
 
@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.cli.step_errors import resolve, step_errors
     from qdiff.errors import UserError
-    from qdiff.evaluation.step_error_plot import step_error_picture
-    from qdiff.files import check_writable, written_whole
+    from qdiff.io.files import check_writable, written_whole
+    from qdiff.report.step_error_plot import step_error_picture
 
     model = load_object(LIKE[args.like][1])(args)
     plan, numbers = resolve(args, model), Path(args.out).with_suffix(".json")

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 from qdiff.errors import UserError
 from qdiff.evaluation.datasets import DATASETS, find_dataset
 
@@ -52,12 +52,12 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    from qdiff.cli.runtime import choose_device
+    from qdiff.cli.processes import choose_device
     from qdiff.evaluation.dataset_images import dataset_reference, locate, open_dataset
     from qdiff.evaluation.extractors import create_extractor
     from qdiff.evaluation.image_sets import FirstImages
     from qdiff.evaluation.reference import cached_reference_path, save_reference
-    from qdiff.files import check_writable
+    from qdiff.io.files import check_writable
 
     dataset = find_dataset(args.name)
     extractor = create_extractor(args.extractor, args.extractor_weights, choose_device(args.device))

@@ -14,7 +14,7 @@ import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 import argparse
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import qdiff.cli.passive_waiting  # noqa: F401, before torch loads
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 
 
 @exits_cleanly

@@ -13,8 +13,8 @@ import argparse
 import json
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.options.parser import Parser
 from qdiff.cli.out_of_memory import SMALLER_TRAINING_BATCH, memory_advice
-from qdiff.cli.parser import Parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     from ddim.sizes import check_sizes
     from ddim.training import NoisePredictionTask, fit
     from qdiff.errors import UserError
-    from qdiff.files import check_writable, written_whole
+    from qdiff.io.files import check_writable, written_whole
 
     for option, least in (("epochs", 1), ("threads", 1), ("seed", 0)):
         value = getattr(args, option)

@@ -28,14 +28,14 @@ from torch.nn import functional as F
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
 from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.reference import compute_reference, save_reference
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
+from qdiff.io.progress import tracked
 from qdiff.io.repository import REPOSITORY
-from qdiff.progress import tracked
 
 NAME = "digits-classifier"
 TEST_SIZE, SPLIT_SEED = 360, 0  # fixed whatever --seed says, so that accuracies can be compared

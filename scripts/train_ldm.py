@@ -15,8 +15,8 @@ import argparse
 import json
 
 from qdiff.cli.errors import exits_cleanly
+from qdiff.cli.options.parser import Parser
 from qdiff.cli.out_of_memory import SMALLER_TRAINING_BATCH, memory_advice
-from qdiff.cli.parser import Parser
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     from ldm.train import train_diffusion, train_first_stage
     from qdiff.errors import UserError
-    from qdiff.files import check_writable
+    from qdiff.io.files import check_writable
 
     if (args.stage == "diffusion") != bool(args.first_stage):
         raise UserError("--stage diffusion needs --first_stage PATH, and --stage first takes none")

@@ -25,7 +25,7 @@ LAYERS = (
 )
 QDIFF_ROOMS = ("api", "benchmark", "cli", "evaluation", "methods", "calibration", "deploy")
 # The type of a hook, and nothing that runs.
-ALLOWED = {("ldm.sampling", "qdiff.calibration.collect")}
+ALLOWED = {("ldm.sampling", "qdiff.calibration.recording")}
 
 
 def room(module: str) -> str:
@@ -83,11 +83,11 @@ def test_imports_go_downwards(module):
     [
         ("qdiff.quant_model", "from qdiff.calibration.run import CalibrationRun"),
         ("qdiff.calibration.run", "import qdiff.methods.registry"),
-        ("qdiff.methods.linear", "from qdiff.cli.ptq import PtqPlan"),
-        ("qdiff.deploy.runtimes", "from qdiff.calibration.capture import walk"),
+        ("qdiff.methods.linear", "from qdiff.cli.options.ptq import PtqPlan"),
+        ("qdiff.deploy.runtimes", "from qdiff.calibration.walk import walk"),
         ("qdiff.cli.script", "def f():\n    from ddim.command import DdimModel"),
         ("ddim.config", "from ldm.config import load_config"),
-        ("ldm.config", "from qdiff.cli.parser import Parser"),
+        ("ldm.config", "from qdiff.cli.options.parser import Parser"),
     ],
 )
 def test_a_planted_import_is_found(module, planted):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qdiff.errors import UserError
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIGNS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.errors import UserError
-from qdiff.files import check_writable, written_whole
+from qdiff.io.files import check_writable, written_whole
 from qdiff.io.repository import REPOSITORY
 
 PACKAGES = REPOSITORY / ".gpu-packages"

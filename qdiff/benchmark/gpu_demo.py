@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qdiff.benchmark.gpu_check import Line
-from qdiff.config_files import read_table
 from qdiff.errors import UserError
 from qdiff.io.repository import REPOSITORY
+from qdiff.io.yaml_files import read_table
 
 TABLE = REPOSITORY / "configs" / "tables" / "digits-demo.yaml"
 # The table of the README: FID and the error of ε, rows by label.

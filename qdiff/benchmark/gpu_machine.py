@@ -12,7 +12,7 @@ import torch
 
 from qdiff.benchmark.gpu_check import Line
 from qdiff.benchmark.machine import describe_machine, machine_text
-from qdiff.cli.runtime import choose_device
+from qdiff.cli.processes import choose_device
 
 
 def machine_lines(args: Namespace) -> Iterator[Line]:

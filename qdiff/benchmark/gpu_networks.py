@@ -14,11 +14,11 @@ from torch import Tensor
 from qdiff.benchmark.gpu_check import Line
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.ptq import PtqPlan, add_ptq_options, resolve_ptq
-from qdiff.cli.runtime import choose_device
+from qdiff.cli.options.ptq import PtqPlan, add_ptq_options, resolve_ptq
+from qdiff.cli.processes import choose_device
 from qdiff.cli.script import LIKE, load_object, parser_like
 from qdiff.methods import qdiffusion
+from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 from qdiff.random_weights import randomised
 

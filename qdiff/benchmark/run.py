@@ -19,17 +19,17 @@ from qdiff.benchmark.machine import describe_machine
 from qdiff.benchmark.table import Row, markdown, write_json
 from qdiff.benchmark.timing import Spread, Turns, alternated
 from qdiff.benchmark.variants import BASE, VARIANTS, chosen_variants, open_variant, prepare, take_turn
-from qdiff.cli.deploy import check_weight_cache
 from qdiff.cli.document import DocumentBlock
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.ptq import PtqPlan, resolve_ptq
+from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
+from qdiff.cli.runtime import check_weight_cache
 from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.files import check_writable
+from qdiff.io.files import check_writable
+from qdiff.io.tensor_files import is_pickle
 from qdiff.methods.registry import METHODS
+from qdiff.pipeline import FloatModel
 from qdiff.process_memory import FreshProcess
-from qdiff.tensor_files import is_pickle
 
 SAMPLING = "sampling"
 WRITES = ("--out", "--document", "--table")

@@ -10,7 +10,7 @@ from typing import Any
 
 from qdiff.benchmark.machine import machine_text
 from qdiff.benchmark.timing import Spread
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
 
 NONE = "–"
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from qdiff.benchmark.files import FLOAT, FLOAT_ONNX, NATIVE, ONNX, Job
 from qdiff.checkpoint import load_packed
-from qdiff.cli.float_model import FloatModel, Network, trajectory_of
+from qdiff.cli.options.parser import chosen_runtimes
 from qdiff.cli.parity import LAST_BITS
-from qdiff.cli.parser import chosen_runtimes
 from qdiff.errors import UserError
+from qdiff.pipeline import FloatModel, Network, trajectory_of
 
 BASE = "float"
 # Relative L2 error of a call. Float variants differ by summation order only; quantized ones also

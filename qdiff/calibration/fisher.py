@@ -7,7 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from qdiff.calibration.capture import Walker, rows_of
+from qdiff.calibration.walk import Walker, rows_of
 from qdiff.interface import State, SteppedNetwork
 from qdiff.modes import leaf_modes
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
-from qdiff.calibration.capture import Walker, leaf_inputs_and_output, leaves_in_execution_order
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import Objective
 from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser, Unit, optimise
+from qdiff.calibration.walk import Walker, leaf_inputs_and_output, leaves_in_execution_order
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.range_estimators import TINY
+from qdiff.ranges.estimators import TINY
 
 # Adam moves a step size by about its learning rate per iteration, whatever the step size: never by more than this
 # share of it, or small ones (softmax outputs) end where the noise of the batches left them.

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from qdiff.errors import UserError
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
+from qdiff.io.tensor_files import check_finite
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import Quantizer
-from qdiff.tensor_files import check_finite
 
 
 class CalibrationJournal:

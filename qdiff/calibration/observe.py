@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdiff.calibration.capture import Walker
 from qdiff.calibration.reconstruction import Unit
+from qdiff.calibration.walk import Walker
 from qdiff.config import RangeMethod
 from qdiff.modes import leaf_modes
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.range_estimators import RangeObserver
+from qdiff.ranges.estimators import RangeObserver
 
 
 def observe_unit(

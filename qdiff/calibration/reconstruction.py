@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
-from qdiff.calibration.dropping import Dropping
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import Objective
+from qdiff.calibration.qdrop import Dropping
 
 
 @dataclass(frozen=True)

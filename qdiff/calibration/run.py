@@ -9,19 +9,19 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.fitting import UnitKind, fit_unit, parts_of
 from qdiff.calibration.footprint import Footprint
 from qdiff.calibration.journal import CalibrationJournal
-from qdiff.calibration.memory import DEFAULT_PASS
+from qdiff.calibration.memory_plan import DEFAULT_PASS
 from qdiff.calibration.objectives import Objective
 from qdiff.calibration.reconstruction import FitSettings, Unit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker, walk
 from qdiff.config import Ablation
 from qdiff.interface import State, SteppedNetwork
-from qdiff.progress import Progress, progress_bar
+from qdiff.io.progress import Progress, progress_bar
 from qdiff.quant_model import QuantModel
 
 

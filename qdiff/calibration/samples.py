@@ -16,8 +16,8 @@ from torch import Tensor
 
 from qdiff.calibration.schedules import evenly_spaced
 from qdiff.errors import UserError
-from qdiff.files import written_whole
-from qdiff.torch_files import read_torch_file
+from qdiff.io.files import written_whole
+from qdiff.io.torch_files import read_torch_file
 
 FIX = "make one with scripts/collect_calibration.py"
 MAPPED_FROM = 1 << 30  # bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qdiff.errors import UserError
-from qdiff.files import check_writable, written_whole
+from qdiff.io.files import check_writable, written_whole
 
 
 class DocumentBlock:

@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from qdiff.cli.processes import choose_device
 from qdiff.cli.run_folder import installed_versions
-from qdiff.cli.runtime import choose_device
 from qdiff.cli.samples import Samples
-from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
 from qdiff.evaluation.clip_score import load_clip
 from qdiff.evaluation.extractors import create_extractor
@@ -22,8 +21,9 @@ from qdiff.evaluation.reference import FOREIGN_EXTRACTOR, ReferenceStatistics
 from qdiff.evaluation.reference_set import ReferenceSet
 from qdiff.evaluation.registry import METRICS, implied_metrics, metric_columns, optional_metrics
 from qdiff.evaluation.subject import Subject
-from qdiff.files import check_writable
-from qdiff.prompt_lines import read_prompts
+from qdiff.io.downloads import cache_folder
+from qdiff.io.files import check_writable
+from qdiff.io.prompt_lines import read_prompts
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
 

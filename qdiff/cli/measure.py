@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.runtime import choose_device
+from qdiff.cli.processes import choose_device
 from qdiff.errors import UserError
 from qdiff.evaluation.clip_score import load_clip
 from qdiff.evaluation.extractors import create_extractor, weights_hash
@@ -17,7 +17,7 @@ from qdiff.evaluation.measure import measure, possible
 from qdiff.evaluation.reference import find_reference
 from qdiff.evaluation.registry import METRICS, Metric, implied_metrics
 from qdiff.evaluation.subject import Subject
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
 
 CACHE = "metrics.json"
 # Images that are compared with the float run's, one by one: the mean of some hundreds is steady, and SSIM is slow.

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.checkpoint import load_checkpoint
-from qdiff.cli.deploy import check_can_run, check_onnx_file
-from qdiff.cli.float_model import FloatModel, Network
-from qdiff.cli.parser import ONNX_RUNTIMES, TORCH_RUNTIMES, chosen_runtimes
-from qdiff.cli.ptq import PtqPlan, resolve_ptq
-from qdiff.cli.runtime import choose_device
+from qdiff.cli.options.parser import ONNX_RUNTIMES, TORCH_RUNTIMES, chosen_runtimes
+from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
+from qdiff.cli.processes import choose_device
+from qdiff.cli.runtime import check_can_run, check_onnx_file
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
-from qdiff.images import to_uint8
+from qdiff.io.images import to_uint8
 from qdiff.modes import leaves
+from qdiff.pipeline import FloatModel, Network
 from qdiff.quant_model import QuantModel
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.journal import CalibrationJournal
-from qdiff.calibration.memory import MemoryUse, plan_memory
+from qdiff.calibration.memory_plan import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import (
@@ -24,17 +24,17 @@ from qdiff.calibration.samples import (
 )
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.checkpoint.metadata import read_notes
+from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice
-from qdiff.cli.ptq import PtqPlan
+from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.run_folder import RunFolder
-from qdiff.cli.runtime import arithmetic_of
-from qdiff.files import sha256
 from qdiff.interface import SteppedNetwork
+from qdiff.io.files import sha256
+from qdiff.io.tensor_files import is_pickle
 from qdiff.methods import modiff
 from qdiff.methods.registry import find_method
-from qdiff.native_metadata import read_notes
 from qdiff.quant_model import QuantModel
-from qdiff.tensor_files import is_pickle
 
 log = logging.getLogger("qdiff")
 

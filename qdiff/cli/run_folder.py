@@ -22,8 +22,8 @@ import numpy as np
 from qdiff.cli.run_config import CYCLED, differences
 from qdiff.cli.run_manifest import read_manifest
 from qdiff.errors import UserError
-from qdiff.files import check_writable, sha256, written_whole
-from qdiff.images import grid, load_png, png_shape, save_png
+from qdiff.io.files import check_writable, sha256, written_whole
+from qdiff.io.images import grid, load_png, png_shape, save_png
 
 log = logging.getLogger("qdiff")
 

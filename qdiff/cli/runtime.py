@@ -1,144 +1,127 @@
-"""Device and processes: CUDA where there is one, several processes under torchrun."""
+"""``--runtime``: what computes the network while sampling."""
 
 from __future__ import annotations
 
-import datetime
-import os
-import resource
-from typing import Any
+import logging
+import math
+from argparse import Namespace
+from pathlib import Path
 
-import torch
+from torch import nn
 
+from qdiff.cli.options.parser import ONNX_RUNTIMES, SIMULATED, TORCH_RUNTIMES
+from qdiff.cli.options.ptq import PtqPlan
+from qdiff.cli.processes import Processes
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.io.tensor_files import is_pickle
+from qdiff.kernels.integer_matmul import check_integer_products
+from qdiff.pipeline import FloatModel, Network
+from qdiff.quant_model import QuantModel
+
+log = logging.getLogger("qdiff")
+
+EXPORTED = "model.onnx"
+FLOAT = QuantConfig(weight_bits=None, act_bits=None)
 
 
-def choose_device(name: str | None, tf32: bool = False) -> torch.device:
-    """Return the device that ``--device`` names; by default CUDA where there is one, else the CPU.
-
-    Of several processes under torchrun each takes the GPU of its number on its machine. On CUDA this also decides
-    whether float32 products may be rounded to TF32, for the whole process.
+def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
+    """Raise a `UserError` where options of a runtime contradict each other, or it cannot run what they ask for.
 
     Args:
-        tf32: let convolutions and matrix products round their inputs to TF32's 10 bits of mantissa. PyTorch's own
-            default lets convolutions, so that results depend on the GPU.
+        quant: None for a float network.
+    """
+    if args.onnx is not None and args.runtime not in ONNX_RUNTIMES:
+        raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
+    if args.weight_cache and args.runtime != "torch":
+        raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
+    if args.fused_kernels and args.runtime in ONNX_RUNTIMES:
+        raise UserError(f"--fused_kernels are for CUDA, and {args.runtime} is on the CPU; leave one of them out")
+    check_weight_cache(args)
+    check_can_run(args.runtime, quant)
+    if args.onnx is not None:
+        check_onnx_file(Path(args.onnx), quant)
+
+
+def check_onnx_file(path: Path, quant: QuantConfig | None) -> None:
+    """Raise a `UserError` where a file is none of ours, or was exported with other widths or modes.
+
+    Args:
+        quant: None for a float network.
+    """
+    from qdiff.deploy.runtimes import check_config, read_model
+
+    check_config(path, read_model(path), FLOAT if quant is None else quant)
+
+
+def check_weight_cache(args: Namespace) -> None:
+    """Raise a `UserError` where ``--weight_cache`` is no size."""
+    if not 0 <= args.weight_cache < math.inf:
+        raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
+
+
+def check_can_run(runtime: str, quant: QuantConfig | None) -> None:
+    """Raise a `UserError` where a runtime is not installed, or cannot run such a network."""
+    if runtime in TORCH_RUNTIMES and quant is None:
+        raise UserError(f"--runtime {runtime} is for quantized weights; add --ptq, or leave --runtime out")
+    if runtime == "torch-int8":
+        check_integer_products(quant)
+    if runtime not in ONNX_RUNTIMES:
+        return
+    from qdiff.deploy.onnx_export import check_exportable, import_extra, import_onnx
+
+    import_onnx()
+    import_extra(runtime)
+    if quant is None:
+        return
+    check_exportable(quant)
+    if quant.act_bits is not None:
+        from qdiff.deploy.runtimes import RUNTIMES, check_exact
+
+        check_exact(runtime, RUNTIMES[runtime])
+
+
+def wrapped(network: nn.Module) -> QuantModel:
+    """Return a float network as a `QuantModel` without quantizers."""
+    return QuantModel(network, FLOAT)
+
+
+def starts_packed(args: Namespace, plan: PtqPlan | None) -> bool:
+    """Whether the float network need not be loaded: a native file has all that the runtime runs."""
+    if args.runtime == SIMULATED or plan is None or plan.action != "load" or plan.quant.weight_bits is None:
+        return False
+    return not is_pickle(Path(plan.checkpoint))
+
+
+def pack(args: Namespace, qnn: QuantModel) -> None:
+    """Keep the weights packed from now on, where another runtime than simulation is asked for and they have a width."""
+    if args.runtime != SIMULATED and qnn.config.weight_bits is not None:
+        qnn.pack_weights(int(args.weight_cache * 2**20), integer=args.runtime == "torch-int8")
+
+
+def onnx_network(args: Namespace, model: FloatModel, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
+    """Return the network as a runtime computes it, exported where that was not done yet.
+
+    Args:
+        qnn: what is or was exported.
+        folder: of the run, where the exported model is kept unless ``--onnx`` names one.
+            Its weights are given up unless they are packed: the runtime holds its own.
+        processes: the first of them exports.
 
     Raises:
-        UserError: no such device here, or one GPU is named for several processes.
+        UserError: the file is damaged, or of another network or other widths; or the network cannot be exported.
     """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is no device; give cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        device = _own_gpu(name, device)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    elif device.type != "cpu":
-        raise UserError(f"--device {name} is not supported; give cpu, cuda or cuda:N")
-    return device
+    from qdiff.deploy.onnx_export import export_onnx
+    from qdiff.deploy.runtimes import OnnxNetwork
 
-
-def _own_gpu(name: str, device: torch.device) -> torch.device:
-    """Return the GPU that this process takes, and make it the one that kernels are launched on by default."""
-    count, processes = torch.cuda.device_count(), _process_count()
-    if (device.index or 0) >= count:
-        raise UserError(f"--device {name} is not there ({count} CUDA devices found); give --device cpu")
-    if processes > 1:
-        if device.index is not None:
-            raise UserError(
-                f"--device {name} names one GPU for the {processes} processes that torchrun started; give --device "
-                "cuda, and each takes its own"
-            )
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= count:
-            raise UserError(
-                f"torchrun started more processes on this machine than it has GPUs ({count}); give torchrun "
-                f"--nproc_per_node {count}, or the command --device cpu"
-            )
-        device = torch.device("cuda", local)
-    if device.index:
-        torch.cuda.set_device(device)
-    return device
-
-
-def arithmetic_of(device: torch.device) -> dict[str, Any]:
-    """Return what of a device changes results beyond the order of sums: nothing on the CPU, else its type and TF32."""
-    return {} if device.type == "cpu" else {"device": device.type, "tf32": torch.backends.cudnn.allow_tf32}
-
-
-def describe_gpu(device: torch.device, precision: str | None) -> dict[str, Any] | None:
-    """Return what a manifest says of computing on a GPU: its ``name``, ``tf32`` and ``precision``; None on the CPU.
-
-    Args:
-        precision: ``--precision``, where the script has it.
-    """
-    if device.type != "cuda":
-        return None
-    told = {"name": torch.cuda.get_device_name(device), "tf32": torch.backends.cudnn.allow_tf32}
-    if precision is not None:
-        dtype = torch.get_autocast_dtype("cuda") if precision == "autocast" else torch.float32
-        told["precision"] = f"{precision} {str(dtype).removeprefix('torch.')}"
-    return told
-
-
-def _process_count() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-class Processes:
-    """One process, or several under torchrun, by Lightning Fabric.
-
-    Attributes:
-        rank, count: this process and how many there are.
-        device: this process's device.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.rank, self.count = device, 0, _process_count()
-        self._fabric: Any = None
-        if self.count == 1:
-            return
-        from lightning_fabric import Fabric
-        from lightning_fabric.strategies import DDPStrategy
-
-        on_gpu = device.type == "cuda"
-        strategy = DDPStrategy(
-            process_group_backend="nccl" if on_gpu else "gloo",
-            # The others wait while the first process calibrates, which may take hours.
-            timeout=datetime.timedelta(days=7),
-        )
-        nodes = self.count // int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
-        self._fabric = Fabric(
-            accelerator="cuda" if on_gpu else "cpu",
-            devices=self.count // nodes,
-            num_nodes=nodes,
-            strategy=strategy,
-        )
-        self._fabric.launch()
-        self.rank, self.device = self._fabric.global_rank, self._fabric.device
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        if self._fabric is not None:
-            self._fabric.barrier()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's value (anything picklable), in rank order."""
-        if self._fabric is None:
-            return [value]
-        values: list[Any] = [None] * self.count
-        torch.distributed.all_gather_object(values, value)
-        return values
-
-
-def peak_memory_bytes(device: torch.device) -> dict[str, int]:
-    """Return the process's peak resident memory and, on CUDA, the peak allocated on the device, in bytes."""
-    peak = {"ram": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    if device.type == "cuda":
-        peak["device"] = torch.cuda.max_memory_allocated(device)
-    return peak
+    path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
+    shapes = (model.input_shape, model.context_shape)
+    is_new = args.onnx is None and not path.is_file() and processes.is_first
+    if is_new:
+        log.info("exporting to %s", path)
+        export_onnx(qnn, path, *shapes)
+    processes.wait()
+    network = OnnxNetwork(path, args.runtime, qnn=None if is_new else qnn, shapes=shapes)
+    if not qnn.is_packed:
+        qnn.to("meta")
+    return network

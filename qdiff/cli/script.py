@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import Parser, add_run_options
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.parser import Parser, add_run_options
+from qdiff.cli.options.ptq import add_ptq_options
 
 # script → (options, model class); both are imported when they are needed
 LIKE = {
@@ -57,7 +57,7 @@ def sampling_script(
         name: of the script, for the manifest.
         about: its help text.
         add_options: adds the options of its model and sampler.
-        model: ``module:class`` of its `qdiff.cli.command.FloatModel`, imported when it is needed.
+        model: ``module:class`` of its `qdiff.cli.sample.FloatModel`, imported when it is needed.
         folder: what the option for the run folder is called.
         preset: EDA-DM's values for this family, a file of configs/eda-dm.
         resume: see `add_ptq_options`.
@@ -70,7 +70,7 @@ def sampling_script(
         add_ptq_options(parser, resume)
         add_run_options(parser, folder)
         args = parser.parse_args(arguments)
-        from qdiff.cli.command import SampleCommand
+        from qdiff.cli.sample import SampleCommand
 
         command = SampleCommand(name, load_object(model)(args), preset)
         with command.notes_told():

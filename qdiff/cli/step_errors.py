@@ -9,12 +9,12 @@ from typing import Any
 
 from qdiff.calibration.samples import network_calls
 from qdiff.checkpoint import load_checkpoint
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.ptq import PtqPlan, resolve_ptq
-from qdiff.cli.runtime import choose_device
+from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
+from qdiff.cli.processes import choose_device
 from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
 from qdiff.evaluation.noise_error import measure_trajectory_error
+from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 
 VARIANTS: dict[str, Callable[[QuantConfig], QuantConfig]] = {

@@ -13,11 +13,11 @@ from typing import Any
 from qdiff.cli.table_file import Row, TableFile, without
 from qdiff.config import ScalePer
 from qdiff.errors import UserError
-from qdiff.evaluation.columns import markdown
-from qdiff.evaluation.comparison import comparison_picture
 from qdiff.evaluation.registry import metric_columns
-from qdiff.files import written_whole
+from qdiff.io.files import written_whole
 from qdiff.io.repository import REPOSITORY
+from qdiff.report.columns import markdown
+from qdiff.report.comparison import comparison_picture
 
 TOLERANCE = 0.05  # how far the float model may be from its published number
 FLOAT_BITS = 32
@@ -123,8 +123,8 @@ class TableRun:
             )
 
     def _write(self, results: list[dict[str, Any]]) -> str:
-        from qdiff.evaluation.activation_plots import activation_picture, pictured
-        from qdiff.evaluation.page import write_page
+        from qdiff.report.activation_plots import activation_picture, pictured
+        from qdiff.report.page import write_page
 
         table, protocol = self.table, self._protocol(results)
         notes = list(table.notes)
@@ -173,7 +173,7 @@ class TableRun:
         return json.loads((self.table.folder(row.label) / "run.json").read_text())
 
     def _measured(self, row: Row) -> dict[str, Any]:
-        """Return a row of results, see `qdiff.evaluation.columns`."""
+        """Return a row of results, see `qdiff.report.columns`."""
         table, folder, manifest = self.table, self.table.folder(row.label), self._manifest(row)
         float_folder = None if row is table.float_row else table.folder(table.float_row.label)
         metrics = self._measuring.run(folder, manifest, float_folder)
@@ -223,7 +223,7 @@ class TableRun:
             ("PSNR, SSIM", f"against the float row, image by image, first {self._measuring.compared} images"),
             ("ε error", "mean squared difference from the float network on held-out inputs"),
             ("file", "bytes of the quantized checkpoint; float: the denoising network in float32"),
-            ("counted, GBops", "parameters and bit operations by qdiff/accounting.py; one sample, one network call"),
+            ("counted, GBops", "parameters and bit operations by qdiff/cost/account.py; one sample, one network call"),
             ("calibration", "without the recording of the calibration set, which all rows share"),
             ("machine", f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} thread(s), device "
                         f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}"),

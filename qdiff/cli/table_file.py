@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.table_grid import expand
-from qdiff.config_files import read_table
 from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns, named_metrics
 from qdiff.io.repository import REPOSITORY
+from qdiff.io.yaml_files import read_table
 from qdiff.methods.registry import METHODS
 
 EXAMPLE = "see configs/tables/digits-demo.yaml"

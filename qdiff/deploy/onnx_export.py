@@ -16,11 +16,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qdiff.checkpoint.native import FLOAT_BYTES, content_hash, layout
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.files import written_whole
-from qdiff.integer import check_one_scale
-from qdiff.native_format import FLOAT_BYTES, content_hash, layout
+from qdiff.io.files import written_whole
+from qdiff.kernels.integer_matmul import check_one_scale
 from qdiff.quant_model import QuantModel
 
 FORMAT = "qdiff-onnx-2"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qdiff.deploy.onnx_ranges import Quantized, onnx_node, onnx_range
 from qdiff.functional import dequantize
-from qdiff.integer import Geometry
+from qdiff.kernels.integer_matmul import Geometry
 from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule

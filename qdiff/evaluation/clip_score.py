@@ -16,8 +16,8 @@ from qdiff.errors import UserError, first_line
 from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.image_sets import ImageSet
 from qdiff.evaluation.subject import Subject
+from qdiff.io.progress import progress_bar, tracked
 from qdiff.io.tokenizer_files import require_tokenizer_files
-from qdiff.progress import progress_bar, tracked
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 _LEGACY_EOS = 2  # in OpenAI's configs; transformers then takes the highest token number for the end of a text

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from qdiff import files
-from qdiff.downloads import download
 from qdiff.errors import UserError
 from qdiff.evaluation.datasets import Dataset, find_dataset
 from qdiff.evaluation.image_sets import ArrayImages, FirstImages, FolderImages, ImageSet, NpzImages
 from qdiff.evaluation.lmdb_images import LmdbImages
 from qdiff.evaluation.reference import ReferenceStatistics, compute_reference, load_reference
-from qdiff.progress import tracked
+from qdiff.io.downloads import download
+from qdiff.io.progress import tracked
 
 
 def locate(name: str, option: str | None = None, path: Path | None = None, fetch: bool = False) -> tuple[str, Path]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
+from qdiff.io.downloads import cache_folder
 
 
 @dataclass(frozen=True)

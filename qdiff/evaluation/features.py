@@ -17,9 +17,9 @@ from qdiff.errors import UserError
 from qdiff.evaluation.extractors import EXTRACTORS, weights_hash
 from qdiff.evaluation.gaussians import Gaussian, RunningGaussian
 from qdiff.evaluation.image_sets import Images, ImageSet, add_pixels, open_images
-from qdiff.files import DAMAGED_NPZ, written_whole
+from qdiff.io.files import DAMAGED_NPZ, written_whole
+from qdiff.io.progress import progress_bar
 from qdiff.machine.memory import available_on
-from qdiff.progress import progress_bar
 
 # sFID takes the first 7 channels of a map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
 SPATIAL_CHANNELS = 7

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from qdiff.errors import UserError
 from qdiff.evaluation.image_sets import FirstImages, FolderImages, ImageSet
 from qdiff.evaluation.subject import Subject
-from qdiff.progress import progress_bar
-from qdiff.tensor_files import read_float_tensors
+from qdiff.io.progress import progress_bar
+from qdiff.io.tensor_files import read_float_tensors
 
 PEAK = 255.0
 PSNR_CAP = 100.0  # dB; equal images have infinitely many, and one of them would make the mean infinite

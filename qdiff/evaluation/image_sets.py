@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qdiff.errors import UserError
 from qdiff.evaluation.image_files import SUFFIXES, image_files, image_files_below
-from qdiff.files import DAMAGED_NPZ
+from qdiff.io.files import DAMAGED_NPZ
 
 ARRAY = "arr_0"  # what NumPy calls an unnamed array; ADM's files and our samples.npz have it
 HASHED_AT_A_TIME = 256

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from qdiff.downloads import cache_folder
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.features import ImageFeatures, extract_features
 from qdiff.evaluation.gaussians import Gaussian
 from qdiff.evaluation.image_sets import Images
-from qdiff.files import DAMAGED_NPZ, written_whole
+from qdiff.io.downloads import cache_folder
+from qdiff.io.files import DAMAGED_NPZ, written_whole
 from qdiff.io.repository import REPOSITORY
 
 FORMAT = "qdiff reference statistics 2"

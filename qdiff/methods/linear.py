@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qdiff.calibration.capture import walk
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.run import CalibrationRun, assert_all_fired, init_weights
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.walk import walk
 from qdiff.quant_model import QuantModel
 
 

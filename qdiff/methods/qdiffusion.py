@@ -17,7 +17,7 @@ from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.progress import Progress
+from qdiff.io.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer

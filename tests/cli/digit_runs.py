@@ -12,7 +12,7 @@ import yaml
 
 from qdiff.cli.table import TableRun
 from qdiff.cli.table_file import TableFile
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 
 COUNT = 20
 QUANTIZED = "--ptq --weight_bit 4"

@@ -10,14 +10,14 @@ import yaml
 from qdiff.calibration.draws import Draw, Schedule
 from qdiff.calibration.fitting import UnitKind
 from qdiff.cli import eda_dm
-from qdiff.cli.command import SampleCommand
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.parser import Parser, add_run_options
-from qdiff.cli.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.options.parser import Parser, add_run_options
+from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.sample import SampleCommand
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.ptq4dm import Ptq4dmConfig
+from qdiff.pipeline import FloatModel
 
 
 def parsed(*words):
@@ -298,8 +298,8 @@ def test_a_value_of_another_kind_is_named(key, value, wanted, tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "bedroom", "church", "imagenet", "stable-diffusion"])
 def test_shipped_presets_are_complete(name, tmp_path):
     """A command that only names the method is the paper's: every number comes from the file."""
-    from qdiff.config_files import read_config
     from qdiff.io.repository import REPOSITORY
+    from qdiff.io.yaml_files import read_config
 
     values = dict(read_config(REPOSITORY / "configs" / "eda-dm" / f"{name}.yaml", ""))
     wide = values.pop("w8", {})

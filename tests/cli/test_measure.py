@@ -22,7 +22,7 @@ from qdiff.evaluation.measure import measure
 from qdiff.evaluation.reference import compute_reference, find_reference, load_reference, save_reference
 from qdiff.evaluation.registry import METRICS
 from qdiff.evaluation.subject import Subject
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 from qdiff.io.repository import REPOSITORY
 
 NAME, REFERENCE = "digits-classifier", "digits32"

@@ -6,13 +6,13 @@ import json
 
 import pytest
 
-from qdiff.cli.command import SampleCommand
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.parser import Parser, add_run_options
-from qdiff.cli.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.options.parser import Parser, add_run_options
+from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.sample import SampleCommand
 from qdiff.config import Ablation, RangeMethod, ScalePer
 from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
+from qdiff.pipeline import FloatModel
 
 W4A4 = ("--weight_bit", 4, "--quant_act", "--act_bit", 4)
 DYNAMIC = ("--quant_mode", "dynamic")

@@ -10,15 +10,15 @@ import torch
 
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import save_checkpoint
-from qdiff.cli.parser import Parser
-from qdiff.cli.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.options.parser import Parser
+from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.quantize import CHECKPOINT, JOURNAL, Quantization
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.evaluation.noise_error import measure_trajectory_error
+from qdiff.io.tensor_files import read_safetensors
 from qdiff.quant_model import QuantModel
-from qdiff.tensor_files import read_safetensors
 
 SHAPE = (1, 8, 8)
 QUICK = ("--cali_st", 2, "--cali_n", 3, "--cali_iters", 2, "--cali_iters_a", 2, "--cali_batch_size", 3)
@@ -113,7 +113,7 @@ def test_changes_are_calibrated_once_and_come_back_from_the_file(more, made, tin
 
 
 def test_the_file_s_method_and_the_weights(made):
-    from qdiff.native_metadata import read_metadata
+    from qdiff.checkpoint.metadata import read_metadata
 
     (learned, file), (extremes, _) = made("--modulate"), made("--modulate", "--cali_min_max")
     notes, config = (json.loads(read_metadata(file)[key]) for key in ("notes", "config"))

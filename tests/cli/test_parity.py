@@ -15,12 +15,12 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import save_checkpoint
 from qdiff.cli import parity
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.parser import Parser
-from qdiff.cli.ptq import add_ptq_options
+from qdiff.cli.options.parser import Parser
+from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import PSNR_CAP
 from qdiff.methods import linear
+from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 
 TIMES = (900.0, 500.0, 100.0)

@@ -8,7 +8,7 @@ import pytest
 
 from ddim.options import add_model_options, add_sampler_options
 from qdiff.cli.errors import exits_cleanly
-from qdiff.cli.parser import (
+from qdiff.cli.options.parser import (
     Parser,
     add_calibration_options,
     add_quantization_options,
@@ -166,7 +166,7 @@ PUBLISHED_BEGINNINGS = {"--max_image": ("max_images", 50000), "--cali_bat": ("ca
 def test_unambiguous_beginnings_are_taken(option):
     """MoDiff's README has ``--max_image 50000``."""
     from ddim.options import add_sample_options
-    from qdiff.cli.ptq import add_ptq_options
+    from qdiff.cli.options.ptq import add_ptq_options
 
     parser = Parser(None)
     add_sample_options(parser)

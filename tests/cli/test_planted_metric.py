@@ -12,9 +12,9 @@ from qdiff.cli.evaluate import Evaluation
 from qdiff.cli.evaluate import table as shown
 from qdiff.errors import UserError
 from qdiff.evaluation.column import HIGHER, Column
-from qdiff.evaluation.plots import metric_plots
 from qdiff.evaluation.registry import METRICS, Metric
 from qdiff.evaluation.subject import Subject
+from qdiff.report.plots import metric_plots
 
 OPTIONS = dict.fromkeys(("against", "lpips_weights", "prompts", "extractor", "extractor_weights", "protocol", "cache"))
 ROWS = [{"label": "float"}, {"label": "W4", "options": QUANTIZED}]

@@ -7,8 +7,8 @@ import json
 
 import pytest
 
-from qdiff.cli.parser import Parser
-from qdiff.cli.ptq import add_ptq_options, ignored_options, resolve_ptq
+from qdiff.cli.options.parser import Parser
+from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods.qdiffusion import UnitKind, WeightObjective

@@ -14,8 +14,8 @@ from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.checkpoint import save_checkpoint
 from qdiff.cli import quantize
-from qdiff.cli.parser import Parser
-from qdiff.cli.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.options.parser import Parser
+from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.cli.quantize import CHECKPOINT, JOURNAL, RECORDING, Quantization
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig, RangeMethod

@@ -7,8 +7,8 @@ from argparse import Namespace
 import pytest
 import torch
 
-from qdiff.cli.float_model import FloatModel
 from qdiff.errors import UserError
+from qdiff.pipeline import FloatModel
 
 SHAPE = (1, 4, 4)
 

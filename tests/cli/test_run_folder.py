@@ -13,8 +13,8 @@ import torch
 
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.errors import UserError
-from qdiff.files import sha256
-from qdiff.images import load_png
+from qdiff.io.files import sha256
+from qdiff.io.images import load_png
 
 CONFIG = {"seed": 1, "sampler": {"eta": 0.0, "steps": 4}, "ptq": None}
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qdiff.cli.pending import sample_pending
+from qdiff.cli.processes import Processes, arithmetic_of, choose_device, describe_gpu, peak_memory_bytes
 from qdiff.cli.run_folder import RunFolder
-from qdiff.cli.runtime import Processes, arithmetic_of, choose_device, describe_gpu, peak_memory_bytes
-from qdiff.cli.sampling import sample_pending
 from qdiff.errors import UserError
 
 

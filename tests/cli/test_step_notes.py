@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 from qdiff.cli.script import LIKE, load_object
 
 REPOSITORY = Path(__file__).parents[2]

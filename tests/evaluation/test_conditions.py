@@ -11,7 +11,7 @@ from qdiff.errors import UserError
 from qdiff.evaluation.conditions import asked_share
 from qdiff.evaluation.extractors import EXTRACTORS, create_extractor
 from qdiff.evaluation.features import extract_features
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 from qdiff.io.repository import REPOSITORY
 
 DIGITS = "digits-classifier"

@@ -9,7 +9,7 @@ from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
 from qdiff.evaluation.reference import FOREIGN_EXTRACTOR, compute_reference, find_reference, save_reference
 from qdiff.evaluation.reference_set import ReferenceSet
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 
 DIGITS = "digits-classifier"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ddim.samplers import DiffusionSchedule, ImageNoise, Parameterization
 from ldm.sampling import LatentSampler, LatentSamplerOptions, SamplerKind, guided
 from ldm.schedule import build_schedule
 from qdiff.errors import UserError
+from qdiff.sampling import DiffusionSchedule, ImageNoise, Parameterization
 
 GOLDEN = torch.load(Path(__file__).parents[1] / "golden" / "samplers.pth", weights_only=True)
 GOLDEN_TOLERANCE = 1e-5  # relative L2; float32 rounding gives below 1e-6

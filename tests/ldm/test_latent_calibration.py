@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker, walk
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.methods import linear, qdiffusion

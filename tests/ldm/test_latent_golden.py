@@ -1,6 +1,6 @@
 """The latent UNet in float32 gives the published code's outputs where activations are in float; files survive.
 
-With quantized activations `tests/qdiff/test_published_outputs.py` compares, in float64.
+With quantized activations `tests/qdiff/checkpoint/test_published_outputs.py` compares, in float64.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from golden_cases import FLOAT_TOLERANCE, LDM_CASES, GoldenCase
 
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.errors import UserError
-from qdiff.tensor_files import load_tensors
+from qdiff.io.tensor_files import load_tensors
 
 ALL = pytest.mark.parametrize("name", LDM_CASES)
 

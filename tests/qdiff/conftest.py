@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from qdiff.calibration.capture import Walker
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
 from qdiff.quant_model import QuantModel

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.checkpoint.metadata import read_metadata
 from qdiff.errors import UserError
-from qdiff.native_metadata import read_metadata
-from qdiff.packing import deflate_floats, inflate_floats
-from qdiff.tensor_files import check_finite, check_state
+from qdiff.io.tensor_files import check_finite, check_state
+from qdiff.kernels.packing import deflate_floats, inflate_floats
 
 BAD = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 W4A8 = {"weight_bits": 4, "act_bits": 8}

@@ -12,12 +12,12 @@ from torch import nn
 from qdiff import quant_layer
 from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration import fitting
-from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.fisher import output_gradients
 from qdiff.calibration.reconstruction import RoundingRegulariser
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker, walk
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.functional import fake_quantize_inference
@@ -26,7 +26,7 @@ from qdiff.methods import linear, qdiffusion
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.range_estimators import SHRINK_STEPS, estimate, qparams
+from qdiff.ranges.estimators import SHRINK_STEPS, estimate, qparams
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
 # Relative L2 of gradients: one backward pass at two batch sizes.

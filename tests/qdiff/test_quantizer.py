@@ -7,7 +7,7 @@ import torch
 from qdiff.config import RangeMethod
 from qdiff.functional import fake_quantize_inference
 from qdiff.quantizer import ActQuantizer, Quantizer, WeightQuantizer
-from qdiff.range_estimators import RangeObserver
+from qdiff.ranges.estimators import RangeObserver
 
 
 def test_all_state_is_there_from_construction():

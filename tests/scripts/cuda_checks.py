@@ -6,7 +6,7 @@ from virtual_cuda import Counts
 
 SAMPLERS = ("ddim/samplers/",)
 """Where the loop over the steps is: nothing below may make the host wait."""
-KEEPING = ("qdiff/calibration/collect.py", "qdiff/cli/command.py:on_step")
+KEEPING = ("qdiff/calibration/recording.py", "qdiff/cli/sample.py:on_step")
 """But for what is kept of a step: calibration sets, and --sequence's pictures."""
 LEARNING = ("qdiff/calibration/reconstruction.py:optimise",)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ddim.datasets.digits import load_digit_images
-from qdiff.images import save_png
+from qdiff.io.images import save_png
 
 PROMPTS = ["the digit four", "a handwritten seven", "the digit four", "a scan of the number nine", "zero"]
 

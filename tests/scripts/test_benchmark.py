@@ -158,8 +158,8 @@ def test_repeated_the_document_has_one_table(measured, tmp_path):
 
 def test_a_published_checkpoint_is_written_anew(measured, tiny, checkpoint, calibrated, tmp_path):
     from qdiff import QuantModel, load_checkpoint, save_checkpoint
-    from qdiff.native_metadata import read_config
-    from qdiff.tensor_files import read_float_tensors
+    from qdiff.checkpoint.metadata import read_config
+    from qdiff.io.tensor_files import read_float_tensors
 
     network = Model(load_config(tiny.config))
     network.load_state_dict(read_float_tensors(tiny.weights))

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from run_checks import manifest, pixels, succeeded
 from script_device import ON_DEVICE
 
-from ddim.samplers import Parameterization, as_noise_prediction
+from qdiff.sampling import Parameterization, as_noise_prediction
 
 DDIM, LATENT = "sample_diffusion_ddim", "sample_diffusion_ldm"
 

@@ -13,11 +13,11 @@ from virtual_cuda import DeviceMismatch
 
 from ddim.command import DdimModel
 from ddim.models.diffusion import Model
-from ddim.samplers import ImageNoise
 from qdiff import quantizer
 from qdiff.cli import command
-from qdiff.cli.command import SampleCommand
+from qdiff.cli.sample import SampleCommand
 from qdiff.quantizer import ActQuantizer, Quantizer
+from qdiff.sampling import ImageNoise
 
 DATA = ("--cali_st", 2, "--cali_n", 2)
 LINEAR = (*W4A8, "--quant_mode", "linear", *DATA)

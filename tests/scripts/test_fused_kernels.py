@@ -43,8 +43,8 @@ def test_noted_in_the_manifest_of_a_run_that_goes_on(call, tiny, calibrated_run,
         yield
         entered.append("out")
 
-    monkeypatch.setattr("qdiff.cli.command.check_available", lambda device: entered.append(device.type))
-    monkeypatch.setattr("qdiff.cli.command.fused", noted)
+    monkeypatch.setattr("qdiff.cli.sample.check_available", lambda device: entered.append(device.type))
+    monkeypatch.setattr("qdiff.cli.sample.fused", noted)
     folder, options = calibrated_run
     shutil.copytree(folder, tmp_path / "run")
     manifest = tmp_path / "run" / "run.json"

@@ -28,7 +28,7 @@ from run_checks import image_bytes, lose_images, manifest, pixels, snapshot, suc
 from script_device import ON_DEVICE
 
 from qdiff.calibration.samples import load_recording
-from qdiff.tensor_files import read_safetensors
+from qdiff.io.tensor_files import read_safetensors
 
 REPOSITORY = Path(__file__).parents[2]
 # dB, between runs that differ in the batch an image is in: sums round differently, and a value on a rounding edge of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from run_checks import succeeded
 
-from qdiff.cli.paper_options import REFUSED
+from qdiff.cli.options.paper_options import REFUSED
 
 REPOSITORY = Path(__file__).parents[2]
 DOCUMENT = REPOSITORY / "docs" / "options-of-the-papers.md"

@@ -232,9 +232,9 @@ def test_a_damaged_image_that_cannot_be_made_again_is_gone(call, tiny, poisoned,
 
 def test_a_finite_number_of_messages(tmp_path):
     """Thousands of bad images are named by the first of them."""
+    from qdiff.cli.pending import sample_pending
+    from qdiff.cli.processes import Processes
     from qdiff.cli.run_folder import RunFolder
-    from qdiff.cli.runtime import Processes
-    from qdiff.cli.sampling import sample_pending
     from qdiff.errors import UserError
 
     run = RunFolder(tmp_path / "run", {}, 50)

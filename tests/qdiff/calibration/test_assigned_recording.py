@@ -7,7 +7,7 @@ import torch
 from golden_cases import DDIM_CASES, LDM_CASES, GoldenCase
 
 from ldm.sampling import guided
-from qdiff.calibration.collect import assign, record_assigned, record_calls, record_features
+from qdiff.calibration.recording import assign, record_assigned, record_calls, record_features
 from qdiff.calibration.samples import load_recording, save_recording, select_samples
 from qdiff.errors import UserError
 from qdiff.interface import family_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.fisher import output_gradients
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker, walk
 from qdiff.modes import LEAVES, leaf_modes
 
 # Relative L2: the same backward pass at another batch size.

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ldm.modules.diffusionmodules.openaimodel import UNetModel
-from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.objectives import lp_error, penalised_outside
 from qdiff.calibration.pairs import PairedCall, PairedNetwork, of_second
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker, walk
 from qdiff.config import QuantConfig
 from qdiff.functional import fake_quantize
 from qdiff.modes import leaf_modes

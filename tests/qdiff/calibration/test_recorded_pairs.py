@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ldm.sampling import guided
-from qdiff.calibration.collect import record_calls
+from qdiff.calibration.recording import record_calls
 from qdiff.calibration.samples import load_recording, network_calls, save_recording, select_pairs, select_samples
 from qdiff.errors import UserError
 

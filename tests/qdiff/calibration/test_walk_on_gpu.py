@@ -8,9 +8,9 @@ import pytest
 import torch
 from virtual_cuda import Direction
 
-from qdiff.calibration.capture import Walker, walk
 from qdiff.calibration.run import init_weights
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker, walk
 from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
 

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet, select_samples
-from qdiff.cli.float_model import FloatModel
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
+from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 
 REPOSITORY = Path(__file__).parents[3]
@@ -109,7 +109,7 @@ def exported_text(tmp_path_factory) -> Exported:
 @pytest.fixture(scope="session")
 def digits_model() -> FloatModel:
     """The bundled digits model with a sampler of `STEPS` steps, loaded."""
-    from qdiff.cli.parser import Parser
+    from qdiff.cli.options.parser import Parser
     from qdiff.cli.script import LIKE, load_object
 
     options, model = LIKE["sample_diffusion_ddim"]

@@ -18,12 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from qdiff.cli.float_model import FloatModel
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_lowering import lower
 from qdiff.deploy.onnx_ranges import BYTE
 from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
 from qdiff.deploy.runtimes import OnnxNetwork, read_model
+from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.cli.float_model import FloatModel
-from qdiff.cli.parser import Parser
+from qdiff.cli.options.parser import Parser
 from qdiff.cli.script import LIKE, load_object
 from qdiff.config import QuantConfig
 from qdiff.methods import linear
+from qdiff.pipeline import FloatModel
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 

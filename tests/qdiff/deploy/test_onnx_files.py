@@ -14,11 +14,11 @@ from exact_runtimes import require_runtimes
 from following import RUNTIMES
 from torch import Tensor, nn
 
+from qdiff.checkpoint.native import layout
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.deploy.onnx_export import FORMAT, METADATA, export_onnx
 from qdiff.deploy.runtimes import OnnxNetwork, properties, read_model
 from qdiff.errors import UserError
-from qdiff.native_format import layout
 from qdiff.quant_model import QuantModel
 
 onnx = pytest.importorskip("onnx")

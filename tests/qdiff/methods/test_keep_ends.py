@@ -8,10 +8,10 @@ import pytest
 import torch
 from stored_size import content_bytes
 
-from qdiff.accounting import account
 from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
+from qdiff.cost.account import account
 from qdiff.errors import UserError
 from qdiff.methods import eda_dm
 from qdiff.methods.eda_dm import EdaDmConfig

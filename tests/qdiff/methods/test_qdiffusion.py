@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from qdiff.calibration import fitting
-from qdiff.calibration.capture import Walker
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.walk import Walker
 from qdiff.errors import UserError
 from qdiff.methods import qdiffusion
 from qdiff.methods.qdiffusion import QDiffusionConfig

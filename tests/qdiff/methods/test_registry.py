@@ -9,8 +9,8 @@ from types import MappingProxyType
 import pytest
 
 from qdiff.calibration.run import CalibrationRun, assert_all_fired, init_weights
-from qdiff.cli.parser import Parser
-from qdiff.cli.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.options.parser import Parser
+from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods import registry
@@ -49,7 +49,7 @@ def test_a_new_method_is_a_row(monkeypatch, wrap, data):
 
     row = Method("mine", "Mine", calibrate, Config, {"cali_iters": "iterations"})
     monkeypatch.setattr(registry, "METHODS", MappingProxyType({**METHODS, "mine": row}))
-    monkeypatch.setattr("qdiff.cli.ptq.METHODS", registry.METHODS)
+    monkeypatch.setattr("qdiff.cli.options.ptq.METHODS", registry.METHODS)
     parser = Parser(None)
     add_ptq_options(parser)
     args = parser.parse_args(["--ptq", "--method", "mine", "--weight_bit", "4", "--cali_iters", "9"])

@@ -1,0 +1,164 @@
+"""Divide the memory of the machine between what a calibration stores and what it computes with, before it begins."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+
+import torch
+
+from qdiff.calibration.footprint import FLOAT, GRADIENT_COPIES, Footprint
+from qdiff.calibration.walk import Walker
+from qdiff.errors import UserError
+from qdiff.machine.memory import available_memory, available_on, resident_memory
+from qdiff.quant_layer import QuantModule
+from qdiff.quant_model import QuantModel
+
+# A rounding variable, its gradient and Adam's two moments, the soft weight, and what autograd keeps on the way to it:
+# what full-size Stable Diffusion took (docs/results.md).
+ROUNDING_COPIES = 16
+# Bytes inside one forward or backward pass: at most, where the budget allows them, and at least.
+DEFAULT_PASS, SMALLEST_PASS = 2 << 30, 1 << 26
+# Share of a GPU's free memory that is planned with: the rest is for workspaces of its libraries and for gaps.
+GPU_SHARE = 0.85
+# Stored on a GPU only where this many times as much would fit: Fisher weights, and what is captured of a unit's layers,
+# come on top, and there is no disk to take what is too much.
+STORED_MARGIN = 1.3
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """How a calibration's memory is spent; sizes in bytes.
+
+    Attributes:
+        held: RAM that the process holds before it begins; on the CPU weights included.
+        unit: dequantized weights and rounding variables of the largest unit.
+        in_pass: what one forward and backward may hold.
+        in_ram, on_disk, on_gpu: stored activations.
+        pass_bytes, for_storage: what the budget allows a pass, and stored activations in RAM.
+        footprint: what one sample takes.
+        gpu: where the network is and units are fitted; None is the CPU.
+        held_on_gpu: what is on it before the calibration begins.
+        resident_bytes: what the samples of the unit in work may take on it.
+    """
+
+    held: int
+    unit: int
+    in_pass: int
+    in_ram: int
+    on_disk: int
+    pass_bytes: int
+    for_storage: int
+    footprint: Footprint
+    gpu: torch.device | None = None
+    held_on_gpu: int = 0
+    on_gpu: int = 0
+    resident_bytes: int = 0
+
+    @property
+    def peak(self) -> int:
+        """Peak RAM of the process."""
+        return self.held + self.in_ram + (self.unit + self.in_pass if self.gpu is None else 0)
+
+    @property
+    def gpu_peak(self) -> int:
+        """Peak memory on the GPU."""
+        if self.gpu is None:
+            return 0
+        samples = self.on_gpu or min(self.resident_bytes, self.in_ram + self.on_disk)
+        return self.held_on_gpu + self.unit + self.in_pass + samples
+
+    def __str__(self) -> str:
+        disk = f", and {_gib(self.on_disk)} on disk" if self.on_disk else ""
+        work = f"the unit in work {_gib(self.unit + self.in_pass)}"
+        if self.gpu is None:
+            parts = f"{_gib(self.held)} held already, {work}, stored activations {_gib(self.in_ram)}{disk}"
+            return f"about {_gib(self.peak)} ({parts})"
+        stored = f"stored activations {_gib(self.on_gpu)}" if self.on_gpu else "samples of the unit as they fit"
+        ram = f"{_gib(self.held)} held already, stored activations {_gib(self.in_ram)}{disk}"
+        return (
+            f"about {_gib(self.gpu_peak)} of GPU memory ({_gib(self.held_on_gpu)} held already, {work}, {stored}) and "
+            f"{_gib(self.peak)} of RAM ({ram})"
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+
+
+def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None) -> MemoryUse:
+    """Divide a budget between passes and stored activations.
+
+    With the network on a GPU, passes are divided from the GPU's free memory. All stored activations are there too where
+    they fit, else in RAM and on disk, and the samples of the unit in work take what is left on the GPU.
+
+    Args:
+        samples: size of the calibration set.
+        batch_size: of reconstruction.
+        budget: bytes beside what is held already, of RAM and of the GPU each; None takes half of the RAM that is free
+            now and 85 % of the GPU's free memory.
+
+    Raises:
+        UserError: what goes to disk does not fit there.
+    """
+    ram = available_memory() // 2 if budget is None else budget
+    gpu = None if qnn.device.type == "cpu" else qnn.device
+    unit = _largest_unit(qnn) * FLOAT * (ROUNDING_COPIES + 1)
+    stored = footprint.stored * samples
+    if gpu is None:
+        allowed = max(SMALLEST_PASS, min(DEFAULT_PASS, ram // 2))
+        in_pass = _pass_bytes(footprint, min(batch_size, samples), allowed)
+        held_on_gpu = on_gpu = resident = 0
+        for_storage = max(0, ram - allowed)
+    else:
+        free = available_on(gpu)
+        room = min(int(free * GPU_SHARE), free if budget is None else budget)
+        allowed = max(SMALLEST_PASS, (room - unit) // 2)
+        forward = footprint.forward_batch(allowed, Walker.batch_size) * max(footprint.inside.values(), default=0)
+        in_pass = max(_pass_bytes(footprint, min(batch_size, samples), allowed), forward)
+        resident = max(0, room - unit - in_pass)
+        on_gpu = stored if STORED_MARGIN * stored <= resident else 0
+        held_on_gpu, for_storage = torch.cuda.memory_allocated(gpu), ram
+    in_ram = min(stored - on_gpu, for_storage)
+    on_disk = stored - on_gpu - in_ram
+    _check_disk(stored, on_disk, for_storage, samples)
+    return MemoryUse(
+        held=resident_memory(),
+        unit=unit,
+        in_pass=in_pass,
+        in_ram=in_ram,
+        on_disk=on_disk,
+        pass_bytes=allowed,
+        for_storage=for_storage,
+        footprint=footprint,
+        gpu=gpu,
+        held_on_gpu=held_on_gpu,
+        on_gpu=on_gpu,
+        resident_bytes=resident,
+    )
+
+
+def _largest_unit(qnn: QuantModel) -> int:
+    """Return the number of weights in the largest unit."""
+    sizes = (
+        sum(m.weight.numel() for m in step.module.modules() if isinstance(m, QuantModule)) for step in qnn.model.steps()
+    )
+    return max(sizes, default=0)
+
+
+def _pass_bytes(footprint: Footprint, batch_size: int, allowed: int) -> int:
+    """Return what a forward and backward holds: a batch where that is allowed, at least one sample."""
+    one = max((size * GRADIENT_COPIES for size in footprint.inside.values()), default=0)
+    return min(one * batch_size, max(allowed, one))
+
+
+def _check_disk(stored: int, on_disk: int, for_storage: int, samples: int) -> None:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if on_disk > free:
+        raise UserError(
+            f"calibration on {samples} samples stores {_gib(stored)} of activations; {_gib(for_storage)} of that may "
+            f"stay in RAM, and {folder} has {_gib(free)} free; lower --cali_n or --cali_st, raise --memory_budget, or "
+            "set TMPDIR to a larger disk"
+        )

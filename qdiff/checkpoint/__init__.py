@@ -1,0 +1,124 @@
+"""Load and save quantized checkpoints: our safetensors format and the published ``.pth``, told apart by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.checkpoint.metadata import read_config
+from qdiff.checkpoint.native import load_native, load_native_packed, save_native
+from qdiff.checkpoint.published import load_published, to_published
+from qdiff.checkpoint.published_widths import check_widths
+from qdiff.config import QuantConfig
+from qdiff.errors import UserError
+from qdiff.io.files import written_whole
+from qdiff.io.tensor_files import is_pickle, load_tensors
+from qdiff.kernels.packed_weight import PACKED
+from qdiff.quant_model import QuantModel
+
+
+def load_checkpoint(
+    qnn: QuantModel, path: str | Path, activations: bool = True, probe: Callable[[], tuple[Tensor, ...]] | None = None
+) -> None:
+    """Fill a quantized network from a file; nothing is changed unless all of it fits.
+
+    Args:
+        qnn: built with the widths and options that the file was made with; activations may be left in float.
+        path: native safetensors or a published q-diffusion ``.pth``.
+        activations: False takes the weights alone, whatever the file holds for activations (``--resume_w``).
+        probe: makes inputs of the network, e.g. two of noise: (x [N, C, H, W], t [N][, context [N, L, D]]). By them the
+            activation widths of a published file, which does not store them, are checked once the network is filled
+            (`qdiff.checkpoint.published_widths.check_widths`). Not called for a native file, which stores its widths.
+
+    Raises:
+        UserError: the file is missing, damaged, or was made with other options or for another network; the message
+            names the option to change.
+    """
+    path = Path(path)
+    if qnn.is_packed:
+        raise UserError(f"{path} cannot be loaded into a packed network; build the network anew, or use load_packed")
+    activations = activations and not qnn.config.act_dynamic  # ranges of a file have no place to go
+    if is_pickle(path):
+        if activations and qnn.config.modulate:
+            raise UserError(
+                f"{path} holds ranges of activations, not of their changes; add --resume_w to calibrate those, or "
+                "--quant_mode dynamic"
+            )
+        load_published(qnn, load_tensors(path), path, activations)
+        if activations and probe is not None:
+            check_widths(qnn, probe(), path)
+    else:
+        load_native(qnn, path, activations)
+
+
+def load_packed(
+    network: nn.Module,
+    path: str | Path,
+    config: QuantConfig | None = None,
+    activations: bool = True,
+    cache_bytes: int = 0,
+    integer: bool = False,
+) -> QuantModel:
+    """Wrap a network and fill it from a native file, its weights packed from the first moment on.
+
+    No float weight of a quantized layer is ever held. Biases, norms and ranges come from the file.
+
+    Args:
+        network: built under ``torch.device("meta")``; what has values elsewhere keeps its place.
+        path: native safetensors.
+        config: widths and options of the run, which the file must agree with (as for `load_checkpoint`); None takes the
+            file's.
+        activations: False takes the weights alone.
+        cache_bytes, integer: see `QuantModel.pack_weights`.
+
+    Returns:
+        The packed network, on the CPU.
+
+    Raises:
+        UserError: as `load_checkpoint` and `QuantModel.pack_weights`, or the file is a published one.
+    """
+    path = Path(path)
+    if is_pickle(path):
+        raise UserError(
+            f"{path} is a published checkpoint, which holds float weights; load it by load_checkpoint, then call "
+            "pack_weights, or save it in the native format first"
+        )
+    buffers = {n for n, b in network.named_buffers() if b.is_meta}
+    if buffers:
+        raise ValueError(f"the buffer {min(buffers)} is on the meta device, and no file holds it; give it its values")
+    qnn = QuantModel(network, read_config(path) if config is None else config)
+    load_native_packed(qnn, path, activations and not qnn.config.act_dynamic)
+    qnn.pack_weights(cache_bytes, integer)
+    return qnn
+
+
+def save_checkpoint(
+    qnn: QuantModel,
+    path: str | Path,
+    format: Literal["native", "published"] = "native",
+    notes: dict[str, Any] | None = None,
+) -> None:
+    """Write a calibrated network, whole or not at all.
+
+    Args:
+        path: the file; an existing one is replaced.
+        format: ``native`` (packed integers) or ``published`` (float weights and α, readable by the paper's code).
+        notes: anything JSON can hold, kept in a native file's metadata (method, seed, …).
+
+    Raises:
+        UserError: a quantizer was never set, a packed network has no float weights for a published file, or see
+            `qdiff.checkpoint.published.to_published`; nothing is written.
+    """
+    path = Path(path)
+    qnn.assert_initialised()
+    if format == "published" and qnn.is_packed:
+        raise UserError(f"{PACKED} for {path}; save the native format")
+    if format == "native":
+        save_native(qnn, path, notes or {})
+    else:
+        with written_whole(path) as temporary:
+            torch.save(to_published(qnn), temporary)

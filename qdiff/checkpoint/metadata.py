@@ -1,0 +1,146 @@
+"""What a checkpoint of ours says of itself, and whether a network can take it."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff.config import QuantConfig, RangeMethod
+from qdiff.errors import UserError
+
+FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
+CHECKSUM, TEXTS = "checksum", "metadata"
+_TEXTS = ("format", "config", "layout", "notes")
+# Config fields that a file and the options of a run must agree on, and the option that sets each.
+_WEIGHT_OPTIONS = {
+    "weight_bits": "--weight_bit",
+    "split_shortcut": "--split",
+    "weight_symmetric": "--w_sym",
+    "keep_ends": "--keep_ends",
+}
+_ACT_OPTIONS = {
+    "act_bits": "--act_bit",
+    "act_symmetric": "--a_sym",
+    "softmax_bits": "--sm_abit",
+}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file.
+
+    Raises:
+        UserError: not a safetensors file, or truncated.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Return the CRC-32 of each tensor, its type and shape included, and that of the metadata's texts, as JSON.
+
+    The tensors' own bytes are read; nothing is copied.
+    """
+    found = {}
+    for name, tensor in sorted(tensors.items()):
+        described = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        found[name] = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), described)
+    found[TEXTS] = zlib.crc32(json.dumps([metadata.get(key) for key in _TEXTS]).encode())
+    return json.dumps(found, separators=(",", ":"))
+
+
+def check_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
+    """Raise a `UserError` where a file does not hold what was written; files from before the checksum pass."""
+    if CHECKSUM not in metadata:
+        return
+    try:
+        written = dict(json.loads(metadata[CHECKSUM]))
+    except (ValueError, TypeError):
+        written = {}
+    found = json.loads(checksum(tensors, metadata))
+    if wrong := sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name)):
+        raise UserError(
+            f"checkpoint {path} is damaged: the checksum of {wrong[0]} is not that of what was written; get or make "
+            "the file anew"
+        )
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """Return the notes of a file of ours: what made it."""
+    try:
+        return dict(json.loads(read_metadata(path).get("notes", "{}")))
+    except ValueError:
+        return {}
+
+
+def read_config(path: Path) -> QuantConfig:
+    """Return what a file of ours was made with.
+
+    Raises:
+        UserError: no file of ours, or damaged.
+    """
+    return _config_of(read_metadata(path), path)
+
+
+def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
+    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
+        found = metadata.get("format", "none")
+        raise UserError(f"{path} is no quantized checkpoint of ours (format {found}, not {FORMAT}); give another file")
+    try:
+        return QuantConfig.from_dict(json.loads(metadata["config"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file anew"
+        ) from error
+
+
+def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layout: str, activations: bool) -> None:
+    """Raise a `UserError` where a file cannot be loaded into a network.
+
+    Args:
+        metadata: of the file.
+        here: what the network was wrapped with.
+        layout: of the network (`qdiff.checkpoint.native.layout`).
+        activations: its activation quantizers are wanted too.
+    """
+    there = _config_of(metadata, path)
+    if activations and there.act_bits is None:
+        raise UserError(
+            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
+            "calibrate them with --resume_w"
+        )
+    if activations and there.act_dynamic:
+        raise UserError(
+            f"checkpoint {path} holds no ranges of activations, they were dynamic; add "
+            "--quant_mode dynamic, or calibrate them with --resume_w"
+        )
+    if activations and there.modulate != here.modulate:
+        held, other = ("changes of activations", "add") if there.modulate else ("activations themselves", "leave out")
+        raise UserError(
+            f"checkpoint {path} holds ranges of {held}; {other} --modulate, or calibrate others with --resume_w"
+        )
+    options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
+    if here.calibrates_changes:  # attention, the only user of it, has no calibrated ranges then
+        options.pop("softmax_bits", None)
+    for field, option in options.items():
+        a, b = getattr(there, field), getattr(here, field)
+        if a != b:
+            change = ("add " if a else "leave out ") + option if isinstance(a, bool) else f"give {option} {a}"
+            if field == "act_symmetric" and RangeMethod.SEARCH in (there.act_range, here.act_range):
+                change = f"EDA-DM means the opposite by {option}: give the --method that it was made by"
+            raise UserError(f"checkpoint {path} was made with {field} {a}, this run asks for {b}; {change}")
+    if metadata.get("layout") != layout:
+        raise UserError(
+            f"checkpoint {path} belongs to another network (names or shapes of its layers differ); give the --config "
+            "that it was calibrated with"
+        )

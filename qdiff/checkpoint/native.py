@@ -1,0 +1,254 @@
+"""Our checkpoint: a safetensors file in which quantized weights take their width.
+
+Tensors, each of what all layers hold, one after the other in name order:
+    ``weight``            uint8: the packed integers of every layer (`qdiff.kernels.packing`), or float32 where not quantized;
+    ``weight_zero_point`` uint8: packed likewise, at the widths of their weights;
+    ``float``             uint8: every other parameter and every weight step size in float32, first the lowest byte of
+                          each, then the next ones, deflated (zlib): exponents and signs shrink to a quarter, and in
+                          networks of two million weights these floats are a tenth of the file;
+    ``act_delta``         float32, ``act_zero_point`` int32.
+One tensor a layer would be neater, but a name costs about 100 bytes of header, more than many hold.
+Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
+``checksum`` (JSON: the CRC-32 of every tensor, and of the other metadata; older files have none).
+
+Files of the first format are read too: they have ``<layer>.weight`` for every layer, a zero point a byte, and ``float``
+as float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.checkpoint.metadata import (
+    CHECKSUM,
+    FIRST_FORMAT,
+    FORMAT,
+    check_checksum,
+    check_metadata,
+    checksum,
+    read_metadata,
+)
+from qdiff.errors import UserError
+from qdiff.functional import max_level
+from qdiff.io.files import written_whole
+from qdiff.io.tensor_files import check_finite, read_safetensors
+from qdiff.kernels.packing import deflate_floats, inflate_floats, pack, packed_bytes, unpack
+from qdiff.quant_layer import QuantModule
+from qdiff.quant_model import QuantModel
+from qdiff.quantizer import Quantizer, WeightQuantizer
+
+FLOAT_BYTES = 4
+
+
+def _layers(qnn: QuantModel) -> dict[str, QuantModule]:
+    return dict(sorted(qnn.layers().items()))
+
+
+def _weight_quantizers(qnn: QuantModel) -> dict[str, WeightQuantizer]:
+    return dict(sorted((n, m) for n, m in qnn.model.named_modules() if isinstance(m, WeightQuantizer)))
+
+
+def _plain(qnn: QuantModel) -> dict[str, Tensor]:
+    """Parameters that are neither layer weights nor step sizes: biases and normalisation."""
+    weights = {f"{n}.weight" for n in qnn.layers()}
+    return {n: p for n, p in qnn.model.named_parameters() if n not in weights and not n.endswith(".delta")}
+
+
+def _float_tensors(qnn: QuantModel) -> dict[str, Tensor]:
+    deltas = {f"{n}.delta": q.delta for n, q in _weight_quantizers(qnn).items()}
+    tensors = {**_plain(qnn), **deltas}
+    return {n: tensors[n] for n in sorted(tensors)}
+
+
+def layout(qnn: QuantModel) -> str:
+    """Return a hash of the names and shapes of a network's tensors: what tells it from other networks."""
+    shapes = {n: tuple(t.shape) for n, t in _float_tensors(qnn).items()}
+    shapes |= {f"{n}.weight": tuple(m.weight.shape) for n, m in qnn.layers().items()}
+    return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()[:16]
+
+
+def _concatenated(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([t.detach().reshape(-1).cpu().to(dtype) for t in tensors] or [torch.empty(0, dtype=dtype)])
+
+
+def content_hash(qnn: QuantModel) -> str:
+    """Return a hash of every value of a calibrated network: what tells it from others of its `layout`."""
+    found = hashlib.sha256()
+    for layer in _layers(qnn).values():
+        values = layer.packed_integers() if len(layer.weight_quantizers) > 0 else layer.weight.detach().float()
+        found.update(values.cpu().contiguous().numpy())
+    quantizers = [*_weight_quantizers(qnn).values(), *(q for _, q in sorted(qnn.calibrated_act_quantizers().items()))]
+    found.update(_concatenated(list(_plain(qnn).values()), torch.float32).numpy())
+    found.update(_concatenated([q.delta for q in quantizers], torch.float32).numpy())
+    found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
+    return found.hexdigest()[:16]
+
+
+def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
+    """Write the file whole or not at all."""
+    from safetensors.torch import save_file
+
+    layers = _layers(qnn).values()
+    if qnn.config.weight_bits is None:
+        tensors = {"weight": _concatenated([layer.weight for layer in layers], torch.float32)}
+    else:
+        zero_points = [pack(q.zero_point.to(torch.uint8), q.bits) for q in _weight_quantizers(qnn).values()]
+        tensors = {
+            "weight": _concatenated([layer.packed_integers() for layer in layers], torch.uint8),
+            "weight_zero_point": _concatenated(zero_points, torch.uint8),
+        }
+    tensors["float"] = deflate_floats(_concatenated(list(_float_tensors(qnn).values()), torch.float32))
+    act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())]
+    if act:
+        tensors["act_delta"] = _concatenated([q.delta for q in act], torch.float32)
+        tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(qnn.config.to_dict(), separators=(",", ":")),
+        "layout": layout(qnn),
+        "notes": json.dumps(notes, separators=(",", ":")),
+    }
+    metadata[CHECKSUM] = checksum(tensors, metadata)
+    with written_whole(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
+    """Fill the network from our format; every mismatch is an error before anything is changed.
+
+    The float weight of each layer is left as it is: the file holds only the quantized one.
+
+    Args:
+        activations: False leaves activation quantizers alone.
+    """
+    contents = _read(qnn, path, activations)
+    contents.take_small_ones(qnn)
+    for name, layer in qnn.layers().items():
+        stored = contents.weights[name]
+        if qnn.config.weight_bits is None:
+            layer.weight.data.copy_(stored.view(layer.weight.shape))
+        else:
+            integers = unpack(stored, layer.weight_quantizers[0].bits, layer.weight.numel())
+            layer.set_weight_int(integers.view(layer.weight.shape))
+
+
+def load_native_packed(qnn: QuantModel, path: Path, activations: bool) -> None:
+    """Fill a network whose parameters may be on the meta device; its weights stay packed, as in the file.
+
+    Raises:
+        UserError: as `load_native`, or the file's weights have no width; nothing is changed.
+    """
+    if qnn.config.weight_bits is None:
+        raise UserError(f"the weights in {path} have no width to be packed to; load it without packing")
+    contents = _read(qnn, path, activations)
+    contents.take_small_ones(qnn)
+    for name, layer in qnn.layers().items():
+        layer.pack(contents.weights[name])
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a file holds for a network, checked.
+
+    Attributes:
+        weights: by layer, as stored: packed integers, or float32.
+        plain: parameters that are neither layer weights nor step sizes.
+        ranges: quantizers, each with the δ and z that it is to take.
+    """
+
+    weights: dict[str, Tensor]
+    plain: dict[str, Tensor]
+    ranges: list[tuple[Quantizer, Tensor, Tensor]]
+
+    @torch.no_grad()
+    def take_small_ones(self, qnn: QuantModel) -> None:
+        """Give the network all but the layers' weights."""
+        for name, value in self.plain.items():
+            path, _, leaf = name.rpartition(".")
+            module = qnn.model.get_submodule(path)
+            if getattr(module, leaf).is_meta:
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            else:
+                getattr(module, leaf).copy_(value)
+        for quantizer, delta, zero_point in self.ranges:
+            quantizer.set(delta, zero_point)
+
+
+def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
+    metadata = read_metadata(path)
+    act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())] if activations else []
+    check_metadata(metadata, path, qnn.config, layout(qnn), bool(act))
+    tensors, expected = read_safetensors(path), _float_tensors(qnn)
+    check_checksum(tensors, metadata, path)
+    try:
+        separated = _first_format if metadata["format"] == FIRST_FORMAT else _this_format
+        weights, floats, zero_points = separated(qnn, tensors)
+        floats = dict(zip(expected, _separated(floats, list(expected.values())), strict=True))
+        quantizers = _weight_quantizers(qnn)
+        like = [q.zero_point for q in quantizers.values()]
+        ranges = [
+            (quantizer, floats[f"{name}.delta"], zero_point)
+            for (name, quantizer), zero_point in zip(quantizers.items(), _separated(zero_points, like), strict=True)
+        ]
+        if act:
+            deltas = _separated(tensors["act_delta"], [q.delta for q in act])
+            ranges += zip(act, deltas, _separated(tensors["act_zero_point"], [q.zero_point for q in act]), strict=True)
+        for quantizer, delta, zero_point in ranges:
+            levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
+            if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
+                raise ValueError("step sizes or zero points out of range")
+        for (name, layer), size in zip(_layers(qnn).items(), _weight_sizes(qnn), strict=True):
+            if weights[name].numel() != size:
+                raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
+    except (KeyError, ValueError, RuntimeError, zlib.error) as error:
+        raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
+    check_finite({**floats, **weights}, path)
+    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges)
+
+
+Parts = tuple[dict[str, Tensor], Tensor, Tensor]
+"""Weights by layer as stored, float32 values and weights' zero points."""
+
+
+def _first_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
+    weights = {name: tensors[f"{name}.weight"].reshape(-1) for name in qnn.layers()}
+    none = torch.empty(0, dtype=torch.uint8)
+    return weights, tensors["float"], none if qnn.config.weight_bits is None else tensors["weight_zero_point"]
+
+
+def _this_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
+    weights = dict(zip(_layers(qnn), _split(tensors["weight"], _weight_sizes(qnn)), strict=True))
+    floats = inflate_floats(tensors["float"], sum(t.numel() for t in _float_tensors(qnn).values()))
+    zero_points = [torch.empty(0, dtype=torch.uint8)]
+    if quantizers := _weight_quantizers(qnn).values():
+        counts = [(q.bits, q.zero_point.numel()) for q in quantizers]
+        streams = _split(tensors["weight_zero_point"], [packed_bytes(count, bits) for bits, count in counts])
+        zero_points = [unpack(s, bits, count) for s, (bits, count) in zip(streams, counts, strict=True)]
+    return weights, floats, torch.cat(zero_points)
+
+
+def _weight_sizes(qnn: QuantModel) -> list[int]:
+    """How many values a layer's weight is stored in: bytes where packed, otherwise numbers."""
+    return [
+        packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if len(m.weight_quantizers) else m.weight.numel()
+        for m in _layers(qnn).values()
+    ]
+
+
+def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+    if values.numel() != sum(sizes):
+        raise ValueError(f"{values.numel()} values where {sum(sizes)} are needed")
+    return values.split(sizes)
+
+
+def _separated(values: Tensor, like: list[Tensor]) -> list[Tensor]:
+    parts = _split(values, [t.numel() for t in like])
+    return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]

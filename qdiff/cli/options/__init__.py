@@ -1,0 +1,1 @@
+"""The options that command lines share, and the plan that they resolve to."""

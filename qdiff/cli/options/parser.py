@@ -1,0 +1,149 @@
+"""An argument parser whose errors are one sentence, and the option groups that commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection, Sequence
+from typing import NoReturn
+
+from qdiff.cli.options.paper_options import check_paper_options, refused_values
+from qdiff.errors import UserError
+
+BITS = 8
+SIMULATED, TORCH_RUNTIMES, ONNX_RUNTIMES = "simulated", ("torch", "torch-int8"), ("onnxruntime", "openvino")
+
+
+def chosen_runtimes(text: str, known: Collection[str]) -> list[str]:
+    """Return what ``--runtimes`` names, separated by commas, each once.
+
+    Raises:
+        UserError: a name that is none of the ``known`` ones.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--runtimes has no {name!r}; choose from {', '.join(known)}")
+    return names
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad options as a `UserError` (one sentence, exit code 2), without the usage text.
+
+    Unambiguous beginnings of an option are taken, as the papers' scripts take them (``--max_image 50000``).
+    """
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:
+        found = super().parse_args(args, namespace)
+        check_paper_options(found)
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def add_quantization_options(parser: argparse.ArgumentParser) -> None:
+    """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
+    from qdiff.methods.registry import METHODS
+
+    methods = [*METHODS, "modiff"]  # which goes with the weights of any
+    group.add_argument("--method", choices=methods, help="default: as the other options imply")
+    group.add_argument(
+        "--quant_mode",
+        choices=["linear", "qdiff", "dynamic", *refused_values("quant_mode")],
+        metavar="{linear,qdiff,dynamic}",
+        default="qdiff",
+        help="linear: round to nearest, min-max; dynamic: activation ranges computed at every call",
+    )
+    group.add_argument("--weight_bit", type=int, default=BITS, help="width of weights, 1-8")
+    group.add_argument("--quant_act", action="store_true", help="quantize activations too")
+    group.add_argument("--act_bit", type=int, default=BITS, help="width of activations, 2-16")
+    group.add_argument("--sm_abit", type=int, default=8, help="width of the softmax output, 2-16")
+    group.add_argument("--a_sym", action="store_true", help="symmetric activation ranges")
+    group.add_argument("--w_sym", action="store_true", help="symmetric weight ranges: what int8 kernels want at 8 bits")
+    group.add_argument("--split", action="store_true", help="split shortcut layers at the h|skip boundary")
+    group.add_argument(
+        "--keep_ends",
+        action=argparse.BooleanOptionalAction,
+        help="8-bit weights in the first and last layer, float input of the last (default with EDA-DM)",
+    )
+    group.add_argument("--w_range", choices=["max", "mse", "search"], help="how weight ranges are chosen")
+    group.add_argument("--a_range", choices=["max", "mse", "search"], help="how activation ranges are chosen")
+
+
+def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
+    """Calibration by the names of Q-Diffusion's scripts.
+
+    Args:
+        resume: with ``--resume``, which some of EDA-DM's scripts give another meaning.
+    """
+    group = parser.add_argument_group("calibration")
+    group.add_argument("--cali_ckpt", help="quantized checkpoint (ours or a published .pth) to load")
+    if resume:
+        group.add_argument("--resume", action="store_true", help="take everything from --cali_ckpt")
+    group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations")
+    group.add_argument("--cali_data_path", help="calibration file; without it the float model records one")
+    group.add_argument("--cali_st", type=int, default=1, help="how many timesteps to calibrate on")
+    group.add_argument("--cali_n", type=int, default=1024, help="samples per timestep")
+    group.add_argument("--cali_batch_size", type=int, help="samples per iteration (default: 32)")
+    group.add_argument(
+        "--cali_iters", type=int, help="iterations per block for weights (default: 20000; EDA-DM: 5000, for both sides)"
+    )
+    group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations per block for activations")
+    group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of activation step sizes")
+    group.add_argument(
+        "--cali_lr_w", type=float, help="learning rate of rounding (default: 1e-3, more for few iterations)"
+    )
+    group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation error")
+    group.add_argument(
+        "--cali_seed", type=int, help="which images calibration is recorded from, and its batches (default: --seed's)"
+    )
+    group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
+    group.add_argument("--rs_sm_only", action="store_true", help="--running_stat for softmax outputs alone")
+    group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")
+    group.add_argument("--recon_unit", choices=["block", "layer"], default="block", help="what is fitted at a time")
+    group.add_argument(
+        "--memory_budget",
+        "--memory-budget",
+        type=float,
+        help="GiB for what calibration holds beside the weights, in RAM and on the GPU each; stored activations go to "
+        "disk beyond it",
+    )
+    group.add_argument("--cond", action="store_true", help="the model is conditional")
+
+
+def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = ("-l", "--logdir")) -> None:
+    """What every sampling command offers; ``folder``: what the option for the run folder is called."""
+    group = parser.add_argument_group("run")
+    text = "run folder; repeat a command to continue it"
+    group.add_argument(*folder, dest="logdir", nargs="?", default="none", help=text)
+    group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    group.add_argument(
+        "--tf32",
+        action="store_true",
+        help="faster products on NVIDIA GPUs by rounding their inputs to 10 bits of mantissa",
+    )
+    group.add_argument("--batch_size", type=int, help="images sampled at a time")
+    group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
+    group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")
+    group.add_argument("--verbose", action="store_true", help="more log lines")
+    group = parser.add_argument_group("runtime")
+    group.add_argument(
+        "--runtime",
+        choices=[SIMULATED, *TORCH_RUNTIMES, *ONNX_RUNTIMES],
+        default=SIMULATED,
+        help="simulated: weights dequantized once (default); torch: weights stay packed; torch-int8: and layers "
+        "multiply integers; the others run an exported ONNX model in integers on the CPU",
+    )
+    group.add_argument("--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, packed")
+    group.add_argument(
+        "--fused_kernels",
+        action="store_true",
+        help="fake quantization on CUDA by the project's own Triton kernels; the images are the same to the bit (not "
+        "timed on a GPU yet)",
+    )
+    group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")

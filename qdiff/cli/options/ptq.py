@@ -1,0 +1,236 @@
+"""Resolve the quantization options of a command into what will be done."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qdiff.calibration.draws import Draw
+from qdiff.cli import eda_dm, modiff
+from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
+from qdiff.config import QuantConfig, RangeMethod
+from qdiff.errors import UserError
+from qdiff.methods.modiff import ChangesConfig
+from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
+
+
+@dataclass(frozen=True)
+class PtqPlan:
+    """What a run does about quantization.
+
+    Attributes:
+        method: of the weights, and of activations that are not modulated; a name of `qdiff.methods.registry`.
+        quant: widths and ranges.
+        action: ``calibrate`` everything, ``load`` a finished checkpoint, or load its weights and calibrate
+            ``activations``.
+        checkpoint: file to load, where there is one.
+        data: calibration file; None records one.
+        steps, per_step: ``--cali_st`` and ``--cali_n``.
+        draw: EDA-DM's and PTQ4DM's calibration set, in the place of ``steps`` and ``per_step``; else None.
+        recipe: the method's numbers, of its config class; None where it has none.
+        memory_budget: GiB of RAM for activations; None has no limit.
+        seed: of the calibration; None takes the run's.
+        changes: how ranges of activations' changes are calibrated (MoDiff); None where they are not.
+    """
+
+    method: str
+    quant: QuantConfig
+    action: Literal["calibrate", "load", "activations"]
+    checkpoint: str | None
+    data: str | None
+    steps: int
+    per_step: int
+    recipe: Any
+    memory_budget: float | None
+    draw: Draw | None = None
+    seed: int | None = None
+    changes: ChangesConfig | None = None
+
+    @property
+    def name(self) -> str:
+        """What the whole is called."""
+        if not self.quant.modulate:
+            return self.method
+        return "modiff" if self.method == DEFAULT else f"{self.method}+modiff"
+
+    @property
+    def samples(self) -> int:
+        """How many samples the plan asks for."""
+        return self.steps * self.per_step if self.draw is None else self.draw.count
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for the manifest: all that decides the result, so not the memory budget."""
+        values = {**asdict(self), "quant": self.quant.to_dict()}
+        del values["memory_budget"]
+        if self.changes is None:  # runs from before there were any go on
+            del values["changes"]
+        return values
+
+
+def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
+    """Every option that `resolve_ptq` reads, by the names of the papers' scripts.
+
+    Args:
+        resume: see `add_calibration_options`.
+    """
+    add_quantization_options(parser)
+    add_calibration_options(parser, resume)
+    eda_dm.add_eda_dm_options(parser)
+    modiff.add_modiff_options(parser)
+
+
+def ignored_options(args: Namespace) -> list[str]:
+    """Return a sentence for what was given and has no effect: the papers' scripts take it, and a float run would pass
+    for a quantized one."""
+    widths = {name: getattr(args, name) != BITS for name in ("weight_bit", "act_bit")}
+    if args.ptq:
+        unused = widths["act_bit"] and not args.quant_act
+        return ["--act_bit has no effect without --quant_act: activations stay in float"] if unused else []
+    flags = (
+        "split",
+        "a_sym",
+        "w_sym",
+        "w_range",
+        "a_range",
+        "keep_ends",
+        "fused_kernels",
+        *modiff.QUANTIZING,
+        *eda_dm.IMPLYING,
+    )
+    given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
+    named = ", ".join(f"--{name}" for name in given)
+    return [f"without --ptq the float model samples, and {named} has no effect"] if given else []
+
+
+def resolve_ptq(
+    args: Namespace, weight_range: RangeMethod, act_range: RangeMethod, preset: dict[str, Any] | None = None
+) -> PtqPlan | None:
+    """Return the plan of the options in ``args``, or None where the float model samples.
+
+    Args:
+        weight_range, act_range: the script's defaults; the linear method always starts from min-max, EDA-DM and PTQ4DM
+            from their search.
+        preset: EDA-DM's values by option name, for options that were not given.
+
+    Raises:
+        UserError: options that contradict each other (both are named) or are out of range.
+    """
+    if not args.ptq:
+        options = ["quant_act", "resume", "resume_w", "cali_ckpt", "modulate", "method"]
+        if args.generate is None:
+            options.append("cali_data_path")
+        for option in options:
+            if getattr(args, option, None):
+                raise UserError(f"--{option} has no meaning without --ptq; add --ptq, or leave --{option} out")
+        return None
+    if args.generate is not None:
+        raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
+    method, modulate = find_method(_method(args)), modiff.modulates(args)
+    eda_dm_scripts = method.scripts is Scripts.EDA_DM
+    if method.ranges is not None:
+        weight_range = act_range = method.ranges
+    if modulate:  # of changes
+        act_range = RangeMethod.MIN_MAX
+    quant = QuantConfig(
+        weight_bits=args.weight_bit,
+        act_bits=args.act_bit if args.quant_act else None,
+        # EDA-DM's scripts mean the opposite by it: absent is the symmetric search.
+        act_symmetric=args.a_sym != eda_dm_scripts,
+        softmax_bits=args.sm_abit,
+        split_shortcut=args.split,
+        weight_symmetric=args.w_sym,
+        weight_range=RangeMethod(args.w_range or weight_range),
+        act_range=RangeMethod(args.a_range or act_range),
+        keep_ends=eda_dm_scripts if args.keep_ends is None else args.keep_ends,
+        act_dynamic=args.quant_mode == "dynamic",
+        act_scale_per=modiff.scale_per(args),
+        modulate=modulate,
+        rest_bits=args.rest_abit,
+        ablation=args.modulate_ablation,
+    )
+    action = _action(args, method, quant)
+    changes = modiff.resolve_changes(args, quant, learns=method.learns)
+    recipe, draw = None, None
+    if method.draws is not None and changes is not None and action == "calibrate":
+        raise UserError(
+            f"--method {method.name} draws single samples and --modulate needs pairs of steps; calibrate its weights "
+            "without --modulate first, then add --resume_w --cali_ckpt PATH (or take --quant_mode dynamic)"
+        )
+    if method.draws is not None and changes is None:
+        draw = eda_dm.resolve_draw(args, method, preset or {})
+    if method.learns and not (eda_dm_scripts and changes is not None):
+        recipe = _recipe(args, method, preset or {})
+    for option in ("cali_st", "cali_n"):
+        if getattr(args, option) < 1:
+            raise UserError(f"--{option} is {getattr(args, option)}; give at least 1")
+    if args.cali_seed is not None and args.cali_seed < 0:
+        raise UserError(f"--cali_seed is {args.cali_seed}; give 0 or more")
+    if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
+        raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
+    return PtqPlan(
+        method=method.name,
+        quant=quant,
+        action=action,
+        checkpoint=args.cali_ckpt,
+        data=args.cali_data_path,
+        steps=args.cali_st,
+        per_step=args.cali_n,
+        recipe=recipe,
+        memory_budget=args.memory_budget,
+        draw=draw,
+        seed=args.cali_seed,
+        changes=changes,
+    )
+
+
+def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
+    """Return the method's numbers from its options; those that were not given keep the config's defaults."""
+    if method.scripts is Scripts.EDA_DM:
+        return eda_dm.resolve_recipe(args, method, preset)
+    given = {field: getattr(args, option) for option, field in method.options.items()}
+    return method.config(**{field: value for field, value in given.items() if value is not None})
+
+
+def _method(args: Namespace) -> str:
+    """Return the method that was named, or that the other options imply."""
+    implying = eda_dm.implied_by(args)
+    linear = args.quant_mode == "linear"
+    named = None if args.method == "modiff" else args.method  # which goes with any weights
+    if named is not None and named != "linear" and linear:
+        raise UserError(f"--method {named} contradicts --quant_mode linear; leave one of them out")
+    others = [name for name, method in METHODS.items() if method.scripts is not Scripts.EDA_DM]
+    if implying and (named in others or (named is None and linear)):
+        other = f"--method {named}" if named else "--quant_mode linear"
+        raise UserError(f"--{implying[0]} is EDA-DM's and contradicts {other}; leave one of them out")
+    return named or ("eda-dm" if implying else "linear" if linear else DEFAULT)
+
+
+def _action(args: Namespace, method: Method, quant: QuantConfig) -> Literal["calibrate", "load", "activations"]:
+    resume = getattr(args, "resume", None) is True  # EDA-DM's LSUN scripts name the float checkpoint by it
+    if resume and args.resume_w:
+        raise UserError("--resume and --resume_w contradict each other; leave one of them out")
+    for option, given in (("resume", resume), ("resume_w", args.resume_w)):
+        if given and not args.cali_ckpt:
+            raise UserError(f"--{option} needs a checkpoint; add --cali_ckpt PATH")
+    if args.resume_w:
+        if not args.quant_act:
+            raise UserError("--resume_w calibrates activations, which --quant_act turns on; add --quant_act")
+        if quant.act_dynamic:  # there is nothing beside the weights
+            return "load"
+        if not method.learns:
+            raise UserError(
+                "--resume_w and the linear method contradict each other (it rounds the weights itself); leave out "
+                "--resume_w or --quant_mode linear (--method linear)"
+            )
+        return "activations"
+    if resume:
+        return "load"
+    if args.cali_ckpt and args.cali_data_path:
+        raise UserError(
+            "--cali_ckpt and --cali_data_path together are ambiguous; add --resume to sample from the checkpoint, or "
+            "--resume_w to calibrate activations for its weights"
+        )
+    return "load" if args.cali_ckpt else "calibrate"

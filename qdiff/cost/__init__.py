@@ -1,0 +1,1 @@
+"""Size and bit operations of a network."""

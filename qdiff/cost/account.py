@@ -1,0 +1,175 @@
+"""What a network costs: bytes as stored, and bit operations of one forward. Only shapes are needed, no weights.
+
+The size is the bits of every parameter as our checkpoint stores it (`qdiff.checkpoint.native`). The BOPs of a layer are
+MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits. A modulated layer
+(`qdiff.modulation`) has another width at the first call of a trajectory, keeps two tensors, and adds to them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.config import Ablation
+from qdiff.cost.count import FLOAT_BITS, Account, LayerCost
+from qdiff.interface import AttentionCore
+from qdiff.kernels.packing import packed_bytes
+from qdiff.quant_attention import QuantAttention
+from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.quant_model import QuantModel
+from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
+
+FLOAT_BYTES = 4
+# What a quantizer's values take in our checkpoint: δ is float32 everywhere, z of a weight has the weight's width.
+ACT_ZERO_POINT_BYTES = 4
+
+_LAYERS = (*QUANTIZABLE, QuantModule)
+_ATTENTION = (AttentionCore, QuantAttention)
+# A modulated layer's additions at a later call: a − â and â + Δ over its input; o + W·Δ once over its output.
+_ADDITIONS_A_INPUT = 2
+_KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}  # by the dimensions of the weight
+
+
+def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tuple[int, ...] | None = None) -> Account:
+    """Count the size and the bit operations of a denoising network.
+
+    Widths are those of the quantizers that a `QuantModel` has, calibrated or not, whatever its modes are now; a side
+    without quantizers counts as float, and so does a float network. The network is not touched and nothing is
+    computed: a copy without values, on the meta device, shows the shapes.
+
+    Args:
+        network: called with x [N, C, H, W], t [N] and, where there is one, the context [N, L, D]; on any device.
+        image_shape: (C, H, W).
+        context_shape: (L, D), or None.
+
+    Returns:
+        Counts for one sample (N = 1) and one call.
+    """
+    always_first = isinstance(network, QuantModel) and network.config.ablation is Ablation.CLEARED_STATE
+    network = _unwrapped(network)
+    shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
+    work = _count_work(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
+    costs = _costs(network, work)
+    if always_first:  # the memory is emptied before every call: no later one ever comes
+        costs = (replace(c, act_bits=c.first_act_bits, additions=0) if c.modulates else c for c in costs)
+    return Account(tuple(costs), image_shape, context_shape)
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    return network.model if isinstance(network, QuantModel) else network
+
+
+@torch.no_grad()
+def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
+    """Return counts by name: MACs and elements of the input and the output of a layer; MACs of both products."""
+    # The copy takes its tensors from the memo, so that none is copied and float16 needs no inputs of its own.
+    memo: dict[int, Any] = {}
+    for tensor in (*network.parameters(), *network.buffers()):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+    for module in network.modules():  # drop user hooks: they must not fire on this shape-only pass
+        memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
+    shadow = copy.deepcopy(network, memo)
+    counts: dict[str, tuple[int, ...]] = {}
+
+    def counting(name: str):
+        def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+            if isinstance(module, _ATTENTION):
+                now = _attention_macs(*given)
+            else:
+                now = _layer_macs(module, out), given[0].numel(), out.numel()
+            counts[name] = tuple(a + b for a, b in zip(counts.get(name, (0,) * len(now)), now, strict=True))
+
+        return add
+
+    for name, module in shadow.named_modules():
+        if isinstance(module, QuantModule):
+            module.acts_quantized = module.weights_quantized = module.released = False
+            module.packed = None
+        elif isinstance(module, QuantAttention):
+            module.acts_quantized = False
+        if isinstance(module, (*_LAYERS, *_ATTENTION)):
+            module.register_forward_hook(counting(name))
+    shadow.eval()(*inputs)
+    return counts
+
+
+def _layer_macs(layer: nn.Module, out: Tensor) -> int:
+    """Every output value is a sum over C_in / groups channels times the kernel."""
+    return out.numel() * layer.weight[0].numel()
+
+
+def _attention_macs(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+    """q [N, heads, L, d], k and v [N, heads, S, d]: L·S products of length d, then L·d sums of length S."""
+    return q.numel() * k.shape[-2], q.numel() // q.shape[-1] * v.shape[-2] * v.shape[-1]
+
+
+def _costs(module: nn.Module, work: dict[str, tuple[int, ...]], name: str = "") -> Iterator[LayerCost]:
+    if isinstance(module, _LAYERS):
+        yield from _layer_costs(name, module, *work.get(name, (0, 0, 0)))
+        return
+    if isinstance(module, _ATTENTION):
+        yield from _attention_costs(name, module, work.get(name, (0, 0)))
+        return
+    if own := sum(p.numel() for p in module.parameters(recurse=False)):
+        yield LayerCost(name, type(module).__name__, own, own * FLOAT_BYTES)
+    for child, part in module.named_children():
+        yield from _costs(part, work, f"{name}.{child}" if name else child)
+
+
+def _layer_costs(name: str, layer: nn.Module, macs: int, inputs: int, outputs: int) -> Iterator[LayerCost]:
+    weight, bias = layer.weight, 0 if layer.bias is None else layer.bias.numel()
+    kind, channels = _KINDS[weight.dim()], weight.shape[1]
+    slices, weights, acts, first = [channels], [], [], None
+    if isinstance(layer, QuantModule):
+        slices, weights, acts = layer.slices, list(layer.weight_quantizers), list(layer.act_quantizers)
+        if layer.modulates:
+            first = _bits(list(layer.first_quantizers), 0)
+    widths = [(_bits(weights, i), _bits(acts, i)) for i in range(len(slices))]
+    groups = [range(len(slices))] if len(set(widths)) == 1 else [range(i, i + 1) for i in range(len(slices))]
+    for i, group in enumerate(groups):
+        weight_bits, act_bits = widths[group[0]]
+        share = sum(slices[j] for j in group)
+        count = weight.numel() * share // channels
+        own_bias = bias if i == 0 else 0
+        size = packed_bytes(count, weight_bits) if weights else count * FLOAT_BYTES
+        size += own_bias * FLOAT_BYTES + _act_range_bytes(acts[j] for j in group if acts)
+        for quantizer in (weights[j] for j in group if weights):
+            size += quantizer.delta.numel() * FLOAT_BYTES + _weight_zero_point_bytes(quantizer)
+        label = name if len(groups) == 1 else f"{name}[{i}]"
+        cost = LayerCost(label, kind, count + own_bias, size, macs * share // channels, weight_bits, act_bits)
+        if first is not None:
+            own_inputs, own_outputs = inputs * share // channels, outputs if i == 0 else 0
+            state = (own_inputs + own_outputs) * FLOAT_BYTES
+            additions = _ADDITIONS_A_INPUT * own_inputs + own_outputs
+            cost = replace(cost, first_act_bits=first, state_bytes=state, additions=additions)
+        yield cost
+
+
+def _attention_costs(name: str, attention: nn.Module, macs: tuple[int, ...]) -> Iterator[LayerCost]:
+    for product, (first, second), count in zip(("qk", "wv"), ("kq", "wv"), macs, strict=True):
+        found = [getattr(attention, f"act_quantizer_{operand}", None) for operand in (first, second)]
+        bits = [FLOAT_BITS if quantizer is None else quantizer.bits for quantizer in found]
+        size = _act_range_bytes(q for q in found if q is not None)
+        yield LayerCost(f"{name}.{product}", "Attention", 0, size, count, *bits)
+
+
+def _bits(quantizers: list[nn.Module], index: int) -> int:
+    return quantizers[index].bits if quantizers else FLOAT_BITS
+
+
+def _weight_zero_point_bytes(quantizer: WeightQuantizer) -> int:
+    return packed_bytes(quantizer.zero_point.numel(), quantizer.bits)
+
+
+def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:
+    """Bytes of stored ranges; dynamic ones are not stored."""
+    stored = (q for q in quantizers if not isinstance(q, DynamicActQuantizer))
+    return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in stored)

@@ -1,0 +1,1 @@
+"""How first ranges of quantizers are found."""

@@ -1,0 +1,184 @@
+"""What all plots of a metric share: its axis, how a row's number is drawn, and lines through rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from qdiff.evaluation.column import Column, Row
+from qdiff.evaluation.registry import metric_columns
+from qdiff.methods.registry import METHODS
+from qdiff.report.columns import COSTS
+from qdiff.report.figures import plain_log
+
+_NAMES = {**{name: method.title for name, method in METHODS.items()}, "modiff": "MoDiff"}
+FLOAT_COLOUR = "#555555"
+FULL_BITS = 32
+DECADE = 10  # what spans more is drawn on a logarithmic axis
+_MARGIN = 0.12  # of the values' span, on both sides: room for a label
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows that a line goes through, for instance those of one method with one choice of split quantization.
+
+    Attributes:
+        name: in the legend.
+        colour, marker, dashes: as matplotlib takes them.
+        rows: their numbers in the table.
+    """
+
+    name: str
+    colour: str
+    marker: str
+    dashes: str | tuple[float, tuple[float, ...]]
+    rows: tuple[int, ...]
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """Return what matplotlib's `plot` takes."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "linestyle": self.dashes,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+        }
+
+
+def plotted() -> list[Column]:
+    """Return what has an axis: every metric, and the error of ε."""
+    return [*metric_columns(), *(column for column in COSTS if column.key == "noise_mse")]
+
+
+def is_float(row: Row) -> bool:
+    """Whether nothing of the row's network is quantized."""
+    return row["method"] == "float"
+
+
+def bits(row: Row) -> tuple[int, int]:
+    """Return the bits of weights and activations, for sorting; 32 is float."""
+    return row["weight_bits"] or FULL_BITS, row["act_bits"] or FULL_BITS
+
+
+def width(row: Row) -> str:
+    """Return the papers' name of a width, for instance W4A8."""
+    return "W{}A{}".format(*bits(row))
+
+
+def method_name(row: Row) -> str:
+    """Return the method as its paper writes it, and modulation on top of another method as "linear + MoDiff"."""
+    return " + ".join(_NAMES.get(part, part) for part in row["method"].split("+"))
+
+
+def number(column: Column, row: Row) -> float | None:
+    """Return the row's number in a column; None where it has none or it is not a number."""
+    value = column.value(row)
+    return None if value is None or math.isnan(value) else value
+
+
+def drawn(column: Column, row: Row) -> float | None:
+    """Return the number where it has a place in a plot (PSNR of equal images is infinite)."""
+    value = number(column, row)
+    return None if value is None or math.isinf(value) else value
+
+
+def published(column: Column) -> Column:
+    """Return the column of what papers report of the same metric."""
+    return replace(column, published=True)
+
+
+def draw_series(
+    axis: Any, column: Column, rows: Sequence[Row], series: Series, places: Mapping[int, float], key: str
+) -> dict[str, str]:
+    """Draw a series' points, hollow ones where a paper's numbers are, and the line through ours.
+
+    Args:
+        column: the metric.
+        rows: of the table.
+        places: x of every row of the series, by its number.
+        key: id of the line.
+
+    Returns:
+        The titles of what was drawn, by id.
+    """
+    titles: dict[str, str] = {}
+    best: dict[float, float] = {}  # the line goes through the best of several rows of one width
+    for i in series.rows:
+        for source in (published(column), column):
+            value = drawn(source, rows[i])
+            if value is None:
+                continue
+            point = f"{'paper' if source.published else 'point'}-{i}"
+            titles[point] = title_of(source, rows[i])
+            hollow = {"markerfacecolor": "white", "markeredgecolor": series.colour, "markeredgewidth": 1.2}
+            look = {**series.look, **(hollow if source.published else {}), "linestyle": ""}
+            axis.plot([places[i]], [value], markersize=6.5, zorder=3, gid=point, **look)
+            if source is column:
+                ends = [value + side * column.spread_in(rows[i]) for side in (-1, 1)]
+                axis.vlines(places[i], *ends, color=series.colour, linewidth=1, alpha=0.5, zorder=1.5)
+                pick = min if column.better == "lower" else max
+                best[places[i]] = pick(best.get(places[i], value), value)
+    if best:
+        titles[key] = series.name
+        line = {**series.look, "marker": ""}
+        axis.plot(sorted(best), [best[x] for x in sorted(best)], linewidth=1.4, zorder=2, gid=key, **line)
+    return titles
+
+
+def title_of(column: Column, row: Row) -> str:
+    """Return what a point says when it is pointed at."""
+    return f"{row['label']}: {column.title} {column.text(row)}{' as published' if column.published else ''}"
+
+
+def metric_figure(column: Column, rows: Sequence[Row], size: tuple[float, float]) -> tuple[Figure, Any, dict[str, str]]:
+    """Return a figure with the metric's axis (the same beside all axes of cost) and the line of float.
+
+    Args:
+        size: width and height in inches.
+
+    Returns:
+        The figure, its axes, and the titles of float's lines by id.
+    """
+    figure = Figure(figsize=size, layout="constrained")
+    axis = figure.add_subplot()
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(color="#e6e6e6", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.set_ylabel(column.heading)
+    paper = published(column)
+    values = [v for row in rows for v in (drawn(column, row), drawn(paper, row)) if v is not None]
+    values += [
+        drawn(column, row) + side * column.spread_in(row)
+        for row in rows
+        if drawn(column, row) is not None
+        for side in (-1, 1)
+    ]
+    low, high = min(values), max(values)
+    if low > 0 and high > DECADE * low:
+        axis.set_yscale("log")
+        plain_log(axis.yaxis)
+        margin = (high / low) ** _MARGIN
+        axis.set_ylim(low / margin, high * margin)
+    else:
+        margin = _MARGIN * (high - low) or 0.1 * abs(high) or 1
+        # No plot shows more than all images.
+        axis.set_ylim(low - margin, min(high + margin, 1.01) if column.share else high + margin)
+        axis.locator_params(axis="y", nbins=6)
+        if column.share:
+            axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        else:
+            axis.ticklabel_format(axis="y", useOffset=False)
+    titles: dict[str, str] = {}
+    for i, row in enumerate(rows):
+        for source, dashes in ((column, (5, 2)), (paper, (1, 2))):
+            if is_float(row) and drawn(source, row) is not None:
+                key = f"{'paper' if source.published else 'float'}-{i}"
+                titles[key] = title_of(source, row)
+                axis.axhline(drawn(source, row), color=FLOAT_COLOUR, linestyle=(0, dashes), linewidth=1.1, gid=key)
+    return figure, axis, titles

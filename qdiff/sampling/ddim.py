@@ -1,0 +1,63 @@
+"""DDIM, with η between the deterministic sampler (0) and an ancestral one (1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from qdiff.errors import UserError
+from qdiff.sampling.interface import NoisePrediction, NoiseSource, OnStep
+from qdiff.sampling.schedule import DiffusionSchedule
+
+
+def sample_generalized(
+    eps: NoisePrediction,
+    x_T: Tensor,
+    schedule: DiffusionSchedule,
+    timesteps: Sequence[int],
+    *,
+    eta: float = 0.0,
+    noise: NoiseSource | None = None,
+    final_alpha_bar: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample with DDIM.
+
+    Args:
+        eps: the network, called once per timestep with t int64 [N].
+        x_T: starting noise [N, C, H, W]; the result keeps its device and dtype.
+        schedule: ᾱ_t of the network's training.
+        timesteps: visited times, ascending (`select_timesteps`).
+        eta: η in [0, 1]. Above 0 every step but one that ends at ᾱ = 1 adds noise.
+        noise: drawn from once per noisy step; needed when eta > 0, and not touched when eta is 0.
+        final_alpha_bar: ᾱ after the last step; see `DiffusionSchedule.steps`.
+        on_step: see `qdiff.sampling.interface`.
+
+    Returns:
+        The final sample, [N, C, H, W].
+
+    Raises:
+        UserError: eta outside [0, 1], eta > 0 with no noise source, or bad timesteps.
+
+    Source: Song et al. 2021, eq. (12) for the step and (16) for σ.
+    """
+    if not 0.0 <= eta <= 1.0:
+        raise UserError(f"eta is {eta}: give a number from 0 (DDIM) to 1 (DDPM-like)")
+    if eta > 0.0 and noise is None:
+        raise UserError(f"eta is {eta}, so the sampler adds noise: pass a noise source, or eta=0")
+    steps = schedule.steps(timesteps, final_alpha_bar)
+    x = x_T
+    with torch.no_grad():
+        for i, (t, a, a_next) in enumerate(steps):
+            e = eps(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
+            x0 = (x - sqrt(1.0 - a) * e) / sqrt(a)  # eq. (9), "predicted x_0"
+            variance = eta**2 * (1.0 - a_next) / (1.0 - a) * (1.0 - a / a_next)  # σ², eq. (16)
+            x = sqrt(a_next) * x0 + sqrt(1.0 - a_next - variance) * e  # "direction pointing to x_t"
+            if variance > 0.0:
+                x = x + sqrt(variance) * noise.draw().to(x)
+            if on_step:
+                on_step(i, t, x, x0)
+    return x
