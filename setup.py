@@ -11,7 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["qdiff*", "ddim*", "ldm*"]),
-    package_data={"qdiff.evaluation": ["*.j2"]},
+    package_data={"qdiff.report": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
         "torchvision>=0.21",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.calibration.schedules import evenly_spaced
+from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.errors import UserError
 from qdiff.methods.registry import DEFAULT, find_method
 from qdiff.quant_model import QuantModel

@@ -1,14 +1,15 @@
-"""Temporary modes of quantized leaves, as context managers that restore what was there."""
+"""Modes of quantized leaves: temporary ones restore what was there; half precision of the weights is for good."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import nn
 
 from qdiff.quant_attention import QuantAttention
-from qdiff.quant_layer import QuantModule
+from qdiff.quant_layer import QUANTIZABLE, QuantModule
 
 LEAVES = (QuantModule, QuantAttention)
 
@@ -44,3 +45,27 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
                 leaf.weights_quantized = weights_before
                 if not weights_before:
                     leaf.baked = None
+
+
+@torch.no_grad()
+def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Store weights and biases of convolutions and linear layers in half precision, for good.
+
+    Autocast casts them at every call (it keeps a cast weight only where the weight has a gradient), so what is computed
+    under autocast is the same to the bit, with one kernel and a copy less per tensor. Outside of autocast the network
+    no longer runs. A quantized layer must hold its dequantized weight by then, or be packed: step sizes stay as they
+    are.
+
+    Args:
+        network: float, or a `qdiff.quant_model.QuantModel` after ``release_float_weights`` or ``pack_weights``.
+        dtype: float16 or bfloat16, autocast's.
+    """
+    for module in network.modules():
+        if not isinstance(module, (*QUANTIZABLE, QuantModule)):
+            continue
+        if isinstance(module, QuantModule) and len(module.weight_quantizers) > 0:
+            assert module.released or module.packed is not None, "its float weight is still needed"
+        for name in ("weight", "bias"):
+            parameter = getattr(module, name)
+            if parameter is not None:
+                setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.calibration.draws import Draw, Schedule
 from qdiff.calibration.recording import OnCall, assign, record_assigned, record_calls, record_features
-from qdiff.calibration.schedules import evenly_spaced, normal_counts, uniform_counts
 from qdiff.calibration.tdac import Allocation, tdac
+from qdiff.calibration.timesteps import Draw, Schedule, evenly_spaced, normal_counts, uniform_counts
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork, family_of

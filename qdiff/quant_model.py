@@ -160,10 +160,10 @@ class QuantModel(nn.Module):
 
         Args:
             cache_bytes: dequantized weights kept from call to call, of all layers together (`WeightCache`).
-            integer: quantized inputs meet quantized weights as integers (`qdiff.kernels.integer_matmul`), with the result of the
-                simulation up to float32's rounding. Attention's two products stay simulated, and so do layers whose
-                input is in float: outside of ``quantized(activations=True)``, under ``keep_ends`` the last one, and in
-                a modulated network without ``rest_bits`` the first step.
+            integer: quantized inputs meet quantized weights as integers (`qdiff.kernels.integer_matmul`), with the
+                result of the simulation up to float32's rounding. Attention's two products stay simulated, and so do
+                layers whose input is in float: outside of ``quantized(activations=True)``, under ``keep_ends`` the last
+                one, and in a modulated network without ``rest_bits`` the first step.
 
         Raises:
             UserError: the weights have no width or were never quantized, or ``integer`` is asked for where the

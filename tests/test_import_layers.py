@@ -15,26 +15,33 @@ LAYERS = (
     ("qdiff.benchmark",),
     ("ddim.command", "ldm.command"),  # a family's float model and sampler, as options name them
     ("qdiff.cli",),
+    ("qdiff.report",),
     ("qdiff.api",),
     ("qdiff.evaluation",),
     ("qdiff.methods",),
-    ("qdiff.calibration", "qdiff.deploy"),
+    ("qdiff.calibration", "qdiff.deploy", "qdiff.cost"),
+    ("qdiff.checkpoint",),
+    ("qdiff",),  # the engine: what lies at the root
     ("ldm",),
     ("ddim",),
-    ("qdiff",),
+    ("qdiff.sampling", "qdiff.ranges", "qdiff.kernels"),
+    ("qdiff.functional",),
+    ("qdiff.io", "qdiff.random_weights"),
+    ("qdiff.config", "qdiff.interface"),
+    ("qdiff.errors",),
 )
-QDIFF_ROOMS = ("api", "benchmark", "cli", "evaluation", "methods", "calibration", "deploy")
-# The type of a hook, and nothing that runs.
-ALLOWED = {("ldm.sampling", "qdiff.calibration.recording")}
+ALLOWED = {
+    ("ldm.sampling", "qdiff.calibration.recording"),  # the type of a hook, and nothing that runs
+    ("qdiff.functional", "qdiff.kernels.switch"),  # a flag; the kernels themselves are built on the arithmetic
+}
 
 
 def room(module: str) -> str:
     parts = module.split(".")
     if module in ("ddim.command", "ldm.command"):
         return module
-    if parts[0] == "qdiff" and len(parts) > 1 and parts[1] in QDIFF_ROOMS:
-        return ".".join(parts[:2])
-    return parts[0]
+    named = ".".join(parts[:2])
+    return named if any(named in rooms for rooms in LAYERS) else parts[0]
 
 
 def rank(module: str) -> int:

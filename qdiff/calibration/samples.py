@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdiff.calibration.schedules import evenly_spaced
+from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 from qdiff.io.torch_files import read_torch_file

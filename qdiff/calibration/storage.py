@@ -15,8 +15,8 @@ class ActivationStorage:
     """Allocates tensors that live in RAM while the budget lasts and in memory-mapped files after that.
 
     Both kinds are ordinary CPU tensors to their users. A file has no name once it is mapped, so nothing is left
-    behind, however the program ends. Where all of it fits on a GPU (`qdiff.calibration.memory_plan`), it is there instead:
-    all of it, so that the tensors of one state are never on two devices.
+    behind, however the program ends. Where all of it fits on a GPU (`qdiff.calibration.memory_plan`), it is there
+    instead: all of it, so that the tensors of one state are never on two devices.
 
     Args:
         budget_bytes: RAM for activations; None has no limit.

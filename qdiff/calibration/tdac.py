@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qdiff.calibration.schedules import uniform_counts
+from qdiff.calibration.timesteps import uniform_counts
 from qdiff.errors import UserError
 
 CHUNK_ELEMENTS = 1 << 22

@@ -3,7 +3,8 @@
 Keys: ``model.<layer>.{weight,bias}``, ``model.<layer>.weight_quantizer[_0].{delta,zero_point[,alpha]}`` (``_0`` is the
 SECOND slice of a split layer; hard rounding is ⌊w/δ⌋ + [α ≥ 0], nearest where there is no α), and
 ``act_quantizer[_0]`` likewise. Widths and signedness are not stored: symmetric activation quantizers are signed there
-(z = 0), and a width can only be inferred from the step sizes (`qdiff.checkpoint.published_widths` does so for activations).
+(z = 0), and a width can only be inferred from the step sizes (`qdiff.checkpoint.published_widths` does so for
+activations).
 """
 
 from __future__ import annotations

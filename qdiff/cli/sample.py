@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qdiff.calibration.samples import network_calls, save_recording, select_samples
-from qdiff.calibration.schedules import evenly_spaced
+from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.checkpoint import load_packed
 from qdiff.cli.options.eda_dm import of_width
 from qdiff.cli.options.parser import ONNX_RUNTIMES, SIMULATED

@@ -16,6 +16,7 @@ from qdiff.evaluation.registry import metric_columns, named_metrics
 from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_table
 from qdiff.methods.registry import METHODS
+from qdiff.report.columns import METRICS
 
 EXAMPLE = "see configs/tables/digits-demo.yaml"
 DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")

@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qdiff import files
 from qdiff.errors import UserError
 from qdiff.evaluation.datasets import Dataset, find_dataset
 from qdiff.evaluation.image_sets import ArrayImages, FirstImages, FolderImages, ImageSet, NpzImages
 from qdiff.evaluation.lmdb_images import LmdbImages
 from qdiff.evaluation.reference import ReferenceStatistics, compute_reference, load_reference
+from qdiff.io import files
 from qdiff.io.downloads import download
 from qdiff.io.progress import tracked
 

@@ -7,8 +7,8 @@ import os
 import urllib.request
 from pathlib import Path
 
-from qdiff import files
 from qdiff.errors import UserError
+from qdiff.io import files
 from qdiff.io.files import written_whole
 from qdiff.io.progress import progress_bar
 

@@ -1,6 +1,6 @@
 """PTQ4DM (Shang et al., CVPR 2023) on EDA-DM's recipe: the two differ in what their papers say and in nothing else.
 
-Its calibration set has normally distributed timesteps (`qdiff.calibration.draws`); there are no layers' errors.
+Its calibration set has normally distributed timesteps (`qdiff.calibration.timesteps`); there are no layers' errors.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
-from qdiff.calibration.draws import Schedule
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.timesteps import Schedule
 from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods import eda_dm, linear, ptq4dm, qdiffusion

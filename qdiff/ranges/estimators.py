@@ -91,8 +91,8 @@ class RangeObserver:
 
     Args:
         method: extremes over everything seen; the least error on a bounded sample of all values; or
-            `qdiff.ranges.search` on a sample of each batch and a running average of the ranges found, all on the side of
-            0 where the first batch lies.
+            `qdiff.ranges.search` on a sample of each batch and a running average of the ranges found, all on the side
+            of 0 where the first batch lies.
         running_momentum: with a number m, the extremes are an exponential average: new = m·old + (1 − m)·batch
             (the papers' ``--running_stat``, m = 0.95). SEARCH does not look at it.
     """

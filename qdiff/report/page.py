@@ -75,7 +75,7 @@ def write_page(
         notes: sentences below the table.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("qdiff.evaluation").joinpath("page.html.j2").read_text(encoding="utf-8")
+    template = resources.files("qdiff.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     pictures, shown = _pictures(rows, folders)
     columns = columns_of(list(rows))
     text = environment.from_string(template).render(

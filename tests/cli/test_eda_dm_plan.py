@@ -7,7 +7,6 @@ import json
 import pytest
 import yaml
 
-from qdiff.calibration.draws import Draw, Schedule
 from qdiff.calibration.fitting import UnitKind
 from qdiff.cli import eda_dm
 from qdiff.cli.options.parser import Parser, add_run_options

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from script_device import IS_VIRTUAL, ON_DEVICE
 from virtual_cuda import virtual_cuda
 
-from qdiff.cli import command
+from qdiff.cli import sample as command
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

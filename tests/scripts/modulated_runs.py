@@ -11,7 +11,7 @@ import torch
 from run_checks import pixels
 from torch import Tensor
 
-from qdiff.cli import command
+from qdiff.cli import sample as command
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer

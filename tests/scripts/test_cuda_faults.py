@@ -14,7 +14,7 @@ from virtual_cuda import DeviceMismatch
 from ddim.command import DdimModel
 from ddim.models.diffusion import Model
 from qdiff import quantizer
-from qdiff.cli import command
+from qdiff.cli import sample as command
 from qdiff.cli.sample import SampleCommand
 from qdiff.quantizer import ActQuantizer, Quantizer
 from qdiff.sampling import ImageNoise

@@ -12,7 +12,7 @@ from modulated_runs import psnr
 from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
 from script_device import ON_DEVICE
 
-from qdiff.cli import command
+from qdiff.cli import sample as command
 
 ON_CUDA = ("--device", "cuda")
 # The virtual device computes on the CPU, but attention by another composition.

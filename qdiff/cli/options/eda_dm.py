@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from typing import Any
 
-from qdiff.calibration.draws import Draw, Schedule
+from qdiff.calibration.timesteps import Draw, Schedule
 from qdiff.cli.options.paper_options import refused_values
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS, Method

@@ -8,8 +8,8 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from qdiff.calibration.draws import Draw
-from qdiff.cli import eda_dm, modiff
+from qdiff.calibration.timesteps import Draw
+from qdiff.cli.options import eda_dm, modiff
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig, RangeMethod
 from qdiff.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qdiff.calibration.samples import load_recording, save_recording, select_samples
-from qdiff.calibration.schedules import evenly_spaced
+from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.errors import UserError
 
 SHAPE = (2, 4, 4)

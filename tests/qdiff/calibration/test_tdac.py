@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from golden_cases import GOLDEN
 
-from qdiff.calibration import allocation
-from qdiff.calibration.schedules import normal_counts, uniform_counts
+from qdiff.calibration import tdac as allocation
 from qdiff.calibration.tdac import counts_from_weights, normalised, repaired, tdac
+from qdiff.calibration.timesteps import normal_counts, uniform_counts
 from qdiff.errors import UserError
 from qdiff.report.allocation_plot import allocation_picture
 

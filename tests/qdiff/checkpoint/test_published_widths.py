@@ -7,8 +7,7 @@ import torch
 from golden_cases import ALL_CASES, GoldenCase
 from omegaconf import OmegaConf
 
-from qdiff import published_widths
-from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.checkpoint import load_checkpoint, published_widths, save_checkpoint
 from qdiff.errors import UserError
 
 ACTIVE_CASES = tuple(name for name in ALL_CASES if GoldenCase(name).options["act_bits"] is not None)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qdiff import progress
+from qdiff.io import progress
 from qdiff.io.progress import INTERVAL, Lines, duration, progress_bar, tracked
 
 REPOSITORY = Path(__file__).parents[2]

@@ -18,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qdiff import tensor_files
 from qdiff.errors import UserError
+from qdiff.io import tensor_files
 from qdiff.io.tensor_files import check_state, is_pickle, load_tensors, read_float_tensors, unwrapped
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.tensor([1.0, 2.0]).half()}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_integer import LAYERS, one_layer, run
 
-from qdiff import integer
+from qdiff.kernels import integer_matmul as integer
 from qdiff.kernels.integer_matmul import int8_is_exact, int8_matmul
 
 

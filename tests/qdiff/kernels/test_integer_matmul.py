@@ -11,13 +11,14 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from ddim.models.diffusion import Model
-from qdiff import integer, quant_layer
+from qdiff import quant_layer
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.io.tensor_files import read_float_tensors
+from qdiff.kernels import integer_matmul as integer
 from qdiff.kernels.integer_matmul import Geometry, Levels, int8_is_exact, int8_is_fast, int8_matmul, integer_product
 from qdiff.kernels.packed_weight import PACKED
 from qdiff.methods import linear

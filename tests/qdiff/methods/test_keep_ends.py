@@ -10,6 +10,7 @@ from stored_size import content_bytes
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
+from qdiff.checkpoint.native import content_bytes, counted_bytes
 from qdiff.config import QuantConfig
 from qdiff.cost.account import account
 from qdiff.errors import UserError

@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdiff import range_errors, range_estimators, range_search
 from qdiff.config import RangeMethod
+from qdiff.ranges import errors as range_errors
+from qdiff.ranges import estimators as range_estimators
+from qdiff.ranges import search as range_search
 from qdiff.ranges.errors import DEVICE_BYTES, first_least
 from qdiff.ranges.estimators import RangeObserver, estimate
 from qdiff.ranges.search import Side

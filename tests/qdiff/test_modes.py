@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from qdiff.half_weights import halve_weights
+from qdiff.modes import halve_weights
 
 FLOAT = {"weight_bits": None, "act_bits": None}
 CONFIGS = {
