@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_latent_diffusion
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from ldm.locate import ImageSize, find_checkpoint, how_to_get, latent_shape
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.util import Checkpointed
@@ -22,6 +22,7 @@ from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
+from qdiff.io.repository import REPOSITORY
 from qdiff.pipeline import Pipeline
 from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Sampler, SamplerOptions

@@ -24,7 +24,7 @@ from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
-    from qdiff.cli.parity import compared_runtimes
+    from qdiff.benchmark.parity import compared_runtimes
 
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
@@ -44,8 +44,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    from qdiff.benchmark.parity import compare, markdown, resolve
     from qdiff.cli.document import DocumentBlock
-    from qdiff.cli.parity import compare, markdown, resolve
     from qdiff.io.files import check_writable, written_whole
 
     pipeline = SCRIPTS[args.like].pipeline_of(args)

@@ -29,7 +29,7 @@ from qdiff.errors import UserError
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="[REFERENCE] SAMPLES", help="see above")
-    parser.add_argument("--metrics", help="out of fid,sfid,isc,kid,prc (default: all that are possible)")
+    parser.add_argument("--metrics", help="e.g. fid,kid; an unknown name lists all (default: all possible)")
     parser.add_argument("--extractor", help="feature network (default: that of the statistics, else Inception)")
     parser.add_argument("--extractor-weights", help="its weights file")
     parser.add_argument(
@@ -43,7 +43,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--lpips-net", choices=["alex", "vgg"], default="alex", help="which network these are of")
     group = parser.add_argument_group("CLIP score")
     group.add_argument("--clip", action="store_true", help="with the prompts of the run")
-    group.add_argument("--prompts", help="text file, one prompt per line, one per image")
+    group.add_argument("--prompts", help="text file, one prompt per line, or COCO captions (.json); one per image")
     group.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="folder or name of a CLIP model")
     group = parser.add_argument_group("run")
     group.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead of the table")

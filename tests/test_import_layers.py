@@ -28,7 +28,7 @@ LAYERS = (
     ("qdiff.config",),
     ("qdiff.ranges",),  # whose estimators a config names
     ("qdiff.functional",),
-    ("qdiff.io",),
+    ("qdiff.io", "qdiff.machine"),
     ("qdiff.interface",),
     ("qdiff.errors",),
 )

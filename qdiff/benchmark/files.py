@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qdiff.benchmark.parity import LAST_BITS, last_bits_moved
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.options.ptq import PtqPlan
-from qdiff.cli.parity import LAST_BITS, last_bits_moved
 from qdiff.cli.runtime import wrapped
 from qdiff.cli.script import Script
 from qdiff.config import QuantConfig

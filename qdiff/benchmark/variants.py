@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from qdiff.benchmark.files import FLOAT, FLOAT_ONNX, NATIVE, ONNX, Job
+from qdiff.benchmark.parity import LAST_BITS
 from qdiff.checkpoint import load_packed
 from qdiff.cli.options.parser import chosen_runtimes
-from qdiff.cli.parity import LAST_BITS
 from qdiff.deploy.runtime import OnnxRuntime, Runtime
 from qdiff.deploy.runtimes import RUNTIMES
 from qdiff.errors import UserError

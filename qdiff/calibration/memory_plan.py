@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from qdiff.calibration.footprint import FLOAT, GRADIENT_COPIES, Footprint
 from qdiff.calibration.walk import Walker
 from qdiff.errors import UserError
+from qdiff.machine.memory import available_memory, available_on, resident_memory
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
@@ -25,23 +25,6 @@ GPU_SHARE = 0.85
 # Stored on a GPU only where this many times as much would fit: Fisher weights, and what is captured of a unit's layers,
 # come on top, and there is no disk to take what is too much.
 STORED_MARGIN = 1.3
-
-
-def resident_memory() -> int:
-    """Return the bytes of RAM that this process holds now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_memory() -> int:
-    """Return the bytes of RAM that are free now."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_on(device: torch.device) -> int:
-    """Return the bytes of a GPU's memory that are free now, those that torch keeps for reuse included."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable
 from qdiff.io.images import save_png, to_uint8
+from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_config
 from qdiff.kernels.switch import check_available, fused
 from qdiff.modes import halve_weights
@@ -45,7 +46,6 @@ from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SEQUENCE_IMAGES = 8
 
 

@@ -62,11 +62,6 @@ def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tup
     return Account(tuple(costs), image_shape, context_shape)
 
 
-def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes of any module's parameters as stored, e.g. of a first stage, float or in a `QuantModel`."""
-    return sum(cost.size_bytes for cost in _costs(_unwrapped(module), {}))
-
-
 def _unwrapped(network: nn.Module) -> nn.Module:
     return network.model if isinstance(network, QuantModel) else network
 

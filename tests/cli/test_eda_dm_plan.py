@@ -301,7 +301,7 @@ def test_a_value_of_another_kind_is_named(key, value, wanted, tmp_path):
 @pytest.mark.parametrize("name", ["cifar10", "bedroom", "church", "imagenet", "stable-diffusion"])
 def test_shipped_presets_are_complete(name, tmp_path):
     """A command that only names the method is the paper's: every number comes from the file."""
-    from qdiff.cli.sample import REPOSITORY
+    from qdiff.io.repository import REPOSITORY
     from qdiff.io.yaml_files import read_config
 
     values = dict(read_config(REPOSITORY / "configs" / "eda-dm" / f"{name}.yaml", ""))
@@ -329,7 +329,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_presets_know_the_width(name, tmp_path):
-    from qdiff.cli.sample import REPOSITORY
+    from qdiff.io.repository import REPOSITORY
 
     preset = yaml.safe_load((REPOSITORY / "configs" / "eda-dm" / f"{name}.yaml").read_text())
     for bits, numbers in zip((4, 8), PUBLISHED[name], strict=True):

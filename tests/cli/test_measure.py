@@ -16,10 +16,14 @@ from safetensors.torch import load_file, save_file
 from qdiff.cli import measure as module
 from qdiff.cli.measure import Measuring
 from qdiff.errors import UserError
-from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY, create_extractor
-from qdiff.evaluation.metrics import compute_metrics
-from qdiff.evaluation.reference import bundled_reference, compute_reference, load_reference, save_reference
+from qdiff.evaluation import features
+from qdiff.evaluation.extractors import EXTRACTORS, create_extractor
+from qdiff.evaluation.measure import measure
+from qdiff.evaluation.reference import compute_reference, find_reference, load_reference, save_reference
+from qdiff.evaluation.registry import METRICS
+from qdiff.evaluation.subject import Subject
 from qdiff.io.images import save_png
+from qdiff.io.repository import REPOSITORY
 
 NAME, REFERENCE = "digits-classifier", "digits32"
 SAME = 1e-9  # relative: the same float64 arithmetic on the same features
@@ -28,21 +32,22 @@ DECIBELS = 1e-4  # torchmetrics takes the logarithm of the peak in float32
 
 @pytest.fixture
 def computed(monkeypatch):
-    """What was computed, not read: a list of metrics or names of functions."""
+    """What was computed, not read: the metrics of every measurement."""
     calls: list = []
-
-    def record(name):
-        original = getattr(module, name)
-
-        def call(*args, **kwargs):
-            calls.append(args[3] if name == "compute_metrics" else name)
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, call)
-
-    for name in ("compute_metrics", "asked_share", "compare_runs"):
-        record(name)
+    original = module.measure
+    monkeypatch.setattr(module, "measure", lambda subject, names: calls.append(names) or original(subject, names))
     return calls
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """How many images each pass of the feature network saw."""
+    seen: list[int] = []
+    original = features.extract_features
+    monkeypatch.setattr(
+        features, "extract_features", lambda images, *a, **k: seen.append(len(images)) or original(images, *a, **k)
+    )
+    return seen
 
 
 @pytest.fixture
@@ -73,20 +78,23 @@ def test_numbers_are_those_of_the_images(run, digits):
     folder = run("row")
     found = measured(folder, ("fid", "sfid", "isc", "kid", "prc"))
     extractor = create_extractor(NAME)
-    expected = compute_metrics(
-        digits[0], load_reference(REPOSITORY / "models/digits32_reference.npz", extractor), extractor,
-        ("fid", "sfid", "isc", "kid", "prc"), progress=False,
-    )  # fmt: skip
+    reference = load_reference(REPOSITORY / "models/digits32_reference.npz", extractor)
+    expected = measure(Subject(digits[0], reference, extractor, progress=False), ("fid", "sfid", "isc", "kid", "prc"))
     for key in ("fid", "sfid", "isc", "kid", "precision", "recall"):
         assert found[key] == pytest.approx(expected[key], rel=SAME), key
     assert json.loads((folder / "metrics.json").read_text()) == found
+
+
+def test_all_metrics_of_features_share_one_pass(run, passes, digits):
+    measured(run("row", labels=digits[1]), ("fid", "sfid", "isc", "kid", "prc", "fidelity"), run("float"))
+    assert passes == [COUNT]
 
 
 def test_second_measurement_reads(run, computed, digits):
     folder = run("row", labels=digits[1])
     first = measured(folder)
     written = (folder / "metrics.json").stat().st_mtime_ns
-    assert computed == [["fid", "isc"], "asked_share"] and first["asked_share"] == 1.0
+    assert computed == [["fid", "isc", "asked"]] and first["asked_share"] == 1.0
     computed.clear()
     assert measured(folder) == first and computed == []
     assert (folder / "metrics.json").stat().st_mtime_ns == written
@@ -97,13 +105,13 @@ def test_only_what_lacks_is_computed(run, computed, digits):
     first = measured(folder)
     computed.clear()
     both = measured(folder, ("fid", "isc", "prc", "fidelity"), base)
-    assert computed == [["prc"], "compare_runs"]
+    assert computed == [["prc", "fidelity"]]
     assert both.items() >= first.items() and {"precision", "recall", "psnr", "ssim"} <= both.keys()
     kept = json.loads((folder / "metrics.json").read_text())
     assert kept.pop("asked_share") == 1.0
     (folder / "metrics.json").write_text(json.dumps(kept))
     computed.clear()
-    assert measured(folder)["asked_share"] == 1.0 and computed == ["asked_share"]
+    assert measured(folder)["asked_share"] == 1.0 and computed == [["asked"]]
 
 
 def test_newer_images_are_measured_anew(run, computed, digits):
@@ -115,7 +123,7 @@ def test_newer_images_are_measured_anew(run, computed, digits):
     newer(folder, folder / "metrics.json")
     computed.clear()
     second = measured(folder)
-    assert computed == [["fid", "isc"], "asked_share"]
+    assert computed == [["fid", "isc", "asked"]]
     assert second["asked_share"] == pytest.approx(1 - 1 / COUNT, rel=SAME)
     assert abs(second["fid"] - first["fid"]) > 1e-3
 
@@ -185,7 +193,7 @@ def test_newer_float_images_are_compared_anew(run, computed):
     newer(base, folder / "metrics.json")
     computed.clear()
     second = measured(folder, ("fid", "fidelity"), base)
-    assert computed == ["compare_runs"] and second["psnr"] < 20 and second["fid"] == first["fid"]
+    assert computed == [["fidelity"]] and second["psnr"] < 20 and second["fid"] == first["fid"]
 
 
 def test_only_the_first_images_are_compared(run, monkeypatch):
@@ -206,7 +214,7 @@ def test_few_images_go_without_the_metrics_that_need_more(run):
 
 
 def test_a_reference_that_holds_too_little_is_told_at_once(tmp_path):
-    bare = dataclasses.replace(bundled_reference(NAME), features=None, spatial=None)
+    bare = dataclasses.replace(find_reference("digits", create_extractor(NAME)), features=None, spatial=None)
     save_reference(bare, tmp_path / "bare.npz")
     for metric in ("sfid", "kid", "prc"):
         with pytest.raises(UserError, match=f"hold too little for {metric}"):
@@ -217,12 +225,12 @@ def test_a_reference_that_holds_too_little_is_told_at_once(tmp_path):
 def test_clip_score_takes_the_prompts_of_the_run(run, monkeypatch):
     asked = []
 
-    def scores(images, prompts, clip, device):
-        asked.append((len(images), prompts, clip))
+    def score(subject):
+        asked.append((subject.count, subject.prompts, subject.clip))
         return {"clip_score": 30.0}
 
     monkeypatch.setattr(module, "load_clip", lambda *names: SimpleNamespace(names=names))
-    monkeypatch.setattr(module, "clip_scores", scores)
+    monkeypatch.setitem(METRICS, "clip", dataclasses.replace(METRICS["clip"], measure=score))
     prompts = [f"the digit {i}" for i in range(COUNT)]
     folder = run("row", config={"prompts": prompts})
     assert measured(folder, ("clip",), clip_model="tiny")["clip_score"] == 30.0

@@ -14,7 +14,7 @@ from qdiff.cli import table as module
 from qdiff.cli.table import misses
 from qdiff.errors import UserError
 from qdiff.evaluation import extractors
-from qdiff.report.columns import METRICS
+from qdiff.evaluation.registry import metric_columns
 
 W4 = {"label": "W4", "options": QUANTIZED}
 
@@ -59,7 +59,7 @@ def test_every_published_metric_counts(table, fid):
     assert table.run(rows_of(fid=fid, isc=score, precision=0.1, clip_score=31.5))  # those are not measured here
 
 
-@pytest.mark.parametrize("column", METRICS, ids=lambda column: column.key)
+@pytest.mark.parametrize("column", metric_columns(), ids=lambda column: column.key)
 def test_misses_of_each_metric(column):
     def row(value: float) -> dict:
         return {column.key: value, "published": {column.key: 10.0}}

@@ -9,9 +9,9 @@ import yaml
 from digit_runs import QUANTIZED
 
 from qdiff.cli.table import TableRun
-from qdiff.cli.table_file import MEASURABLE, Row, TableFile, without
+from qdiff.cli.table_file import Row, TableFile, without
 from qdiff.errors import UserError
-from qdiff.report.columns import METRICS
+from qdiff.evaluation.registry import metric_columns, named_metrics
 
 SPEC = {
     "title": "T",
@@ -110,9 +110,9 @@ def test_other_files_are_one_sentence(content, tmp_path):
 
 
 def test_every_measurable_and_publishable_number_is_accepted(file):
-    published = {column.key: 1 for column in METRICS}
-    table = TableFile(file(metrics=list(MEASURABLE), rows=[{"label": "float", "published": published}]))
-    assert table.metrics == MEASURABLE and table.float_row.published == published
+    published = {column.key: 1 for column in metric_columns()}
+    table = TableFile(file(metrics=named_metrics(), rows=[{"label": "float", "published": published}]))
+    assert table.metrics == tuple(named_metrics()) and table.float_row.published == published
 
 
 def test_what_the_table_names_goes_before_the_config(file):

@@ -15,11 +15,11 @@ from qdiff.evaluation import extractors
 from qdiff.evaluation.classifier import DigitClassifier
 from qdiff.evaluation.extractors import (
     EXTRACTORS,
-    REPOSITORY,
     create_extractor,
     extractor_class,
     weights_hash,
 )
+from qdiff.io.repository import REPOSITORY
 
 DIGITS = "digits-classifier"
 INCEPTION = "inception-v3-compat"
@@ -96,7 +96,7 @@ def test_registered_with_torch_fidelity_under_its_name(extractor):
     from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
-    assert FEATURE_EXTRACTORS_REGISTRY[DIGITS] is extractors.DigitFeatures is type(extractor)
+    assert FEATURE_EXTRACTORS_REGISTRY[DIGITS] is extractor_class(DIGITS) is type(extractor)
     assert isinstance(extractor, FeatureExtractorBase) and extractor.get_name() == DIGITS
     assert not extractor.training and not any(p.requires_grad for p in extractor.parameters())
 

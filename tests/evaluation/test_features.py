@@ -150,7 +150,7 @@ def test_no_hook_stays_also_after_an_error(digits, extractor):
 
 def test_a_quarter_of_free_memory_is_filled(digits, extractor, monkeypatch):
     def fitting(free: int) -> int:
-        monkeypatch.setattr(module, "available_memory", lambda: free)
+        monkeypatch.setattr(module, "available_on", lambda device: free)
         return fitting_batch_size(open_images(digits), extractor)
 
     one = int(4 * LARGEST_LAYER / MEMORY_SHARE)
@@ -160,12 +160,12 @@ def test_a_quarter_of_free_memory_is_filled(digits, extractor, monkeypatch):
 
 
 def test_by_default_batches_fit_the_memory(digits, whole, extractor, passes, monkeypatch):
-    monkeypatch.setattr(module, "available_memory", lambda: 1)  # so little that even one image does not fit
+    monkeypatch.setattr(module, "available_on", lambda device: 1)  # so little that even one image does not fit
     tiny = extract_features(digits[:6], extractor, progress=False)
     assert passes == [1] + [1] * 6  # one to measure
     assert (tiny.features - whole.features[:6]).abs().max() < BATCH_TOLERANCE
     passes.clear()
-    monkeypatch.setattr(module, "available_memory", lambda: int(20 * 4 * LARGEST_LAYER / MEMORY_SHARE))
+    monkeypatch.setattr(module, "available_on", lambda device: int(20 * 4 * LARGEST_LAYER / MEMORY_SHARE))
     extract_features(digits, extractor, progress=False)
     assert passes == [1, 20, 20, 10]
 

@@ -16,12 +16,15 @@ from unfilled_inception import INCEPTION, drawn_inception
 
 from qdiff.errors import UserError
 from qdiff.evaluation import metrics as module
+from qdiff.evaluation import subject
 from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.features import forward
-from qdiff.evaluation.metrics import compute_metrics, possible_metrics
+from qdiff.evaluation.measure import measure, possible
 from qdiff.evaluation.reference import load_reference
+from qdiff.evaluation.subject import Subject
 
 COUNT, REAL_COUNT = 16, 12
+OF_FEATURES = ("fid", "sfid", "isc", "kid", "prc")
 # Resizing in float32 is off by 2e-6 of what NumPy gives, and random weights make a hundred times that of it.
 FORWARD = 1e-3  # maps and features, which go up to 10
 DISTANCE = 1e-5  # relative
@@ -200,7 +203,7 @@ def test_logits_have_no_bias(network, images, ours):
 
 def test_sfid_with_adms_statistics_equals_the_definition(network, images, ours, real, folder, cache):
     reference = load_reference(folder / "adm.npz", network)
-    found = compute_metrics(images, reference, network, ["sfid"], progress=False, cache=cache)
+    found = measure(Subject(images, reference, network, progress=False, cache=cache), ["sfid"])
     expected = frechet(spatial(ours.maps), spatial(real.maps))
     assert expected == pytest.approx(frechet_of_few(spatial(ours.maps), spatial(real.maps)), rel=DEFINITIONS)
     assert found["sfid"] == pytest.approx(expected, rel=DISTANCE)
@@ -217,7 +220,7 @@ def test_sfid_with_adms_statistics_equals_the_definition(network, images, ours, 
 def test_spatial_features_in_another_order_change_sfid(network, images, ours, real, folder, cache):
     """A reference in ADM's order and images in torch's give a number too, only a wrong one."""
     reference = load_reference(folder / "wrong_order.npz", network)
-    wrong = compute_metrics(images, reference, network, ["sfid"], progress=False, cache=cache)["sfid"]
+    wrong = measure(Subject(images, reference, network, progress=False, cache=cache), ["sfid"])["sfid"]
     expected = frechet_of_few(spatial(ours.maps), spatial(real.maps))
     assert wrong != pytest.approx(expected, rel=100 * DISTANCE)
     assert wrong == pytest.approx(frechet_of_few(spatial(ours.maps), torchs_order(real.maps)), rel=DISTANCE)
@@ -226,7 +229,7 @@ def test_spatial_features_in_another_order_change_sfid(network, images, ours, re
 @pytest.mark.parametrize("part", [5000, 7])
 def test_is_by_adms_protocol_equals_the_definition(part, network, images, ours, cache, monkeypatch):
     monkeypatch.setattr(module, "ADM_ISC_SPLIT", part)
-    found = compute_metrics(images, None, network, ["isc"], progress=False, cache=cache, adm_protocol=True)
+    found = measure(Subject(images, None, network, progress=False, cache=cache, adm_protocol=True), ["isc"])
     scores = [inception_score(ours.logits[i : i + part]) for i in range(0, COUNT, part)]
     assert found["isc"] == pytest.approx(np.mean(scores), rel=SCORE) and found["isc"] > 1.1
     assert found["isc_std"] == pytest.approx(np.std(scores), rel=10 * SCORE, abs=SCORE)
@@ -236,7 +239,7 @@ def test_is_by_adms_protocol_equals_the_definition(part, network, images, ours, 
 
 
 def test_is_by_torch_fidelitys_protocol_equals_the_definition(network, images, ours, cache):
-    found = compute_metrics(images, None, network, ["isc"], progress=False, cache=cache)
+    found = measure(Subject(images, None, network, progress=False, cache=cache), ["isc"])
 
     def score(logits: np.ndarray) -> np.ndarray:
         shuffled = logits[np.random.RandomState(2020).permutation(COUNT)]
@@ -250,7 +253,7 @@ def test_is_by_torch_fidelitys_protocol_equals_the_definition(network, images, o
     assert found["isc"] != pytest.approx(inception_score(ours.logits), rel=10 * SCORE)
 
 
-def test_adms_statistics_are_read_as_such(network, real, folder):
+def test_adms_statistics_are_read_as_such(network, images, real, folder):
     reference = load_reference(folder / "adm.npz", network)
     expected = statistics(real)
     for gaussian, suffix in ((reference.gaussian, ""), (reference.spatial, "_s")):
@@ -258,7 +261,7 @@ def test_adms_statistics_are_read_as_such(network, real, folder):
         assert np.array_equal(gaussian.sigma, expected[f"sigma{suffix}"])
     assert (reference.name, reference.extractor, reference.count) == ("adm.npz", INCEPTION, 0)
     assert reference.features is reference.weights_hash is reference.images_hash is None
-    assert possible_metrics(COUNT, reference) == ["fid", "sfid", "isc"]
+    assert possible(Subject(images, reference, network), OF_FEATURES) == ["fid", "sfid", "isc"]
 
 
 def test_float32_statistics_become_float64(real, tmp_path):
@@ -271,8 +274,8 @@ def test_float32_statistics_become_float64(real, tmp_path):
 
 def test_pytorch_fids_statistics_give_fid_and_nothing_else(network, images, ours, real, folder, cache):
     reference = load_reference(folder / "pytorch_fid.npz", network)
-    assert reference.spatial is None and possible_metrics(COUNT, reference) == ["fid", "isc"]
-    found = compute_metrics(images, reference, network, ["fid"], progress=False, cache=cache)
+    assert reference.spatial is None and possible(Subject(images, reference, network), OF_FEATURES) == ["fid", "isc"]
+    found = measure(Subject(images, reference, network, progress=False, cache=cache), ["fid"])
     assert found["fid"] == pytest.approx(frechet_of_few(ours.features, real.features), rel=DISTANCE)
     # The planted error: one image left out. ADM's files say the same of these features.
     assert found["fid"] != pytest.approx(frechet_of_few(ours.features[1:], real.features), rel=100 * DISTANCE)
@@ -291,9 +294,9 @@ def test_pytorch_fids_statistics_give_fid_and_nothing_else(network, images, ours
 )
 def test_what_such_files_lack_is_one_sentence(file, metric, says, network, images, folder, monkeypatch):
     reference = load_reference(folder / file, network)
-    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(subject, "cached_features", lambda *_: pytest.fail("worked"))
     with pytest.raises(UserError, match=f"^{says}, which the reference statistics '{file}' do not hold: .*{metric}"):
-        compute_metrics(images, reference, network, ["fid", metric], progress=False)
+        measure(Subject(images, reference, network, progress=False), ["fid", metric])
 
 
 def test_such_files_are_refused_for_another_extractor(extractor, folder):

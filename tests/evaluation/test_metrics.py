@@ -11,10 +11,13 @@ from scipy.linalg import sqrtm
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
 from qdiff.evaluation import metrics as module
+from qdiff.evaluation import subject as subject_module
 from qdiff.evaluation.features import SPATIAL_CHANNELS, extract_features
 from qdiff.evaluation.gaussians import Gaussian
-from qdiff.evaluation.metrics import LEAST_IMAGES, compute_metrics, possible_metrics
-from qdiff.evaluation.reference import bundled_reference, compute_reference
+from qdiff.evaluation.measure import measure, possible
+from qdiff.evaluation.reference import compute_reference, find_reference
+from qdiff.evaluation.registry import METRICS
+from qdiff.evaluation.subject import Subject
 
 DIGITS = "digits-classifier"
 EXACT = 1e-6  # relative: the same float64 arithmetic by another route
@@ -24,9 +27,20 @@ CROSS_MACHINE = 1e-4  # relative: the bundled statistics' float32 features come 
 ROUNDING = 1e-3  # relative: float32 features or means instead of float64
 
 
+OF_FEATURES = ("fid", "sfid", "isc", "kid", "prc")
+
+
+def measured(images, reference, extractor, metrics=("fid", "isc", "kid"), **options) -> dict:
+    return measure(Subject(images, reference, extractor, **{"progress": False, **options}), metrics)
+
+
+def possible_of(images, reference, extractor) -> list[str]:
+    return possible(Subject(images, reference, extractor), OF_FEATURES)
+
+
 @pytest.fixture(scope="module")
 def reference(extractor):
-    return bundled_reference(DIGITS, extractor)
+    return find_reference("digits", extractor)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,7 @@ def inception_score(logits: np.ndarray, splits: int) -> float:
 
 def test_fid_equals_the_definition(extractor, reference, noisy):
     features = extract_features(noisy, extractor, progress=False).features.numpy()
-    fid = compute_metrics(noisy, reference, extractor, ["fid"], progress=False)["fid"]
+    fid = measured(noisy, reference, extractor, ["fid"])["fid"]
     expected = frechet(features, reference.features)
     assert fid == pytest.approx(expected, rel=EXACT)
     # The planted errors: a mean shifted by a hundredth of a deviation, and two images left out.
@@ -89,7 +103,7 @@ def spatial_features(extractor, images: np.ndarray, channels: int = SPATIAL_CHAN
 
 
 def test_sfid_equals_the_definition(extractor, reference, digits, noisy):
-    result = compute_metrics(noisy, reference, extractor, ["sfid"], progress=False)
+    result = measured(noisy, reference, extractor, ["sfid"])
     assert set(result) == {"num_images", "num_reference", "sfid"}
     ours, real = (spatial_features(extractor, images) for images in (noisy, digits))
     assert ours.shape == (200, 4 * 4 * 7)
@@ -104,7 +118,7 @@ def test_sfid_equals_the_definition(extractor, reference, digits, noisy):
 
 def test_kid_equals_the_definition_on_the_same_subsets(extractor, reference, noisy):
     features = extract_features(noisy, extractor, progress=False).features.double().numpy()
-    result = compute_metrics(noisy, reference, extractor, ["kid"], progress=False)
+    result = measured(noisy, reference, extractor, ["kid"])
     assert result["kid_subset_size"] == 200
     draw = np.random.RandomState(2020)
     real, values, biased = reference.features.astype(np.float64), [], []
@@ -123,7 +137,7 @@ def test_kid_near_zero_keeps_its_digits(extractor, reference, digits):
     """There it is a small difference of large sums."""
     from torch_fidelity import metric_kid
 
-    ours = compute_metrics(digits[:200], reference, extractor, ["kid"], progress=False)
+    ours = measured(digits[:200], reference, extractor, ["kid"])
     draw = np.random.RandomState(2020)
     features, real, values = extract_features(digits[:200], extractor, progress=False).features, reference.features, []
     for _ in range(100):
@@ -137,7 +151,7 @@ def test_kid_near_zero_keeps_its_digits(extractor, reference, digits):
 
 def test_is_equals_the_definition(extractor, noisy):
     logits = extract_features(noisy, extractor, progress=False).logits.numpy()
-    result = compute_metrics(noisy, None, extractor, ["isc"], progress=False)
+    result = measured(noisy, None, extractor, ["isc"])
     shuffled = logits[np.random.RandomState(2020).permutation(200)]
     assert result["isc"] == pytest.approx(inception_score(shuffled, 10), rel=EXACT)
     # The planted errors: another number of splits, and a bias on one class.
@@ -150,7 +164,7 @@ def test_is_by_adms_protocol_takes_parts_in_order(extractor, noisy, monkeypatch)
     logits = extract_features(noisy, extractor, progress=False).logits.numpy()
 
     def found() -> dict[str, float]:
-        return compute_metrics(noisy, None, extractor, ["isc"], progress=False, adm_protocol=True)
+        return measured(noisy, None, extractor, ["isc"], adm_protocol=True)
 
     assert found()["isc"] == pytest.approx(inception_score(logits, 1), rel=EXACT) and found()["isc_std"] == 0
     monkeypatch.setattr(module, "ADM_ISC_SPLIT", 80)  # 200 images: two parts of 80 and one of 40
@@ -184,7 +198,7 @@ def test_agrees_with_torch_fidelity_from_end_to_end(extractor, reference, digits
         verbose=False,
     )
     real = compute_reference(folders[1], extractor, "every fourth digit", progress=False)
-    ours = compute_metrics(folders[0], real, extractor, ("fid", "isc", "kid", "prc"), progress=False)
+    ours = measured(folders[0], real, extractor, ("fid", "isc", "kid", "prc"))
     assert ours["num_images"] == 200 and ours["num_reference"] == 450
     assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=ROUNDING)
     assert ours["isc"] == pytest.approx(theirs["inception_score_mean"], rel=ROUNDING)
@@ -194,17 +208,17 @@ def test_agrees_with_torch_fidelity_from_end_to_end(extractor, reference, digits
     for name in ("precision", "recall", "f_score"):
         assert ours[name] == pytest.approx(theirs[name], abs=1 / 200)  # one image may lie on the rim
     # The planted error: the reference of all digits instead of every fourth.
-    other = compute_metrics(folders[0], reference, extractor, ("fid", "kid"), progress=False)
+    other = measured(folders[0], reference, extractor, ("fid", "kid"))
     assert other["fid"] != pytest.approx(theirs["frechet_inception_distance"], rel=ROUNDING)
     assert other["kid"] != pytest.approx(theirs["kernel_inception_distance_mean"], rel=ROUNDING)
 
 
 def test_the_digits_are_at_no_distance_from_themselves_and_noise_is_far(extractor, reference, digits):
     every = ("fid", "sfid", "isc", "kid", "prc")
-    same = compute_metrics(digits, reference, extractor, every, progress=False)
-    half = compute_metrics(digits[::2], reference, extractor, ("fid", "sfid", "kid"), progress=False)
+    same = measured(digits, reference, extractor, every)
+    half = measured(digits[::2], reference, extractor, ("fid", "sfid", "kid"))
     noise = np.random.default_rng(0).integers(0, 256, digits.shape, dtype=np.uint8)
-    far = compute_metrics(noise, reference, extractor, every, progress=False)
+    far = measured(noise, reference, extractor, every)
     assert abs(same["fid"]) < SELF_FID < half["fid"] < 1 < 50 < far["fid"]
     assert abs(same["sfid"]) < SELF_FID < half["sfid"] < 1 < far["sfid"]
     assert same["isc"] > 9 > 2 > far["isc"]
@@ -215,7 +229,7 @@ def test_the_digits_are_at_no_distance_from_themselves_and_noise_is_far(extracto
 
 def test_is_of_one_image_repeated_is_1(extractor, digits):
     constant = np.repeat(digits[:1], 50, axis=0)
-    assert compute_metrics(constant, None, extractor, ["isc"], progress=False)["isc"] == pytest.approx(1, abs=1e-6)
+    assert measured(constant, None, extractor, ["isc"])["isc"] == pytest.approx(1, abs=1e-6)
 
 
 def write_folder(folder, images):
@@ -237,42 +251,42 @@ def test_every_form_of_the_same_images_gives_the_same_numbers(extractor, referen
         "npz": tmp_path / "samples.npz",
     }
     every = ("fid", "sfid", "isc", "kid")
-    expected = compute_metrics(noisy, reference, extractor, every, progress=False)
+    expected = measured(noisy, reference, extractor, every)
     for form, images in forms.items():
-        assert compute_metrics(images, reference, extractor, every, progress=False) == expected, form
+        assert measured(images, reference, extractor, every) == expected, form
 
 
 def test_metrics_of_cached_features_are_the_same_and_need_no_forward(
     extractor, reference, noisy, tmp_path, monkeypatch
 ):
     every = ("fid", "sfid", "isc", "kid", "prc")
-    expected = compute_metrics(noisy, reference, extractor, every, progress=False)
-    first = compute_metrics(noisy, reference, extractor, every, progress=False, cache=tmp_path)
+    expected = measured(noisy, reference, extractor, every)
+    first = measured(noisy, reference, extractor, every, cache=tmp_path)
     monkeypatch.setattr(extractor, "forward", None)
-    again = compute_metrics(noisy, reference, extractor, every, progress=False, cache=tmp_path)
+    again = measured(noisy, reference, extractor, every, cache=tmp_path)
     assert first == again == expected
 
 
 def test_a_metric_is_the_same_alone_and_beside_others(extractor, reference, noisy):
     every = ("prc", "kid", "isc", "sfid", "fid")
-    together = compute_metrics(noisy, reference, extractor, every, progress=False)
+    together = measured(noisy, reference, extractor, every)
     apart = {}
     for metric in every:
-        apart |= compute_metrics(noisy, reference, extractor, [metric], progress=False)
+        apart |= measured(noisy, reference, extractor, [metric])
     assert together == apart
 
 
 def test_batch_size_does_not_matter(extractor, reference, noisy):
-    whole = compute_metrics(noisy, reference, extractor, progress=False)
-    parts = compute_metrics(noisy, reference, extractor, batch_size=33, progress=False)
+    whole = measured(noisy, reference, extractor)
+    parts = measured(noisy, reference, extractor, batch_size=33)
     assert parts == pytest.approx(whole, rel=ROUNDING)
 
 
 def test_a_reference_of_other_weights_is_refused_before_any_work(extractor, reference, noisy, monkeypatch):
-    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(subject_module, "cached_features", lambda *_: pytest.fail("worked"))
     other = replace(reference, name="old", weights_hash="0" * 64)
     with pytest.raises(UserError, match="'old' were made with other weights"):
-        compute_metrics(noisy, other, extractor, progress=False)
+        measured(noisy, other, extractor)
 
 
 @pytest.mark.parametrize(
@@ -286,37 +300,38 @@ def test_what_a_reference_lacks_is_told_before_any_work(
     missing, refused, says, extractor, reference, noisy, monkeypatch
 ):
     partial = replace(reference, name="part", **{missing: None})
-    possible = possible_metrics(200, partial)
-    assert set(LEAST_IMAGES) - set(possible) == refused
-    assert {"fid", "isc"} < set(compute_metrics(noisy, partial, extractor, possible, progress=False))
-    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
+    rest = possible_of(noisy, partial, extractor)
+    assert set(OF_FEATURES) - set(rest) == refused
+    assert {"fid", "isc"} < set(measured(noisy, partial, extractor, rest))
+    monkeypatch.setattr(subject_module, "cached_features", lambda *_: pytest.fail("worked"))
     for metric in refused:
         with pytest.raises(UserError, match=rf"{says}.*'part'.*prepare_reference.py, or leave {metric} out"):
-            compute_metrics(noisy, partial, extractor, ["fid", metric], progress=False)
+            measured(noisy, partial, extractor, ["fid", metric])
 
 
-def test_possible_metrics(reference):
-    assert possible_metrics(1, reference) == []
-    assert possible_metrics(2, reference) == ["fid", "sfid", "kid"]
-    assert possible_metrics(4, reference) == ["fid", "sfid", "kid", "prc"]
-    assert possible_metrics(10, reference) == list(LEAST_IMAGES)
-    assert possible_metrics(10, None) == ["isc"] and possible_metrics(9, None) == []
+def test_possible_metrics(reference, extractor, noisy):
+    assert possible_of(noisy[:1], reference, extractor) == []
+    assert possible_of(noisy[:2], reference, extractor) == ["fid", "sfid", "kid"]
+    assert possible_of(noisy[:4], reference, extractor) == ["fid", "sfid", "kid", "prc"]
+    assert possible_of(noisy[:10], reference, extractor) == list(OF_FEATURES)
+    assert possible_of(noisy[:10], None, extractor) == ["isc"] and possible_of(noisy[:9], None, extractor) == []
+    assert possible_of(noisy[:10], reference, None) == []
 
 
-@pytest.mark.parametrize("metric", LEAST_IMAGES)
+@pytest.mark.parametrize("metric", OF_FEATURES)
 def test_the_least_images_give_a_finite_number(metric, extractor, reference, noisy):
-    least = LEAST_IMAGES[metric]
-    found = compute_metrics(noisy[:least], reference, extractor, [metric], progress=False)
+    least = METRICS[metric].least_images
+    found = measured(noisy[:least], reference, extractor, [metric])
     assert all(np.isfinite(value) for value in found.values())
     with pytest.raises(UserError, match=f"{metric} needs {least} or more images, here are {least - 1}"):
-        compute_metrics(noisy[: least - 1], reference, extractor, [metric], progress=False)
+        measured(noisy[: least - 1], reference, extractor, [metric])
 
 
 def test_a_reference_without_single_images_gives_the_same_fid(extractor, reference, noisy):
     bare = replace(reference, features=None, spatial=None, weights_hash=None, images_hash=None)
     bare = replace(bare, gaussian=Gaussian(reference.gaussian.mu, reference.gaussian.sigma))
-    full = compute_metrics(noisy, reference, extractor, ["fid"], progress=False)
-    found = compute_metrics(noisy, bare, extractor, ["fid"], progress=False)
+    full = measured(noisy, reference, extractor, ["fid"])
+    found = measured(noisy, bare, extractor, ["fid"])
     assert found["fid"] == full["fid"]
 
 
@@ -339,11 +354,11 @@ def test_a_reference_without_single_images_gives_the_same_fid(extractor, referen
 def test_unusable_input_is_refused(extractor, reference, noisy, change, message):
     arguments = {"images": noisy, "reference": reference, "metrics": ("fid", "isc", "kid")} | change
     with pytest.raises(UserError, match=message):
-        compute_metrics(extractor=extractor, progress=False, **arguments)
+        measured(extractor=extractor, **arguments)
 
 
 def test_precision_needs_a_reference_of_more_images_than_neighbours(extractor, reference, noisy, monkeypatch):
-    monkeypatch.setattr(module, "cached_features", lambda *_: pytest.fail("worked"))
+    monkeypatch.setattr(subject_module, "cached_features", lambda *_: pytest.fail("worked"))
     few = replace(reference, name="few", features=reference.features[:3])
     with pytest.raises(UserError, match=r"prc needs features of 4 or more images.*'few' hold 3"):
-        compute_metrics(noisy, few, extractor, ["prc"], progress=False)
+        measured(noisy, few, extractor, ["prc"])

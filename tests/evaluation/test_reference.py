@@ -11,12 +11,11 @@ import torch
 from ddim.datasets.digits import load_digit_images
 from qdiff.errors import UserError
 from qdiff.evaluation import reference as module
-from qdiff.evaluation.extractors import EXTRACTORS, REPOSITORY, create_extractor
+from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.gaussians import Gaussian, frechet_distance
 from qdiff.evaluation.reference import (
     BUNDLED,
     ReferenceStatistics,
-    bundled_reference,
     cached_reference_path,
     compute_reference,
     find_reference,
@@ -24,6 +23,7 @@ from qdiff.evaluation.reference import (
     load_reference,
     save_reference,
 )
+from qdiff.io.repository import REPOSITORY
 
 DIGITS = "digits-classifier"
 SELF_FID = 1e-3  # statistics made on another CPU; half of the digits are at 0.1
@@ -76,8 +76,8 @@ def test_equal_content_gives_equal_bytes(reference, tmp_path):
 
 
 def test_bundled_reference_is_of_all_digits_with_the_bundled_weights(extractor):
-    path = REPOSITORY / EXTRACTORS[DIGITS].reference
-    bundled = bundled_reference(DIGITS, extractor)
+    path = REPOSITORY / BUNDLED["digits"]
+    bundled = find_reference("digits", extractor)
     images, _ = load_digit_images(16)
     made = compute_reference(images[..., None], extractor, "now", progress=False)
     assert path.stat().st_size <= 550_000
@@ -115,7 +115,7 @@ def test_features_of_many_images_are_thinned_and_their_gaussian_is_not(extractor
 
 
 def test_features_normalised_over_the_training_digits_have_mean_0_and_variance_1(extractor):
-    bundled = bundled_reference(DIGITS)
+    bundled = find_reference("digits", extractor)
     assert np.abs(bundled.gaussian.mu).max() < 0.2 and np.trace(bundled.gaussian.sigma) == pytest.approx(64, rel=0.1)
 
 
@@ -136,11 +136,9 @@ def test_another_extractor_or_other_weights_are_refused(extractor, tmp_path):
         foreign.require_extractor(extractor)
 
 
-def test_missing_file_and_missing_bundle(tmp_path):
+def test_missing_file(tmp_path):
     with pytest.raises(UserError, match=r"no reference statistics at .*none\.npz"):
         load_reference(tmp_path / "none.npz")
-    with pytest.raises(UserError, match="No reference statistics come with the extractor inception-v3-compat"):
-        bundled_reference("inception-v3-compat")
 
 
 def _about(**changes):
@@ -239,7 +237,7 @@ def test_bundled_statistics_are_found_by_name_and_by_path_from_anywhere(name, ex
 def test_the_two_bundled_statistics_differ(extractor):
     small, large = (find_reference(name, extractor) for name in ("digits", "digits32"))
     assert frechet_distance(small.gaussian, large.gaussian) > 100 * SELF_FID
-    assert abs(frechet_distance(small.gaussian, bundled_reference(DIGITS).gaussian)) < SELF_FID
+    assert abs(frechet_distance(small.gaussian, find_reference("digits", extractor).gaussian)) < SELF_FID
 
 
 def test_prepared_statistics_are_found_by_name_for_the_weights_that_made_them(

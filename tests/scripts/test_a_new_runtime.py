@@ -7,8 +7,8 @@ from ddim_runs import SAMPLER, SCRIPT
 from run_checks import image_bytes, manifest, succeeded
 
 from qdiff.benchmark.files import NATIVE
+from qdiff.benchmark.parity import compared_runtimes
 from qdiff.benchmark.variants import variants_of
-from qdiff.cli.parity import compared_runtimes
 from qdiff.deploy.runtime import Runtime
 from qdiff.deploy.runtimes import RUNTIMES
 

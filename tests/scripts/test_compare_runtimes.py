@@ -17,7 +17,7 @@ from script_device import ON_DEVICE
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
-from qdiff.cli import parity
+from qdiff.benchmark import parity
 from qdiff.deploy import onnx_network
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule

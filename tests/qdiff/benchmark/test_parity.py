@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from qdiff.benchmark import parity
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import save_checkpoint
-from qdiff.cli import parity
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options
 from qdiff.errors import UserError

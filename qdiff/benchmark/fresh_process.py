@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qdiff.errors import UserError
+from qdiff.machine.memory import forget_peak, peak_resident_memory, resident_memory
 
 
 @dataclass(frozen=True)
@@ -89,20 +87,11 @@ _kept: Any = None
 
 def _measure(task: Callable[..., Any], args: tuple[Any, ...]) -> ProcessMemory:
     global _kept
-    with contextlib.suppress(OSError):  # the most so far, e.g. while importing, is forgotten where the system can
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    forget_peak()  # e.g. of imports
+    before = resident_memory()
     _kept = task(*args)
-    return ProcessMemory(before, _resident("VmRSS"), _resident("VmHWM"))
+    return ProcessMemory(before, resident_memory(), peak_resident_memory())
 
 
 def _on_kept(task: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return task(_kept, *args)
-
-
-def _resident(field: str) -> int:
-    status = Path("/proc/self/status")
-    if status.is_file():  # of this process alone: what getrusage says begins with the process that started it
-        line = next(line for line in status.read_text().splitlines() if line.startswith(field))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

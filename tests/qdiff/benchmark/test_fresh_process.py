@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
+from qdiff.benchmark.fresh_process import FreshProcess
 from qdiff.errors import UserError
-from qdiff.process_memory import FreshProcess
 
 SIZE = 80_000_000
 # Bytes: what the interpreter itself takes meanwhile.
