@@ -95,7 +95,8 @@ def _missing_input(subject: Subject, metric: Metric) -> str | None:
     """Return a sentence about what a metric is to be computed from and is not there."""
     for name in metric.inputs:
         if getattr(subject, name) is None:
-            return f"{subject.name} has {_INPUTS[name]}, which {metric.name} needs; leave {metric.name} out"
+            missing = _INPUTS.get(name, f"no {name.replace('_', ' ')}")
+            return f"{subject.name} has {missing}, which {metric.name} needs; leave {metric.name} out"
     part, reference = metric.reference_part, subject.reference
     if part is None:
         return None
