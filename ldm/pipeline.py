@@ -172,7 +172,7 @@ class UnconditionalPipeline(LatentPipeline):
         weights = find_checkpoint(args.resume_base) if args.resume_base else BUNDLED["vq"] / "model.safetensors"
         kind = chosen_sampler(args, {"dpm": "dpm_solver", "vanilla_sample": "ancestral"})
         asked = getattr(args, "a_range", None)  # of commands that quantize
-        if args.a_min_max and asked not in (None, RangeMethod.MIN_MAX.value):
+        if args.a_min_max and asked not in (None, RangeMethod.MIN_MAX):
             raise UserError(f"--a_min_max and --a_range {asked} contradict each other; leave one of them out")
         require_at_least(1, {"--n_samples": args.n_samples, "--batch_size": args.batch_size})
         require_at_least(0, {"--seed": args.seed})

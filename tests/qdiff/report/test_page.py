@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from qdiff.evaluation import page as page_module
+from qdiff.report import page as page_module
 from qdiff.evaluation.column import NOTHING
 from qdiff.io.images import save_png
 from qdiff.report.columns import columns_of
