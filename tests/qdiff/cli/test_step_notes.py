@@ -9,7 +9,7 @@ from families import SCRIPTS
 
 from qdiff.cli.options.parser import Parser
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 LATENT = REPOSITORY / "models" / "ldm"
 MODELS = {
     "sample_diffusion_ddim": (("--config", REPOSITORY / "configs" / "digits.yml", "--use_pretrained"), "--timesteps"),
