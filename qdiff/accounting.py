@@ -24,6 +24,7 @@ from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
+from qdiff.shape_check import NormsKeepShapes
 
 FLOAT_BYTES = 4
 # What a quantizer's values take in our checkpoint: δ is float32 everywhere, z of a weight has the weight's width.
@@ -102,7 +103,8 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
             module.acts_quantized = False
         if isinstance(module, (*_LAYERS, *_ATTENTION)):
             module.register_forward_hook(counting(name))
-    shadow.eval()(*inputs)
+    with NormsKeepShapes():
+        shadow.eval()(*inputs)
     return counts
 
 
