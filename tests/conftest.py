@@ -24,7 +24,7 @@ REPOSITORY = Path(__file__).parents[1]
 LONGEST = (
     *("test_bundled_networks", "test_cuda_runs", "test_onnx_networks", "test_onnx_files", "test_cuda_backward"),
     *("test_eda_dm_runs", "test_cuda_faults", "test_quantized_runtimes", "test_runtimes", "test_mutated_files"),
-    *("test_txt2img", "test_reproduce", "test_benchmark", "test_compare_runtimes", "test_export", "test_onnx_modulated"),
+    *("test_txt2img", "test_reproduce", "test_benchmark", "test_compare_runtimes", "test_export"),
 )
 # What shares exported networks.
 SHARED = {"test_onnx_networks": "exported", "test_onnx_files": "exported"}
