@@ -21,6 +21,7 @@ from qdiff.config import Ablation
 from qdiff.cost.count import FLOAT_BITS, Account, LayerCost
 from qdiff.interface import AttentionCore
 from qdiff.kernels.packing import packed_bytes
+from qdiff.machine.meta_device import NormsKeepShapes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
@@ -98,7 +99,8 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
             module.acts_quantized = False
         if isinstance(module, (*_LAYERS, *_ATTENTION)):
             module.register_forward_hook(counting(name))
-    shadow.eval()(*inputs)
+    with NormsKeepShapes():
+        shadow.eval()(*inputs)
     return counts
 
 
