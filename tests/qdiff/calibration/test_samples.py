@@ -69,7 +69,7 @@ def test_conditional_selection_without_guidance_takes_what_there_is():
 def test_conditions_must_match_the_samples(key, damage):
     made = recording(conditional=True)
     made[key] = damage(made[key])
-    with pytest.raises(UserError, match=r"one \[L, D\] condition a sample"):
+    with pytest.raises(UserError, match=r"one \[L, D\] condition per sample"):
         select_samples(made, 2, 3, SHAPE, conditional=True)
 
 
@@ -107,7 +107,7 @@ def test_impossible_selections_name_the_option(arguments, match):
 def test_timesteps_must_match_the_samples():
     made = recording()
     made["ts"] = made["ts"][:, :3]
-    with pytest.raises(UserError, match="one timestep a sample"):
+    with pytest.raises(UserError, match="one timestep per sample"):
         select_samples(made, 2, 2, SHAPE)
 
 
