@@ -93,7 +93,7 @@ def load_config(path: str | Path) -> Any:
         part = config.get(section) if isinstance(config, Mapping) else None
         first = next(name for name, key in SECTIONS[section].items() if key.required)
         if not isinstance(part, Mapping):
-            raise UserError(f"{origin} lacks {section}.{first}; a DDIM model needs it (see configs/cifar10.yml)")
+            raise UserError(f"{origin} has no {section}.{first}; a DDIM model needs it (see configs/cifar10.yml)")
     check_section(config, {name: Key(Mapping) for name in (*SECTIONS, *FREE)}, "", origin)
     for section, keys in SECTIONS.items():
         if section in config:
@@ -117,7 +117,7 @@ def check_training(config: Any, origin: str) -> None:
     for section, names in TRAINED_WITH.items():
         for name in names:
             if name not in (config.get(section) or {}):
-                raise UserError(f"{origin} lacks {section}.{name}, which training needs; see configs/digits.yml")
+                raise UserError(f"{origin} has no {section}.{name}, which training needs; see configs/digits.yml")
 
 
 def build_schedule(config: Any) -> DiffusionSchedule:

@@ -57,7 +57,7 @@ def load_config(path: str | Path) -> Any:
     conditional = params.get("cond_stage_config", NOTHING) != NOTHING
     # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless told otherwise.
     if conditional and params.get("conditioning_key") is None and params.get("concat_mode", True):
-        raise UserError(f"{origin} lacks model.params.conditioning_key; add conditioning_key: crossattn")
+        raise UserError(f"{origin} has no model.params.conditioning_key; add conditioning_key: crossattn")
     return config
 
 
@@ -67,9 +67,9 @@ def _check_part(stage: Any, part: str, origin: str) -> None:
     where = f"model.params.{part}"
     needs_params = part != "cond_stage_config"
     if not isinstance(stage, Mapping) or "target" not in stage:
-        raise UserError(f"{origin} lacks {where} with target and params; add it")
+        raise UserError(f"{origin} has no {where} with target and params; add it")
     if needs_params and not isinstance(stage.get("params"), Mapping):
-        raise UserError(f"{origin} lacks {where} with target and params; add it")
+        raise UserError(f"{origin} has no {where} with target and params; add it")
     check_section(stage, STAGE, where, origin)
     if stage.target not in TARGETS[part]:
         raise UserError(

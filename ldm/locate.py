@@ -91,7 +91,7 @@ def latent_shape(config: Any, asked: ImageSize) -> tuple[int, int, int]:
     ddconfig = params.first_stage_config.params.get("ddconfig") or {}
     if "ch_mult" not in ddconfig:
         raise UserError(
-            "the model's config lacks first_stage_config.params.ddconfig.ch_mult; leave out --H, --W and --f"
+            "the model's config has no first_stage_config.params.ddconfig.ch_mult; leave out --H, --W and --f"
         )
     factor = 2 ** (len(ddconfig.ch_mult) - 1)
     for name, value, own in (("C", asked.C, channels), ("f", asked.f, factor)):

@@ -56,7 +56,7 @@ def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
     section = (config.get("training") or {}).get(stage)
     if not section or not config.get("data"):
         raise UserError(
-            f"config file {args.config} lacks data or training.{stage}; see models/ldm/digits_vq/config.yaml"
+            f"config file {args.config} has no data or training.{stage}; see models/ldm/digits_vq/config.yaml"
         )
     epochs = section.n_epochs if args.epochs is None else args.epochs
     if epochs < 1:

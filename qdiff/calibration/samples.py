@@ -55,7 +55,7 @@ def load_recording(path: str | Path, training_steps: int | None = None) -> dict[
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"calibration file {path} does not exist; {FIX}, or omit --cali_data_path")
+        raise UserError(f"calibration file {path} does not exist; {FIX}, or leave --cali_data_path out")
     recording = read_torch_file(path, "calibration file", FIX, MAPPED_FROM)
     if not isinstance(recording, dict) or not {"xs", "ts"} <= set(recording):
         raise UserError(f"calibration file {path} is malformed: it is not a dict with xs and ts; {FIX}")

@@ -12,7 +12,7 @@ def read_config(path: Path, missing: str) -> Any:
     """Return the YAML file as an attribute-style tree (OmegaConf).
 
     Args:
-        missing: what to do where the file does not exist, for the error.
+        missing: what to do if the file does not exist, for the error message.
 
     Raises:
         UserError: the file is missing or is not YAML.

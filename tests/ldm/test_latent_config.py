@@ -127,9 +127,9 @@ def test_base_is_extended_and_overridden(written, model_config):
         ("model: {ch: 32}", "model.target is None"),
         ("model: 3", "model.target is None"),
         ("model: {target: ldm.other.Model}", "model.target is ldm.other.Model"),
-        (f"model: {{target: {HOLDER}}}", "lacks model.params.unet_config"),
+        (f"model: {{target: {HOLDER}}}", "has no model.params.unet_config"),
         (f"model: {{target: {HOLDER}, params: null}}", r"model\.params null; it must be a mapping"),
-        (f"model: {{target: {HOLDER}, params: {{unet_config: 3}}}}", "lacks model.params.unet_config"),
+        (f"model: {{target: {HOLDER}, params: {{unet_config: 3}}}}", "has no model.params.unet_config"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
         ("base: 3", "3 does not exist"),
     ],
@@ -140,7 +140,7 @@ def test_bad_files(text, says, written):
     assert "\n" not in str(caught.value)
 
 
-def test_file_that_lacks_a_part(written, model_config):
+def test_file_without_a_part(written, model_config):
     for part in ("unet_config", "first_stage_config"):
         for spoil in (
             lambda c, part=part: c.model.params.pop(part),
@@ -149,7 +149,7 @@ def test_file_that_lacks_a_part(written, model_config):
         ):
             config = model_config()
             spoil(config)
-            with pytest.raises(UserError, match=f"lacks model.params.{part}"):
+            with pytest.raises(UserError, match=f"has no model.params.{part}"):
                 load_config(written(config))
         config = model_config()
         config.model.params[part].target = "os.system"
@@ -221,7 +221,7 @@ def test_keys_elsewhere(written, model_config):
 def test_a_condition_that_would_be_concatenated(written, model_config):
     config = model_config("imagenet", cond_stage_config=CLASSES)
     del config.model.params.conditioning_key
-    with pytest.raises(UserError, match=r"lacks model\.params\.conditioning_key"):
+    with pytest.raises(UserError, match=r"has no model\.params\.conditioning_key"):
         load_config(written(config))
     config.model.params.concat_mode = False
     load_config(written(config))

@@ -81,7 +81,7 @@ REFUSED = {
         ("steps of at most", "not 16", "--sm_abit"),
     ),
     "data beyond the schedule": ((*DATA_FROM, "{bad}/data-late"), ("{bad}/data-late", "timestep 1", "0 to 999")),
-    "checkpoint is float": ((*W4A8, "--cali_ckpt", "{weights}"), ("{weights}", "no quantized checkpoint")),
+    "checkpoint is float": ((*W4A8, "--cali_ckpt", "{weights}"), ("{weights}", "no native quantized checkpoint")),
     "other bits": ((*LOAD, "--weight_bit", 8), ("weight_bits 4", "--weight_bit 4")),
     "other act bits": ((*LOAD, "--act_bit", 6), ("act_bits 8", "--act_bit 8")),
     "without split": (without(LOAD, "--split"), ("split_shortcut", "--split")),
