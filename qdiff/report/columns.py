@@ -1,4 +1,4 @@
-"""The columns of a table of results: what each is called, which way is better, and how its numbers are written."""
+"""The columns of a table of results: the name of each, which direction is better, and the number format."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 Row = dict[str, Any]
-"""One result: ``label``, numbers by key (a spread is ``<key>_std``), and ``published``, numbers of a paper by key."""
+"""One result: ``label``, numbers by key (a spread is ``<key>_std``), and ``published``, a paper's numbers by key."""
 
 LOWER, HIGHER = "lower", "higher"
 NOTHING = "–"
@@ -18,11 +18,11 @@ class Column:
     """One column.
 
     Attributes:
-        key: what a row calls the number.
+        key: the number's key in a row.
         title: the name in the heading.
         better: "lower" or "higher".
-        write: the number as text.
-        published: the column shows what the paper reports, not what was measured.
+        write: formats the number.
+        published: whether the column shows the paper's number instead of the measured one.
     """
 
     key: str
@@ -36,16 +36,16 @@ class Column:
         return f"{self.title} {'↓' if self.better == LOWER else '↑'}"
 
     def value(self, row: Row) -> float | None:
-        """Return the number, for sorting and plots; None where the row has none."""
+        """Return the number, for sorting and plots; None if the row has none."""
         return (row.get("published") or {} if self.published else row).get(self.key)
 
     def text(self, row: Row) -> str:
-        """Return what the cell shows."""
+        """Return the text of the cell."""
         value, spread = self.value(row), row.get(f"{self.key}_std")
         if value is None:
             return NOTHING
         shown = self.write(value)
-        # KID's spread is of its subsets, not of its mean, and would be mistaken for it.
+        # Only IS shows its spread: KID's is over its subsets and would be mistaken for the spread of its mean.
         return f"{shown} ± {self.write(spread)}" if self.key == "isc" and spread and not self.published else shown
 
 
@@ -79,15 +79,15 @@ COSTS = (
     Column("bytes", "file", LOWER, _megabytes),
     Column("counted_bytes", "counted", LOWER, _megabytes),
     Column("gbops", "GBops", LOWER, "{:,.1f}".format),
-    Column("state_bytes", "state", LOWER, _megabytes),  # of one image
-    Column("additions", "additions", LOWER, _millions),  # of one image, at a step
+    Column("state_bytes", "state", LOWER, _megabytes),  # per image
+    Column("additions", "additions", LOWER, _millions),  # per image and step
     Column("calibration_s", "calibration", LOWER, _seconds),
     Column("sampling_s", "sampling", LOWER, _seconds),
 )
 
 
 def columns_of(rows: list[Row]) -> list[Column]:
-    """Return the columns that at least one row has a number for; a published number stands right of ours."""
+    """Return the columns that at least one row has a number for; a published number follows the measured one."""
     columns: list[Column] = []
     for metric in METRICS:
         columns += [metric, replace(metric, title=f"{metric.title} (paper)", published=True)]
@@ -95,7 +95,7 @@ def columns_of(rows: list[Row]) -> list[Column]:
 
 
 def markdown(rows: list[Row], header: bool = True) -> str:
-    """Return rows as a markdown table, with its header line or without."""
+    """Return rows as a markdown table, with or without its header."""
     columns = columns_of(rows)
     lines = [[row["label"], *(column.text(row) for column in columns)] for row in rows]
     if header:
