@@ -1,4 +1,4 @@
-"""Read the YAML file of a latent diffusion model and check every key that it has."""
+"""Read the YAML file of a latent diffusion model and check all its keys."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ NOTHING = "__is_unconditional__"
 def load_config(path: str | Path) -> Any:
     """Return a model's config as an attribute-style tree (OmegaConf).
 
-    A ``base`` entry names another YAML file (relative to the repository) that this one adds to or overrides.
+    A ``base`` entry names another YAML file (relative to the repository) that this one extends and overrides.
 
     Raises:
-        UserError: the file is missing, is not YAML, is of another family, is missing a part of the model, or has a key
-            that is not understood or a value of a wrong kind.
+        UserError: the file is missing, not YAML, or of another family, has no entry for a part of the model, or has an
+            unknown key or a value of a wrong kind.
     """
     from omegaconf import OmegaConf
 
@@ -42,8 +42,8 @@ def load_config(path: str | Path) -> Any:
     if not OmegaConf.is_dict(model) or model.get("target") != HOLDER:
         named = model.get("target") if OmegaConf.is_dict(model) else None
         raise UserError(
-            f"config file {path} is not that of a latent diffusion model (model.target is {named}, not {HOLDER}); give "
-            "one of configs/latent-diffusion or configs/stable-diffusion"
+            f"config file {path} does not describe a latent diffusion model (model.target is {named}, not {HOLDER}); "
+            "give one of configs/latent-diffusion or configs/stable-diffusion"
         )
     origin = f"config file {path}"
     check_section(config, TOP, "", origin)
@@ -73,8 +73,7 @@ def _check_part(stage: Any, part: str, origin: str) -> None:
     check_section(stage, STAGE, where, origin)
     if stage.target not in TARGETS[part]:
         raise UserError(
-            f"{origin} names the class {stage.target} as {where}.target, which is not allowed; "
-            f"choose {' or '.join(TARGETS[part])}"
+            f"{origin} has {where}.target {stage.target}, which is not allowed; choose {' or '.join(TARGETS[part])}"
         )
 
 

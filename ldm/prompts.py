@@ -1,4 +1,4 @@
-"""Prompts from the command line, from text files and from COCO's captions, and the classes that they ask for."""
+"""Prompts from text files and from COCO's captions, and the classes that they name."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from qdiff.io.prompt_lines import prompt_lines
 
 
 def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
-    """Return the prompts of a file: one per line, or COCO's ``captions_*.json``: one caption per image, by image id.
+    """Return the prompts of a text file, one per line, or one caption per image, by image id, of a COCO captions file.
 
     Args:
-        option: that named the file, for errors.
+        option: the option that named the file, for error messages.
 
     Raises:
-        UserError: missing, unreadable, empty, or a JSON file that is not COCO's.
+        UserError: the file is missing, unreadable, empty, or a JSON file that is not COCO's.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
     except FileNotFoundError:
         raise UserError(f"prompt file {path} does not exist; check {option}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -44,12 +44,12 @@ def _coco_captions(text: str, path: Path) -> list[str]:
             f"{path} is not a COCO captions file ({type(error).__name__}: {error}); give captions_val2014.json or a "
             "text file with one prompt per line"
         ) from error
-    # Of several captions of an image the one with the lowest id, whatever order the file has.
+    # If an image has several captions, the one with the lowest id counts, regardless of their order in the file.
     return [caption for image in sorted(first) if (caption := first[image][1])]
 
 
 def asked_classes(prompts: Sequence[str], words: Sequence[str]) -> list[int] | None:
-    """Return the number of the one word that each prompt holds; None if some prompt holds none, or several."""
+    """Return for each prompt the index of the one word it contains; None if any prompt contains none or several."""
     classes = []
     for prompt in prompts:
         found = {i for i, word in enumerate(words) if re.search(rf"\b{re.escape(word)}\b", prompt, re.IGNORECASE)}

@@ -131,7 +131,7 @@ def test_keys_that_nobody_reads_are_named(section, key, tiny_config, tmp_path):
 
 def test_sections_that_nobody_reads_are_named(tiny_config, written):
     tiny_config.difusion = {}
-    with pytest.raises(UserError, match=r"has difusion, which is not understood here; did you mean diffusion\?"):
+    with pytest.raises(UserError, match=r"has the unknown key difusion; did you mean diffusion\?"):
         load_config(written(tiny_config))
 
 

@@ -45,7 +45,7 @@ def written(tmp_path, monkeypatch):
 def test_other_targets_are_not_imported(target, monkeypatch):
     imported = []
     monkeypatch.setattr("ldm.util.importlib.import_module", imported.append)
-    with pytest.raises(UserError, match=r"not among the classes|no target"):
+    with pytest.raises(UserError, match=r"is not allowed|no target"):
         instantiate_from_config(OmegaConf.create({"target": target, "params": {"command": "true"}}))
     assert imported == []
 
@@ -169,7 +169,7 @@ def test_shipped_models_load_and_fit(path):
     [
         ("parameterization", "score", r"parameterization 'score'; only 'eps' or 'x0' or 'v'"),
         ("beta_schedule", "jsd", "beta_schedule 'jsd'"),
-        ("conditioning_key", "concat", "conditioning_key 'concat'.*cross attention alone"),
+        ("conditioning_key", "concat", "conditioning_key 'concat'.*only by cross attention"),
         ("conditioning_key", "hybrid", "conditioning_key 'hybrid'"),
         ("conditioning_key", "adm", "conditioning_key 'adm'"),
         ("given_betas", [0.1, 0.2], "given_betas"),
@@ -179,8 +179,8 @@ def test_shipped_models_load_and_fit(path):
         ("timesteps", 1e9, "timesteps 1000000000.0; it must be a whole number"),
         ("scale_by_std", "yes", "scale_by_std 'yes'; it must be true or false"),
         ("image_size", 0, "image_size 0; give at least 1"),
-        ("rescale_zero_snr", True, "rescale_zero_snr, which is not understood here"),
-        ("split_input_params", {"ks": [128, 128]}, "split_input_params, which is not understood here"),
+        ("rescale_zero_snr", True, r"unknown key \S*rescale_zero_snr;"),
+        ("split_input_params", {"ks": [128, 128]}, r"unknown key \S*split_input_params;"),
         ("scale_facter", 0.18, r"scale_facter.*did you mean scale_factor\?"),
     ],
 )
@@ -202,11 +202,11 @@ def test_keys_of_training_are_taken(key, written, model_config):
 def test_keys_elsewhere(written, model_config):
     config = model_config()
     config.optim = {"lr": 1}
-    with pytest.raises(UserError, match="has optim, which is not understood"):
+    with pytest.raises(UserError, match="has the unknown key optim;"):
         load_config(written(config))
     config = model_config()
     config.model.params.unet_config.weights = "x"
-    with pytest.raises(UserError, match=r"model\.params\.unet_config\.weights, which is not understood"):
+    with pytest.raises(UserError, match=r"unknown key model\.params\.unet_config\.weights;"):
         load_config(written(config))
     config = model_config()
     config.model.params.unet_config.params.transformer_dpeth = 2
