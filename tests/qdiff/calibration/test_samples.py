@@ -95,7 +95,7 @@ def test_steps_may_hold_different_counts():
         ({"steps": 0}, "--cali_st"),
         ({"per_step": 7}, "--cali_n 6 or less"),
         ({"per_step": 0}, "at least 1"),
-        ({"image_shape": (3, 4, 4)}, r"shape \(2, 4, 4\), the network takes \(3, 4, 4\)"),
+        ({"image_shape": (3, 4, 4)}, r"shape \(2, 4, 4\) but the network takes \(3, 4, 4\)"),
         ({"conditional": True}, "no conditions"),
     ],
 )
