@@ -210,7 +210,7 @@ def test_keys_elsewhere(written, model_config):
         load_config(written(config))
     config = model_config()
     config.model.params.unet_config.params.transformer_dpeth = 2
-    with pytest.raises(UserError, match=r"UNetModel has the unknown key transformer_dpeth; did you mean transformer_depth\?"):
+    with pytest.raises(UserError, match=r"unknown key transformer_dpeth; did you mean transformer_depth\?"):
         instantiate_from_config(config.model)
     config = model_config()
     config.model.params.unet_config.params.channel_mult = 2
