@@ -109,7 +109,7 @@ def _take_averages(state: dict[str, Tensor], path: Path) -> None:
     if missing:
         raise UserError(
             f"{path} averages only some of the UNet's weights ({len(missing)} are missing, e.g. {names[missing[0]]}); "
-            "get the file anew, or set use_ema: false in the config"
+            "get the file again, or set use_ema: false in the config"
         )
     for short, name in names.items():
         state[name] = state[averages[short]]

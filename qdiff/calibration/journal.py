@@ -100,7 +100,7 @@ def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     expected = _quantizer_state(module)
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-        raise ValueError("its tensors are not those of this unit")  # checked before any is copied
+        raise ValueError("its tensors do not belong to this unit")  # checked before any is copied
     for name, part in module.named_modules():
         if isinstance(part, Quantizer):
             part.load_state_dict({k: state[f"{name}.{k}"] for k in part.state_dict()})

@@ -39,7 +39,7 @@ class CalibrationSet:
 
 
 def save_recording(recording: Mapping[str, Sequence[Tensor]], path: str | Path) -> None:
-    """Write a recording ({"xs": …, "ts": …}) in the published format, whole or not at all."""
+    """Write a recording ({"xs": …, "ts": …}) in the published format with an atomic write."""
     with written_whole(path) as temporary:
         torch.save(recording, temporary)
 

@@ -102,7 +102,7 @@ def save_checkpoint(
     format: Literal["native", "published"] = "native",
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Write a calibrated network, whole or not at all.
+    """Write a calibrated network to a file; the write is atomic.
 
     Args:
         path: the file; an existing one is replaced.

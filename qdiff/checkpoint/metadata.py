@@ -43,7 +43,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
+        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); download or create it again") from error
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -70,7 +70,7 @@ def check_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
     found = json.loads(checksum(tensors, metadata))
     if wrong := sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name)):
         raise UserError(
-            f"checkpoint {path} is damaged: the checksum of {wrong[0]} does not match; get or make the file anew"
+            f"checkpoint {path} is damaged: the checksum of {wrong[0]} does not match; download or create it again"
         )
 
 
@@ -99,7 +99,7 @@ def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
         return QuantConfig.from_dict(json.loads(metadata["config"]))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file anew"
+            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file again"
         ) from error
 
 

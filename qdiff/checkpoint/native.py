@@ -96,7 +96,7 @@ def content_hash(qnn: QuantModel) -> str:
 
 
 def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
+    """Write the file atomically."""
     from safetensors.torch import save_file
 
     layers = _layers(qnn).values()
@@ -212,7 +212,7 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             if weights[name].numel() != size:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
+        raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
     return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges)
 

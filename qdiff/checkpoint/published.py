@@ -130,9 +130,9 @@ def _quantizer_values(
 ) -> tuple[Tensor, Tensor]:
     delta, zero_point = state[f"{prefix}.delta"], state[f"{prefix}.zero_point"]
     if delta.numel() != quantizer.delta.numel() or zero_point.numel() not in (1, delta.numel()):
-        raise UserError(f"checkpoint {path} is malformed: {prefix} has {delta.numel()} step sizes; get the file anew")
+        raise UserError(f"checkpoint {path} is malformed: {prefix} has {delta.numel()} step sizes; get the file again")
     if not bool((delta > 0).all() & torch.isfinite(delta).all()):
-        raise UserError(f"checkpoint {path} is malformed: {prefix}.delta is not positive; get the file anew")
+        raise UserError(f"checkpoint {path} is malformed: {prefix}.delta is not positive; get the file again")
     zero_point = zero_point.round() + (2 ** (quantizer.bits - 1) if _is_signed(qnn, prefix, quantizer) else 0)
     if zero_point.min() < 0 or zero_point.max() > max_level(quantizer.bits):
         option = "--act_bit" if _ACT_KEY.search(prefix + ".") else "--weight_bit"
@@ -182,7 +182,7 @@ def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path
         if alpha is not None and alpha.shape != part.shape:
             raise UserError(
                 f"checkpoint {path} is malformed: {prefix}.alpha is {tuple(alpha.shape)} but its weight is "
-                f"{tuple(part.shape)}; get the file anew"
+                f"{tuple(part.shape)}; get the file again"
             )
         rounded = scaled.round() if alpha is None else scaled.floor() + (alpha >= 0)
         zero_point = state[f"{prefix}.zero_point"]

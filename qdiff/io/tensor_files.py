@@ -34,7 +34,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Raise a `UserError` that names the first tensor of a file with a value that is NaN or infinite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path} holds NaN or infinite values, the first in {name}; get or make the file anew")
+            raise UserError(f"{path} holds NaN or infinite values, the first in {name}; download or create it again")
 
 
 def check_state(state: dict[str, Tensor], expected: dict[str, Tensor], path: str | Path) -> None:
@@ -72,7 +72,7 @@ def is_pickle(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"checkpoint {path} cannot be read ({error.strerror}); check the path") from None
     if not head:
-        raise UserError(f"checkpoint {path} is empty; get or make the file anew")
+        raise UserError(f"checkpoint {path} is empty; download or create it again")
     # A safetensors file begins with its header's length (8 bytes, the first of which may also be 0x80), then a "{". A
     # tar archive is neither, but an old torch.save may have made it; `read_torch_file` reports what it is.
     return head[:4] == _ZIP or (head[:1] == _LEGACY_PICKLE and head[8:] != b"{") or tarfile.is_tarfile(path)
@@ -141,4 +141,4 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
+        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); download or create it again") from error

@@ -24,7 +24,7 @@ WHOLE_MODULE = (
 OBJECTS = f"holds objects that only code can make, and code in files is not run; {ANEW}"
 
 
-def read_torch_file(path: Path, what: str = "checkpoint", fix: str = "get the file anew", mapped_from: int = 1 << 28):
+def read_torch_file(path: Path, what: str = "checkpoint", fix: str = "get the file again", mapped_from: int = 1 << 28):
     """Return the contents of a ``torch.save`` file; objects that are not plain data become stand-ins (`_Inert`).
 
     Both formats can be read: archives, and the format before PyTorch 1.6.

@@ -63,7 +63,7 @@ REFUSED = {
     "checkpoint empty": ((*W4A8, "--cali_ckpt", "{bad}/empty"), ("{bad}/empty", "empty")),
     "checkpoint text": ((*W4A8, "--cali_ckpt", "{bad}/text"), ("{bad}/text", "damaged")),
     "checkpoint truncated": ((*W4A8, "--cali_ckpt", "{bad}/truncated"), ("{bad}/truncated", "truncated")),
-    "checkpoint truncated pickle": ((*W4A8, "--cali_ckpt", "{bad}/pickle-truncated"), ("truncated", "anew")),
+    "checkpoint truncated pickle": ((*W4A8, "--cali_ckpt", "{bad}/pickle-truncated"), ("truncated", "again")),
     "checkpoint foreign": ((*W4A8, "--cali_ckpt", "{bad}/foreign"), ("{bad}/foreign",)),
     "checkpoint with code": ((*W4A8, "--cali_ckpt", "{bad}/code"), ("{bad}/code", "dict of tensors")),
     "checkpoint flipped": ((*LOAD, "--cali_ckpt", "{bad}/flipped"), ("{bad}/flipped", "checksum")),
