@@ -1,4 +1,4 @@
-"""Read a DDIM model's YAML file and check every key that it has."""
+"""Read a DDIM model's YAML file and check all its keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SECTIONS = {
         "path": Key(str),
     },
     "model": {
-        "type": Key(choices=("simple",), because="other types of the DDPM code have no published network"),
+        "type": Key(choices=("simple",), because="no network of the DDPM code's other types was published"),
         "in_channels": REQUIRED_COUNT,
         "out_ch": REQUIRED_COUNT,
         "ch": REQUIRED_COUNT,
@@ -36,8 +36,8 @@ SECTIONS = {
         "num_res_blocks": REQUIRED_COUNT,
         "attn_resolutions": Key(Sequence[int], required=True, least=1),
         "dropout": Key(float, required=True, least=0),
-        # As in the published samplers, none of which reads a learned or another fixed variance.
-        "var_type": Key(choices=("fixedlarge", "fixedsmall"), because="a learned variance is not sampled with"),
+        # As in the published samplers; none of them uses a learned or another fixed variance.
+        "var_type": Key(choices=("fixedlarge", "fixedsmall"), because="no sampler uses a learned variance"),
         "ema_rate": Key(float, least=0),
         "ema": Key(bool),
         "resamp_with_conv": Key(bool, required=True),
@@ -76,15 +76,15 @@ TRAINED_WITH = {
     "optim": ("lr", "beta1", "eps", "weight_decay", "grad_clip"),
     "model": ("ema_rate",),
 }
-FREE = ("eda_dm",)  # by option name, checked by the method
+FREE = ("eda_dm",)  # by option name; the method checks it
 
 
 def load_config(path: str | Path) -> Any:
     """Return the configuration as an attribute-style tree (OmegaConf).
 
     Raises:
-        UserError: the file is missing, is not YAML, has a key that is not understood or a value of a wrong kind, or
-            is missing a key that a DDIM model needs.
+        UserError: the file is missing or not YAML, has an unknown key or a value of a wrong kind, or has no value for a
+            key that a DDIM model needs.
     """
     known = ", ".join(sorted(str(p) for p in Path("configs").glob("*.yml"))) or "configs/*.yml"
     config = read_config(Path(path), missing=f"give --config one of: {known}")
@@ -93,13 +93,13 @@ def load_config(path: str | Path) -> Any:
         part = config.get(section) if isinstance(config, Mapping) else None
         first = next(name for name, key in SECTIONS[section].items() if key.required)
         if not isinstance(part, Mapping):
-            raise UserError(f"{origin} lacks {section}.{first}; a DDIM model needs it (see configs/cifar10.yml)")
+            raise UserError(f"{origin} has no {section}.{first}; a DDIM model needs it (see configs/cifar10.yml)")
     check_section(config, {name: Key(Mapping) for name in (*SECTIONS, *FREE)}, "", origin)
     for section, keys in SECTIONS.items():
         if section in config:
             check_section(config[section], keys, section, origin)
     if config.data.get("rescaled", True) and config.data.get("logit_transform", False):
-        raise UserError(f"{origin} has both data.rescaled and data.logit_transform; the network knows one range")
+        raise UserError(f"{origin} has both data.rescaled and data.logit_transform; set only one of them")
     if any(factor * config.model.ch % 32 for factor in config.model.ch_mult) or not config.model.ch_mult:
         raise UserError(
             f"{origin} has model.ch {config.model.ch} and ch_mult {config.model.ch_mult}; their products must be "
@@ -109,15 +109,15 @@ def load_config(path: str | Path) -> Any:
 
 
 def check_training(config: Any, origin: str) -> None:
-    """Raise a `UserError` where a config does not say how its network is trained.
+    """Raise a `UserError` if a config does not describe the training of its network.
 
     Args:
-        origin: what the config is called in the error.
+        origin: the config's name in error messages.
     """
     for section, names in TRAINED_WITH.items():
         for name in names:
             if name not in (config.get(section) or {}):
-                raise UserError(f"{origin} lacks {section}.{name}, which training needs; see configs/digits.yml")
+                raise UserError(f"{origin} has no {section}.{name}, which training needs; see configs/digits.yml")
 
 
 def build_schedule(config: Any) -> DiffusionSchedule:
@@ -128,5 +128,5 @@ def build_schedule(config: Any) -> DiffusionSchedule:
 
 
 def parameterization(config: Any) -> Parameterization:
-    """Return what the network of a config predicts."""
+    """Return the quantity that a config's network predicts."""
     return Parameterization(config.diffusion.get("parameterization", Parameterization.EPS.value))

@@ -14,24 +14,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
-    """The same, and what is sampled."""
+    """Model and sampler of a DDIM model, and what to sample."""
     add_options(parser)
-    parser.add_argument("--sequence", action="store_true", help="write x_0 predicted at every step of 8 images")
+    parser.add_argument("--sequence", action="store_true", help="write the predicted x_0 at every step, for 8 images")
     parser.add_argument("--max_images", type=int, default=50000)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which DDIM model, and where its float weights come from."""
+    """The DDIM model and the source of its float weights."""
     group = parser.add_argument_group("model")
     group.add_argument("--config", required=True, help="model config, e.g. configs/cifar10.yml")
-    group.add_argument("--use_pretrained", action="store_true", help="the config's released or bundled weights")
+    group.add_argument("--use_pretrained", action="store_true", help="use the config's released or bundled weights")
     group.add_argument("--model_dir", help="folder of the released weights (default: the cache)")
-    group.add_argument("--ckpt", help="float weights from a file instead")
+    group.add_argument("--ckpt", help="file with the float weights")
     group.add_argument("--seed", type=int, default=1234)
 
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
-    """How a DDIM model is sampled."""
+    """The sampler of a DDIM model."""
     group = parser.add_argument_group("sampler")
     kinds = list(sample_types())
     group.add_argument("--sample_type", choices=kinds, default="generalized", help="generalized is DDIM")

@@ -1,4 +1,4 @@
-"""The pipeline of a DDIM model: pixels, no conditions."""
+"""The pipeline of a DDIM model, which samples pixels without conditions."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Sampler, SamplerOptions
 from qdiff.sampling.registry import find_sampler, sample_types
 
-BATCH = 64  # images at a time where neither the caller nor the config says
+BATCH = 64  # images per batch if neither the caller nor the config gives a number
 
 
 def ddim_sampler(config: Any, options: SamplerOptions, seed: int) -> Sampler:
-    """Return the sampler of a model's images.
+    """Return the sampler for a model's images.
 
     Args:
-        config: of `load_config`.
+        config: the result of `load_config`.
     """
     shape = (config.data.channels, config.data.image_size, config.data.image_size)
     return Sampler(build_schedule(config), shape, options, seed, parameterization(config))
@@ -37,19 +37,19 @@ class DdimPipeline(Pipeline):
     """A DDIM model.
 
     Args:
-        config: its YAML file.
+        config: the model's YAML file.
         weights: file of the float weights; None takes the config's released or bundled ones.
-        options: of the sampler.
-        seed: the noise of image i depends on (seed, i) alone.
-        count: how many images.
-        batch_size: images at a time; None takes the config's.
+        options: the sampler's options.
+        seed: the noise of image i depends only on (seed, i).
+        count: number of images.
+        batch_size: images per batch; None takes the config's.
         model_dir: folder of the released weights; None takes the cache.
 
     Raises:
         UserError: the config or a number is wrong.
     """
 
-    # The papers' DDIM scripts take min-max ranges on both sides.
+    # The papers' DDIM scripts use min-max ranges for weights and activations.
     weight_range = act_range = RangeMethod.MIN_MAX
 
     def __init__(
@@ -89,16 +89,16 @@ class DdimPipeline(Pipeline):
 
     @classmethod
     def from_args(cls, args: Namespace) -> DdimPipeline:
-        """Return what the options of `ddim.options` name.
+        """Return the pipeline that the options of `ddim.options` describe.
 
         Raises:
-            UserError: they contradict each other.
+            UserError: the options contradict each other.
         """
         if args.use_pretrained == bool(args.ckpt):
-            raise UserError("give the float weights by exactly one of --use_pretrained and --ckpt PATH")
+            raise UserError("the float weights need exactly one of --use_pretrained and --ckpt PATH; give one of them")
         if args.ckpt and args.model_dir:
             raise UserError("--ckpt and --model_dir contradict each other; leave one of them out")
-        count = getattr(args, "max_images", 1)  # not of commands that make no images
+        count = getattr(args, "max_images", 1)  # commands that make no images do not have it
         require_at_least(1, {"--max_images": count, "--batch_size": args.batch_size})
         require_at_least(0, {"--seed": args.seed})
         options = SamplerOptions(
@@ -115,7 +115,7 @@ class DdimPipeline(Pipeline):
         return made
 
     def build_network(self) -> tuple[Model, None]:
-        """Return the network without weights, on the meta device, and None for the context that it does not take."""
+        """Return the network without weights on the meta device, and None because it takes no context."""
         with torch.device("meta"):
             return Model(self.model_config), None
 

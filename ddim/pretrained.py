@@ -1,4 +1,4 @@
-"""Find, fetch and load the float weights of a DDIM model."""
+"""Find, download and load the float weights of a DDIM model."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 
 
 def pretrained_path(config: Any, folder: str | Path | None = None) -> Path:
-    """Return the file that ``--use_pretrained`` takes for a config: bundled, cached, or downloaded now.
+    """Return the file that ``--use_pretrained`` uses for a config: bundled, cached, or downloaded now.
 
     Args:
-        folder: where it is, or is put, in the place of the cache (``--model_dir``).
+        folder: folder to use instead of the cache (``--model_dir``).
 
     Raises:
-        UserError: the config names none, it cannot be downloaded, or its MD5 is wrong.
+        UserError: the config names no weights, they cannot be downloaded, or their MD5 is wrong.
     """
     entry = config.get("pretrained")
     if entry is None or "file" not in entry:
@@ -38,15 +38,15 @@ def pretrained_path(config: Any, folder: str | Path | None = None) -> Path:
     if not path.is_file():
         download(entry.url, path, entry.get("md5"), ", correct --model_dir, or give --ckpt PATH")
     elif "md5" in entry and files.md5(path) != entry.md5:
-        raise UserError(f"{path} has a wrong MD5 (expected {entry.md5}); delete it and run again to download it anew")
+        raise UserError(f"{path} has a wrong MD5 (expected {entry.md5}); delete it and run again to download it")
     return path
 
 
 def load_float_weights(network: nn.Module, path: str | Path) -> None:
-    """Load a released or our own float checkpoint strictly, without running code from it.
+    """Load a float checkpoint, released or trained here, strictly and without running code from it.
 
     Raises:
-        UserError: missing, damaged, or the weights of another network.
+        UserError: the file is missing, damaged, or holds the weights of another network.
     """
     expected = network.state_dict()
     state = unwrapped(read_float_tensors(Path(path)), expected)

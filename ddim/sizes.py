@@ -12,10 +12,10 @@ from qdiff.machine.meta_device import check_runs
 
 
 def check_sizes(config: Any, origin: str) -> None:
-    """Raise a `UserError` where the network of a config cannot be run on its images.
+    """Raise a `UserError` if the network of a config cannot run on its images.
 
     Args:
-        origin: what the config is called in the error.
+        origin: the config's name in error messages.
     """
     data, model = config.data, config.model
     for name in ("in_channels", "out_ch"):

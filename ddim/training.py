@@ -1,4 +1,4 @@
-"""Training with Lightning: the simple DDPM loss, an EMA of the weights, and a run that can be interrupted."""
+"""Training with Lightning: the simple DDPM loss, an EMA of the weights, and runs that can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from qdiff.io.files import check_writable
 from qdiff.io.progress import Progress, progress_bar
 from qdiff.sampling import DiffusionSchedule, Parameterization, training_target
 
-SETTINGS = "qdiff_settings"  # of a checkpoint
+SETTINGS = "qdiff_settings"  # key in a checkpoint
 
 
 class OptimisedTask(pl.LightningModule):
@@ -30,13 +30,13 @@ class OptimisedTask(pl.LightningModule):
 
     Args:
         optim: ``lr``, ``beta1``, ``eps``, ``weight_decay`` and, optionally, ``warmup_steps``.
-        total_steps: optimiser steps of the whole training.
+        total_steps: total number of optimiser steps.
     """
 
     def __init__(self, optim: Any, total_steps: int) -> None:
         super().__init__()
         self.optim, self.total_steps = optim, total_steps
-        self.settings: dict[str, Any] = {}  # what a checkpoint belongs to
+        self.settings: dict[str, Any] = {}  # saved with every checkpoint
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[SETTINGS] = self.settings
@@ -63,14 +63,14 @@ class OptimisedTask(pl.LightningModule):
 
 
 class DenoisingTask(OptimisedTask):
-    """Minimise E‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖² (Ho et al., 2020, eq. 14), or the same of what else is predicted.
+    """Minimise E‖ε − ε_θ(√ᾱ_t x_0 + √(1−ᾱ_t) ε, t)‖² (Ho et al., 2020, eq. 14), or likewise for x_0 or v.
 
     Args:
-        model: called with (x_t [N, C, H, W], t [N], *condition).
+        model: takes (x_t [N, C, H, W], t [N], *condition).
         schedule: ᾱ_t.
         optim, total_steps: see `OptimisedTask`.
         ema_rate: decay of the averaged weights, ``ema``.
-        predicts: what the network is trained to predict.
+        predicts: the quantity that the network is trained to predict.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ class NoisePredictionTask(DenoisingTask):
 
 
 class EpochProgress(pl.Callback):
-    """Shows the share of all epochs that is done, and what the task logs for the bar.
+    """Shows the share of epochs that is done, and the values that the task logs for the bar.
 
-    It takes the place of Lightning's own bar, which begins anew at every epoch and fills log files.
+    It replaces Lightning's own bar, which restarts at every epoch and fills log files.
     """
 
     def __init__(self) -> None:
@@ -154,13 +154,13 @@ def fit(
     """Train, continuing from the last checkpoint in ``workdir``.
 
     Args:
-        settings: JSON values that decide what is trained: a checkpoint made with others is not continued.
+        settings: JSON values that define the training; a checkpoint made with other settings is not continued.
 
     Returns:
-        ``epochs``, ``steps``, ``images``, ``final_loss`` (None where not finite), ``minutes`` of this call, ``torch``.
+        ``epochs``, ``steps``, ``images``, ``final_loss`` (None if not finite), ``minutes`` of this call, ``torch``.
 
     Raises:
-        UserError: the checkpoint in ``workdir`` is of other settings.
+        UserError: the checkpoint in ``workdir`` was made with other settings.
     """
     last = Path(workdir) / "last.ckpt"
     _check_settings(last, settings)
@@ -199,5 +199,5 @@ def _check_settings(last: Path, settings: dict[str, Any]) -> None:
     for name in sorted(settings.keys() | before.keys()):
         if before.get(name) != settings.get(name):
             raise UserError(
-                f"{last} was trained with another {name}; choose another --workdir, or delete it to begin anew"
+                f"{last} was trained with another {name}; choose another --workdir, or delete it to start again"
             )

@@ -1,4 +1,4 @@
-"""Quantize a network of your own: its forward is a sequence of named steps, which are fitted one by one."""
+"""Quantize your own network: its forward is a sequence of named steps, which are fitted one by one."""
 
 import sys
 
@@ -27,7 +27,7 @@ class Denoiser(SteppedNetwork):
 
 
 def sampler(network, rows):
-    """Ten steps from noise that belongs to the sample's number."""
+    """Ten sampling steps from noise that depends only on the sample's number."""
     noise = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(row)) for row in rows]
     x = torch.stack(noise)
     for t in reversed(range(0, 1000, 100)):

@@ -1,4 +1,4 @@
-"""Load checkpoints of latent diffusion models, released and our own: strictly, and without a second copy of them."""
+"""Load checkpoints of latent diffusion models, released or trained here, strictly and without a second copy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 log = logging.getLogger("qdiff")
 
 UNET, EMA = "model.diffusion_model.", "model_ema."
-# What released checkpoints hold beside the model: schedules (ours come from the config), losses, training counters.
+# Tensors in released checkpoints that are not part of the model: schedules (here from the config), losses, training
+# counters.
 SCHEDULE = frozenset(
     {
         "betas",
@@ -44,7 +45,7 @@ LEFTOVERS = ("loss.", "first_stage_model.loss.", "cond_stage_model.model.visual.
 
 
 def build_without_weights(config: Any) -> LatentDiffusion:
-    """Return the model of a config with its UNet and first stage on the meta device, to be filled by a checkpoint."""
+    """Return the model of a config with UNet and first stage on the meta device, to be filled from a checkpoint."""
     params = config.model.params
     with torch.device("meta"):
         unet = instantiate_from_config(params.unet_config)
@@ -58,14 +59,14 @@ def build_without_weights(config: Any) -> LatentDiffusion:
 def load_latent_diffusion(config: Any, path: str | Path, network: bool = True) -> LatentDiffusion:
     """Build the model of a config and fill it from a checkpoint, in float32 on the CPU.
 
-    Averaged weights (``model_ema.*``), where present and used, take the place of the UNet's. Schedules, losses and
-    training counters in the file are ignored and reported.
+    Averaged weights (``model_ema.*``), if present and used, replace the UNet's. Schedules, losses and training counters
+    in the file are ignored and reported.
 
     Args:
-        network: False leaves the UNet on the meta device, without weights.
+        network: False leaves the UNet without weights on the meta device.
 
     Raises:
-        UserError: missing, damaged, or the weights of another model.
+        UserError: the file is missing, damaged, or holds the weights of another model.
     """
     path = Path(path)
     model = build_without_weights(config)
@@ -91,14 +92,14 @@ def load_latent_diffusion(config: Any, path: str | Path, network: bool = True) -
     check_state(state, expected, path)
     if not network:
         state = {name: value for name, value in state.items() if not name.startswith(UNET)}
-    # Copied one at a time, so that nothing hangs on the mapped file and no half-precision copy of it stays.
+    # Copied one by one, so that nothing refers to the mapped file and no half-precision copy stays in memory.
     tensors = {name: state.pop(name).to(torch.float32, copy=True) for name in list(state)}
     model.load_state_dict(tensors, strict=network, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def _take_averages(state: dict[str, Tensor], path: Path) -> None:
-    """Replace ``model.*`` by its average, whose names have lost their dots."""
+    """Replace ``model.*`` with its average, whose names have no dots."""
     names = {name.removeprefix("model.").replace(".", ""): name for name in state if name.startswith("model.")}
     averages = {n.removeprefix(EMA): n for n in state if n.startswith(EMA)}
     counters = {"decay", "num_updates"}
@@ -108,7 +109,7 @@ def _take_averages(state: dict[str, Tensor], path: Path) -> None:
     if missing:
         raise UserError(
             f"{path} averages only some of the UNet's weights ({len(missing)} are missing, e.g. {names[missing[0]]}); "
-            "get the file anew, or set use_ema: false in the config"
+            "get the file again, or set use_ema: false in the config"
         )
     for short, name in names.items():
         state[name] = state[averages[short]]

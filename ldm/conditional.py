@@ -1,4 +1,4 @@
-"""The pipelines of conditional latent diffusion models: by class, by text."""
+"""The pipelines of class- and text-conditional latent diffusion models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT = "a painting of a virus monster playing guitar"
 
 
 class GuidedPipeline(LatentPipeline):
-    """What the two conditional pipelines share."""
+    """The common base of the two conditional pipelines."""
 
     conditional = True
 
@@ -46,30 +46,30 @@ class GuidedPipeline(LatentPipeline):
 
 
 def _check_guided(args: Namespace) -> None:
-    """Raise a `UserError` where options of `ldm.options.add_guided_options` contradict each other."""
+    """Raise a `UserError` if options of `ldm.options.add_guided_options` contradict each other."""
     require_at_least(0, {"--n_rows": args.n_rows, "--seed": args.seed})
     if args.skip_grid and args.skip_save and not getattr(args, "save_npz", True):
-        raise UserError("--skip_grid and --skip_save together leave nothing; leave one of them out")
+        raise UserError("--skip_grid and --skip_save together leave no output; leave one of them out")
     for name in ("n_samples", "n_iter", "n_batch", "max_images", "batch_size"):
         require_at_least(1, {f"--{name}": getattr(args, name, None)})
 
 
 class ClassPipeline(GuidedPipeline):
-    """A class-conditional model: image i shows class i mod their number."""
+    """A class-conditional model: image i shows class i mod the number of classes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._require_encoder("ClassEmbedder", "class")
-        self.classes = self._condition_stage.params.get("n_classes", 1000) - 1  # the last one is "no class"
+        self.classes = self._condition_stage.params.get("n_classes", 1000) - 1  # the last one means "no class"
         self.labels = [self.label(i) for i in range(self.count)]
         self.config["num_images"] = self.count
 
     @classmethod
     def from_args(cls, args: Namespace) -> ClassPipeline:
-        """Return what the options of `ldm.options.add_class_options` name.
+        """Return the pipeline that the options of `ldm.options.add_class_options` describe.
 
         Raises:
-            UserError: they contradict each other.
+            UserError: the options contradict each other.
         """
         _check_guided(args)
         config, weights, note = big_or_bundled(args.config, args.ckpt, CLASS_CONFIG, CLASS_CKPT, BUNDLED["class"])
@@ -97,11 +97,11 @@ class ClassPipeline(GuidedPipeline):
 
 
 class TextPipeline(GuidedPipeline):
-    """A text-conditional model: image i shows prompt i mod their number.
+    """A text-conditional model: image i shows prompt i mod the number of prompts.
 
     Args:
-        prompts: of the images, as many as there are.
-        calibration_prompts: of the images that a calibration set is recorded from; None takes ``prompts``.
+        prompts: one prompt per image.
+        calibration_prompts: prompts of the images that a calibration set is recorded from; None takes ``prompts``.
         others: see `LatentPipeline`.
     """
 
@@ -128,10 +128,10 @@ class TextPipeline(GuidedPipeline):
 
     @classmethod
     def from_args(cls, args: Namespace) -> TextPipeline:
-        """Return what the options of `ldm.options.add_text_options` name.
+        """Return the pipeline that the options of `ldm.options.add_text_options` describe.
 
         Raises:
-            UserError: they contradict each other, or a prompt file cannot be read.
+            UserError: the options contradict each other, or a prompt file cannot be read.
         """
         kind = chosen_sampler(args, {"plms": "plms", "dpm": "dpm_solver"})
         if args.ddim_eta != 0 and not find_sampler(kind).has_eta:
@@ -143,7 +143,7 @@ class TextPipeline(GuidedPipeline):
         code = together if args.fixed_code else None
         notes = [note] if note else []
         if args.from_file and args.prompt:
-            notes.append("--from-file takes the place of --prompt")
+            notes.append("--from-file replaces --prompt")
         prompt = args.prompt or (load_config(config).get("pretrained") or {}).get("prompt", PROMPT)
         lines = [prompt] * args.n_samples
         if args.from_file:
@@ -177,7 +177,7 @@ class TextPipeline(GuidedPipeline):
         for prompt in dict.fromkeys(self.prompts + self.calibration_prompts):
             if cut := encoder.cut(prompt):
                 limit = f"the text encoder takes {encoder.max_length} tokens"
-                self.notes.append(f"{limit}; of the prompt {prompt!r} this was cut: {cut!r}")
+                self.notes.append(f"{limit}; the end of the prompt {prompt!r} was cut off: {cut!r}")
 
     def conditions(self, rows: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
         prompts = self.calibration_prompts if calibration else self.prompts
@@ -185,15 +185,15 @@ class TextPipeline(GuidedPipeline):
 
 
 def _prompts_of(args: Namespace, path: str, option: str, notes: list[str]) -> list[str]:
-    """Return the prompts of the file that an option names; of one that is missing, none in a dry run."""
+    """Return the prompts of the file that an option names; a missing file gives no prompts in a dry run."""
     if getattr(args, "dry_run", False) and not Path(path).exists():
-        notes.append(f"{option} {path} does not exist: the plan is shown without its prompts")
+        notes.append(f"{option} {path} does not exist; the plan is shown without its prompts")
         return []
     return read_prompts(path, option)
 
 
 class CaptionPipeline(TextPipeline):
-    """What EDA-DM's scripts/sample_txt2img.py samples: ``--n_samples`` images, ``--n_batch`` at a time."""
+    """The pipeline of EDA-DM's scripts/sample_txt2img.py: ``--n_samples`` images, ``--n_batch`` per batch."""
 
     runs = Path("runs")
 

@@ -1,4 +1,4 @@
-"""Read the YAML file of a latent diffusion model and check every key that it has."""
+"""Read the YAML file of a latent diffusion model and check all its keys."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ NOTHING = "__is_unconditional__"
 def load_config(path: str | Path) -> Any:
     """Return a model's config as an attribute-style tree (OmegaConf).
 
-    A ``base`` entry names another YAML file (relative to the repository) that this one adds to or overrides.
+    A ``base`` entry names another YAML file (relative to the repository) that this one extends and overrides.
 
     Raises:
-        UserError: the file is missing, is not YAML, is of another family, is missing a part of the model, or has a key
-            that is not understood or a value of a wrong kind.
+        UserError: the file is missing, not YAML, or of another family, has no entry for a part of the model, or has an
+            unknown key or a value of a wrong kind.
     """
     from omegaconf import OmegaConf
 
@@ -43,8 +43,8 @@ def load_config(path: str | Path) -> Any:
     if not OmegaConf.is_dict(model) or model.get("target") != HOLDER:
         named = model.get("target") if OmegaConf.is_dict(model) else None
         raise UserError(
-            f"config file {path} is not that of a latent diffusion model (model.target is {named}, not {HOLDER}); give "
-            "one of configs/latent-diffusion or configs/stable-diffusion"
+            f"config file {path} does not describe a latent diffusion model (model.target is {named}, not {HOLDER}); "
+            "give one of configs/latent-diffusion or configs/stable-diffusion"
         )
     origin = f"config file {path}"
     check_section(config, TOP, "", origin)
@@ -58,7 +58,7 @@ def load_config(path: str | Path) -> Any:
     conditional = params.get("cond_stage_config", NOTHING) != NOTHING
     # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless told otherwise.
     if conditional and params.get("conditioning_key") is None and params.get("concat_mode", True):
-        raise UserError(f"{origin} lacks model.params.conditioning_key; add conditioning_key: crossattn")
+        raise UserError(f"{origin} has no model.params.conditioning_key; add conditioning_key: crossattn")
     return config
 
 
@@ -68,12 +68,11 @@ def _check_part(stage: Any, part: str, origin: str) -> None:
     where = f"model.params.{part}"
     needs_params = part != "cond_stage_config"
     if not isinstance(stage, Mapping) or "target" not in stage:
-        raise UserError(f"{origin} lacks {where} with target and params; add it")
+        raise UserError(f"{origin} has no {where} with target and params; add it")
     if needs_params and not isinstance(stage.get("params"), Mapping):
-        raise UserError(f"{origin} lacks {where} with target and params; add it")
+        raise UserError(f"{origin} has no {where} with target and params; add it")
     check_section(stage, STAGE, where, origin)
     if stage.target not in TARGETS[part]:
         raise UserError(
-            f"{origin} names the class {stage.target} as {where}.target, which is not allowed; "
-            f"choose {' or '.join(TARGETS[part])}"
+            f"{origin} has {where}.target {stage.target}, which is not allowed; choose {' or '.join(TARGETS[part])}"
         )

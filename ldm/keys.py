@@ -1,4 +1,4 @@
-"""The keys of a latent diffusion config, and what each may hold."""
+"""The keys of a latent diffusion config, and their allowed values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from qdiff.io.config_schema import Key
 from qdiff.sampling import Parameterization
 
 COUNT = Key(int, least=1)
-CONTEXT = "a condition is read by cross attention alone"
-# Read by training or by logging of the latent diffusion code alone; sampling is the same whatever they hold.
+CONTEXT = "conditions are read only by cross attention"
+# Used only by training or logging in the latent diffusion code; their values do not affect sampling.
 WITHOUT_EFFECT = (
     *("first_stage_key", "cond_stage_key", "cond_stage_trainable", "monitor", "log_every_t", "loss_type"),
     *("original_elbo_weight", "l_simple_weight", "learn_logvar", "logvar_init", "scheduler_config", "unet_trainable"),
@@ -31,7 +31,7 @@ PARAMS = {
     "cosine_s": Key(float, least=0),
     "beta_schedule": Key(choices=tuple(BETA_SCHEDULES)),
     "rescale_betas_zero_snr": Key(bool),
-    "given_betas": Key(choices=(None,), because="name a beta_schedule"),
+    "given_betas": Key(choices=(None,), because="use beta_schedule instead"),
     "parameterization": Key(choices=tuple(kind.value for kind in Parameterization)),
     "scale_factor": Key(float),
     "scale_by_std": Key(bool),
@@ -39,9 +39,9 @@ PARAMS = {
     "conditioning_key": Key(choices=("crossattn", None), because=CONTEXT),
     "concat_mode": Key(bool),
     "num_timesteps_cond": Key(choices=(1, None), because="conditions are not noised"),
-    "cond_stage_forward": Key(choices=(None,), because="encoders are called"),
+    "cond_stage_forward": Key(choices=(None,), because="condition encoders are always called"),
     "use_positional_encodings": Key(choices=(False,)),
-    "v_posterior": Key(choices=(0, 0.0), because="ancestral sampling takes the posterior's variance"),
+    "v_posterior": Key(choices=(0, 0.0), because="ancestral sampling uses the posterior's variance"),
     **{name: Key(Any) for name in WITHOUT_EFFECT},
 }
 STAGE = {"target": Key(str, required=True), "params": Key(Mapping)}
@@ -50,9 +50,9 @@ TOP = {
     "model": Key(Mapping, required=True),
     "training": Key(Mapping),
     "pretrained": Key(Mapping),
-    "eda_dm": Key(Mapping),  # by option name, checked by the method
-    "data": Key(Mapping),  # of training
-    "lightning": Key(Mapping),  # of the latent diffusion code's training
+    "eda_dm": Key(Mapping),  # by option name; the method checks it
+    "data": Key(Mapping),  # for training
+    "lightning": Key(Mapping),  # for training with the latent diffusion code
 }
 PRETRAINED = {
     **{name: Key(str) for name in ("file", "url", "md5", "reference", "extractor", "note", "prompt")},

@@ -1,4 +1,4 @@
-"""Find the files of a latent diffusion model, and what its config says about sizes."""
+"""Find the files of a latent diffusion model and read sizes from its config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def find_checkpoint(path: str | Path) -> Path:
     """Return the checkpoint that ``-r`` names: a file, or the model file in a folder.
 
     Raises:
-        UserError: no config.yaml beside it.
+        UserError: there is no config.yaml next to the checkpoint.
     """
     path = Path(path)
     if path.is_dir():
@@ -25,7 +25,7 @@ def find_checkpoint(path: str | Path) -> Path:
         path = found[0] if found else path / CHECKPOINTS[0]
     if not path.with_name("config.yaml").is_file():
         raise UserError(
-            f"there is no config.yaml beside {path}; -r names a model's checkpoint or folder, e.g. "
+            f"there is no config.yaml next to {path}; give -r a model's checkpoint or folder, e.g. "
             "models/ldm/lsun_beds256/model.ckpt"
         )
     return path
@@ -34,17 +34,17 @@ def find_checkpoint(path: str | Path) -> Path:
 def big_or_bundled(
     given_config: str | None, given_ckpt: str | None, config: str, ckpt: str, bundled: Path
 ) -> tuple[Path, Path, str | None]:
-    """Return config and checkpoint: the given ones, else the big model where it is, else the bundled one.
+    """Return config and checkpoint: the given ones, else the big model's if present, else the bundled model's.
 
-    Relative defaults are looked for here, then in the repository.
+    Relative defaults are searched for in the current folder, then in the repository.
 
     Args:
         given_config, given_ckpt: ``--config`` and ``--ckpt``.
-        config, ckpt: of the big model.
-        bundled: folder of the bundled one.
+        config, ckpt: files of the big model.
+        bundled: folder of the bundled model.
 
     Returns:
-        The third value is a sentence for the user where the bundled model stands in for the big one.
+        Config, checkpoint, and a sentence for the user if the bundled model replaces the big one, else None.
     """
     if given_config:
         pretrained = load_config(given_config).get("pretrained") or {}
@@ -54,7 +54,7 @@ def big_or_bundled(
         return beside if beside.is_file() else _here_or_in_repository(config), Path(given_ckpt), None
     if (weights := _here_or_in_repository(ckpt)).is_file():
         return _here_or_in_repository(config), weights, None
-    note = f"{ckpt} is not there: the bundled model {bundled} takes its place"
+    note = f"{ckpt} is missing; the bundled model {bundled} is used instead"
     return bundled / "config.yaml", bundled / "model.safetensors", note
 
 
@@ -65,12 +65,12 @@ def _here_or_in_repository(path: str) -> Path:
 
 @dataclass(frozen=True)
 class ImageSize:
-    """What the text scripts let a user choose; None is the model's.
+    """The sizes that users of the text scripts can choose; None takes the model's.
 
     Attributes:
-        H, W: of an image, in pixels.
+        H, W: height and width of an image in pixels.
         C: channels of a latent.
-        f: pixels per latent pixel, on each side.
+        f: image pixels per latent pixel, per side.
     """
 
     H: int | None = None
@@ -80,10 +80,10 @@ class ImageSize:
 
 
 def latent_shape(config: Any, asked: ImageSize) -> tuple[int, int, int]:
-    """Return (C, h, w) of a model's latents, or what ``--H`` and ``--W`` make of it.
+    """Return (C, h, w) of a model's latents, adapted to ``--H`` and ``--W``.
 
     Raises:
-        UserError: ``--C`` or ``--f`` are not the model's, or its UNet cannot halve ``--H`` or ``--W``.
+        UserError: ``--C`` or ``--f`` differs from the model's, or its UNet cannot halve ``--H`` or ``--W``.
     """
     params = config.model.params
     channels, size = params.get("channels", 3), params.get("image_size", 256)
@@ -92,28 +92,28 @@ def latent_shape(config: Any, asked: ImageSize) -> tuple[int, int, int]:
     ddconfig = params.first_stage_config.params.get("ddconfig") or {}
     if "ch_mult" not in ddconfig:
         raise UserError(
-            "the model's config lacks first_stage_config.params.ddconfig.ch_mult; leave out --H, --W and --f"
+            "the model's config has no first_stage_config.params.ddconfig.ch_mult; leave out --H, --W and --f"
         )
     factor = 2 ** (len(ddconfig.ch_mult) - 1)
     for name, value, own in (("C", asked.C, channels), ("f", asked.f, factor)):
         if value not in (None, own):
-            raise UserError(f"--{name} is {value} and this model's is {own}; leave --{name} out")
-    # The UNet halves the latent once a level, and its skips must fit on the way back.
+            raise UserError(f"--{name} is {value} but this model's is {own}; leave --{name} out")
+    # The UNet halves the latent once per level, and its skips must fit on the way back up.
     unit = factor * 2 ** (len(params.unet_config.params.get("channel_mult", (1, 2, 4, 8))) - 1)
     sides = []
     for name, value in (("H", asked.H), ("W", asked.W)):
         value = size * factor if value is None else value
         if value < 1 or value % unit:
             raise UserError(
-                f"--{name} is {value}; give a positive multiple of {unit} (this model's --f {factor} times what its "
-                "UNet halves)"
+                f"--{name} is {value}; give a positive multiple of {unit} (this model's --f {factor} times the "
+                "UNet's downsampling)"
             )
         sides.append(value // factor)
     return channels, sides[0], sides[1]
 
 
 def how_to_get(config: Any) -> str:
-    """Return what to do about a checkpoint that is not there."""
+    """Return the advice for a missing checkpoint."""
     pretrained = config.get("pretrained") or {}
     if "url" in pretrained:
         return f"download {pretrained['url']} and put it there ({pretrained.get('note', 'a checkpoint file')})"

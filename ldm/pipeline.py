@@ -33,7 +33,7 @@ UNCONDITIONAL = "__is_unconditional__"
 
 
 def latent_options(kind: str, steps: int, eta: float = 0.0, scale: float = 1.0, fixed_code: int | None = None):
-    """Return `SamplerOptions` as latent diffusion samples: timesteps begin at 1, and the last step ends at ᾱ_0."""
+    """Return `SamplerOptions` for latent diffusion: timesteps begin at 1, and the last step ends at ᾱ_0."""
     return SamplerOptions(kind, steps, offset=1, ends_clean=False, eta=eta, scale=scale, fixed_code=fixed_code)
 
 
@@ -41,14 +41,14 @@ class LatentPipeline(Pipeline):
     """A latent diffusion model; see `Pipeline`.
 
     Args:
-        config, weights: its YAML file and checkpoint.
-        options: of the sampler, e.g. from `latent_options`.
-        seed: the noise of image i depends on (seed, i) alone.
-        count: how many images.
-        batch_size: images at a time.
-        size: of the images, where it is not the model's.
+        config, weights: the model's YAML file and checkpoint.
+        options: the sampler's options, e.g. from `latent_options`.
+        seed: the noise of image i depends only on (seed, i).
+        count: number of images.
+        batch_size: images per batch.
+        size: size of the images, if it is not the model's.
         precision: ``autocast`` calls the network in half precision on CUDA; None is ``full``.
-        recompute: fitting computes activations of blocks again instead of keeping them, where the config says so.
+        recompute: fitting recomputes activations of blocks instead of keeping them, if the config says so.
 
     Raises:
         UserError: the config or a number is wrong.
@@ -100,7 +100,7 @@ class LatentPipeline(Pipeline):
             raise UserError(f"{self._origin} is not a {kind}-conditional model; use the script of its family")
 
     def build_network(self) -> tuple[SteppedNetwork, tuple[int, int] | None]:
-        """Return the UNet without weights, on the meta device, and (L, D) of the context that it takes, or None."""
+        """Return the UNet without weights on the meta device, and (L, D) of its context, or None."""
         with torch.device("meta"):
             network = instantiate_from_config(self.model_config.model.params.unet_config)
             encoder = instantiate_from_config(self._condition_stage)
@@ -129,7 +129,7 @@ class LatentPipeline(Pipeline):
         return _context_shape(self.network, self.model.cond_stage_model)
 
     def _contexts(self, values: Sequence[Any]) -> tuple[Tensor, Tensor | None]:
-        """Encode values, and the absence of a value unless the guidance scale makes it irrelevant."""
+        """Encode the values and, unless the guidance scale makes it irrelevant, the unconditional value."""
         nothing = self.model.cond_stage_model.unconditional
         condition = self.model.condition(values)
         return condition, None if self.sampler.options.scale == 1.0 else self.model.condition([nothing] * len(values))
@@ -145,7 +145,7 @@ class LatentPipeline(Pipeline):
 
 
 def _context_shape(network: SteppedNetwork, encoder: Any) -> tuple[int, int] | None:
-    # A text is padded to the encoder's length; a class is one token.
+    # Texts are padded to the encoder's length; a class is one token.
     return None if encoder is None else (getattr(encoder, "max_length", 1), network.context_dim)
 
 
@@ -164,19 +164,19 @@ class UnconditionalPipeline(LatentPipeline):
 
     @classmethod
     def from_args(cls, args: Namespace) -> UnconditionalPipeline:
-        """Return what the options of `ldm.options.add_unconditional_options` name.
+        """Return the pipeline that the options of `ldm.options.add_unconditional_options` describe.
 
         Raises:
-            UserError: they contradict each other.
+            UserError: the options contradict each other.
         """
         weights = find_checkpoint(args.resume_base) if args.resume_base else BUNDLED["vq"] / "model.safetensors"
         kind = chosen_sampler(args, {"dpm": "dpm_solver", "vanilla_sample": "ancestral"})
-        asked = getattr(args, "a_range", None)  # of commands that quantize
+        asked = getattr(args, "a_range", None)  # only commands that quantize have it
         if args.a_min_max and asked not in (None, RangeMethod.MIN_MAX):
             raise UserError(f"--a_min_max and --a_range {asked} contradict each other; leave one of them out")
         require_at_least(1, {"--n_samples": args.n_samples, "--batch_size": args.batch_size})
         require_at_least(0, {"--seed": args.seed})
-        # The published default of η is 1 whatever the sampler.
+        # The published default of η is 1 for every sampler, so samplers without η get 0.
         options = latent_options(kind, args.custom_steps, args.eta if find_sampler(kind).has_eta else 0.0)
         config, batch_size = weights.with_name("config.yaml"), args.batch_size or 10
         made = cls(config, weights, options, args.seed, args.n_samples, batch_size)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def asked_classes(prompts: Sequence[str], words: Sequence[str]) -> list[int] | None:
-    """Return the number of the one word that each prompt holds; None if some prompt holds none, or several."""
+    """Return for each prompt the index of the one word it contains; None if any prompt contains none or several."""
     classes = []
     for prompt in prompts:
         found = {i for i, word in enumerate(words) if re.search(rf"\b{re.escape(word)}\b", prompt, re.IGNORECASE)}

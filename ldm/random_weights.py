@@ -1,4 +1,4 @@
-"""A model of a config's shapes with random weights."""
+"""A model with a config's shapes and random weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TOKENIZER = REPOSITORY / "models" / "ldm" / "digits_text" / "text_encoder"
 
 
 def write_random_model(config_path: str | Path, folder: str | Path, seed: int) -> str:
-    """Write ``model.safetensors`` (float16) and ``config.yaml``; return a line that says what was written.
+    """Write ``model.safetensors`` (float16) and ``config.yaml``; return a line that describes them.
 
     Matrices and kernels have variance 1/fan-in, norms are the identity, so activations stay of order 1.
 
     Raises:
-        UserError: the config is bad, or the folder cannot be written.
+        UserError: the config is invalid, or the folder cannot be written.
     """
     from omegaconf import OmegaConf
     from safetensors.torch import save_file

@@ -8,7 +8,7 @@ from typing import Any
 from qdiff.sampling import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
 from qdiff.sampling.schedule import COSINE_OFFSET
 
-# What these configs call "linear" is linear in √β.
+# "linear" in these configs means linear in √β.
 BETA_SCHEDULES = {
     "linear": BetaKind.SCALED_LINEAR,
     "cosine": BetaKind.COSINE,
@@ -30,5 +30,5 @@ def build_schedule(params: Mapping[str, Any]) -> DiffusionSchedule:
 
 
 def parameterization(params: Mapping[str, Any]) -> Parameterization:
-    """Return what the UNet of ``model.params`` predicts."""
+    """Return the quantity that the UNet of ``model.params`` predicts."""
     return Parameterization(params.get("parameterization", Parameterization.EPS.value))

@@ -12,11 +12,11 @@ from qdiff.machine.meta_device import check_runs
 
 
 def check_sizes(config: Any, origin: str, latent: tuple[int, int, int] | None = None) -> None:
-    """Raise a `UserError` where UNet, first stage and condition encoder of a config cannot work together.
+    """Raise a `UserError` if UNet, first stage and condition encoder of a config cannot work together.
 
     Args:
-        origin: what the config is called in the error.
-        latent: (C, h, w) that is sampled; None takes the config's.
+        origin: the config's name in error messages.
+        latent: (C, h, w) of the sampled latents; None takes the config's.
     """
     params = config.model.params
     unet, first = params.unet_config.params, params.first_stage_config.params
@@ -49,4 +49,4 @@ def check_sizes(config: Any, origin: str, latent: tuple[int, int, int] | None = 
         network(*inputs)
         images = instantiate_from_config(params.first_stage_config).decode(inputs[0])
     if images.shape[1] != 3:
-        raise UserError(f"{origin} decodes to {images.shape[1]} channels; images have 3: correct out_ch of ddconfig")
+        raise UserError(f"{origin} decodes to {images.shape[1]} channels; images have 3; correct out_ch of ddconfig")

@@ -46,17 +46,17 @@ def train_first_stage(args: Namespace) -> dict[str, Any]:
 
 
 def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
-    """Return config, its section of a stage, and the number of epochs.
+    """Return the config, its section for a stage, and the number of epochs.
 
     Raises:
-        UserError: the config does not say how to train, or there is no epoch to train.
+        UserError: the config does not describe the training, or the number of epochs is below 1.
     """
     config = load_config(args.config)
     check_sizes(config, f"config file {args.config}")
     section = (config.get("training") or {}).get(stage)
     if not section or not config.get("data"):
         raise UserError(
-            f"config file {args.config} lacks data or training.{stage}; see models/ldm/digits_vq/config.yaml"
+            f"config file {args.config} has no data or training.{stage}; see models/ldm/digits_vq/config.yaml"
         )
     epochs = section.n_epochs if args.epochs is None else args.epochs
     if epochs < 1:
@@ -65,9 +65,9 @@ def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
 
 
 def train_diffusion(args: Namespace) -> dict[str, Any]:
-    """Train the denoiser of a config (and its condition encoder) and write the whole model, averaged weights.
+    """Train a config's denoiser (and its condition encoder) and write the whole model with averaged weights.
 
-    A tokenizer that is there is kept: weights that were trained with it know its tokens by their numbers.
+    An existing tokenizer is kept, because weights that were trained with it depend on its token numbers.
     """
     config, stage, epochs = _plan(args, "diffusion")
     if captions := config.data.get("captions"):
@@ -115,7 +115,7 @@ def _notes(args: Namespace) -> dict[str, Any]:
 
 
 def _save(state: dict[str, Tensor], out: str, notes: dict[str, Any]) -> None:
-    """Write weights as float16, the scale factor as float32."""
+    """Write weights as float16 and the scale factor as float32."""
     tensors = {
         k: (v if k == "scale_factor" else v.half()).contiguous().cpu()
         for k, v in state.items()

@@ -19,7 +19,7 @@ from ldm.models.diffusion.ddpm import LatentDiffusion
 class FirstStageTask(OptimisedTask):
     """Minimise |x − decoded| + weight · (codebook loss, or KL divergence per latent value).
 
-    Entries of a codebook that a whole epoch did not use are put on encoder outputs, for the first half of training.
+    During the first half of training, codebook entries that were unused for a whole epoch are moved to encoder outputs.
 
     Args:
         config: ``optim`` and ``regulariser_weight``.
@@ -55,7 +55,7 @@ class FirstStageTask(OptimisedTask):
 
 
 class ConditionedDenoiser(nn.Module):
-    """The UNet and the condition encoder that is trained with it, as one network of (x_t, t, values)."""
+    """The UNet and the condition encoder trained with it, as one network of (x_t, t, values)."""
 
     def __init__(self, model: LatentDiffusion) -> None:
         super().__init__()
@@ -71,9 +71,9 @@ class LatentDenoisingTask(DenoisingTask):
     """Training of the denoiser on cached latents; conditions are dropped at random, for guidance (Ho & Salimans 2022).
 
     Args:
-        model: with its first stage trained; ``scale_factor`` is set before.
-        describe: turns labels [N] into what the condition encoder takes; None for an unconditional model.
-        drop: share of conditions that is replaced by the encoder's ``unconditional`` value.
+        model: has a trained first stage and its ``scale_factor`` set.
+        describe: turns labels [N] into inputs of the condition encoder; None for an unconditional model.
+        drop: share of conditions that are replaced with the encoder's ``unconditional`` value.
     """
 
     def __init__(

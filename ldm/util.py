@@ -9,7 +9,7 @@ from typing import Any
 from qdiff.errors import UserError, first_line
 from qdiff.io.config_schema import check_section, keys_of
 
-# A YAML file is data: it may name these classes and run no other code.
+# YAML files are data: they may name only these classes and run no other code.
 ALLOWED_TARGETS = frozenset(
     {
         "ldm.models.diffusion.ddpm.LatentDiffusion",
@@ -27,7 +27,7 @@ def instantiate_from_config(config: Any) -> Any:
     """Return the object that ``{"target": dotted class, "params": {...}}`` describes; None for `NOTHING`.
 
     Raises:
-        UserError: no target, a target that is not allowed, or parameters that it does not take.
+        UserError: there is no target, it is not allowed, or it does not take these parameters.
     """
     if config in NOTHING:
         return None
@@ -36,7 +36,7 @@ def instantiate_from_config(config: Any) -> Any:
     target = str(config["target"])
     if target not in ALLOWED_TARGETS:
         raise UserError(
-            f"the config names {target}, which is not among the classes that a config may name "
+            f"the config names the class {target}, which is not allowed; give one of "
             f"({', '.join(sorted(ALLOWED_TARGETS))}); correct the target"
         )
     module, name = target.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""What a model family offers: a float network with its sampler, conditions and decoder, as one object."""
+"""The interface of a model family: a float network with its sampler, conditions and decoder in one object."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ def trajectory_of(network: Network) -> contextlib.AbstractContextManager:
 
 
 class Pipeline:
-    """A float diffusion model and its sampler. A family derives its own, with a ``from_args`` for its scripts.
+    """A float diffusion model and its sampler. Each family derives its own, with a ``from_args`` for its scripts.
 
-    Construction reads configs and checks numbers; weights, data and device are touched by `load`.
+    The constructor reads configs and checks numbers; only `load` reads weights and data and uses the device.
 
     Args:
-        name: of the default run folder.
-        sampler: of the images, or of their latents.
-        count: how many images a run makes, at least 1.
-        batch_size: images at a time, at least 1.
+        name: name of the default run folder.
+        sampler: samples the images or their latents.
+        count: number of images per run, at least 1.
+        batch_size: images per batch, at least 1.
 
     Attributes:
-        config: what decides the images besides quantization and seed, JSON values.
-        weight_range, act_range: what the family's scripts take by default.
-        conditional: the network takes a context.
-        labels: the class that each image was asked for, where that is known.
-        runs: folder of the default run folders.
-        eda_dm: EDA-DM's values for this model by option name, of its config's section of that name.
-        notes: sentences that the user should read; `load` may add some.
-        precision_name: in which `precision` the network is called, ``full`` or ``autocast``; None where there is no
+        config: everything besides quantization and seed that decides the images, as JSON values.
+        weight_range, act_range: the default range methods of the family's scripts.
+        conditional: whether the network takes a context.
+        labels: the requested class of each image, if known.
+        runs: parent folder of the default run folders.
+        eda_dm: EDA-DM's values for this model by option name, from the config's section of that name.
+        notes: sentences for the user; `load` may add some.
+        precision_name: the precision in which the network is called, ``full`` or ``autocast``; None if there is no
             choice.
-        encoded: `conditions` of the images that `sample` is asked for, where that is known: it then needs no
-            `load`. None encodes them.
-        network, weights: after `load`.
-        device: where sampling runs; the CPU until `load` or `move_to`.
+        encoded: precomputed `conditions` of the images that `sample` is called for, which need no `load`; None
+            computes them.
+        network, weights: set by `load`.
+        device: the device that sampling runs on; the CPU until `load` or `move_to`.
 
     Raises:
         UserError: a number is out of range.
@@ -74,7 +74,7 @@ class Pipeline:
 
     @property
     def calls(self) -> int:
-        """How often one image's sampling calls the network."""
+        """Network calls per image."""
         return self.sampler.calls
 
     @property
@@ -84,50 +84,50 @@ class Pipeline:
 
     @property
     def context_shape(self) -> tuple[int, int] | None:
-        """(L, D) of the context that the network is fed, after `load`; None where it takes none."""
+        """(L, D) of the network's context, after `load`; None if it takes none."""
         return None
 
     @property
     def training_steps(self) -> int:
-        """T, how many timesteps the model was trained with: the network is fed those below it."""
+        """T, the number of training timesteps; the network takes timesteps below T."""
         return self.sampler.schedule.num_train
 
     def note_steps(self, option: str) -> None:
-        """Add a note where the sampler takes another number of steps than an option asks for."""
+        """Add a note if the sampler takes a different number of steps than an option requests."""
         asked, taken = self.sampler.options.steps, len(self.sampler.timesteps)
         if asked != taken and not find_sampler(self.sampler.options.kind).places_steps:
             self.notes.append(
                 f"{option} {asked} does not divide the {self.training_steps} training steps: {taken} steps are taken, "
-                "as by the published samplers"
+                "as in the published samplers"
             )
 
     def check_modulation(self, quant: QuantConfig) -> None:
-        """Raise a `UserError` where a network that modulates would be sampled in one step."""
+        """Raise a `UserError` if a modulated network would be sampled in a single step."""
         if quant.modulate and self.calls < 2:
-            raise UserError("--modulate is about changes from step to step, and this sampler has one; give it more")
+            raise UserError("--modulate quantizes changes between steps but this sampler has one step; give more")
 
     def probe(self) -> tuple[Tensor, ...]:
-        """Return two inputs of the network, (x, t[, context]), after `load`: noise at t = T/2, and real conditions."""
+        """Return two inputs of the network, (x, t[, context]), after `load`: noise at t = T/2 and real conditions."""
         generator = torch.Generator().manual_seed(0)
         x, t = torch.randn(2, *self.input_shape, generator=generator), torch.full((2,), self.training_steps // 2)
         condition, _ = self.conditions([0, 1], calibration=True)
         return (x, t) if condition is None else (x, t, condition)
 
     def build_network(self) -> tuple[SteppedNetwork, tuple[int, int] | None]:
-        """Return the network on the meta device, and the (L, D) of its context: shapes without files."""
+        """Return the network on the meta device and the (L, D) of its context; no files are read."""
         raise NotImplementedError
 
     def load(self, device: torch.device, network: bool = True) -> None:
         """Load the float weights onto a device.
 
         Args:
-            network: False leaves the network without weights, on the meta device, and everything else on the CPU until
-                `move_to`: the network is then filled from a quantized file. ``weights`` is None where nothing was read.
+            network: False leaves the network without weights on the meta device, and everything else on the CPU until
+                `move_to`; the network is then filled from a quantized file. ``weights`` is None if no file was read.
         """
         raise NotImplementedError
 
     def move_to(self, device: torch.device) -> None:
-        """Move what was loaded to another device."""
+        """Move everything that was loaded to another device."""
         raise NotImplementedError
 
     def conditions(self, rows: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -135,7 +135,7 @@ class Pipeline:
         return None, None
 
     def precision(self) -> contextlib.AbstractContextManager:
-        """Return the context in which sampling calls the network: autocast where half precision was asked for."""
+        """Return the context in which sampling calls the network: autocast if half precision was requested."""
         return contextlib.nullcontext()
 
     def sample(
@@ -146,18 +146,18 @@ class Pipeline:
         on_call: OnCall | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Run the sampler for the images numbered ``rows`` and return x_0 as the network knows it, [N, C, H, W].
+        """Run the sampler for the images numbered ``rows`` and return x_0 in the network's space, [N, C, H, W].
 
         Args:
             network: float or quantized.
-            calibration: draw from the calibration streams instead of the run's.
-            on_call: told of every network call.
-            on_step: told of every sampler step: (i, t, x, predicted x_0).
+            calibration: use the calibration streams instead of the run's.
+            on_call: called for every network call.
+            on_step: called after every sampler step with (i, t, x, predicted x_0).
         """
         with self.precision():
             condition, unconditional = self.encoded or self.conditions(rows, calibration)
             return self.sampler(network, rows, self.device, condition, unconditional, calibration, on_call, on_step)
 
     def to_images(self, x_0: Tensor) -> Tensor:
-        """Turn what `sample` returns into images [N, C, H, W] in [−1, 1]."""
+        """Turn the result of `sample` into images [N, C, H, W] in [−1, 1]."""
         return x_0

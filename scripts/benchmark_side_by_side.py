@@ -1,11 +1,11 @@
-"""Measure what runs on one machine cost each other: a sampling command alone, then several times side by side.
+"""Measure how runs on one machine slow each other down: one sampling command alone, then several in parallel.
 
     python scripts/benchmark_side_by_side.py --runs 2 --threads 2 --repeats 3 -- sample_diffusion_ddim \\
         --config configs/digits.yml --use_pretrained --timesteps 20 --max_images 16 --ptq --weight_bit 4 --quant_act \\
         --act_bit 8 --cali_st 20 --cali_n 16 --cali_iters 50 --cali_iters_a 50 --device cpu
 
-Every run has a temporary folder of its own; its phases are those of run.json. Idle threads sleep, unless the
-environment says otherwise: OMP_WAIT_POLICY=ACTIVE before the command shows what spinning costs.
+Every run has its own temporary folder; its phases are those of run.json. Idle threads sleep unless the environment says
+otherwise: OMP_WAIT_POLICY=ACTIVE before the command shows the cost of spinning.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from qdiff.errors import UserError
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--runs", type=int, default=2, help="how many side by side")
-    parser.add_argument("--repeats", type=int, default=3, help="how often alone and side by side")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads of every run")
-    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- SCRIPT OPTIONS of a sampling script")
+    parser.add_argument("--runs", type=int, default=2, help="number of parallel runs")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions, alone and in parallel")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads per run")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="-- SCRIPT OPTIONS, for a sampling script")
     args = parser.parse_args(arguments)
     for option, least in (("runs", 2), ("repeats", 1), ("threads", 1)):
         if getattr(args, option) < least:

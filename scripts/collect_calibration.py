@@ -1,4 +1,4 @@
-"""Record a calibration set: sample a float model and keep what its network was fed, in the published format.
+"""Record a calibration set: sample a float model and save the inputs of its network in the published format.
 
     python scripts/collect_calibration.py --config configs/digits.yml --use_pretrained --timesteps 50 \\
         --cali_st 20 --cali_n 32 --out calibration/digits.pt
@@ -25,11 +25,11 @@ from qdiff.cli.script import parser_like
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments, SCRIPTS)
-    parser.add_argument("--cali_st", type=int, default=20, help="how many evenly spaced steps to record")
+    parser.add_argument("--cali_st", type=int, default=20, help="number of evenly spaced steps to record")
     parser.add_argument("--cali_n", type=int, default=256, help="samples per step")
-    parser.add_argument("--batch_size", type=int, help="images sampled at a time")
-    parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
-    parser.add_argument("--cond", action="store_true", help="accepted: a conditional model is known by its config")
+    parser.add_argument("--batch_size", type=int, help="images per batch")
+    parser.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
+    parser.add_argument("--cond", action="store_true", help="accepted; the config says whether a model is conditional")
     parser.add_argument("--out", required=True, help="the file to write (.pt)")
     add_generate_option(parser, default="raw")
     return parser.parse_args(arguments)
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(note, file=sys.stderr)
         recording = record_evenly(pipeline, args.cali_st, args.cali_n, pairs=pairs)
     save_recording(recording, args.out)
-    print(f"{args.out}: {args.cali_st} steps of {args.cali_n} samples")
+    print(f"{args.out}: {args.cali_st} steps with {args.cali_n} samples each")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Show that the runtimes compute what was simulated: ε at every sampling step, and the images.
+"""Compare the runtimes with the simulated network: ε at every sampling step, and the images.
 
     python scripts/compare_runtimes.py --config configs/digits.yml --use_pretrained --timesteps 20 --seed 1234 \\
         --ptq --weight_bit 4 --quant_act --act_bit 8 --split --cali_ckpt runs/w4a8/quantized.safetensors \\
         --images 64 --out runs/w4a8/parity.json
 
-Every network is fed what the simulated one was fed at each step; images are of sampling by itself. --like names the
-sampling script whose model and sampler options follow.
+At each step, every network gets the inputs of the simulated one; images are sampled by each network on its own. --like
+names the sampling script whose model and sampler options follow.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
-    parser.add_argument("--images", type=int, default=64, help="images to sample with every network")
-    parser.add_argument("--batch_size", type=int, help="images sampled at a time")
-    parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    parser.add_argument("--images", type=int, default=64, help="images per network")
+    parser.add_argument("--batch_size", type=int, help="images per batch")
+    parser.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
     parser.add_argument(
         "--runtimes", help=f"names separated by commas: {', '.join(compared_runtimes())} (default: all that can)"
     )
     parser.add_argument("--onnx", help="the exported model (default: exported into a temporary folder)")
-    parser.add_argument("--out", help="a JSON file to write, with the error at every step")
-    parser.add_argument("--document", help="a markdown file whose block '<!-- table NAME -->' becomes the table")
+    parser.add_argument("--out", help="JSON file to write, with the error at every step")
+    parser.add_argument("--document", help="markdown file whose block '<!-- table NAME -->' becomes the table")
     parser.add_argument("--table", default="parity", help="NAME of that block")
     return parser.parse_args(arguments)
 

@@ -1,14 +1,14 @@
-"""Count what a model costs before and after quantization: bytes as stored, and bit operations. Needs no weights.
+"""Count the cost of a model before and after quantization: stored bytes and bit operations. Needs no weights.
 
     python scripts/count_cost.py --config configs/cifar10.yml --use_pretrained --ptq --weight_bit 4 --quant_act --split
     python scripts/count_cost.py --like txt2img --config configs/stable-diffusion/v1-inference.yaml \\
         --ptq --weight_bit 4 --quant_act --sm_abit 16 --by bops --layers 20
 
---like names the sampling script whose model, sampler and quantization options follow; calibration options are accepted,
-as nothing of the cost depends on them. Counted is one call of the denoising network for one sample. First stage and
-text encoder, which stay in float, are not in it; guidance calls the network for a pair, which costs twice as much.
-Of a modulated network the call is a later one of a trajectory; a line says what the first one costs, what is kept from
-call to call, and what is added to it.
+--like names the sampling script whose model, sampler and quantization options follow; calibration options are accepted
+but do not affect the cost. The numbers are for one call of the denoising network for one sample. They do not include
+the first stage and the text encoder, which stay in float; guidance calls the network for a pair of samples, which costs
+twice as much. For a modulated network the numbers are those of a later call of a trajectory; one line gives the cost of
+the first call, the size of the state kept between calls, and the additions.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from qdiff.cli.script import parser_like
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
-    parser.add_argument("--batch_size", type=int, help="accepted: costs are those of one sample")
-    parser.add_argument("--layers", type=int, default=10, help="how many of the heaviest layers to list")
+    parser.add_argument("--batch_size", type=int, help="accepted; costs are per sample")
+    parser.add_argument("--layers", type=int, default=10, help="number of the heaviest layers to list")
     parser.add_argument(
         "--by",
         choices=["size", "bops", "state"],
         default="size",
-        help="what makes a layer heavy; state: what it remembers, modulated",
+        help="how to rank layers; state: bytes that a modulated layer keeps between calls",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser.parse_args(arguments)
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.layers < 0:
         raise UserError(f"--layers is {args.layers}; give 0 or more")
     if not getattr(args, "ckpt", True):
-        args.use_pretrained = True  # costs are of shapes: whose weights they would be does not matter
+        args.use_pretrained = True  # only shapes matter, so any weights will do
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     network, context_shape = pipeline.build_network()
@@ -70,14 +70,14 @@ def main(arguments: list[str] | None = None) -> None:
     shapes = f"input {list(pipeline.input_shape)}" + (f", context {list(context_shape)}" if context_shape else "")
     print(f"{pipeline.name}: the denoising network, one call for one sample ({shapes})")
     if context_shape:
-        print("guidance calls it for a pair of samples, which costs twice as much a step")
+        print("guidance calls it for a pair of samples, which costs twice as much per step")
     print(f"{'':<10}{'parameters':>14}{'MB (10^6)':>12}{'GMACs':>10}{'GBops':>12}")
     for kind, counts in accounts.items():
         numbers = f"{counts.parameters:>14,}{counts.size_bytes / 1e6:>12.2f}{counts.macs / 1e9:>10.3f}"
         print(f"{kind:<10}{numbers}{counts.gbops:>12.1f}")
-    if counts.modulates:  # the last one, quantized
+    if counts.modulates:  # the last counts, the quantized ones
         state = f"keeps {counts.state_bytes / 1e6:.2f} MB of float32 and makes {counts.additions / 1e6:.2f} M additions"
-        print(f"modulated: {state} a call; the first call of a trajectory has {counts.first_bops / 1e9:.1f} GBops")
+        print(f"modulated: {state} per call; the first call of a trajectory has {counts.first_bops / 1e9:.1f} GBops")
     modulates = any(layer.state_bytes for layer in heaviest)
     if heaviest:
         width = max(len(name) for name in (*(layer.name for layer in heaviest), "heaviest by state"))

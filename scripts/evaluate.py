@@ -6,9 +6,9 @@
     python scripts/evaluate.py real_images/ samples/ --metrics fid,kid
     python scripts/evaluate.py runs/sd-w4a8 --clip                        # prompts from its run.json
 
-REFERENCE is a .npz with images (arr_0) or statistics (ours, ADM's, pytorch-fid's), a folder of images, or a name:
-digits and digits32 are bundled. SAMPLES is a run's folder, a folder of images, or a .npz with images. Features are
-kept in $QDIFF_CACHE/features. Nothing is downloaded but with --download.
+REFERENCE is a .npz with images (arr_0) or statistics (this project's, ADM's, pytorch-fid's), a folder of images, or a
+name: digits and digits32 are bundled. SAMPLES is a run's folder, a folder of images, or a .npz with images. Features
+are cached in $QDIFF_CACHE/features. Nothing is downloaded without --download.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("paths", nargs="+", metavar="[REFERENCE] SAMPLES", help="see above")
     parser.add_argument("--metrics", help="e.g. fid,kid; an unknown name lists all (default: all possible)")
     parser.add_argument("--extractor", help="feature network (default: that of the statistics, else Inception)")
-    parser.add_argument("--extractor-weights", help="its weights file")
+    parser.add_argument("--extractor-weights", help="weights file of the extractor")
     parser.add_argument(
         "--protocol",
         choices=["torch-fidelity", "adm"],
         help="inception score over shuffled tenths, or over parts of 5,000 in order (default: adm for two .npz files)",
     )
     group = parser.add_argument_group("fidelity to the float model")
-    group.add_argument("--against", help="run of the float model with the same seeds: PSNR and SSIM, image by image")
-    group.add_argument("--lpips-weights", type=Path, help="torchvision's AlexNet or VGG16 weights: LPIPS as well")
-    group.add_argument("--lpips-net", choices=["alex", "vgg"], default="alex", help="which network these are of")
+    group.add_argument("--against", help="run of the float model with the same seeds, for PSNR and SSIM image by image")
+    group.add_argument("--lpips-weights", type=Path, help="torchvision's AlexNet or VGG16 weights, for LPIPS")
+    group.add_argument("--lpips-net", choices=["alex", "vgg"], default="alex", help="network of these weights")
     group = parser.add_argument_group("CLIP score")
     group.add_argument("--clip", action="store_true", help="with the prompts of the run")
     group.add_argument("--prompts", help="text file, one prompt per line, or COCO captions (.json); one per image")
@@ -48,13 +48,13 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     group.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead of the table")
     group.add_argument("--cache", help="folder of features (default: $QDIFF_CACHE/features)")
-    group.add_argument("--no-cache", action="store_true", help="compute features anew, and keep none")
-    group.add_argument("--batch_size", type=int, help="images a forward (default: what fits in memory)")
-    group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
-    group.add_argument("--download", action="store_true", help="fetch the CLIP model if it is not there")
+    group.add_argument("--no-cache", action="store_true", help="recompute features and cache none")
+    group.add_argument("--batch_size", type=int, help="images per forward pass (default: as many as fit in memory)")
+    group.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
+    group.add_argument("--download", action="store_true", help="download the CLIP model if it is missing")
     args = parser.parse_args(arguments)
     if len(args.paths) > 2:
-        raise UserError(f"there are {len(args.paths)} paths; give REFERENCE and SAMPLES, or SAMPLES alone")
+        raise UserError(f"there are {len(args.paths)} paths; give REFERENCE and SAMPLES, or only SAMPLES")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; give at least 1")
     return args

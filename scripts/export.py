@@ -3,7 +3,7 @@
     python scripts/export.py --config configs/digits.yml --use_pretrained --timesteps 20 --ptq --weight_bit 4 \\
         --quant_act --act_bit 8 --split --cali_ckpt runs/w4a8/quantized.safetensors --out runs/w4a8/model.onnx
 
-Without --ptq the float network is written. --like names the sampling script whose model options follow.
+Without --ptq the float network is exported. --like names the sampling script whose model options follow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qdiff.cli.script import parser_like
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
-    parser.add_argument("--batch_size", type=int, help="accepted: the model takes any batch")
+    parser.add_argument("--batch_size", type=int, help="accepted; the model takes any batch size")
     parser.add_argument("--out", required=True, help="the file to write (.onnx)")
     return parser.parse_args(arguments)
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is not None and plan.action != "load":
-        raise UserError("a calibrated checkpoint is what is exported; give --cali_ckpt PATH")
+        raise UserError("export needs a calibrated checkpoint; give --cali_ckpt PATH")
     import_onnx()
     if plan is not None:
         check_exportable(plan.quant)

@@ -1,4 +1,4 @@
-"""The sampling scripts of all model families: one row each. A new family adds its folder, its script and a row."""
+"""The sampling scripts of all model families, one row each. A new family adds its folder, its script and a row."""
 
 from __future__ import annotations
 

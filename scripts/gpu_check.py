@@ -1,11 +1,11 @@
-"""Check a GPU: its tests, the demo against the CPU's numbers, and time and memory of the full-size networks.
+"""Check a GPU: run the GPU tests, compare the demo with the CPU's numbers, and measure the full-size networks.
 
     make gpu-check PYTHON=python3
     python scripts/gpu_check.py --device cpu --small --out runs/gpu-check-cpu
 
-It takes at most 8 minutes and installs nothing. Every part runs in a process of its own, within a time of its own; one
-that fails, or that lacks a package, is a line of the table. The table goes to stdout and, with everything as JSON, into
-the folder --out. --small takes small networks and few images, to try the command itself. See docs/gpu.md.
+It takes at most 8 minutes and installs nothing. Every part runs in its own process with its own time limit; a part that
+fails, or for which a package is missing, is a line of the table. The table goes to stdout and, with all results as
+JSON, into the folder --out. --small uses small networks and few images, to try the command itself. See docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--out", default="runs/gpu-check", help="folder of table.md and table.json")
     parser.add_argument("--device", default="cuda", help="e.g. cuda:0, or cpu to try the command")
-    parser.add_argument("--small", action="store_true", help="small networks, few images, nothing compared")
+    parser.add_argument("--small", action="store_true", help="small networks, few images, no comparison")
     parser.add_argument("--parts", help="names separated by commas (default: all of qdiff/benchmark/gpu_check.py)")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # in the process of a part
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # used in the process of a part
     return parser.parse_args(arguments)
 
 

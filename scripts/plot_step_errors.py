@@ -1,11 +1,11 @@
-"""Show what modulation does: the error of ε at every sampling step, with it, without parts of it, and without it.
+"""Show the effect of modulation: the error of ε at every sampling step with it, without parts of it, and without it.
 
     python scripts/plot_step_errors.py --config configs/digits.yml --use_pretrained --timesteps 20 \\
         --ptq --weight_bit 4 --quant_act --act_bit 3 --quant_mode dynamic \\
         --cali_ckpt runs/modiff-digits/w4a32/quantized.safetensors --out runs/step-errors.png
 
-All variants run along the same trajectories of the float model. Numbers are written beside the picture, as JSON.
---like names the sampling script whose model and sampler options follow.
+All variants get the inputs of the same sampling runs of the float model. The numbers are written next to the picture,
+as JSON. --like names the sampling script whose model and sampler options follow.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from qdiff.cli.script import parser_like
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
-    parser.add_argument("--images", type=int, default=64, help="trajectories to run along")
-    parser.add_argument("--batch_size", type=int, help="images sampled at a time")
-    parser.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    parser.add_argument("--images", type=int, default=64, help="number of sampling runs to compare along")
+    parser.add_argument("--batch_size", type=int, help="images per batch")
+    parser.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
     parser.add_argument("--out", required=True, help="the picture to write (.png)")
     return parser.parse_args(arguments)
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     plan, numbers = resolve(args, pipeline), Path(args.out).with_suffix(".json")
     if Path(args.out).suffix != ".png":
-        raise UserError(f"--out is {args.out}; name a picture .png (the numbers go beside it as .json)")
+        raise UserError(f"--out is {args.out}; give a name that ends in .png (the numbers go next to it as .json)")
     for path in (args.out, numbers):
         check_writable(path)
     found = step_errors(pipeline, plan, args.images, args.device)

@@ -1,10 +1,10 @@
-"""Write a latent diffusion model with random weights, to measure time and memory without the released file.
+"""Write a latent diffusion model with random weights, to measure time and memory without the released weights.
 
     python scripts/random_checkpoint.py --config configs/stable-diffusion/v1-inference.yaml --out runs/sd
     python scripts/txt2img.py --config runs/sd/config.yaml --ckpt runs/sd/model.safetensors --H 128 --W 128
 
 The folder gets model.safetensors (float16) and config.yaml; a text encoder gets the tokenizer of the bundled digits
-model, so that no download is needed. What such a model draws is noise.
+model, so that no download is needed. Images of such a model are noise.
 """
 
 from __future__ import annotations

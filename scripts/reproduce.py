@@ -1,10 +1,10 @@
-"""Run the rows of a table, measure them by one protocol, and write the table: .md, .json, .html and a picture.
+"""Run the rows of a table, measure them with one protocol, and write the table: .md, .json, .html and a picture.
 
     python scripts/reproduce.py configs/tables/digits-demo.yaml --out runs/digits-demo
 
-Float comes first; where it misses its published value by more than 5 %, the command stops (--force goes on and flags
-it). Every row is a run folder of its own; repeating the command continues where it stopped.
-``--rows 'float,linear W4A8'`` runs only these rows; the table then shows them and the rows finished before.
+The float row comes first; if it misses its published value by more than 5 %, the command stops (--force continues and
+flags it). Every row has its own run folder; repeating the command continues where it stopped. ``--rows 'float,linear
+W4A8'`` runs only these rows; the table then shows them and all rows finished earlier.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from qdiff.cli.options.parser import Parser
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("table", help="a file of configs/tables")
-    parser.add_argument("--out", help="folder of the runs and the table (default: runs/<name of the file>)")
+    parser.add_argument("--out", help="folder for the runs and the table (default: runs/<name of the file>)")
     parser.add_argument("--device", help="passed on to the runs")
     parser.add_argument("--extractor", help="feature extractor (default: the model config's)")
     parser.add_argument("--extractor-weights", help="weights file of the extractor")
     parser.add_argument("--rows", help="labels of the rows to run, separated by commas (default: all)")
     parser.add_argument("--document", help="markdown file whose block '<!-- table NAME -->' becomes the table")
-    parser.add_argument("--force", action="store_true", help="go on where the float row misses its published value")
+    parser.add_argument("--force", action="store_true", help="continue if the float row misses its published value")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the rows as JSON and stop")
     args = parser.parse_args(arguments)
 

@@ -4,7 +4,7 @@
         --max_images 64 --ptq --weight_bit 4 --quant_act --act_bit 8 --split --cali_st 20 --cali_n 32 \\
         --cali_iters 500 --cali_iters_a 200 -l runs/w4a8
 
---method eda-dm, or any option of EDA-DM's, calibrates by that method. Repeating a command continues its run folder.
+--method eda-dm, or any option of EDA-DM, calibrates with that method. Repeating a command continues its run folder.
 """
 
 from __future__ import annotations

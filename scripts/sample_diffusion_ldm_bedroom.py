@@ -3,8 +3,8 @@
     python scripts/sample_diffusion_ldm_bedroom.py -r models/ldm/digits_vq -n 64 --batch_size 32 -c 25 -e 1.0 --ptq \\
         --weight_bit 4 --quant_act --act_bit 8 --a_sym --recon --calib_num_samples 256 --cali_iters 200 -l runs/bedroom
 
--r (--resume) names the float checkpoint. Values that are not given are those of configs/eda-dm/bedroom.yaml. Repeating
-a command continues its run folder.
+-r (--resume) names the float checkpoint. Options that are not given come from configs/eda-dm/bedroom.yaml. Repeating a
+command continues its run folder.
 """
 
 from __future__ import annotations

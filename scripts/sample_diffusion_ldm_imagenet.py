@@ -4,7 +4,7 @@
         --weight_bit 4 --quant_act --act_bit 8 --split --cali_st 20 --cali_n 32 --cali_iters 500 \\
         --cali_iters_a 200 -l runs/class-w4a8
 
-takes ImageNet's cin256-v2 where its checkpoint is in place, else the bundled digits model. Repeating a command
+samples ImageNet's cin256-v2 if its checkpoint is in place, otherwise the bundled digits model. Repeating a command
 continues its run folder.
 """
 

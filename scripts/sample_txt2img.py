@@ -3,8 +3,8 @@
     python scripts/sample_txt2img.py --prompt "a handwritten three" --plms --n_samples 8 --n_batch 4 --cond --ptq \\
         --split --weight_bit 4 --quant_act --act_bit 8 --recon --calib_num_samples 64 --cali_iters 200 -l runs/captions
 
-makes --n_samples images, --n_batch at a time, of the prompt or of the first captions of --from-file. Values that are
-not given are those of configs/eda-dm/stable-diffusion.yaml. Repeating a command continues its run folder.
+samples --n_samples images, --n_batch per batch, of the prompt or of the first captions of --from-file. Options that are
+not given come from configs/eda-dm/stable-diffusion.yaml. Repeating a command continues its run folder.
 """
 
 from __future__ import annotations

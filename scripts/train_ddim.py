@@ -20,10 +20,10 @@ from qdiff.cli.out_of_memory import SMALLER_TRAINING_BATCH, memory_advice
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="model config, e.g. configs/digits.yml")
-    parser.add_argument("--out", required=True, help="where the EMA weights go (.safetensors)")
-    parser.add_argument("--workdir", help="checkpoints to continue from (default: --out with .work)")
+    parser.add_argument("--out", required=True, help="file for the EMA weights (.safetensors)")
+    parser.add_argument("--workdir", help="folder of checkpoints to continue from (default: --out with .work)")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--epochs", type=int, help="instead of the config's training.n_epochs")
+    parser.add_argument("--epochs", type=int, help="number of epochs (default: the config's training.n_epochs)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args(arguments)
 

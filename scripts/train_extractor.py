@@ -7,8 +7,8 @@ and ``models/digits_reference.npz``. Metrics made with other weights cannot be c
 
     python scripts/train_extractor.py --reference-only --size 32
 
-trains nothing: with the classifier that is there it writes the reference statistics of digits of another
-size, ``models/digits32_reference.npz``.
+trains nothing; it uses the existing classifier to write the reference statistics of digits of another size,
+``models/digits32_reference.npz``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from qdiff.io.progress import tracked
 from qdiff.io.repository import REPOSITORY
 
 NAME = "digits-classifier"
-TEST_SIZE, SPLIT_SEED = 360, 0  # fixed whatever --seed says, so that accuracies can be compared
+TEST_SIZE, SPLIT_SEED = 360, 0  # independent of --seed, so that accuracies can be compared
 LEAST_ACCURACY = 0.98
 LEAST_SIZE = 8
 WEIGHTS = "digits_classifier.safetensors"
@@ -53,16 +53,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; changes rounding (default: 1)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "models", help="folder (default: models)")
     parser.add_argument(
-        "--reference-only", action="store_true", help="write only reference statistics, by the classifier in --out"
+        "--reference-only", action="store_true", help="write only reference statistics, with the classifier in --out"
     )
     parser.add_argument("--size", type=int, help=f"side of the digits, with --reference-only (default: {IMAGE_SIZE})")
     args = parser.parse_args(arguments)
     if args.size is not None and not args.reference_only:
         raise UserError(
-            f"--size is for --reference-only: the classifier itself is trained at {IMAGE_SIZE}×{IMAGE_SIZE}."
+            f"--size needs --reference-only, because the classifier is trained at {IMAGE_SIZE}×{IMAGE_SIZE}; add it"
         )
     if args.size is not None and args.size < LEAST_SIZE:
-        raise UserError(f"--size is {args.size}; give {LEAST_SIZE}, the size of the original digits, or more.")
+        raise UserError(f"--size is {args.size}; give at least {LEAST_SIZE}, the size of the original digits")
     return args
 
 
@@ -74,7 +74,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
     angle, scale = torch.deg2rad(uniform(10.0)), 1 + uniform(0.08)
     cosine, sine = scale * angle.cos(), scale * angle.sin()
-    shift = 1.5 / (IMAGE_SIZE / 2)  # affine_grid counts in half images
+    shift = 1.5 / (IMAGE_SIZE / 2)  # affine_grid's unit is half an image
     theta = torch.stack([cosine, -sine, uniform(shift), sine, cosine, uniform(shift)], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     # grid_sample fills with zeros, but the background is -1.
@@ -101,24 +101,24 @@ def train(images: Tensor, labels: Tensor, args: argparse.Namespace) -> DigitClas
 
 @torch.inference_mode()
 def accuracy(model: DigitClassifier, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images that the model names right."""
+    """Return the share of images that the model classifies correctly."""
     return (model(images)[1].argmax(dim=1) == labels).double().mean().item()
 
 
 def write_reference(folder: Path, size: int = IMAGE_SIZE) -> Path:
-    """Write the reference statistics of all digits, ``size`` pixels a side, by the classifier in ``folder``.
+    """Write the reference statistics of all digits at ``size``×``size`` pixels, with the classifier in ``folder``.
 
     Returns:
         The file: digits_reference.npz at the classifier's own size, else digits<size>_reference.npz.
 
     Raises:
-        UserError: if there is no usable classifier in ``folder``.
+        UserError: ``folder`` has no usable classifier.
     """
-    # Read back from its file, so that the statistics belong to what was written.
+    # Read back from its file, so that the statistics belong to the written weights.
     extractor = create_extractor(NAME, folder / WEIGHTS)
     pixels, _ = load_digit_images(size)
     name = f"scikit-learn digits, all {len(pixels)}, bicubic to {size}×{size}"
-    # One channel: three equal ones have the same mean, so RGB digits need no reference of their own.
+    # One channel suffices: three equal ones have the same mean, so RGB digits need no other reference.
     reference = compute_reference(pixels[:, None], extractor, name, progress=False)
     path = folder / f"digits{'' if size == IMAGE_SIZE else size}_reference.npz"
     save_reference(reference, path)
@@ -146,8 +146,8 @@ def main(arguments: list[str]) -> None:
     )
     if share < LEAST_ACCURACY:
         raise UserError(
-            f"The test accuracy {share:.4f} is below {LEAST_ACCURACY}, so nothing was written: train longer "
-            "with --epochs or try another --seed."
+            f"the test accuracy {share:.4f} is below {LEAST_ACCURACY}, so nothing was written; train longer "
+            "with --epochs or try another --seed"
         )
 
     weights = args.out / WEIGHTS
@@ -164,7 +164,7 @@ def main(arguments: list[str]) -> None:
 
 
 def report(*paths: Path) -> None:
-    """Say what was written."""
+    """Print the written files."""
     for path in paths:
         print(f"wrote {path} ({path.stat().st_size:,} bytes)")
 

@@ -4,7 +4,7 @@
     python scripts/train_ldm.py --config models/ldm/digits_vq/config.yaml --stage diffusion \\
         --first_stage runs/vq.safetensors --out models/ldm/digits_vq/model.safetensors
 
-Models with first stages of the same config may share one. Repeating a command after an interruption continues it.
+Models whose configs have the same first stage can share it. Repeating a command after an interruption continues it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="a config with model, data and training sections")
     parser.add_argument("--stage", choices=["first", "diffusion"], required=True)
     parser.add_argument("--first_stage", help="trained first stage (for --stage diffusion)")
-    parser.add_argument("--out", required=True, help="where the weights go (.safetensors, float16)")
-    parser.add_argument("--workdir", help="checkpoints to continue from (default: --out with .work)")
+    parser.add_argument("--out", required=True, help="file for the weights (.safetensors, float16)")
+    parser.add_argument("--workdir", help="folder of checkpoints to continue from (default: --out with .work)")
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--epochs", type=int, help="instead of the config's")
+    parser.add_argument("--epochs", type=int, help="number of epochs (default: the config's)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     return parser.parse_args(arguments)
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.io.files import check_writable
 
     if (args.stage == "diffusion") != bool(args.first_stage):
-        raise UserError("--stage diffusion needs --first_stage PATH, and --stage first takes none")
+        raise UserError("--stage diffusion needs --first_stage PATH, and --stage first takes none; correct it")
     if args.threads < 1:
         raise UserError(f"--threads is {args.threads}; give at least 1")
     check_writable(args.out)

@@ -4,7 +4,7 @@
         --quant_mode qdiff --no_grad_ckpt --split --quant_act --act_bit 8 --sm_abit 16 --cali_st 25 --cali_n 16 \\
         --cali_iters 500 --cali_iters_a 200 --outdir runs/txt2img-w4a8
 
-takes Stable Diffusion v1 where its checkpoint is in place, else the bundled digits model. Repeating a command
+samples Stable Diffusion v1 if its checkpoint is in place, otherwise the bundled digits model. Repeating a command
 continues its run folder.
 """
 

@@ -1,4 +1,4 @@
-"""Training images by the name that a config's ``data.dataset`` gives."""
+"""Training images, selected by a config's ``data.dataset``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_training_images(data: Any) -> Tensor:
         images, _ = load_digit_images(data.image_size)
         grey = torch.from_numpy(images).unsqueeze(1).float() / 127.5 - 1.0
         return grey.repeat(1, data.get("channels", 1), 1, 1)
-    raise UserError(f"data.dataset is {data.dataset}, which cannot be trained on here; known: DIGITS")
+    raise UserError(f"data.dataset is {data.dataset}, which cannot be used for training; give DIGITS")
 
 
 def load_training_labels(data: Any) -> Tensor:
@@ -31,4 +31,4 @@ def load_training_labels(data: Any) -> Tensor:
         from ddim.datasets.digits import load_digit_images
 
         return torch.from_numpy(load_digit_images(data.image_size)[1])
-    raise UserError(f"data.dataset is {data.dataset}, whose labels are not known here; known: DIGITS")
+    raise UserError(f"data.dataset is {data.dataset}, whose labels are not available; give DIGITS")

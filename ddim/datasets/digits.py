@@ -1,7 +1,7 @@
 """Scikit-learn's handwritten digits as square grey images.
 
-Source: the UCI "Optical Recognition of Handwritten Digits" test set (1,797 images, 8×8, 17 grey levels), which
-ships inside scikit-learn, so nothing is downloaded.
+Source: the UCI "Optical Recognition of Handwritten Digits" test set (1,797 images, 8×8, 17 grey levels), which is part
+of scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ NUM_CLASSES = 10
 
 
 def load_digit_images(size: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Return all digits, scaled up with a bicubic filter.
+    """Return all digits, upscaled with a bicubic filter.
 
     Args:
         size: side of the square images, in pixels.

@@ -1,7 +1,7 @@
-"""Between images in [−1, 1] and the range that a DDIM network was trained on, as ``config.data`` describes it.
+"""Convert between images in [−1, 1] and the value range of a DDIM network, as ``config.data`` describes it.
 
-Source: the released DDIM code. ``rescaled`` (the default here) is [−1, 1] itself; ``logit_transform`` the logit of
-images in [0, 1]; without either it is [0, 1].
+Source: the released DDIM code. ``rescaled`` (the default here) is [−1, 1]; ``logit_transform`` is the logit of images
+in [0, 1]; without either, the range is [0, 1].
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOGIT_MARGIN = 1e-6  # keeps black and white finite
+LOGIT_MARGIN = 1e-6  # keeps the logits of black and white finite
 
 
 def to_network_range(images: Tensor, data: Any) -> Tensor:
-    """Turn images [N, C, H, W] in [−1, 1] into what the network diffuses; with dequantization, noise is drawn."""
+    """Convert images [N, C, H, W] in [−1, 1] to the network's range; dequantization draws noise."""
     uniform, gaussian = data.get("uniform_dequantization", False), data.get("gaussian_dequantization", False)
     if data.get("random_flip", False):
         flipped = torch.rand(len(images), device=images.device) < 0.5
@@ -36,7 +36,7 @@ def to_network_range(images: Tensor, data: Any) -> Tensor:
 
 
 def from_network_range(x_0: Tensor, data: Any) -> Tensor:
-    """Turn what the network diffuses into images [N, C, H, W], nominally in [−1, 1]."""
+    """Convert from the network's range to images [N, C, H, W], nominally in [−1, 1]."""
     if data.get("logit_transform", False):
         return 2.0 * torch.sigmoid(x_0) - 1.0
     return x_0 if data.get("rescaled", True) else 2.0 * x_0 - 1.0

@@ -48,7 +48,7 @@ class Model(SteppedNetwork):
         self.conv_in = nn.Conv2d(model.in_channels, self.ch, 3, padding=1)
 
         resolution, channels = config.data.image_size, self.ch
-        skip_channels = [channels]  # of every activation that an up block will consume, in order
+        skip_channels = [channels]  # channels of every activation that an up block will consume, in order
         self.down = nn.ModuleList()
         for i, width in enumerate(widths):
             level = nn.Module()

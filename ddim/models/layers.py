@@ -18,7 +18,7 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     Args:
         t: [N], integer or fractional timesteps.
         dim: width of the embedding.
-        dtype: of the embedding; angles are computed in float32 at least.
+        dtype: dtype of the embedding; angles are computed in at least float32.
 
     Returns:
         [N, dim]: sines, then cosines, of t·10000^(−i/(dim/2−1)).
@@ -34,14 +34,14 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResnetBlock(nn.Module):
-    """norm–SiLU–conv twice, the time embedding added in between, around a shortcut.
+    """Residual block: norm–SiLU–conv twice, with the time embedding added in between.
 
     Args:
         in_channels: channels of the input.
         out_channels: channels of the output.
         temb_channels: width of the time embedding; None for a block without one (autoencoders).
         dropout: probability of dropping before the second convolution.
-        split_at: where the input is concat(h, skip), the channel count of h; else None.
+        split_at: channels of h if the input is concat(h, skip), else None.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Captions of digits, and a tokenizer made of their words."""
+"""Captions of digits, and a tokenizer for their words."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEMPLATES = (
 
 
 def random_caption(label: int, source: random.Random) -> str:
-    """Return one of the captions of a digit."""
+    """Return a random caption of a digit."""
     return source.choice(TEMPLATES).format(WORDS[label])
 
 
@@ -34,17 +34,17 @@ def all_captions() -> list[str]:
 
 
 def write_tokenizer(folder: str | Path, texts: Sequence[str], vocab_size: int, max_length: int) -> None:
-    """Learn byte-pair merges from texts and write them as the files of a CLIP tokenizer.
+    """Learn byte-pair merges from texts and write the files of a CLIP tokenizer.
 
-    Every letter, digit and common sign is in the vocabulary; what is not becomes the unknown token. The same texts
-    give the same files.
+    Every letter, digit and common sign is in the vocabulary; all others become the unknown token. The same texts give
+    the same files.
 
     Args:
-        vocab_size: at most this many tokens.
-        max_length: tokens of a text, start and end included.
+        vocab_size: maximum number of tokens.
+        max_length: tokens per text, including start and end.
 
     Raises:
-        UserError: not even single signs fit into the vocabulary.
+        UserError: the vocabulary is too small for the single signs.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -53,7 +53,8 @@ def write_tokenizer(folder: str | Path, texts: Sequence[str], vocab_size: int, m
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(
-        # Every sign is there twice, inside and at the end of a word; the trainer counts only those that it met.
+        # Every sign occurs twice, inside and at the end of a word; the trainer counts only signs that occur in the
+        # texts.
         vocab_size=vocab_size - len(SIGNS),
         initial_alphabet=list(SIGNS),
         special_tokens=[start, end],
@@ -63,12 +64,12 @@ def write_tokenizer(folder: str | Path, texts: Sequence[str], vocab_size: int, m
     tokenizer.train_from_iterator(texts, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    # The trainer numbers single signs by chance. A word may end with any of them, also where no caption does.
+    # The trainer numbers single signs arbitrarily. A word may end with any of them, even if no caption does.
     signs = sorted(t for t in model["vocab"] if len(t) == 1)
     tokens = [start, end, *signs, *(f"{s}</w>" for s in signs), *(m.replace(" ", "") for m in merges)]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     if len(vocabulary) > vocab_size:
-        raise UserError(f"a vocabulary of {vocab_size} tokens does not hold all signs; give {len(vocabulary)} or more")
+        raise UserError(f"a vocabulary of {vocab_size} tokens cannot hold all signs; give at least {len(vocabulary)}")
     special = {"bos_token": start, "eos_token": end, "pad_token": end, "unk_token": end}
     texts_of = {
         "vocab.json": json.dumps(vocabulary, indent=0),

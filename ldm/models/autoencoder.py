@@ -1,7 +1,7 @@
 """First stages: autoencoders between images and latents, with the parameter names of the released checkpoints.
 
 Source: Rombach et al. 2022, section 3.1 and appendix G. Training losses are in `ldm.training`; a ``lossconfig`` in a
-released YAML file is accepted and not built.
+released YAML file is accepted but not used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DiagonalGaussian:
 
 
 class VectorQuantizer(nn.Module):
-    """Replaces every position's vector by the nearest entry of a codebook (van den Oord et al. 2017)."""
+    """Replaces every position's vector with the nearest codebook entry (van den Oord et al. 2017)."""
 
     def __init__(self, n_embed: int, embed_dim: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class VectorQuantizer(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """What both first stages have: encoder, decoder, and 1×1 convolutions around the latent.
+    """The common base of both first stages: encoder, decoder, and 1×1 convolutions around the latent.
 
     Args:
         ddconfig: arguments of `Encoder` and `Decoder`.
@@ -85,11 +85,11 @@ class FirstStage(nn.Module):
 
 
 class VQModelInterface(FirstStage):
-    """The vector-quantized first stage as diffusion uses it: latents are quantized on their way into the decoder.
+    """The vector-quantized first stage as diffusion uses it: latents are quantized before they are decoded.
 
     Args:
-        n_embed: entries of the codebook.
-        lossconfig, ckpt_path, remap, monitor, image_key: of training configs; not used.
+        n_embed: number of codebook entries.
+        lossconfig, ckpt_path, remap, monitor, image_key: keys of training configs; not used.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class VQModelInterface(FirstStage):
         return super().decode(self.quantize(z))
 
     def reconstruct_with_loss(self, x: Tensor, commitment: float = 0.25) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction, with gradients straight through the codebook, and the codebook's loss."""
+        """Return the reconstruction, with straight-through gradients at the codebook, and the codebook's loss."""
         z = self.encode(x)
         chosen = self.quantize(z)
         loss = F.mse_loss(chosen, z.detach()) + commitment * F.mse_loss(z, chosen.detach())
@@ -125,7 +125,7 @@ class AutoencoderKL(FirstStage):
     """The first stage whose encoder predicts a normal distribution over latents.
 
     Args:
-        lossconfig, ckpt_path, monitor, image_key: of training configs; not used.
+        lossconfig, ckpt_path, monitor, image_key: keys of training configs; not used.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The transformer blocks through which the latent UNet reads its condition, with the released parameter names.
+"""The transformer blocks with which the latent UNet reads its condition, with the released parameter names.
 
 Source: Rombach et al. 2022, section 3.3 and appendix E.2.1.
 """
@@ -28,7 +28,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """[N, L, dim] → [N, L, dim] through four times the width."""
+    """[N, L, dim] → [N, L, dim] with a hidden width of four times dim."""
 
     def __init__(self, dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class FeedForward(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens to a context, or to themselves where there is none.
+    """Attention of tokens to a context, or to themselves without one.
 
     Args:
         query_dim: width of the tokens.
         context_dim: width of the context.
-        heads, dim_head: number of heads and width of each.
+        heads, dim_head: number of heads and width of each head.
     """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, dim_head: int, dropout: float = 0.0) -> None:
@@ -68,7 +68,7 @@ class CrossAttention(nn.Module):
 
 
 class BasicTransformerBlock(Checkpointed):
-    """Self-attention, cross-attention and a feed-forward layer, each normalised before and added."""
+    """Self-attention, cross-attention and a feed-forward layer, each with a norm before it and a residual."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class BasicTransformerBlock(Checkpointed):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, added to it.
+    """Transformer blocks over the positions of a feature map, with a residual connection.
 
     It runs as steps of the UNet (`steps`), so that reconstruction can take one transformer block at a time.
     """

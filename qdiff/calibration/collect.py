@@ -1,4 +1,4 @@
-"""Calibration sets from a pipeline's float sampling: at evenly spaced steps, in pairs, or drawn by a schedule."""
+"""Calibration sets from a pipeline's float sampling: at evenly spaced steps, in pairs, or drawn by a distribution."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdiff.io.progress import progress_bar
 from qdiff.pipeline import Pipeline
 from qdiff.sampling import OnCall
 
-# TDAC compares features of one batch; those of more images than this say the same and fill the memory.
+# TDAC compares the features of one batch; more images than this give the same result and only fill memory.
 LOOKED_AT = 64
 
 
@@ -24,16 +24,16 @@ def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[
     """Return which calls of a sampling run `record_evenly` keeps, counted from 0 (the noisiest).
 
     Args:
-        pairs: the call before each is kept as well.
+        pairs: also keep the call before each.
 
     Raises:
-        UserError: the sampler makes fewer.
+        UserError: the sampler makes fewer calls.
     """
     if not pairs:
         return evenly_spaced(pipeline.calls, steps)
     if pipeline.calls < 2:
-        raise UserError("pairs of steps cannot be recorded from a sampler of one step; give it more")
-    if steps >= pipeline.calls:  # the first has none before it
+        raise UserError("pairs of steps cannot be recorded from a sampler with one step; give it more steps")
+    if steps >= pipeline.calls:  # no call precedes the first
         raise UserError(
             f"--cali_st {steps} with the step before each needs more than the {pipeline.calls} steps of this sampler; "
             f"give --cali_st {pipeline.calls - 1} or less"
@@ -42,7 +42,7 @@ def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[
 
 
 def check_recorded_steps(pipeline: Pipeline, steps: int, pairs: bool = False) -> None:
-    """Raise a `UserError` where `record_evenly` could not record so many steps: before any work."""
+    """Raise a `UserError`, before any work, if `record_evenly` cannot record this many steps."""
     recorded_calls(pipeline, steps, pairs)
 
 
@@ -53,9 +53,10 @@ def record_evenly(
     """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
 
     Args:
-        pipeline: loaded.
-        steps, per_step: so many calls, each of so many images.
-        pairs: record ``xs_prev`` and ``ts_prev`` too, the call before each.
+        pipeline: its weights must be loaded.
+        steps: how many calls to record.
+        per_step: how many images to record per call.
+        pairs: also record ``xs_prev`` and ``ts_prev``, the call before each.
 
     Returns:
         The published format: see `record_calls`.
@@ -84,15 +85,15 @@ def record_evenly(
 def record_draw(
     pipeline: Pipeline, draw: Draw, seed: int, first: int = 0
 ) -> tuple[dict[str, list[Tensor]], Allocation | None, list[float]]:
-    """Record one network input per image, at the step that a draw's schedule chooses for it.
+    """Record one network input per image, at the step that the draw's distribution assigns to it.
 
     Args:
-        pipeline: loaded.
-        seed: decides which image gives its sample at which step.
-        first: image of the calibration streams to begin at.
+        pipeline: its weights must be loaded.
+        seed: decides at which step each image gives its sample.
+        first: first image of the calibration streams to use.
 
     Returns:
-        The recording (see `record_assigned`); TDAC's allocation, or None with another schedule; and the timesteps of
+        The recording (see `record_assigned`); TDAC's allocation, or None for other distributions; and the timesteps of
         the sampler's calls.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -110,7 +111,7 @@ def record_draw(
     if draw.schedule is Schedule.TDAC:
         middle = family_of(pipeline.network).middle
         if middle is None:
-            raise UserError(f"the middle of {type(pipeline.network).__name__} is not known, which TDAC looks at")
+            raise UserError(f"TDAC knows no middle of {type(pipeline.network).__name__}; give another --calib_im_mode")
         looked_at = range(min(draw.batch_size, draw.count, LOOKED_AT))
         features = record_features(sample, pipeline.network, middle, looked_at)
         allocation = tdac(features, draw.radius, draw.lamda, draw.count)

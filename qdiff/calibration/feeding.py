@@ -1,4 +1,4 @@
-"""Bring the samples of a unit's batches to where its module runs, without making the host wait for the GPU."""
+"""Move the samples of a unit's batches to the module's device without making the host wait for the GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Samples = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Feeding:
-    """Where a unit is fitted, and how much goes there at a time.
+    """The device where a unit is fitted, and how many samples move there at a time.
 
     Attributes:
-        device: of the unit's module.
-        pass_size: samples that go forward and backward at a time; None takes whole batches.
-        resident_bytes: what a unit's samples may take on a GPU; larger ones come batch by batch.
+        device: the device of the unit's module.
+        pass_size: samples per forward and backward pass; None takes whole batches.
+        resident_bytes: GPU memory that a unit's samples may occupy; larger sets are moved batch by batch.
     """
 
     device: torch.device
@@ -27,10 +27,10 @@ class Feeding:
     resident_bytes: int = 0
 
     def passes(self, tensors: Sequence[Tensor], batches: Tensor) -> Iterator[Samples]:
-        """Yield the samples of one pass after the other; a batch is `pass_counts` passes.
+        """Yield the samples of one pass after another; `pass_counts` gives the passes of a batch.
 
-        On a GPU, all samples are moved there once where they fit. Otherwise a thread gathers the next pass into
-        page-locked memory while the present one is computed, and the copy waits for nobody.
+        If all samples fit on the GPU, they are moved there once. Otherwise a thread gathers the next pass into
+        page-locked memory during the current one, and the copy to the GPU is asynchronous.
 
         Args:
             tensors: each [N, …], on the device or in RAM.
@@ -39,13 +39,13 @@ class Feeding:
         if self.device.type == "cpu":
             return _gathered(tensors, self._parts(batches))
         if _bytes_to_move(tensors, self.device) <= self.resident_bytes:
-            moved = {id(t): t.to(self.device) for t in tensors}  # some may be the same
-            rows = batches.to(self.device)  # also the rows: an index from RAM would be copied at every use
+            moved = {id(t): t.to(self.device) for t in tensors}  # the same tensor may occur twice
+            rows = batches.to(self.device)  # an index in RAM would be copied at every use
             return _gathered([moved[id(t)] for t in tensors], self._parts(rows))
         return _prefetched(tensors, self._parts(batches), self.device)
 
     def pass_counts(self, batch_size: int) -> list[int]:
-        """Return how many samples each pass of a batch has."""
+        """Return the number of samples in each pass of a batch."""
         size = self.pass_size or batch_size
         return [min(size, batch_size - start) for start in range(0, batch_size, size)]
 
@@ -71,7 +71,7 @@ def _prefetched(tensors: Sequence[Tensor], parts: Iterable[Tensor], device: torc
         return into
 
     def begin(rows: Tensor) -> Future[Samples]:
-        # The allocator of page-locked memory hands a block out again only after the copies from it are done.
+        # The allocator of page-locked memory reuses a block only after the copies from it are done.
         places = tuple(torch.empty((len(rows), *t.shape[1:]), dtype=t.dtype, pin_memory=True) for t in tensors)
         return pool.submit(gather, rows, places)
 

@@ -15,8 +15,8 @@ from qdiff.modes import leaf_modes
 def output_gradients(network: SteppedNetwork, index: int, state: State, final_target: Tensor, walker: Walker) -> Tensor:
     """Return ∂L/∂(output of step ``index``) for all samples, L = Σ(ε_quantized-up-to-here − ε_float)².
 
-    Everything before the step is as quantized in ``state``, the step itself has rounded weights, and all that
-    follows in execution order is float (Li et al., 2021, section 3.3).
+    Everything before the step is quantized as in ``state``, the step itself has rounded weights, and everything after
+    it in execution order is float (Li et al., 2021, section 3.3).
 
     Args:
         state: the quantized state before the step.
@@ -25,7 +25,7 @@ def output_gradients(network: SteppedNetwork, index: int, state: State, final_ta
     steps = list(network.steps())
 
     def gradients(rows: slice) -> tuple[Tensor, ...]:
-        # All of the skips are read by later blocks.
+        # Later blocks read all skips, so all of them are moved.
         part = {
             k: v.to(walker.device) if isinstance(v, Tensor) else [s.to(walker.device) for s in v]
             for k, v in rows_of(state, rows).items()

@@ -19,13 +19,13 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
 from qdiff.ranges.qparams import TINY
 
-# Adam moves a step size by about its learning rate per iteration, whatever the step size: never by more than this
-# share of it, or small ones (softmax outputs) end where the noise of the batches left them.
+# Adam moves a step size by about its learning rate per iteration, however small the step size is. The learning rate is
+# therefore capped at this share of the step size; otherwise batch noise decides where small ones (softmax outputs) end.
 MAX_STEP_CHANGE = 0.003
 
 
 class UnitKind(str, Enum):
-    """What is reconstructed at a time."""
+    """What is reconstructed at a time: a whole block, or one layer after another."""
 
     BLOCK = "block"
     LAYER = "layer"
@@ -39,11 +39,11 @@ def fit_unit(
     feeding: Feeding,
     on_iteration: Callable[[], None],
 ) -> float:
-    """Fit a unit in place and return its final error; nothing to learn in it is 0.
+    """Fit a unit in place and return its final error, 0 if it has nothing to learn.
 
     Args:
-        generator: decides batches and what is dropped.
-        feeding: where the unit runs, and how its samples come there.
+        generator: decides the batches and QDrop's masks.
+        feeding: where the unit runs, and how its samples get there.
     """
     layers = [m for m in unit.module.modules() if isinstance(m, QuantModule)]
     if settings.lr_rounding is None or not any(len(layer.weight_quantizers) for layer in layers):
@@ -53,7 +53,7 @@ def fit_unit(
         deltas = []
     with contextlib.ExitStack() as stack:
         roundings = [stack.enter_context(LearnedRounding(layer)) for layer in layers]
-        sizes = torch.stack([d.detach() for d in deltas]).tolist() if deltas else []  # one wait for the GPU, not many
+        sizes = torch.stack([d.detach() for d in deltas]).tolist() if deltas else []  # one GPU synchronisation
         groups = [
             {"params": [d], "lr": min(settings.lr_act, MAX_STEP_CHANGE * s)} for d, s in zip(deltas, sizes, strict=True)
         ]
@@ -87,18 +87,18 @@ def parts_of(
     activations: bool = False,
     wrap: Callable[[nn.Module], nn.Module] = lambda leaf: leaf,
 ) -> Iterator[tuple[Unit, float]]:
-    """Yield what is fitted at a time inside a step, and its share of the step's iterations on the progress bar.
+    """Yield the parts of a step that are fitted in turn, each with its share of the step's iterations (progress bar).
 
     Args:
-        activations: activations are quantized (beside the weights) in what feeds a layer.
-        wrap: what is done around a layer, as around ``unit.module`` (`qdiff.calibration.pairs.PairedCall`).
+        activations: quantize activations as well as weights when computing a layer's inputs.
+        wrap: wraps a layer as ``unit.module`` is wrapped (`qdiff.calibration.pairs.PairedCall`).
     """
     if kind is UnitKind.BLOCK:
         yield unit, 1.0
         return
     leaves = leaves_in_execution_order(unit.module, unit.inputs, walker)
     for name, leaf in leaves:
-        # Earlier leaves of the block are fitted by now, so what this one gets is what it will get.
+        # Earlier leaves of the block are already fitted, so these are the inputs that this leaf gets in the end.
         with leaf_modes([unit.module], weights=True, activations=activations):
             *inputs, _ = leaf_inputs_and_output(unit.module, leaf, unit.inputs, walker)
         with leaf_modes([unit.module], weights=False, activations=False):

@@ -1,4 +1,4 @@
-"""What calibration holds for one sample, counted in one forward of it."""
+"""The memory that calibration needs per sample, counted in one forward pass."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 
 FLOAT = 4  # bytes
-# What a forward and backward of a quantized unit holds, in multiples of its leaves' inputs and outputs: autograd keeps
-# 0.1 to 2.1 of them (counted by its saved-tensor hooks on the bundled class-conditional model), gradients come on top.
+# Memory held by a forward and backward pass of a quantized unit, in multiples of its leaves' inputs and outputs:
+# autograd keeps 0.1 to 2.1 times those (counted by its saved-tensor hooks on the bundled class-conditional model);
+# gradients come on top.
 GRADIENT_COPIES = 4
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that calibration holds for one sample.
+    """Bytes that calibration holds per sample.
 
     Attributes:
-        stored: the largest amount of activations that a walk keeps at a time (two states, inputs, outputs).
-        inside: for every step, what goes into its leaves and comes out of them during one forward.
+        stored: the most activations that a walk keeps at a time (two states, inputs, outputs).
+        inside: per step, the inputs and outputs of its leaves during one forward pass.
     """
 
     stored: int
     inside: dict[str, int] = field(default_factory=dict)
 
     def forward_batch(self, pass_bytes: int, limit: int) -> int:
-        """Return how many samples a forward of any step may take."""
+        """Return how many samples fit in a forward pass of any step."""
         return max(1, min(limit, pass_bytes // max(1, *self.inside.values(), 1)))
 
     def training_batch(self, step: str, pass_bytes: int, limit: int) -> int:
-        """Return how many samples a forward and backward of one step may take at a time."""
+        """Return how many samples fit in a forward and backward pass of one step."""
         return max(1, min(limit, pass_bytes // max(1, self.inside.get(step, 1) * GRADIENT_COPIES)))
 
 
@@ -48,14 +49,14 @@ def _bytes(tensors: object) -> int:
 
 
 def _state_bytes(state: State, given: set[int]) -> int:
-    """Return the bytes of a state's tensors, each once, without the network's own inputs."""
+    """Return the bytes of a state's tensors, each counted once, without the network's own inputs."""
     flat = [t for v in state.values() for t in (v if isinstance(v, list) else [v]) if isinstance(t, Tensor)]
     return sum(_bytes(t) for t in {id(t): t for t in flat if id(t) not in given}.values())
 
 
 @torch.no_grad()
 def measure_footprint(network: SteppedNetwork, sample: tuple[Tensor, ...]) -> Footprint:
-    """Run one sample through a network, step by step, and count what a calibration walk would hold for it.
+    """Run one sample through a network step by step and count the bytes that a calibration walk would hold for it.
 
     Args:
         sample: the network's inputs with a batch of 1, on its device.

@@ -17,10 +17,10 @@ from qdiff.quantizer import Quantizer
 
 
 class CalibrationJournal:
-    """One small safetensors file per finished unit, beside the settings that they were made with.
+    """One small safetensors file per finished unit, next to the settings that they were made with.
 
     Args:
-        folder: where it lives; created at the first unit.
+        folder: where the files go; created with the first unit.
         settings: everything that the result depends on (JSON values).
 
     Raises:
@@ -37,14 +37,14 @@ class CalibrationJournal:
                 names = sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k))
                 raise UserError(
                     f"{self.folder} holds an unfinished calibration with other settings ({', '.join(names)}); "
-                    "delete it, or choose another --logdir"
+                    "delete it or choose another --logdir"
                 )
 
     def _path(self, phase: str, index: int) -> Path:
         return self.folder / f"{phase}-{index:03d}.safetensors"
 
     def restore(self, phase: str, index: int, module: nn.Module) -> bool:
-        """Fill a unit from disk; False where it was not finished."""
+        """Fill a unit from disk; return False if it was not finished."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -61,7 +61,7 @@ class CalibrationJournal:
         return True
 
     def record(self, phase: str, index: int, module: nn.Module) -> None:
-        """Keep a finished unit."""
+        """Save a finished unit."""
         from safetensors.torch import save_file
 
         if not (self.folder / "settings.json").is_file():
@@ -82,7 +82,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
             raise ValueError("no settings")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{path} of an unfinished calibration is damaged ({error}); delete {path.parent} to begin it anew"
+            f"{path} of an unfinished calibration is damaged ({error}); delete {path.parent} to start again"
         ) from error
     return settings
 
@@ -100,7 +100,7 @@ def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
     expected = _quantizer_state(module)
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
-        raise ValueError("other tensors than this unit's")  # before any is taken over
+        raise ValueError("its tensors do not belong to this unit")  # checked before any is copied
     for name, part in module.named_modules():
         if isinstance(part, Quantizer):
             part.load_state_dict({k: state[f"{name}.{k}"] for k in part.state_dict()})

@@ -1,4 +1,4 @@
-"""The errors of the layers inside a block, beside the block's own (EDA-DM's fine-grained block reconstruction)."""
+"""The errors of the layers inside a block, in addition to the block's own (EDA-DM's fine-grained reconstruction)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qdiff.quant_layer import QuantModule
 
 
 class LayerErrors:
-    """Compares every quantized layer inside a block but its last with the float one, on the same batch.
+    """Compares every quantized layer of a block except the last with its float output on the same batch.
 
-    The last layer's error is the block's error, near enough: counting it twice would only weigh the block more.
-    Layers come in the order in which a forward reaches them; a block with one layer has nothing to compare.
+    The last layer's error is nearly the block's error, so counting it too would only give the block more weight. Layers
+    are in execution order; a block with one layer has nothing to compare.
 
     Args:
         module: the block.
@@ -31,10 +31,10 @@ class LayerErrors:
 
     @contextlib.contextmanager
     def watch(self, float_inputs: tuple[Tensor, ...]) -> Iterator[None]:
-        """Run the block in float, then note what its layers give in the forward inside the block of code.
+        """Run the block in float, then record its layers' outputs during the forward pass inside the ``with`` block.
 
         Args:
-            float_inputs: the batch as the float network feeds it.
+            float_inputs: the block's inputs in the float network, for this batch.
         """
         with torch.no_grad(), leaf_modes([self.module], weights=False, activations=False):
             self.wanted = []
@@ -54,7 +54,7 @@ class LayerErrors:
                 handle.remove()
 
     def error(self) -> Tensor | float:
-        """Return Σ over layers of the squared error, summed over channels and averaged; 0 without such layers."""
+        """Return Σ over layers of the squared error, summed over channels, averaged over the rest; 0 without layers."""
         pairs = list(zip(self.found, self.wanted, strict=True))[:-1]
         error, self.found, self.wanted = lp_error(2.0), [], []
         return sum(error(found, wanted, None) for found, wanted in pairs)

@@ -1,4 +1,4 @@
-"""Divide the memory of the machine between what a calibration stores and what it computes with, before it begins."""
+"""Divide the machine's memory between stored activations and computation before a calibration begins."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from qdiff.machine.memory import available_memory, available_on, resident_memory
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
-# A rounding variable, its gradient and Adam's two moments, the soft weight, and what autograd keeps on the way to it:
-# what full-size Stable Diffusion took (docs/results.md).
+# Copies of a weight while its unit is fitted: the rounding variable, its gradient, Adam's two moments, the soft weight
+# and what autograd saves for it; measured on full-size Stable Diffusion (docs/results.md).
 ROUNDING_COPIES = 16
-# Bytes inside one forward or backward pass: at most, where the budget allows them, and at least.
+# Bytes for one forward or backward pass: the most, if the budget allows, and the least.
 DEFAULT_PASS, SMALLEST_PASS = 2 << 30, 1 << 26
-# Share of a GPU's free memory that is planned with: the rest is for workspaces of its libraries and for gaps.
+# Share of a GPU's free memory to plan with; the rest is for library workspaces and fragmentation.
 GPU_SHARE = 0.85
-# Stored on a GPU only where this many times as much would fit: Fisher weights, and what is captured of a unit's layers,
-# come on top, and there is no disk to take what is too much.
+# Activations are stored on a GPU only if this many times their size would fit: Fisher weights and captured layer
+# activations come on top, and a GPU cannot spill to disk.
 STORED_MARGIN = 1.3
 
 
@@ -32,15 +32,16 @@ class MemoryUse:
     """How a calibration's memory is spent; sizes in bytes.
 
     Attributes:
-        held: RAM that the process holds before it begins; on the CPU weights included.
+        held: RAM that the process uses before calibration begins, including the weights if they are on the CPU.
         unit: dequantized weights and rounding variables of the largest unit.
-        in_pass: what one forward and backward may hold.
+        in_pass: memory for one forward and backward pass.
         in_ram, on_disk, on_gpu: stored activations.
-        pass_bytes, for_storage: what the budget allows a pass, and stored activations in RAM.
-        footprint: what one sample takes.
-        gpu: where the network is and units are fitted; None is the CPU.
-        held_on_gpu: what is on it before the calibration begins.
-        resident_bytes: what the samples of the unit in work may take on it.
+        pass_bytes: the budget for one pass.
+        for_storage: the budget for activations stored in RAM.
+        footprint: memory per sample.
+        gpu: the GPU that holds the network and fits the units; None is the CPU.
+        held_on_gpu: GPU memory in use before the calibration begins.
+        resident_bytes: GPU memory that the samples of the current unit may occupy.
     """
 
     held: int
@@ -71,14 +72,14 @@ class MemoryUse:
 
     def __str__(self) -> str:
         disk = f", and {_gib(self.on_disk)} on disk" if self.on_disk else ""
-        work = f"the unit in work {_gib(self.unit + self.in_pass)}"
+        work = f"the current unit {_gib(self.unit + self.in_pass)}"
         if self.gpu is None:
-            parts = f"{_gib(self.held)} held already, {work}, stored activations {_gib(self.in_ram)}{disk}"
+            parts = f"{_gib(self.held)} used already, {work}, stored activations {_gib(self.in_ram)}{disk}"
             return f"about {_gib(self.peak)} ({parts})"
         stored = f"stored activations {_gib(self.on_gpu)}" if self.on_gpu else "samples of the unit as they fit"
-        ram = f"{_gib(self.held)} held already, stored activations {_gib(self.in_ram)}{disk}"
+        ram = f"{_gib(self.held)} used already, stored activations {_gib(self.in_ram)}{disk}"
         return (
-            f"about {_gib(self.gpu_peak)} of GPU memory ({_gib(self.held_on_gpu)} held already, {work}, {stored}) and "
+            f"about {_gib(self.gpu_peak)} of GPU memory ({_gib(self.held_on_gpu)} used already, {work}, {stored}) and "
             f"{_gib(self.peak)} of RAM ({ram})"
         )
 
@@ -90,17 +91,17 @@ def _gib(size: int) -> str:
 def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None) -> MemoryUse:
     """Divide a budget between passes and stored activations.
 
-    With the network on a GPU, passes are divided from the GPU's free memory. All stored activations are there too where
-    they fit, else in RAM and on disk, and the samples of the unit in work take what is left on the GPU.
+    With the network on a GPU, passes use the GPU's free memory. All stored activations go there too if they fit;
+    otherwise they go to RAM and disk, and the samples of the current unit use what is left on the GPU.
 
     Args:
         samples: size of the calibration set.
-        batch_size: of reconstruction.
-        budget: bytes beside what is held already, of RAM and of the GPU each; None takes half of the RAM that is free
-            now and 85 % of the GPU's free memory.
+        batch_size: batch size of reconstruction.
+        budget: bytes on top of what is used already, for RAM and the GPU each; None takes half of the RAM and 85 % of
+            the GPU memory that are free now.
 
     Raises:
-        UserError: what goes to disk does not fit there.
+        UserError: the part that goes to disk does not fit there.
     """
     ram = available_memory() // 2 if budget is None else budget
     gpu = None if qnn.device.type == "cpu" else qnn.device
@@ -148,7 +149,7 @@ def _largest_unit(qnn: QuantModel) -> int:
 
 
 def _pass_bytes(footprint: Footprint, batch_size: int, allowed: int) -> int:
-    """Return what a forward and backward holds: a batch where that is allowed, at least one sample."""
+    """Return the bytes of a forward and backward pass: of a whole batch if allowed, and of at least one sample."""
     one = max((size * GRADIENT_COPIES for size in footprint.inside.values()), default=0)
     return min(one * batch_size, max(allowed, one))
 
@@ -158,7 +159,7 @@ def _check_disk(stored: int, on_disk: int, for_storage: int, samples: int) -> No
     free = shutil.disk_usage(folder).free
     if on_disk > free:
         raise UserError(
-            f"calibration on {samples} samples stores {_gib(stored)} of activations; {_gib(for_storage)} of that may "
+            f"calibration on {samples} samples stores {_gib(stored)} of activations, of which {_gib(for_storage)} may "
             f"stay in RAM, and {folder} has {_gib(free)} free; lower --cali_n or --cali_st, raise --memory_budget, or "
             "set TMPDIR to a larger disk"
         )

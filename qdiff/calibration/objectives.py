@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 Objective = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""``objective(output, target, weight)``: all [n, C, …], of the same samples; weight is the unit's, or None."""
+"""``objective(output, target, weight)``: all [n, C, …], for the same samples; weight is the unit's, or None."""
 
 
 def lp_error(p: float = 2.0) -> Objective:
@@ -36,8 +36,8 @@ def penalised_outside(objective: Objective, factor: float) -> Objective:
 def fisher_weights(gradients: Tensor) -> Tensor:
     """Turn gradients into the diagonal of the Fisher information (Li et al., 2021, eq. 10), in place.
 
-    In place, because those of a whole calibration set may fill the memory. The squares are divided by their mean, so
-    that the balance with the rounding regulariser stays what it is for the plain squared error.
+    In place, because the gradients of a whole calibration set may fill the memory. The squares are divided by their
+    mean to keep the balance between the error and the rounding regulariser as it is for the plain squared error.
 
     Args:
         gradients: gradient of the network's loss with respect to a unit's output, [N, C, …] for all N samples.

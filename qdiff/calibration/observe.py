@@ -1,4 +1,4 @@
-"""Set the activation ranges of one unit from what passes through it."""
+"""Set the activation ranges of one unit from the activations that pass through it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def observe_unit(
 ) -> None:
     """Choose δ and z of every activation quantizer in a unit, attention's operands included.
 
-    Weights are quantized while observing, activations that are being observed are not.
+    While observing, weights are quantized and the observed activations are not.
 
     Args:
         method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
-        rows: which samples to look at, in this order; None takes all.
-        momentum: of a running average over batches; None takes the extremes over everything.
-        softmax_only: observe softmax outputs alone; the other quantizers have their ranges and keep them.
+        rows: the samples to observe, in this order; None takes all.
+        momentum: momentum of a running average over batches; None takes the extremes over all samples.
+        softmax_only: observe only softmax outputs; the other quantizers keep the ranges they have.
     """
     quantizers = list(calibrated_act_quantizers(unit.module).values())
     if softmax_only:

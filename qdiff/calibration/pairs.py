@@ -1,4 +1,4 @@
-"""Pairs of consecutive sampling steps: what the ranges of activations' changes (MoDiff) are calibrated on."""
+"""Pairs of consecutive sampling steps, on which the ranges of activation changes (MoDiff) are calibrated."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ BEFORE, NOW = 0, 1
 
 
 class PairedCall(nn.Module):
-    """Runs a module on the step before and then on the step itself, as the first two steps of a trajectory.
+    """Runs a module on the previous step and then on the step itself, as the first two steps of a trajectory.
 
-    ``paired(*inputs)``: each [N, 2, …] → [N, 2, …]. Gradients flow through the second step alone.
+    ``paired(*inputs)``: each [N, 2, …] → [N, 2, …]. Gradients flow through the second step only.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -35,10 +35,10 @@ class PairedCall(nn.Module):
 
 
 class PairedNetwork(SteppedNetwork):
-    """A network whose samples are pairs: its inputs, activations and outputs are [N, 2, …], its modules `PairedCall`.
+    """A network whose samples are pairs: inputs, activations and outputs are [N, 2, …], modules are `PairedCall`.
 
     Args:
-        network: what is run on both; shared, not copied.
+        network: runs on both steps of a pair; shared, not copied.
     """
 
     def __init__(self, network: SteppedNetwork) -> None:
@@ -62,7 +62,7 @@ def _paired(x: Tensor) -> Tensor:
 
 
 def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
-    """Return a state with all its tensors changed."""
+    """Return the state with ``change`` applied to all its tensors."""
 
     def changed(value):
         if isinstance(value, Tensor):
@@ -84,5 +84,5 @@ def _output(step: Step, state: State, output: Tensor) -> None:
 
 
 def of_second(objective: Objective) -> Objective:
-    """Return an objective of paired outputs [n, 2, …] that looks at the second step of each pair alone."""
+    """Return an objective of paired outputs [n, 2, …] that uses only the second step of each pair."""
     return lambda output, target, weight: objective(output[:, NOW], target[:, NOW], weight)

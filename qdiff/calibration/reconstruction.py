@@ -19,10 +19,10 @@ from qdiff.calibration.qdrop import Dropping
 
 @dataclass(frozen=True)
 class RoundingRegulariser:
-    """Pushes h(α) to 0 or 1: weight·Σ(1 − |2h − 1|^β), off for the warm-up, then β falls linearly.
+    """Pushes h(α) to 0 or 1: weight·Σ(1 − |2h − 1|^β), off during the warm-up; then β falls linearly.
 
     Attributes:
-        weight: factor against the reconstruction error.
+        weight: factor relative to the reconstruction error.
         warmup: share of the iterations without it.
         beta: first and last β.
     """
@@ -45,15 +45,16 @@ class FitSettings:
     """How a unit is fitted.
 
     Attributes:
-        iterations, batch_size: of the loop.
-        lr_rounding: Adam's learning rate for α; None leaves the weights as they are.
+        iterations: iterations per unit.
+        batch_size: samples per iteration.
+        lr_rounding: Adam's learning rate for α; None keeps the weights as they are.
         lr_act: Adam's learning rate for activation step sizes, at most `fitting.MAX_STEP_CHANGE` of each; None leaves
             activations in float.
-        regulariser: pushes α to a decision; None decides at the end alone.
-        decays: learning rates fall to 0 as a cosine.
-        drop: probability that an element of the unit's input, and of what an activation quantizer passes on, stays
-            in float during an iteration (QDrop, Wei et al. 2022).
-        layer_weight: γ of the layers' own errors beside the unit's (EDA-DM's fine-grained reconstruction).
+        regulariser: pushes h(α) to 0 or 1; None rounds at the end only.
+        decays: whether learning rates fall to 0 along a cosine.
+        drop: probability that an element of the unit's input, or of an activation quantizer's output, stays float
+            during an iteration (QDrop, Wei et al. 2022).
+        layer_weight: γ, weight of the layers' own errors against the unit's (EDA-DM's fine-grained reconstruction).
     """
 
     iterations: int
@@ -68,15 +69,15 @@ class FitSettings:
 
 @dataclass
 class Unit:
-    """A block or a layer with everything the loop needs.
+    """A block or layer with everything that the optimisation loop needs.
 
     Attributes:
         name: dotted path in the network.
-        module: what is run, its leaves in the mode that is to be fitted.
-        inputs: positional inputs for all N samples, quantized upstream; each [N, …], where the storage put them.
+        module: the module to run, its leaves in the mode that is to be fitted.
+        inputs: positional inputs for all N samples, quantized upstream; each [N, …], on the storage's device.
         target: the float output [N, …].
-        float_inputs: the inputs in the float network.
-        weights: what the objective weighs the samples' errors by, [N, …]; None where it weighs none.
+        float_inputs: the same inputs in the float network.
+        weights: weights of the errors in the objective, [N, …]; None for objectives without weights.
     """
 
     name: str
@@ -99,15 +100,15 @@ def optimise(
     after_step: Callable[[], None] = lambda: None,
     on_iteration: Callable[[], None] = lambda: None,
 ) -> float:
-    """Minimise ``objective + layer_weight · the layers' own errors + penalty`` over random batches.
+    """Minimise ``objective + layer_weight · layer errors + penalty`` over random batches.
 
     Args:
-        optimiser: of what is learned, with the learning rates of ``settings``.
+        optimiser: holds the learned parameters with the learning rates of ``settings``.
         settings: see `FitSettings`.
-        penalty: extra loss at a given share of the iterations (the rounding regulariser).
+        penalty: extra loss at a given share of the iterations (rounding regulariser).
         after_step: called after each optimiser step (to keep step sizes positive).
         generator: decides the batches.
-        feeding: where the unit runs, and how its samples come there; gradients of a batch add up over its passes.
+        feeding: where the unit runs, and how its samples get there; gradients of a batch accumulate over its passes.
 
     Returns:
         The mean objective over the last tenth of the iterations.
@@ -134,7 +135,7 @@ def optimise(
                     inputs = dropping.feed(inputs, in_float)
                 with layers.watch(in_float) if layers is not None else contextlib.nullcontext():
                     output = unit.module(*inputs)
-                # Objectives are means over samples.
+                # Objectives are means over samples, so each pass counts in proportion to its size.
                 share = objective(output, target, weight) * (count / batches.shape[1])
                 if layers is not None:
                     share = share + settings.layer_weight * layers.error() * (count / batches.shape[1])
@@ -151,7 +152,7 @@ def optimise(
 
 
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield random rows without end; within a pass every sample comes up once, the remainder of a batch included."""
+    """Yield random row indices; each epoch uses every sample once, and a batch may span two epochs."""
     size = min(size, count)
     order = torch.empty(0, dtype=torch.long)
     while True:

@@ -1,4 +1,4 @@
-"""Record what a sampler feeds the denoising network, and what a module in it gives: calibration of a float model."""
+"""Record the denoising network's inputs, or the outputs of a module in it, while a sampler runs the float model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def record_calls(
     Args:
         sample: see `Sample`.
         count: how many images to sample.
-        batch_size: images at a time.
+        batch_size: images per batch.
         keep: which calls of a run to keep, counted from 0 (the noisiest).
-        on_batch: told the number of images of each finished batch.
+        on_batch: called with the number of images of each finished batch.
 
     Returns:
-        ``xs`` float32 [len(keep), count, C, H, W], ``ts`` [len(keep), count] and, where there are conditions, ``cs``
-        and ``ucs`` [len(keep), count, L, D], on the CPU.
+        ``xs`` float32 [len(keep), count, C, H, W], ``ts`` [len(keep), count] and, for conditional models, ``cs`` and
+        ``ucs`` [len(keep), count, L, D], on the CPU.
 
     Raises:
         ValueError: a call that the sampler does not make.
@@ -51,19 +51,19 @@ def record_assigned(
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> dict[str, list[Tensor]]:
-    """Run a sampler batch by batch and keep ONE network input of every image.
+    """Run a sampler batch by batch and keep ONE network input per image.
 
     Args:
         sample: see `Sample`.
-        assignment: int64 [N]: image i gives what the network is fed at call ``assignment[i]`` of its run, counted
-            from 0 (the noisiest); see `assign`.
-        batch_size: images at a time; it has no influence on what is recorded.
-        on_batch: told the number of images of each finished batch.
+        assignment: int64 [N]: for image i, the network's input at call ``assignment[i]`` is kept, counted from 0 (the
+            noisiest); see `assign`.
+        batch_size: images per batch; it does not affect what is recorded.
+        on_batch: called with the number of images of each finished batch.
 
     Returns:
-        The published format with steps of different sizes, on the CPU: ``xs`` a list over the calls that images are
-        assigned to, in sampling order, of float32 [n_i, C, H, W]; ``ts`` likewise [n_i] and, where there are
-        conditions, ``cs`` and ``ucs`` [n_i, L, D]. Images of a call are in the order of their numbers.
+        The published format with steps of different sizes, on the CPU: ``xs`` is a list of float32 [n_i, C, H, W], one
+        per call that has images, in sampling order; ``ts`` likewise [n_i] and, for conditional models, ``cs`` and
+        ``ucs`` [n_i, L, D]. Images of a call are ordered by number.
 
     Raises:
         ValueError: a call that the sampler does not make.
@@ -77,7 +77,7 @@ def record_assigned(
 
 
 def assign(counts: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a call for each of Σ counts images, int64 [N]: ``counts[i]`` images, chosen by chance, get call i."""
+    """Return a call for each of Σ counts images, int64 [N]: ``counts[i]`` images, chosen at random, get call i."""
     calls = torch.arange(len(counts)).repeat_interleave(counts)
     return calls[torch.randperm(len(calls), generator=generator)]
 
@@ -90,10 +90,10 @@ def _record(
     wanted: Callable[[int, Sequence[int]], slice | Tensor | None],
     on_batch: Callable[[int], None] | None,
 ) -> dict[str, list[Tensor]]:
-    """Run a sampler batch by batch and return wanted network inputs by kind, for each of ``calls`` a tensor [n, …].
+    """Run a sampler batch by batch and return the wanted network inputs by kind, one tensor [n, …] per call.
 
     Args:
-        wanted: ``wanted(call, indices)`` returns which rows of a batch, the images ``indices``, to keep at a call.
+        wanted: ``wanted(call, indices)`` returns the rows to keep at a call from the batch of the images ``indices``.
     """
     kept: dict[str, dict[int, list[Tensor]]] = {}
     for start in range(0, count, batch_size):
@@ -112,7 +112,7 @@ def _record(
                 given = {"xs": x.float(), "ts": t, "cs": condition, "ucs": unconditional}
                 for key, value in given.items():
                     if value is not None:
-                        # A clone: samplers reuse their memory.
+                        # Cloned, because samplers reuse their memory.
                         part = value.detach()[rows].cpu().clone()
                         kept.setdefault(key, {}).setdefault(call, []).append(part)
             call += 1
@@ -121,15 +121,15 @@ def _record(
         if on_batch is not None:
             on_batch(len(indices))
     if missing := set(calls) - set(kept.get("xs", ())):
-        raise ValueError(f"call {min(missing)} is to be recorded, and the sampler does not make it")
+        raise ValueError(f"call {min(missing)} is to be recorded, but the sampler does not make it")
     return {key: [torch.cat(parts[call]) for call in calls] for key, parts in kept.items()}
 
 
 @torch.no_grad()
 def record_features(sample: Sample, network: nn.Module, module_name: str, indices: Sequence[int]) -> list[Tensor]:
-    """Run the sampler once and keep what a module of the network gives at every network call.
+    """Run the sampler once and keep the output of one module of the network at every network call.
 
-    For EDA-DM's TDAC the module is `Family.middle`, whose output is the input of the middle attention block.
+    For EDA-DM's TDAC this module is `Family.middle`, whose output is the input of the middle attention block.
 
     Args:
         sample: see `Sample`; it must call ``network``.
@@ -138,8 +138,8 @@ def record_features(sample: Sample, network: nn.Module, module_name: str, indice
         indices: numbers of the images to sample, as one batch.
 
     Returns:
-        T tensors float32 [N, C, H, W] on the CPU, in sampling order (a list: stacking would take the memory twice).
-        With guidance N is twice the number of images, as the network sees them: the unconditional half first.
+        T tensors float32 [N, C, H, W] on the CPU, in sampling order (a list, because stacking would need twice the
+        memory). With guidance, N is twice the number of images: the network gets the unconditional half first.
 
     Raises:
         ValueError: the network has no such module, or it did not run.

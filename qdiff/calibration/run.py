@@ -1,4 +1,4 @@
-"""What every method needs: where calibration runs, the loop over units, and the proof that all quantizers are set."""
+"""What every method needs: where calibration runs, the loop over units, and the check that all quantizers are set."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ from qdiff.quant_model import QuantModel
 
 @dataclass
 class CalibrationRun:
-    """The surroundings of one calibration.
+    """The setting in which one calibration runs.
 
     Attributes:
         seed: fixes the result.
-        weights: False keeps the weights as they are (loaded: ``--resume_w``).
+        weights: False keeps the loaded weights (``--resume_w``).
         storage: keeps activations within a memory budget.
         journal: finished units on disk; None keeps nothing.
-        show_progress: a progress bar with the time left, on stderr.
-        errors: the final reconstruction error of every fitted unit, filled in by the recipe.
-        footprint, pass_bytes: what a sample takes, and what one pass may take; None has no limit.
-        resident_bytes: what a unit's samples may take on a GPU while it is fitted.
+        show_progress: show a progress bar with the time left, on stderr.
+        errors: the final reconstruction error of every fitted unit; filled in by the method.
+        footprint: memory per sample; None sets no limit.
+        pass_bytes: the budget for one pass.
+        resident_bytes: GPU memory that a unit's samples may occupy while it is fitted.
     """
 
     seed: int = 0
@@ -56,25 +57,25 @@ class CalibrationRun:
         return Walker(self.storage, qnn.device, self.footprint.forward_batch(self.pass_bytes, Walker.batch_size))
 
     def feeding(self, qnn: QuantModel, step: str, batch_size: int) -> Feeding:
-        """Return how the samples of a step come to the network's device, as many at a time as a pass may take."""
+        """Return how a step's samples get to the network's device, at most as many at a time as fit in a pass."""
         size = batch_size
         if self.footprint is not None:
             size = self.footprint.training_batch(step, self.pass_bytes, batch_size)
         return Feeding(qnn.device, size, self.resident_bytes)
 
     def generator(self, *place: int) -> torch.Generator:
-        """Return a generator for one unit, independent of what ran before it (so resuming changes nothing)."""
+        """Return a generator for one unit that does not depend on earlier units, so resuming changes nothing."""
         seed = self.seed
         for number in place:
             seed = seed * 1009 + number + 1
         return torch.Generator().manual_seed(seed % (1 << 63))
 
     def fits_weights(self, qnn: QuantModel) -> bool:
-        """Whether weights are to be quantized here."""
+        """Whether this calibration quantizes the weights."""
         return self.weights and qnn.config.weight_bits is not None
 
     def progress(self, network: SteppedNetwork, iterations: int, title: str = "calibrating") -> Progress:
-        """Return a bar over ``iterations`` per unit of a network."""
+        """Return a progress bar with ``iterations`` per unit of a network."""
         units = sum(1 for _ in network.steps())
         return progress_bar(units * iterations, title, disable=not self.show_progress)
 
@@ -84,12 +85,12 @@ class Phase:
     """One walk over the network in which units are fitted.
 
     Attributes:
-        name: of the journal's files.
-        number: tells the phase's random generators from those of other phases.
-        iterations: per unit, on the progress bar.
-        activations: activations are quantized in what feeds a unit, beside the weights.
-        has_work: whether there is anything to fit in a module.
-        label: begins the names of the phase's units.
+        name: names the journal's files.
+        number: distinguishes the phase's random generators from those of other phases.
+        iterations: iterations per unit, for the progress bar.
+        activations: quantize activations as well as weights when computing a unit's inputs.
+        has_work: whether a module has anything to fit.
+        label: prefix of the names of the phase's units.
     """
 
     name: str
@@ -101,13 +102,13 @@ class Phase:
 
 
 class OpenUnit:
-    """A unit that is to be fitted now.
+    """The unit that is to be fitted now.
 
     Attributes:
-        index: of the step, in execution order.
+        index: index of the step in execution order.
         unit: the whole step, as `walk` yields it.
         state: the quantized state before the step.
-        walker: of the walk.
+        walker: the walk's walker.
     """
 
     def __init__(
@@ -123,10 +124,10 @@ class OpenUnit:
     ) -> None:
         self.index, self.unit, self.state, self.walker = index, unit, state, walker
         self._phase, self._qnn, self._run, self._bar = phase, qnn, run, bar
-        self._places: dict[int, tuple[int, float]] = {}  # of the parts, by identity
+        self._places: dict[int, tuple[int, float]] = {}  # per part, by identity
 
     def parts(self, kind: UnitKind, wrap: Callable[[nn.Module], nn.Module] = lambda leaf: leaf) -> Iterator[Unit]:
-        """Yield what is fitted at a time: the whole step, or its layers in execution order; see `parts_of`."""
+        """Yield the parts to fit in turn: the whole step, or its layers in execution order; see `parts_of`."""
         parts = parts_of(self.unit, kind, self.walker, activations=self._phase.activations, wrap=wrap)
         for number, (part, share) in enumerate(parts):
             self._places[id(part)] = number, share
@@ -134,7 +135,7 @@ class OpenUnit:
                 yield part
 
     def fit(self, part: Unit, objective: Objective, settings: FitSettings) -> None:
-        """Fit one of the parts in place and note its error."""
+        """Fit one of the parts in place and record its error."""
         number, share = self._places[id(part)]
         error = fit_unit(
             part,
@@ -155,13 +156,13 @@ def units_to_fit(
     run: CalibrationRun,
     bar: Progress,
 ) -> Iterator[OpenUnit]:
-    """Walk over a network and yield what is left to fit, in execution order: the loop of every method.
+    """Walk over a network and yield the units that are still to be fitted, in execution order: every method's loop.
 
-    Units that the journal has are restored instead; a unit is recorded when control returns.
+    Units that the journal holds are restored instead; a fitted unit is recorded when control returns.
 
     Args:
-        network: whose steps are walked over, ``qnn.model`` or a view of it.
-        inputs: of the network, for all samples.
+        network: the network whose steps are walked over, ``qnn.model`` or a view of it.
+        inputs: inputs of the network for all samples.
     """
     walker = run.walker(qnn)
     steps = walk(network, inputs, walker, weights=True, activations=phase.activations)
@@ -174,11 +175,11 @@ def units_to_fit(
             yield OpenUnit(index, unit, state, walker, phase, qnn, run, bar)
             if journal is not None:
                 journal.record(phase.name, index, unit.module)
-        bar.update(phase.iterations - (bar.n - before))  # whatever was not counted one by one
+        bar.update(phase.iterations - (bar.n - before))  # iterations that were not counted one by one
 
 
 def init_weights(qnn: QuantModel) -> None:
-    """Choose ranges of all weights and round them to nearest; nothing to do where weights stay in float."""
+    """Choose the ranges of all weights and round to nearest; does nothing if weights stay in float."""
     if qnn.config.weight_bits is None:
         return
     for layer in qnn.layers().values():
@@ -187,21 +188,21 @@ def init_weights(qnn: QuantModel) -> None:
 
 @torch.no_grad()
 def assert_all_fired(qnn: QuantModel, data: CalibrationSet, batch: int = 4, activations: bool = True) -> None:
-    """Prove on a few samples that every quantizer is set and takes part in a forward pass.
+    """Check on a few samples that every quantizer is set and takes part in a forward pass.
 
     Args:
-        activations: False looks at the weights alone: ranges of changes are calibrated after them.
+        activations: False checks only the weights, because the ranges of changes are calibrated after them.
 
     Raises:
-        RuntimeError: naming the quantizers that did nothing (a defect of the network's wrapping, not of the data).
+        RuntimeError: a quantizer did nothing, or the output is not finite (a defect of the wrapping, not of the data).
     """
     qnn.reset_fired()
     inputs = tuple(i[:batch].to(qnn.device) for i in data.inputs)
     with qnn.quantized(weights=True, activations=activations), qnn.trajectory():
         output = qnn(*inputs)
-        if qnn.config.modulate:  # at the first step there is no change to quantize
+        if qnn.config.modulate:  # the first step has no change to quantize
             output = qnn(*inputs)
-    shows = activations and qnn.config.ablation is not Ablation.CLEARED_STATE  # which is meant to silence them
+    shows = activations and qnn.config.ablation is not Ablation.CLEARED_STATE  # this ablation silences them on purpose
     silent = qnn.silent_quantizers() if shows else []
     if silent:
         raise RuntimeError(f"{len(silent)} activation quantizers never fired, e.g. {silent[0]}")

@@ -1,8 +1,8 @@
-"""The calibration set: what the denoising network is fed while the float model samples.
+"""The calibration set: the inputs of the denoising network while the float model samples.
 
 Files have the published format: ``torch.save`` of a dict with ``xs`` [steps][n, C, H, W] and ``ts`` [steps][n], and
 ``cs``, ``ucs`` [steps][n, L, D] for conditional models; steps are in sampling order, noisiest first. Steps may hold
-different numbers of samples. ``xs_prev`` and ``ts_prev``, where they are, hold the sampling step before each (MoDiff).
+different numbers of samples. ``xs_prev`` and ``ts_prev``, if present, hold the sampling step before each (MoDiff).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ KEYS = ("xs", "cs", "ucs", "xs_prev", *TIMES)
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Network inputs, one row per sample: x [N, C, H, W], t [N] and, where conditional, the context [N, L, D].
+    """Network inputs, one entry per sample: x [N, C, H, W], t [N] and, if conditional, the context [N, L, D].
 
-    Of pairs (`select_pairs`): [N, 2, C, H, W], [N, 2] and [N, 2, L, D], the step before first.
+    For pairs (`select_pairs`): [N, 2, C, H, W], [N, 2] and [N, 2, L, D], the earlier step first.
     """
 
     inputs: tuple[Tensor, ...]
@@ -39,7 +39,7 @@ class CalibrationSet:
 
 
 def save_recording(recording: Mapping[str, Sequence[Tensor]], path: str | Path) -> None:
-    """Write a recording ({"xs": …, "ts": …}) in the published format, whole or not at all."""
+    """Write a recording ({"xs": …, "ts": …}) in the published format with an atomic write."""
     with written_whole(path) as temporary:
         torch.save(recording, temporary)
 
@@ -48,10 +48,10 @@ def load_recording(path: str | Path, training_steps: int | None = None) -> dict[
     """Read a published calibration file without running code from it.
 
     Args:
-        training_steps: T; timesteps of T or more are refused, as no sampler feeds them. None does not look.
+        training_steps: T; timesteps of T or more are refused, because no sampler uses them. None skips this check.
 
     Raises:
-        UserError: missing, damaged, empty, or not of the published format.
+        UserError: the file is missing, damaged, empty, or not in the published format.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,8 +62,8 @@ def load_recording(path: str | Path, training_steps: int | None = None) -> dict[
     unknown = sorted(set(map(str, recording)) - {*KEYS})
     if unknown:
         raise UserError(
-            f"calibration file {path} holds {', '.join(unknown)}, which is none of {', '.join(KEYS)}; rename it, or "
-            "take it out"
+            f"calibration file {path} holds unknown entries ({', '.join(unknown)}); rename them to one of "
+            f"{', '.join(KEYS)}, or remove them"
         )
     for key, rows in recording.items():
         listed = isinstance(rows, list | tuple) and all(isinstance(r, Tensor) for r in rows)
@@ -83,7 +83,7 @@ def load_recording(path: str | Path, training_steps: int | None = None) -> dict[
 
 
 def _check_samples(samples: Tensor, key: str, step: int, path: Path, training_steps: int | None) -> None:
-    """Raise a `UserError` where the samples of a step are no numbers that a network can be fed."""
+    """Raise a `UserError` if the samples of a step are not numbers that a network can take as input."""
     if key in TIMES:
         if samples.is_complex() or samples.dtype == torch.bool:
             raise UserError(f"calibration file {path} is malformed: {key} holds {samples.dtype}, not timesteps; {FIX}")
@@ -95,8 +95,8 @@ def _check_samples(samples: Tensor, key: str, step: int, path: Path, training_st
             )
         if training_steps is not None and len(samples) and (latest := float(samples.max())) >= training_steps:
             raise UserError(
-                f"calibration file {path} holds the timestep {latest:g} in {key} at step {step}, and this model's are "
-                f"0 to {training_steps - 1}; give the file of this model, or {FIX}"
+                f"calibration file {path} holds the timestep {latest:g} in {key} at step {step}, but this model has "
+                f"0 to {training_steps - 1}; give a file recorded with this model, or {FIX}"
             )
         return
     if not samples.is_floating_point():
@@ -115,26 +115,26 @@ def select_samples(
     conditional: bool = False,
     source: str | Path = "the recording",
 ) -> CalibrationSet:
-    """Take ``per_step`` samples at ``steps`` evenly spaced recorded steps; None takes all that are recorded.
+    """Take ``per_step`` samples at each of ``steps`` evenly spaced recorded steps; None takes all.
 
     Args:
         recording: as from `load_recording`.
         steps: ``--cali_st``; None: every recorded step.
-        per_step: ``--cali_n``; None: every sample of a step, however many each has.
-        image_shape: (C, H, W) that the network takes.
-        conditional: take the conditional and the unconditional half, twice the data; where the file has only the first
-            (sampled without guidance), that.
-        source: named in errors.
+        per_step: ``--cali_n``; None: every sample of each step.
+        image_shape: (C, H, W) of the network's input.
+        conditional: take the conditional and the unconditional half, twice the data; only the conditional half if the
+            file has no other (sampled without guidance).
+        source: name for error messages.
 
     Raises:
-        UserError: fewer steps or samples recorded than asked for, or samples of another shape.
+        UserError: fewer steps or samples are recorded than requested, or samples have another shape.
     """
     xs, ts = recording["xs"], recording["ts"]
     if steps is None:
         steps = len(xs)
     if steps > len(xs):
         raise UserError(
-            f"--cali_st {steps} goes beyond the {len(xs)} steps recorded in {source}; give --cali_st {len(xs)} or less"
+            f"--cali_st {steps} is more than the {len(xs)} steps recorded in {source}; give --cali_st {len(xs)} or less"
         )
     chosen = evenly_spaced(len(xs), steps)
     if per_step is not None and per_step < 1:
@@ -147,11 +147,11 @@ def select_samples(
         )
     if any(tuple(xs[i].shape[1:]) != tuple(image_shape) for i in chosen):
         raise UserError(
-            f"{source} holds samples of shape {tuple(xs[chosen[0]].shape[1:])}, the network takes "
-            f"{tuple(image_shape)}; give the file of this model"
+            f"{source} holds samples of shape {tuple(xs[chosen[0]].shape[1:])} but the network takes "
+            f"{tuple(image_shape)}; give a file recorded with this model"
         )
     if any(ts[i].dim() != 1 or len(ts[i]) != len(xs[i]) for i in chosen):
-        raise UserError(f"{source} is malformed: ts does not give one timestep a sample; {FIX}")
+        raise UserError(f"{source} is malformed: ts does not hold one timestep per sample; {FIX}")
 
     def rows(values: Sequence[Tensor]) -> Tensor:
         return torch.cat([values[i][:per_step] for i in chosen])
@@ -160,22 +160,22 @@ def select_samples(
     if not conditional:
         if "cs" in recording:
             raise UserError(
-                f"{source} holds conditions (cs) and the network takes none; give a file recorded with this model"
+                f"{source} holds conditions (cs) but the network takes none; give a file recorded with this model"
             )
         return CalibrationSet((x, t))
     if "cs" not in recording:
         raise UserError(f"{source} holds no conditions (cs, ucs); record it with the conditional model")
     halves = [rows(recording[key]).float() for key in ("cs", "ucs") if key in recording]
     if any(half.dim() != 3 or len(half) != len(x) or half.shape != halves[0].shape for half in halves):
-        raise UserError(f"{source} is malformed: cs and ucs do not give one [L, D] condition a sample; {FIX}")
+        raise UserError(f"{source} is malformed: cs and ucs do not hold one [L, D] condition per sample; {FIX}")
     return CalibrationSet((x.repeat(len(halves), 1, 1, 1), t.repeat(len(halves)), torch.cat(halves)))
 
 
 def network_calls(recording: Mapping[str, Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
-    """Return what the network was fed at each recorded call: (x [N, C, H, W], t [N][, context [N, L, D]]).
+    """Return the network's inputs at each recorded call: (x [N, C, H, W], t [N][, context [N, L, D]]).
 
-    Where guidance was on, x and t are doubled and the context is the unconditional half before the conditional one, as
-    in `ldm.sampling.guided`.
+    With guidance, x and t are doubled and the context holds the unconditional half before the conditional one, as in
+    `qdiff.sampling.guidance`.
     """
     halves = [recording[key] for key in ("ucs", "cs") if key in recording]
     if not halves:
@@ -197,25 +197,25 @@ def select_pairs(
     """Take samples as `select_samples` does, each together with the sampling step before it.
 
     Raises:
-        UserError: as there, or no steps before are recorded.
+        UserError: as `select_samples`, or no previous steps are recorded.
     """
     if not {"xs_prev", "ts_prev"} <= set(recording):
         raise UserError(
-            f"{source} holds no steps before (xs_prev, ts_prev), which ranges of changes need; record it with "
+            f"{source} holds no previous steps (xs_prev, ts_prev), which ranges of changes need; record it with "
             "--generate residual"
         )
     here = {key: values for key, values in recording.items() if not key.endswith("_prev")}
     before = {**here, "xs": recording["xs_prev"], "ts": recording["ts_prev"]}
     pair = [select_samples(r, steps, per_step, image_shape, conditional, source).inputs for r in (before, here)]
     if any(a.shape != b.shape for a, b in zip(*pair, strict=True)):
-        raise UserError(f"{source} is malformed: xs_prev and ts_prev do not give one step before a sample; {FIX}")
+        raise UserError(f"{source} is malformed: xs_prev and ts_prev do not hold one previous step per sample; {FIX}")
     return CalibrationSet(tuple(torch.stack(both, dim=1) for both in zip(*pair, strict=True)))
 
 
 def check_context(data: CalibrationSet, expected: tuple[int, ...] | None, source: str | Path) -> None:
-    """Raise a `UserError` where the samples' contexts are not of the shape [L, D] that the network is fed."""
+    """Raise a `UserError` if the samples' contexts do not have the shape [L, D] that the network takes."""
     if expected is not None and (found := tuple(data.inputs[2].shape[-2:])) != tuple(expected):
         raise UserError(
-            f"{source} holds conditions of shape {found}, the network is fed {tuple(expected)}; give the file of this "
-            "model"
+            f"{source} holds conditions of shape {found} but the network takes {tuple(expected)}; give a file "
+            "recorded with this model"
         )

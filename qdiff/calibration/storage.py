@@ -12,16 +12,16 @@ from torch import Tensor
 
 
 class ActivationStorage:
-    """Allocates tensors that live in RAM while the budget lasts and in memory-mapped files after that.
+    """Allocates tensors in RAM until the budget is used up, and in memory-mapped files after that.
 
-    Both kinds are ordinary CPU tensors to their users. A file has no name once it is mapped, so nothing is left
-    behind, however the program ends. Where all of it fits on a GPU (`qdiff.calibration.memory_plan`), it is there
-    instead: all of it, so that the tensors of one state are never on two devices.
+    Both kinds are ordinary CPU tensors to their users. A file is unlinked once it is mapped, so nothing is left behind,
+    however the program ends. If everything fits on a GPU (`qdiff.calibration.memory_plan`), everything is stored there
+    instead, so the tensors of one state are never on two devices.
 
     Args:
-        budget_bytes: RAM for activations; None has no limit.
+        budget_bytes: RAM for activations; None sets no limit.
         folder: where files go (default: the system's temporary folder).
-        device: a GPU that holds everything; None is RAM and files.
+        device: a GPU that holds everything; None uses RAM and files.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ActivationStorage:
         self.peak = 0
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised tensor; its place is free again when the last view of it is gone."""
+        """Return an uninitialised tensor; its memory is released when the last view of it is gone."""
         size = math.prod(shape) * dtype.itemsize
         if self.device.type != "cpu":
             name, tensor = "on_device", torch.empty(shape, dtype=dtype, device=self.device)
@@ -52,7 +52,7 @@ class ActivationStorage:
             name, tensor = "on_disk", mapped.reshape(shape)
         setattr(self, name, getattr(self, name) + size)
         self.peak = max(self.peak, self.in_ram + self.on_disk + self.on_device)
-        # Views share the storage, not the tensor: its end is the end of all of them.
+        # Views share the storage, not the tensor, so the storage lives as long as any of them.
         weakref.finalize(tensor.untyped_storage(), self._released, name, size)
         return tensor
 

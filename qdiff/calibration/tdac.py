@@ -1,4 +1,4 @@
-"""TDAC: how many calibration samples each step gives, from what the network's features do over the steps.
+"""TDAC: how many calibration samples each step gives, derived from how the network's features change over the steps.
 
 Source: Liu et al. 2024 (EDA-DM, arXiv 2401.04585), "Temporal Distribution Alignment Calibration".
 """
@@ -16,12 +16,12 @@ from qdiff.calibration.timesteps import uniform_counts
 from qdiff.errors import UserError
 
 CHUNK_ELEMENTS = 1 << 22
-"""How many numbers of all steps together are held in float64 at a time (32 MiB)."""
+"""How many feature values, over all steps, are held in float64 at a time (32 MiB)."""
 
 # A zero vector has no direction: its cosine with anything is 0 (the floor of torch's cosine_similarity).
 _NORM_FLOOR = 1e-8
-# Spreads of V below this share of its largest possible value are the rounding of the sums. Stretching them to [0, 1]
-# would make weights of noise.
+# A spread of V below this share of its largest possible value is rounding error of the sums; stretching it to [0, 1]
+# would turn noise into weights.
 _ROUNDING = 1e-12
 
 
@@ -31,9 +31,9 @@ class Allocation:
 
     Attributes:
         density: D, float64 [T]: how many other steps have features within the radius.
-        variety: V, float64 [T]: Σ (1 − cos) against all other steps, over images and positions.
-        weight: w = D' + λ·V', float64 [T], of D and V normalised to [0, 1].
-        counts: n, int64 [T]; they sum to the number of samples asked for.
+        variety: V, float64 [T]: Σ (1 − cos) to all other steps, over images and positions.
+        weight: w = D' + λ·V', float64 [T], with D' and V' normalised to [0, 1].
+        counts: n, int64 [T]; they sum to the requested number of samples.
     """
 
     density: Tensor
@@ -49,11 +49,11 @@ def tdac(features: Tensor | Sequence[Tensor], radius: float, lamda: float, count
         features: [T, N, C, …] or T tensors [N, C, …] in sampling order: the input of the middle attention block at
             every step, in any floating dtype (`qdiff.calibration.recording.record_features`).
         radius: r, the mean squared difference up to which two steps are near, in units of the features squared.
-        lamda: λ, weight of variety against density.
-        count: N, how many samples in all.
+        lamda: λ, weight of variety relative to density.
+        count: N, the total number of samples.
 
     Raises:
-        UserError: numbers out of range, or features that are not finite.
+        UserError: an argument is out of range, or the features are not finite.
     """
     if count < 1:
         raise UserError(f"the number of calibration samples is {count}; give at least 1")
@@ -73,13 +73,13 @@ def tdac(features: Tensor | Sequence[Tensor], radius: float, lamda: float, count
 
 
 def normalised(values: Tensor) -> Tensor:
-    """Return (x − min)/(max − min), [T]; zeros where all are equal (the published 0/0)."""
+    """Return (x − min)/(max − min), [T]; zeros if all are equal (0/0 in the published code)."""
     spread = values.max() - values.min()
     return (values - values.min()) / spread if spread > 0 else torch.zeros_like(values)
 
 
 def counts_from_weights(weight: Tensor, count: int) -> Tensor:
-    """Return n_i = round(N·w_i/Σw), int64 [T], repaired so that they sum to N; all weights 0: uniform."""
+    """Return n_i = round(N·w_i/Σw), int64 [T], repaired so that they sum to N; uniform if all weights are 0."""
     if not weight.sum() > 0:
         return uniform_counts(len(weight), count)
     counts = (count * weight.double() / weight.double().sum()).round().long()
@@ -87,14 +87,15 @@ def counts_from_weights(weight: Tensor, count: int) -> Tensor:
 
 
 def repaired(counts: Tensor, weight: Tensor, count: int) -> Tensor:
-    """Return rounded counts with their sum brought to ``count``.
+    """Return rounded counts, adjusted so that they sum to ``count``.
 
-    A shortfall goes to the largest weights (counts rank as weights do), one more each, equal ones in sampling order.
-    An excess is taken one by one from the last steps backwards, none below 0. Passes repeat while need be.
+    If too few, the steps with the largest weights (counts are ordered as weights are) get one more each, ties in
+    sampling order. If too many, steps lose one each from the last backwards, none below 0. This repeats as often as
+    necessary.
 
     Args:
-        counts: int64 [T], none negative.
-        weight: [T], what they were rounded from.
+        counts: int64 [T], not negative.
+        weight: [T], the weights that the counts were rounded from.
         count: at least 0.
     """
     counts = counts.clone()
@@ -110,16 +111,16 @@ def repaired(counts: Tensor, weight: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def _pairwise(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Return mean squared differences [T, T], sums of cosines [T, T], and over how many positions those are.
+    """Return mean squared differences [T, T], sums of cosines [T, T], and the number of positions in each sum.
 
     Both follow from scalar products: ‖a − b‖² = ‖a‖² + ‖b‖² − 2a·b, and once every channel vector has length 1 the
-    scalar product of two steps IS the sum of their cosines. So two Gram matrices hold everything, and they add up
-    over chunks of images: no T² passes over the features, no copy of them all. float64 keeps the differences of
-    large sums exact to far below the features' own rounding.
+        scalar product of two steps IS the sum of their cosines. Two Gram matrices therefore suffice, and they are
+        summed over chunks of images, without T² passes over the features or a copy of them all. float64 keeps errors in
+        the differences of large sums far below the features' own rounding.
     """
     steps, shape = len(features), features[0].shape if len(features) else ()
     if len(shape) < 2 or any(f.shape != shape for f in features) or math.prod(shape) == 0:
-        raise ValueError("features must be T tensors of one shape [N, C, …], none empty")
+        raise ValueError("features must be T tensors of one shape [N, C, …] and not empty")
     device = features[0].device
     gram, cosines = torch.zeros(2, steps, steps, dtype=torch.float64, device=device)
     elements = math.prod(shape)
@@ -134,5 +135,5 @@ def _pairwise(features: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, int]
         raise UserError("the network's features are not finite; check the weights, or sample in full precision")
     own = gram.diagonal()
     squared = (own[:, None] + own[None] - gram - gram.T) / elements
-    cosines = (cosines + cosines.T) / 2  # matrix products need not be symmetric to the last bit
+    cosines = (cosines + cosines.T) / 2  # matrix products may be asymmetric in the last bit
     return squared.clamp_min(0).cpu(), cosines.cpu(), elements // shape[1]

@@ -1,7 +1,7 @@
-"""Which timesteps calibration samples come from: the draw of a set, and how many samples each step gives.
+"""The timesteps of calibration samples: how a set is drawn, and how many samples each step gives.
 
-Steps are chosen such that they give equally many (`evenly_spaced`), or have counts, int64 [T] with the sum N: what step
-i of a sampling run gives. Steps are in sampling order, so step 0 is the noisiest.
+Either evenly spaced steps give equally many samples (`evenly_spaced`), or step i of a sampling run gives counts[i]
+samples, int64 [T] with the sum N. Steps are in sampling order, so step 0 is the noisiest.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ class Schedule(str, Enum):
 
     TDAC = "tdac"  # where the network's features are dense and unlike those of other steps (EDA-DM)
     NORMAL = "normal"  # timesteps from a normal distribution (PTQ4DM)
-    UNIFORM = "uniform"  # all alike (Q-Diffusion)
+    UNIFORM = "uniform"  # equally many from every step (Q-Diffusion)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """A calibration set in which every sampled image gives one sample, at a step that the schedule chooses.
+    """A calibration set in which every sampled image gives one sample, at a step chosen by the distribution.
 
     Attributes:
-        schedule: see the enum.
-        count: N, how many images.
-        batch_size: images sampled at a time, and at most so many whose features TDAC looks at.
-        lamda: λ, weight of variety against density (TDAC).
+        schedule: the distribution of samples over timesteps.
+        count: N, the number of images.
+        batch_size: images per sampled batch, and the most images whose features TDAC compares.
+        lamda: λ, weight of variety relative to density (TDAC).
         radius: r, mean squared distance up to which two steps' features count as near (TDAC).
     """
 
@@ -51,7 +51,7 @@ class Draw:
             if getattr(self, name) < 1:
                 raise UserError(f"{option} is {getattr(self, name)}; give at least 1")
         if not 0 <= self.lamda < math.inf:
-            raise UserError(f"--lamda is {self.lamda}; give a finite number from 0")
+            raise UserError(f"--lamda is {self.lamda}; give a finite number of at least 0")
         if not self.radius > 0:
             raise UserError(f"--tdac_radius is {self.radius}; give it above 0")
 
@@ -60,11 +60,11 @@ def evenly_spaced(recorded: int, count: int) -> list[int]:
     """Return ``count`` step indices out of ``recorded``: every ⌊recorded/count⌋-th from the first (Q-Diffusion).
 
     Raises:
-        UserError: more steps asked for than recorded, or fewer than one.
+        UserError: more steps are requested than recorded, or fewer than one.
     """
     if not 1 <= count <= recorded:
         raise UserError(
-            f"{count} calibration steps were asked for and {recorded} are recorded; give --cali_st 1 to {recorded}"
+            f"{count} calibration steps were requested but {recorded} are recorded; give --cali_st 1 to {recorded}"
         )
     return list(range(0, recorded, recorded // count))[:count]
 
@@ -82,10 +82,10 @@ def uniform_counts(steps: int, count: int) -> Tensor:
 def normal_counts(steps: int, count: int, generator: torch.Generator) -> Tensor:
     """Return counts, int64 [steps], of timesteps drawn from a normal distribution (PTQ4DM), with the sum ``count``.
 
-    Timesteps are drawn with mean 0.4·T and standard deviation 0.4·T, T = ``steps``; then the drawn values' own range
-    is stretched to [0, T − 1] and rounded. Timestep 0 is the CLEAN end there and the last of a sampling run, so drawn
-    timestep t counts for step T − 1 − t. (Stretching undoes any mean and deviation: the bell ends up between the two
-    extremes that were drawn, around the middle of the run on average.)
+    Timesteps are drawn with mean 0.4·T and standard deviation 0.4·T, T = ``steps``; the drawn values are then stretched
+    from their own minimum and maximum to [0, T − 1] and rounded. Timestep 0 is the CLEAN end, which a sampling run
+    reaches last, so a drawn timestep t counts for step T − 1 − t. (Stretching cancels the mean and the deviation: the
+    bell always spans the whole run, and is centred on its middle on average.)
 
     Args:
         generator: decides the draw.
@@ -100,7 +100,7 @@ def normal_counts(steps: int, count: int, generator: torch.Generator) -> Tensor:
     spread = drawn.max() - drawn.min()
     if spread > 0:
         drawn = (drawn - drawn.min()) / spread * (steps - 1)
-    timestep = drawn.round().long().clamp(0, steps - 1)  # a single draw has no range to stretch
+    timestep = drawn.round().long().clamp(0, steps - 1)  # a single draw cannot be stretched
     return (steps - 1 - timestep).bincount(minlength=steps)
 
 

@@ -1,4 +1,4 @@
-"""Walk over a network's steps with stored activations, and capture what goes in and out of modules."""
+"""Walk over a network's steps with stored activations, and capture the inputs and outputs of modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qdiff.modes import LEAVES, leaf_modes
 
 
 def rows_of(state: State, rows: slice) -> State:
-    """Return the same state for some of the samples (views, no copies)."""
+    """Return the state for some of the samples (views, not copies)."""
 
     def cut(value):
         if isinstance(value, Tensor):
@@ -30,12 +30,12 @@ def rows_of(state: State, rows: slice) -> State:
 
 @dataclass(frozen=True)
 class Walker:
-    """Runs modules over all stored samples, a batch at a time.
+    """Runs modules over all stored samples, batch by batch.
 
     Attributes:
-        storage: where results are kept, on the device or in RAM.
-        device: where modules run.
-        batch_size: samples at a time; it has no influence on the values.
+        storage: holds the results, on the device or in RAM.
+        device: the device that modules run on.
+        batch_size: samples per batch; it does not affect the values.
     """
 
     storage: ActivationStorage
@@ -66,12 +66,12 @@ class Walker:
         return tuple(i[rows].to(self.device) for i in inputs)
 
     def step_inputs(self, step: Step, state: State) -> tuple[Tensor, ...]:
-        """Return what a step feeds its module, for all samples."""
+        """Return the inputs that a step passes to its module, for all samples."""
         count = len(state["x"])
 
         def on_device(rows: slice) -> tuple[Tensor, ...]:
             part = rows_of(state, rows)
-            # Steps may compute (normalise, concatenate), so their tensors go where their modules are.
+            # Steps may compute (normalise, concatenate), so their tensors move to the device of their modules.
             return step.inputs({k: _moved(v, self.device) for k, v in part.items()})
 
         return self.map(on_device, count)
@@ -80,7 +80,7 @@ class Walker:
 def _moved(value, device: torch.device):
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, list):  # only the last skip is ever read
+    if isinstance(value, list):  # only the last skip is read
         return [*value[:-1], *(v.to(device) for v in value[-1:])]
     return value
 
@@ -90,15 +90,15 @@ def walk(
 ) -> Iterator[tuple[int, Step, Unit, State]]:
     """Yield every step's unit in execution order; when control returns, activations advance past it.
 
-    Two states move along, one through the float network and one through the network as quantized so far. A unit
-    is therefore fitted on the inputs it will really get, against the output it should have had, and the whole walk
-    costs one float and one quantized forward.
+    Two states advance together, one through the float network and one through the network as quantized so far. Each
+    unit is therefore fitted on the inputs it will get in use and against the float output, and the whole walk costs one
+    float and one quantized forward pass.
 
     Args:
-        weights, activations: what counts as quantized in the advancing state.
+        weights, activations: what is quantized in the advancing quantized state.
 
     Yields:
-        index, step, unit, and the quantized state before the step. A unit is empty once the walk goes on.
+        index, step, unit, and the quantized state before the step. The unit is emptied when the walk continues.
     """
     inputs = tuple(i.to(walker.storage.device) for i in inputs)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def walk(
             output = walker.run(step.module, quant_inputs)
         step.output(float_state, target)
         step.output(quant_state, output)
-        # Whoever fitted the unit may still hold it: its activations must not outlive it.
+        # The caller may still hold the unit, so drop its activations here to free their memory.
         unit.inputs = unit.float_inputs = ()
         unit.target, unit.weights = torch.empty(0), None
         del float_inputs, quant_inputs, target, output
@@ -124,7 +124,7 @@ def walk(
 def leaves_in_execution_order(
     module: nn.Module, inputs: tuple[Tensor, ...], walker: Walker
 ) -> list[tuple[str, nn.Module]]:
-    """Return the quantized leaves of a module in the order in which one forward reaches them."""
+    """Return the quantized leaves of a module in the order in which a forward pass reaches them."""
     order: list[tuple[str, nn.Module]] = []
     names = {m: n for n, m in module.named_modules() if isinstance(m, LEAVES)}
     with contextlib.ExitStack() as stack:
@@ -139,9 +139,9 @@ def leaves_in_execution_order(
 def leaf_inputs_and_output(
     module: nn.Module, leaf: nn.Module, inputs: tuple[Tensor, ...], walker: Walker
 ) -> tuple[Tensor, ...]:
-    """Run a module over all samples and return what one leaf in it got and gave: (*inputs, output), each [N, …].
+    """Run a module over all samples and return one leaf's inputs and output: (*inputs, output), each [N, …].
 
-    Where one run of the module calls the leaf k times, each is [N, k, …].
+    If one run of the module calls the leaf k times, each is [N, k, …].
     """
     seen: list[tuple[Tensor, ...]] = []
     handle = leaf.register_forward_hook(lambda _, args, out: seen.append((*args, out)))

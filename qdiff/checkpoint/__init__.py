@@ -1,4 +1,4 @@
-"""Load and save quantized checkpoints: our safetensors format and the published ``.pth``, told apart by content."""
+"""Load and save quantized checkpoints: native safetensors files and published ``.pth`` files, detected by content."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def load_checkpoint(
     """Fill a quantized network from a file; nothing is changed unless all of it fits.
 
     Args:
-        qnn: built with the widths and options that the file was made with; activations may be left in float.
+        qnn: built with the widths and options that the file was made with; activations may stay in float.
         path: native safetensors or a published q-diffusion ``.pth``.
-        activations: False takes the weights alone, whatever the file holds for activations (``--resume_w``).
-        probe: makes inputs of the network, e.g. two of noise: (x [N, C, H, W], t [N][, context [N, L, D]]). By them the
-            activation widths of a published file, which does not store them, are checked once the network is filled
+        activations: False takes only the weights, even if the file also has activation ranges (``--resume_w``).
+        probe: makes inputs of the network, e.g. two noise samples: (x [N, C, H, W], t [N][, context [N, L, D]]). A
+            published file does not store its activation widths; these inputs serve to check them after loading
             (`qdiff.checkpoint.published_widths.check_widths`). Not called for a native file, which stores its widths.
 
     Raises:
-        UserError: the file is missing, damaged, or was made with other options or for another network; the message
-            names the option to change.
+        UserError: the file is missing, damaged, or made with other options or for another network; the message names
+            the option to change.
     """
     path = Path(path)
     if qnn.is_packed:
-        raise UserError(f"{path} cannot be loaded into a packed network; build the network anew, or use load_packed")
-    activations = activations and not qnn.config.act_dynamic  # ranges of a file have no place to go
+        raise UserError(f"{path} cannot be loaded into a packed network; build a new network, or use load_packed")
+    activations = activations and not qnn.config.act_dynamic  # dynamic quantizers have no stored ranges
     if is_pickle(path):
         if activations and qnn.config.modulate:
             raise UserError(
-                f"{path} holds ranges of activations, not of their changes; add --resume_w to calibrate those, or "
+                f"{path} holds ranges of activations, not of their changes; add --resume_w to calibrate these, or "
                 "--quant_mode dynamic"
             )
         load_published(qnn, load_tensors(path), path, activations)
@@ -63,16 +63,16 @@ def load_packed(
     cache_bytes: int = 0,
     integer: bool = False,
 ) -> QuantModel:
-    """Wrap a network and fill it from a native file, its weights packed from the first moment on.
+    """Wrap a network and fill it from a native file, with its weights packed from the start.
 
-    No float weight of a quantized layer is ever held. Biases, norms and ranges come from the file.
+    The float weight of a quantized layer is never in memory. Biases, norms and ranges come from the file.
 
     Args:
-        network: built under ``torch.device("meta")``; what has values elsewhere keeps its place.
+        network: built under ``torch.device("meta")``; tensors on other devices stay there.
         path: native safetensors.
-        config: widths and options of the run, which the file must agree with (as for `load_checkpoint`); None takes the
+        config: widths and options of the run, which must match the file's (as for `load_checkpoint`); None takes the
             file's.
-        activations: False takes the weights alone.
+        activations: False takes only the weights.
         cache_bytes, integer: see `QuantModel.pack_weights`.
 
     Returns:
@@ -84,12 +84,12 @@ def load_packed(
     path = Path(path)
     if is_pickle(path):
         raise UserError(
-            f"{path} is a published checkpoint, which holds float weights; load it by load_checkpoint, then call "
+            f"{path} is a published checkpoint, which holds float weights; load it with load_checkpoint, then call "
             "pack_weights, or save it in the native format first"
         )
     buffers = {n for n, b in network.named_buffers() if b.is_meta}
     if buffers:
-        raise ValueError(f"the buffer {min(buffers)} is on the meta device, and no file holds it; give it its values")
+        raise ValueError(f"the buffer {min(buffers)} is on the meta device and in no file; set its values first")
     qnn = QuantModel(network, read_config(path) if config is None else config)
     load_native_packed(qnn, path, activations and not qnn.config.act_dynamic)
     qnn.pack_weights(cache_bytes, integer)
@@ -102,16 +102,16 @@ def save_checkpoint(
     format: Literal["native", "published"] = "native",
     notes: dict[str, Any] | None = None,
 ) -> None:
-    """Write a calibrated network, whole or not at all.
+    """Write a calibrated network to a file; the write is atomic.
 
     Args:
         path: the file; an existing one is replaced.
         format: ``native`` (packed integers) or ``published`` (float weights and α, readable by the paper's code).
-        notes: anything JSON can hold, kept in a native file's metadata (method, seed, …).
+        notes: any JSON values, stored in a native file's metadata (method, seed, …).
 
     Raises:
-        UserError: a quantizer was never set, a packed network has no float weights for a published file, or see
-            `qdiff.checkpoint.published.to_published`; nothing is written.
+        UserError: a quantizer was never set, a packed network has no float weights for a published file, or
+            `qdiff.checkpoint.published.to_published` fails; nothing is written.
     """
     path = Path(path)
     qnn.assert_initialised()

@@ -1,4 +1,4 @@
-"""What a checkpoint of ours says of itself, and whether a network can take it."""
+"""The metadata of native checkpoints, and the check that a file fits a network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qdiff.ranges.estimators import RangeMethod
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
 CHECKSUM, TEXTS = "checksum", "metadata"
 _TEXTS = ("format", "config", "layout", "notes")
-# Config fields that a file and the options of a run must agree on, and the option that sets each.
+# Config fields that must be equal in a file and in a run, and the option that sets each.
 _WEIGHT_OPTIONS = {
     "weight_bits": "--weight_bit",
     "split_shortcut": "--split",
@@ -44,13 +44,13 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); get or make the file anew") from error
+        raise UserError(f"checkpoint {path} is damaged or truncated ({error}); download or create it again") from error
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """Return the CRC-32 of each tensor, its type and shape included, and that of the metadata's texts, as JSON.
+    """Return the CRC-32 of each tensor (with its type and shape) and of the metadata's texts, as JSON.
 
-    The tensors' own bytes are read; nothing is copied.
+    The tensors' bytes are read in place; nothing is copied.
     """
     found = {}
     for name, tensor in sorted(tensors.items()):
@@ -61,7 +61,7 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def check_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path) -> None:
-    """Raise a `UserError` where a file does not hold what was written; files from before the checksum pass."""
+    """Raise a `UserError` if a file's checksum does not match; older files without a checksum pass."""
     if CHECKSUM not in metadata:
         return
     try:
@@ -71,13 +71,12 @@ def check_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
     found = json.loads(checksum(tensors, metadata))
     if wrong := sorted(name for name in found.keys() | written.keys() if found.get(name) != written.get(name)):
         raise UserError(
-            f"checkpoint {path} is damaged: the checksum of {wrong[0]} is not that of what was written; get or make "
-            "the file anew"
+            f"checkpoint {path} is damaged: the checksum of {wrong[0]} does not match; download or create it again"
         )
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """Return the notes of a file of ours: what made it."""
+    """Return the notes of a native file, which say what made it."""
     try:
         return dict(json.loads(read_metadata(path).get("notes", "{}")))
     except ValueError:
@@ -85,10 +84,10 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> QuantConfig:
-    """Return what a file of ours was made with.
+    """Return the config that a native file was made with.
 
     Raises:
-        UserError: no file of ours, or damaged.
+        UserError: the file is not native, or is damaged.
     """
     return _config_of(read_metadata(path), path)
 
@@ -96,33 +95,32 @@ def read_config(path: Path) -> QuantConfig:
 def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
     if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
         found = metadata.get("format", "none")
-        raise UserError(f"{path} is no quantized checkpoint of ours (format {found}, not {FORMAT}); give another file")
+        raise UserError(f"{path} is no native quantized checkpoint (format {found}, not {FORMAT}); give another file")
     try:
         return QuantConfig.from_dict(json.loads(metadata["config"]))
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(
-            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file anew"
+            f"checkpoint {path} is damaged: its config is unreadable ({error}); get the file again"
         ) from error
 
 
 def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layout: str, activations: bool) -> None:
-    """Raise a `UserError` where a file cannot be loaded into a network.
+    """Raise a `UserError` if a file cannot be loaded into a network.
 
     Args:
-        metadata: of the file.
-        here: what the network was wrapped with.
-        layout: of the network (`qdiff.checkpoint.native.layout`).
-        activations: its activation quantizers are wanted too.
+        metadata: the file's metadata.
+        here: the config that the network was wrapped with.
+        layout: the network's layout (`qdiff.checkpoint.native.layout`).
+        activations: whether the activation quantizers are needed too.
     """
     there = _config_of(metadata, path)
     if activations and there.act_bits is None:
         raise UserError(
-            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
-            "calibrate them with --resume_w"
+            f"checkpoint {path} holds no activation quantizers; leave out --quant_act or calibrate them with --resume_w"
         )
     if activations and there.act_dynamic:
         raise UserError(
-            f"checkpoint {path} holds no ranges of activations, they were dynamic; add "
+            f"checkpoint {path} holds no ranges of activations, because they were dynamic; add "
             "--quant_mode dynamic, or calibrate them with --resume_w"
         )
     if activations and there.modulate != here.modulate:
@@ -131,15 +129,15 @@ def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layo
             f"checkpoint {path} holds ranges of {held}; {other} --modulate, or calibrate others with --resume_w"
         )
     options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
-    if here.calibrates_changes:  # attention, the only user of it, has no calibrated ranges then
+    if here.calibrates_changes:  # only attention uses softmax_bits, and it has no calibrated ranges then
         options.pop("softmax_bits", None)
     for field, option in options.items():
         a, b = getattr(there, field), getattr(here, field)
         if a != b:
             change = ("add " if a else "leave out ") + option if isinstance(a, bool) else f"give {option} {a}"
             if field == "act_symmetric" and RangeMethod.SEARCH in (there.act_range, here.act_range):
-                change = f"EDA-DM means the opposite by {option}: give the --method that it was made by"
-            raise UserError(f"checkpoint {path} was made with {field} {a}, this run asks for {b}; {change}")
+                change = f"{option} has the opposite meaning in EDA-DM; give the --method that the file was made with"
+            raise UserError(f"checkpoint {path} was made with {field} {a} but this run has {b}; {change}")
     if metadata.get("layout") != layout:
         raise UserError(
             f"checkpoint {path} belongs to another network (names or shapes of its layers differ); give the --config "

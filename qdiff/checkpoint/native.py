@@ -1,19 +1,21 @@
-"""Our checkpoint: a safetensors file in which quantized weights take their width.
+"""The native checkpoint: a safetensors file that stores quantized weights at their bit width.
 
-Tensors, each of what all layers hold, one after the other in name order:
-    ``weight``            uint8: the packed integers of every layer (`qdiff.kernels.packing`), or float32 where not
+Tensors, each the concatenation over all layers in name order:
+
+    ``weight``            uint8: the packed integers of every layer (`qdiff.kernels.packing`), or float32 if not
                           quantized;
-    ``weight_zero_point`` uint8: packed likewise, at the widths of their weights;
-    ``float``             uint8: every other parameter and every weight step size in float32, first the lowest byte of
-                          each, then the next ones, deflated (zlib): exponents and signs shrink to a quarter, and in
-                          networks of two million weights these floats are a tenth of the file;
+    ``weight_zero_point`` uint8: packed likewise, at the widths of the weights;
+    ``float``             uint8: every other parameter and every weight step size in float32: first the lowest byte of
+                          all values, then the next bytes, deflated (zlib). This shrinks exponents and signs to a
+                          quarter; in networks of two million weights these floats are a tenth of the file;
     ``act_delta``         float32, ``act_zero_point`` int32.
-One tensor a layer would be neater, but a name costs about 100 bytes of header, more than many hold.
-Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
-``checksum`` (JSON: the CRC-32 of every tensor, and of the other metadata; older files have none).
 
-Files of the first format are read too: they have ``<layer>.weight`` for every layer, a zero point a byte, and ``float``
-as float32.
+One tensor per layer would be neater, but each name costs about 100 bytes of header, more than many layers hold.
+Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
+``checksum`` (JSON: the CRC-32 of every tensor and of the other metadata; older files have none).
+
+Files of the first format can be read too: they have ``<layer>.weight`` per layer, one byte per zero point, and
+``float`` as float32.
 """
 
 from __future__ import annotations
@@ -70,7 +72,7 @@ def _float_tensors(qnn: QuantModel) -> dict[str, Tensor]:
 
 
 def layout(qnn: QuantModel) -> str:
-    """Return a hash of the names and shapes of a network's tensors: what tells it from other networks."""
+    """Return a hash of the names and shapes of a network's tensors, which identifies the network."""
     shapes = {n: tuple(t.shape) for n, t in _float_tensors(qnn).items()}
     shapes |= {f"{n}.weight": tuple(m.weight.shape) for n, m in qnn.layers().items()}
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()[:16]
@@ -81,7 +83,7 @@ def _concatenated(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def content_hash(qnn: QuantModel) -> str:
-    """Return a hash of every value of a calibrated network: what tells it from others of its `layout`."""
+    """Return a hash of every value of a calibrated network, which tells it from others of the same `layout`."""
     found = hashlib.sha256()
     for layer in _layers(qnn).values():
         values = layer.packed_integers() if len(layer.weight_quantizers) > 0 else layer.weight.detach().float()
@@ -94,7 +96,7 @@ def content_hash(qnn: QuantModel) -> str:
 
 
 def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
+    """Write the file atomically."""
     from safetensors.torch import save_file
 
     layers = _layers(qnn).values()
@@ -123,9 +125,9 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
 
 
 def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
-    """Fill the network from our format; every mismatch is an error before anything is changed.
+    """Fill the network from a native file; every mismatch is an error before anything is changed.
 
-    The float weight of each layer is left as it is: the file holds only the quantized one.
+    The float weight of each layer is left as it is, because the file holds only the quantized one.
 
     Args:
         activations: False leaves activation quantizers alone.
@@ -142,13 +144,13 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
 
 
 def load_native_packed(qnn: QuantModel, path: Path, activations: bool) -> None:
-    """Fill a network whose parameters may be on the meta device; its weights stay packed, as in the file.
+    """Fill a network whose parameters may be on the meta device; its weights stay packed as in the file.
 
     Raises:
-        UserError: as `load_native`, or the file's weights have no width; nothing is changed.
+        UserError: as `load_native`, or the file's weights are not quantized; nothing is changed.
     """
     if qnn.config.weight_bits is None:
-        raise UserError(f"the weights in {path} have no width to be packed to; load it without packing")
+        raise UserError(f"the weights in {path} are not quantized and cannot be packed; load it without packing")
     contents = _read(qnn, path, activations)
     contents.take_small_ones(qnn)
     for name, layer in qnn.layers().items():
@@ -157,12 +159,12 @@ def load_native_packed(qnn: QuantModel, path: Path, activations: bool) -> None:
 
 @dataclass(frozen=True)
 class _Contents:
-    """What a file holds for a network, checked.
+    """The checked contents of a file for one network.
 
     Attributes:
         weights: by layer, as stored: packed integers, or float32.
         plain: parameters that are neither layer weights nor step sizes.
-        ranges: quantizers, each with the δ and z that it is to take.
+        ranges: quantizers, each with its δ and z from the file.
     """
 
     weights: dict[str, Tensor]
@@ -171,7 +173,7 @@ class _Contents:
 
     @torch.no_grad()
     def take_small_ones(self, qnn: QuantModel) -> None:
-        """Give the network all but the layers' weights."""
+        """Set everything in the network except the layers' weights."""
         for name, value in self.plain.items():
             path, _, leaf = name.rpartition(".")
             module = qnn.model.get_submodule(path)
@@ -205,12 +207,12 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
         for quantizer, delta, zero_point in ranges:
             levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
-                raise ValueError("step sizes or zero points out of range")
+                raise ValueError("step sizes or zero points are out of range")
         for (name, layer), size in zip(_layers(qnn).items(), _weight_sizes(qnn), strict=True):
             if weights[name].numel() != size:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
-        raise UserError(f"checkpoint {path} is damaged ({error}); get or make the file anew") from error
+        raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
     return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges)
 
@@ -237,7 +239,7 @@ def _this_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
 
 
 def _weight_sizes(qnn: QuantModel) -> list[int]:
-    """How many values a layer's weight is stored in: bytes where packed, otherwise numbers."""
+    """Return how many stored values each layer's weight has: bytes if packed, otherwise numbers."""
     return [
         packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if len(m.weight_quantizers) else m.weight.numel()
         for m in _layers(qnn).values()

@@ -1,10 +1,9 @@
 """Read and write the published q-diffusion checkpoint: a ``torch.save``d dict of float weights and quantizer state.
 
 Keys: ``model.<layer>.{weight,bias}``, ``model.<layer>.weight_quantizer[_0].{delta,zero_point[,alpha]}`` (``_0`` is the
-SECOND slice of a split layer; hard rounding is ⌊w/δ⌋ + [α ≥ 0], nearest where there is no α), and
-``act_quantizer[_0]`` likewise. Widths and signedness are not stored: symmetric activation quantizers are signed there
-(z = 0), and a width can only be inferred from the step sizes (`qdiff.checkpoint.published_widths` does so for
-activations).
+SECOND slice of a split layer; hard rounding is ⌊w/δ⌋ + [α ≥ 0], or to nearest without α), and ``act_quantizer[_0]``
+likewise. Widths and signedness are not stored: symmetric activation quantizers are signed (z = 0), and a width can only
+be inferred from the step sizes (`qdiff.checkpoint.published_widths` does so for activations).
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from qdiff.weight_forms import WeightForm
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
-# A b-bit step size divides the weight's range into 2^b − 1 parts (min-max), or up to about twice as many where the
-# search shrank the range. Beyond these bounds the file was made with another width.
+# A b-bit step size divides the weight's range into 2^b − 1 parts (min-max), or up to about twice as many if the search
+# shrank the range. Outside these bounds the file was made with another width.
 _WIDTH_BOUNDS = (0.6, 2.5)
-# α beyond ±this is a decided rounding; the published code keeps |α| ≲ 2.4 where h(α) saturates.
+# An α with a larger magnitude is a decided rounding; the published code keeps |α| ≲ 2.4, where h(α) saturates.
 _DECIDED_ALPHA = 2.5
 
 
@@ -57,15 +56,15 @@ def _is_signed(qnn: QuantModel, prefix: str, quantizer: Quantizer) -> bool:
 
 
 def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activations: bool) -> None:
-    """Fill the network from a published checkpoint; every mismatch is an error before anything is changed.
+    """Fill the network from a published checkpoint; every mismatch is an error raised before anything is changed.
 
     Args:
-        state: what the file holds.
-        path: named in errors.
+        state: the file's contents.
+        path: the file's name for error messages.
         activations: False leaves activation quantizers alone.
 
     Raises:
-        UserError: naming the option to change, or the keys that do not belong.
+        UserError: the file does not fit; the message names the option to change or the keys that do not belong.
     """
     if qnn.config.weight_bits is None:
         raise UserError(f"checkpoint {path} holds quantized weights; give --weight_bit")
@@ -77,7 +76,7 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
         if state[name].shape != parameter.shape:
             raise UserError(
                 f"checkpoint {path} belongs to another network: {name} is {tuple(state[name].shape)}, "
-                f"this network's is {tuple(parameter.shape)}"
+                f"here {tuple(parameter.shape)}; give the file of this network"
             )
     check_finite({name: state[name] for name in plain}, path)
     check_finite({name: tensor for name, tensor in state.items() if name.endswith((".alpha", ".zero_point"))}, path)
@@ -109,11 +108,10 @@ def _check_keys(state: dict[str, Tensor], prefixes: set[str], plain: set[str], p
         raise UserError(f"checkpoint {path} was made without --split; leave --split out")
     if activations and not any(_ACT_KEY.search(k) for k in state):
         raise UserError(
-            f"checkpoint {path} holds no activation quantizers; leave out --quant_act, or "
-            "calibrate them with --resume_w"
+            f"checkpoint {path} holds no activation quantizers; leave out --quant_act or calibrate them with --resume_w"
         )
     expected = plain | {f"{p}.{part}" for p in prefixes for part in ("delta", "zero_point")}
-    # A file made with activations also serves weight-only runs; α is absent where rounding was to nearest.
+    # A file made with activations also serves weight-only runs; α is absent if rounding was to nearest.
     optional = {k for k in state if not activations and _ACT_KEY.search(k)}
     optional |= {f"{p}.alpha" for p in prefixes if ".weight_quantizer" in p}
     missing, unexpected = sorted(expected - set(state)), sorted(set(state) - expected - optional)
@@ -133,9 +131,9 @@ def _quantizer_values(
 ) -> tuple[Tensor, Tensor]:
     delta, zero_point = state[f"{prefix}.delta"], state[f"{prefix}.zero_point"]
     if delta.numel() != quantizer.delta.numel() or zero_point.numel() not in (1, delta.numel()):
-        raise UserError(f"checkpoint {path} is malformed: {prefix} has {delta.numel()} step sizes; get the file anew")
+        raise UserError(f"checkpoint {path} is malformed: {prefix} has {delta.numel()} step sizes; get the file again")
     if not bool((delta > 0).all() & torch.isfinite(delta).all()):
-        raise UserError(f"checkpoint {path} is malformed: {prefix}.delta is not positive; get the file anew")
+        raise UserError(f"checkpoint {path} is malformed: {prefix}.delta is not positive; get the file again")
     zero_point = zero_point.round() + (2 ** (quantizer.bits - 1) if _is_signed(qnn, prefix, quantizer) else 0)
     if zero_point.min() < 0 or zero_point.max() > max_level(quantizer.bits):
         option = "--act_bit" if _ACT_KEY.search(prefix + ".") else "--weight_bit"
@@ -147,7 +145,7 @@ def _quantizer_values(
 
 
 def _check_symmetry(qnn: QuantModel, state: dict[str, Tensor], quantizers: dict[str, Quantizer], path: Path) -> None:
-    """Signed files have z = 0 throughout; in an unsigned one some layer's input has negative values."""
+    """Signed files have z = 0 throughout; unsigned ones have some z > 0, for inputs with negative values."""
     zeros = [
         float(state[f"{p}.zero_point"].abs().max())
         for p, q in quantizers.items()
@@ -183,8 +181,8 @@ def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path
         alpha = state.get(f"{prefix}.alpha")
         if alpha is not None and alpha.shape != part.shape:
             raise UserError(
-                f"checkpoint {path} is malformed: {prefix}.alpha is {tuple(alpha.shape)}, its weight is "
-                f"{tuple(part.shape)}; get the file anew"
+                f"checkpoint {path} is malformed: {prefix}.alpha is {tuple(alpha.shape)} but its weight is "
+                f"{tuple(part.shape)}; get the file again"
             )
         rounded = scaled.round() if alpha is None else scaled.floor() + (alpha >= 0)
         zero_point = state[f"{prefix}.zero_point"]
@@ -195,18 +193,18 @@ def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path
 def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     """Return the published form of a calibrated network.
 
-    A softmax quantizer that the published code makes signed (`Family.symmetric_softmax`) is widened to its 2^(b−1) − 1
-    positive levels, since the published code cannot express the unsigned one.
+    A softmax quantizer that the published code makes signed (`Family.symmetric_softmax`) gets the 2^(b−1) − 1 positive
+    levels of that code, which cannot express the unsigned one.
 
     Raises:
-        UserError: weights stay in float, or the float weights are not those that were quantized (a native file does
-            not hold them) or were released.
+        UserError: weights stay in float, or the float weights were released or are not those that were quantized (a
+            native file does not hold them).
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
     if any(layer.form is WeightForm.RELEASED for layer in qnn.layers().values()):
         raise UserError(
-            "the published format holds the float weights, which this network has released; save it before "
+            "the published format needs the float weights, which this network has released; save it before "
             "release_float_weights, or save the native format"
         )
     state = {n: p.detach().cpu() for n, p in qnn.named_parameters() if not n.endswith(".delta")}
@@ -224,11 +222,11 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
         for i, (weight, integers) in enumerate(parts):
             prefix = f"model.{name}.weight_quantizer{'_0' if i else ''}"
             floor = (weight.cpu() / state[f"{prefix}.delta"]).floor() + state[f"{prefix}.zero_point"]
-            # Where clamping decided, either sign of α gives the same clamped integer.
+            # For clamped weights, either sign of α gives the same integer.
             up, top = integers.cpu() - floor >= 1, max_level(layer.weight_quantizers[i].bits)
             if not torch.equal((floor + up).clamp(0, top), integers.float().cpu()):
                 raise UserError(
-                    f"the float weights of {name} are not those that were quantized, and the published format holds "
+                    f"the float weights of {name} are not those that were quantized, but the published format needs "
                     "them; load the float checkpoint before the quantized one, or save the native format"
                 )
             state[f"{prefix}.alpha"] = torch.where(up, _DECIDED_ALPHA, -_DECIDED_ALPHA)

@@ -1,9 +1,9 @@
-"""Find out which activation widths a published checkpoint was made with: it stores step sizes, not widths.
+"""Infer the activation widths of a published checkpoint, which stores step sizes but not widths.
 
-A step size and what passes through a quantizer tell how many levels were meant. Right files, ours and the papers', span
-between 0.1 bits less (min-max of larger sets) and 0.9 bits more (ranges shrunk for 2 bits) than their width; another
-width shifts that by the difference. Whether the given width then does harm, or is one that the file never uses, the
-error of ε says.
+The step size and the values that pass through a quantizer show how many levels were intended. In correct files, native
+and published, the values span from 0.1 bits less (min-max of larger sets) to 0.9 bits more (ranges shrunk for 2 bits)
+than the width; a wrong width shifts that by the difference. The error of ε then decides whether the given width is too
+narrow, or wider than the file ever uses.
 """
 
 from __future__ import annotations
@@ -21,22 +21,24 @@ from qdiff.functional import max_level
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
-WIDEST = 16  # bits: with as many, no step size of a file clips anything
-# Bits by which the median span must go beyond the width, or stay below it, before the error of ε is looked at.
+WIDEST = 16  # bits; at this width no step size of a file clips anything
+# Bits by which the median span must exceed the width, or stay below it, before the error of ε is computed.
 BEYOND, BELOW = 0.6, 1.25
-# The error of the given width over that without clipping: at most 4 for right files, 30 and more one bit too narrow.
+# Error at the given width relative to the error without clipping: at most 4 for the correct width, at least 30 for one
+# bit too few.
 HARMFUL = 10.0
-# The error of a narrower width over that without clipping: at most 4 for the file's own, 10 and more for others.
+# Error at a narrower width relative to the error without clipping: at most 4 for the file's own width, at least 10 for
+# others.
 HARMLESS = 5.0
-# Softmax outputs are at most 1; learning moves a range a little, and another width by a factor of 2 a bit.
+# Softmax outputs are at most 1; learning moves a range slightly, a wrong width by a factor of 2 per bit.
 LARGEST_SOFTMAX = 1.9
 
 
 def check_softmax_ranges(softmax: Mapping[str, tuple[float, int, int]], path: Path) -> None:
-    """Raise a `UserError` where softmax quantizers would reach far beyond 1, the largest output of a softmax.
+    """Raise a `UserError` if softmax quantizers reach far beyond 1, the largest softmax output.
 
     Args:
-        softmax: by published name, the step size, the zero point, and the width asked for.
+        softmax: published name → step size, zero point and requested width.
     """
     reach = {name: delta * (max_level(bits) - zero_point) for name, (delta, zero_point, bits) in softmax.items()}
     name = max(reach, key=reach.__getitem__, default=None)
@@ -51,16 +53,16 @@ def check_softmax_ranges(softmax: Mapping[str, tuple[float, int, int]], path: Pa
 
 @torch.no_grad()
 def check_widths(qnn: QuantModel, inputs: Sequence[Tensor], path: Path) -> None:
-    """Raise a `UserError` where the activation widths of a network are not those of the file that filled it.
+    """Raise a `UserError` if the activation widths of a network are not those of the file that it was loaded from.
 
-    It takes one call of the network, and where that one is suspicious up to three more. Weights stay in float
-    meanwhile, so that only activations count. Too narrow a width is found for softmax outputs as for all others; too
-    wide a one only for others: what a softmax gives for a few inputs may well stay below what it can give.
+    This takes one network call, and up to three more if the first is suspicious. Weights stay in float during these
+    calls, so only activations count. A width that is too narrow is detected for all quantizers; one that is too wide is
+    not detected for softmax outputs, which may stay far below 1 for a few inputs.
 
     Args:
-        qnn: filled, its float weights at hand.
-        inputs: what its network is called with: (x [N, C, H, W], t [N][, context [N, L, D]]), N about 2.
-        path: named in errors.
+        qnn: loaded, with its float weights.
+        inputs: inputs of its network: (x [N, C, H, W], t [N][, context [N, L, D]]), N about 2.
+        path: the file's name for error messages.
     """
     quantizers = qnn.calibrated_act_quantizers()
     kinds = (
@@ -94,7 +96,7 @@ def check_widths(qnn: QuantModel, inputs: Sequence[Tensor], path: Path) -> None:
 
 
 class _Extremes:
-    """Keeps the extremes of what passes a quantizer, and the number of levels from the one to the other."""
+    """Tracks the extremes of a quantizer's input, and the number of levels between them."""
 
     def __init__(self, quantizer: ActQuantizer) -> None:
         self.quantizer, self.low, self.high = quantizer, None, None
@@ -116,7 +118,7 @@ class _Extremes:
 
 
 def _observed(qnn: QuantModel, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict[ActQuantizer, Tensor]]:
-    """Return the float ε, and of every calibrated quantizer how many of its steps its input spans."""
+    """Return the float ε and, per calibrated quantizer, how many of its steps its input spans."""
     watched = {q: _Extremes(q) for q in qnn.calibrated_act_quantizers().values()}
     try:
         for quantizer, extremes in watched.items():
@@ -133,7 +135,7 @@ def _observed(qnn: QuantModel, inputs: tuple[Tensor, ...]) -> tuple[Tensor, dict
 def _error(
     qnn: QuantModel, inputs: tuple[Tensor, ...], wanted: Tensor, kinds: Sequence[tuple], widths: Mapping[str, int]
 ) -> float:
-    """Return the mean squared error of ε over ε's mean square, kinds that are not in ``widths`` being `WIDEST`."""
+    """Return the mean squared error of ε over ε's mean square; kinds that are not in ``widths`` get `WIDEST`."""
     with contextlib.ExitStack() as stack:
         for option, _, members in kinds:
             stack.enter_context(_width(members, widths.get(option, WIDEST)))
@@ -141,13 +143,13 @@ def _error(
             found = qnn(*inputs).double()
     qnn.reset_fired()
     square = wanted.square().mean().clamp(min=1e-30)
-    # Far below it, differences are of summation order.
+    # Smaller differences come from summation order only.
     return max(1e-10, float((found - wanted).square().mean() / square))
 
 
 @contextlib.contextmanager
 def _width(quantizers: Sequence[ActQuantizer], bits: int) -> Iterator[None]:
-    """Give quantizers another width inside the block; zero points in the middle of the levels move with it."""
+    """Give quantizers another width inside the block; zero points in the middle of the levels move accordingly."""
     before = [(q, q.bits, q.zero_point.clone()) for q in quantizers]
     try:
         for quantizer in quantizers:
@@ -162,5 +164,5 @@ def _width(quantizers: Sequence[ActQuantizer], bits: int) -> Iterator[None]:
 
 
 def _is_centred(quantizer: ActQuantizer) -> bool:
-    """Whether the zero point is that of a signed range, which the width alone decides."""
+    """Whether the zero point is that of a signed range, which depends only on the width."""
     return (quantizer.symmetric or quantizer.unsigned) and int(quantizer.zero_point) == 2 ** (quantizer.bits - 1)

@@ -1,8 +1,9 @@
-"""What a network costs: bytes as stored, and bit operations of one forward. Only shapes are needed, no weights.
+"""The cost of a network: stored bytes, and bit operations of one forward pass. Needs only shapes, no weights.
 
-The size is the bits of every parameter as our checkpoint stores it (`qdiff.checkpoint.native`). The BOPs of a layer are
-MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits. A modulated layer
-(`qdiff.modulation`) has another width at the first call of a trajectory, keeps two tensors, and adds to them.
+The size counts the bits of every parameter as a native checkpoint stores it (`qdiff.checkpoint.native`). The BOPs of a
+layer are MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits. A
+modulated layer (`qdiff.modulation`) has another width at the first call of a trajectory, and keeps two tensors that it
+adds to.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
 
 FLOAT_BYTES = 4
-# What a quantizer's values take in our checkpoint: δ is float32 everywhere, z of a weight has the weight's width.
+# Bytes per quantizer value in a native checkpoint: δ is always float32, z of a weight has the weight's width.
 ACT_ZERO_POINT_BYTES = 4
 
 _LAYERS = (*QUANTIZABLE, QuantModule)
 _ATTENTION = (AttentionCore, QuantAttention)
-# A modulated layer's additions at a later call: a − â and â + Δ over its input; o + W·Δ once over its output.
+# Additions of a modulated layer at a later call: a − â and â + Δ per input value, o + W·Δ per output value.
 _ADDITIONS_A_INPUT = 2
-_KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}  # by the dimensions of the weight
+_KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}  # by number of weight dimensions
 
 
 def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tuple[int, ...] | None = None) -> Account:
     """Count the size and the bit operations of a denoising network.
 
-    Widths are those of the quantizers that a `QuantModel` has, calibrated or not, whatever its modes are now; a side
-    without quantizers counts as float, and so does a float network. The network is not touched and nothing is
-    computed: a copy without values, on the meta device, shows the shapes.
+    Widths are those of the quantizers of a `QuantModel`, calibrated or not and whatever its current modes; weights or
+    activations without quantizers count as float, as does a float network. The network is not changed and nothing is
+    computed: the shapes come from a copy without values on the meta device.
 
     Args:
-        network: called with x [N, C, H, W], t [N] and, where there is one, the context [N, L, D]; on any device.
+        network: takes x [N, C, H, W], t [N] and, if conditional, the context [N, L, D]; on any device.
         image_shape: (C, H, W).
         context_shape: (L, D), or None.
 
@@ -58,7 +59,7 @@ def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tup
     shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
     work = _count_work(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
     costs = _costs(network, work)
-    if always_first:  # the memory is emptied before every call: no later one ever comes
+    if always_first:  # the state is cleared before every call, so every call is a first one
         costs = (replace(c, act_bits=c.first_act_bits, additions=0) if c.modulates else c for c in costs)
     return Account(tuple(costs), image_shape, context_shape)
 
@@ -69,8 +70,8 @@ def _unwrapped(network: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
-    """Return counts by name: MACs and elements of the input and the output of a layer; MACs of both products."""
-    # The copy takes its tensors from the memo, so that none is copied and float16 needs no inputs of its own.
+    """Return counts by name: MACs, input and output elements of a layer; MACs of both products of attention."""
+    # The copy takes its tensors from the memo, so none is copied, and float16 networks need no float16 inputs.
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
@@ -105,12 +106,12 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
 
 
 def _layer_macs(layer: nn.Module, out: Tensor) -> int:
-    """Every output value is a sum over C_in / groups channels times the kernel."""
+    """MACs of a layer: every output value is a sum over C_in / groups channels times the kernel."""
     return out.numel() * layer.weight[0].numel()
 
 
 def _attention_macs(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
-    """q [N, heads, L, d], k and v [N, heads, S, d]: L·S products of length d, then L·d sums of length S."""
+    """q [N, heads, L, d], k and v [N, heads, S, d]: q·kᵀ has L·S sums of length d, softmax·v has L·d of length S."""
     return q.numel() * k.shape[-2], q.numel() // q.shape[-1] * v.shape[-2] * v.shape[-1]
 
 
@@ -173,6 +174,6 @@ def _weight_zero_point_bytes(quantizer: WeightQuantizer) -> int:
 
 
 def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:
-    """Bytes of stored ranges; dynamic ones are not stored."""
+    """Bytes of stored ranges; dynamic ranges are not stored."""
     stored = (q for q in quantizers if not isinstance(q, DynamicActQuantizer))
     return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in stored)

@@ -1,4 +1,4 @@
-"""What a network costs, layer by layer and in sum; `qdiff.cost.account` counts it."""
+"""The cost of a network, per layer and in total; `qdiff.cost.account` counts it."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from operator import attrgetter
 from typing import Any, Literal
 
 FLOAT_BITS = 32
-# What a layer that does not modulate has nothing of.
+# Fields that only modulated layers have.
 _OF_MODULATION = ("first_act_bits", "state_bytes", "additions")
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer, of one matrix product of an attention, or of the parameters that a module holds itself.
+    """Cost of one layer, of one matrix product of attention, or of the parameters that a module holds itself.
 
     Attributes:
         name: dotted path in the float network. An attention has two entries, ``NAME.qk`` for q·kᵀ and ``NAME.wv`` for
-            softmax·v; a layer split into slices of different widths one a slice, ``NAME[0]`` and ``NAME[1]``.
+            softmax·v; a layer split into slices of different widths has one per slice, ``NAME[0]`` and ``NAME[1]``.
         kind: ``Conv1d``, ``Conv2d``, ``Linear``, ``Attention``, or the class of another module with parameters.
-        parameters: how many weights and biases, δ and z not counted.
-        size_bytes: what they take as stored, δ and z of the weight and of the layer's inputs included.
-        macs: multiply-accumulate operations of one sample.
-        weight_bits, act_bits: widths of the two factors. Of q·kᵀ they are those of k and q, of softmax·v those of the
-            softmax output and v. Of a modulated layer they are those of a later call.
+        parameters: number of weights and biases, without δ and z.
+        size_bytes: their stored bytes, including δ and z of the weight and of the layer's inputs.
+        macs: multiply-accumulate operations per sample.
+        weight_bits, act_bits: widths of the two factors: for q·kᵀ those of k and q, for softmax·v those of the
+            softmax output and v, for a modulated layer those of a later call.
         first_act_bits: width of a modulated layer's input at the first call of a trajectory, which has no change to
-            quantize; None where the layer does not modulate.
-        state_bytes: what a modulated layer keeps from call to call for one sample: one input and one output, float32.
-        additions: what it adds and subtracts beside its product at a later call, for one sample.
+            quantize; None if the layer does not modulate.
+        state_bytes: bytes per sample that a modulated layer keeps from call to call: one input and one output, float32.
+        additions: additions and subtractions per sample at a later call, besides the layer's product.
     """
 
     name: str
@@ -43,21 +43,21 @@ class LayerCost:
 
     @property
     def modulates(self) -> bool:
-        """Whether the layer has another first call, and a state."""
+        """Whether the layer modulates: its first call differs, and it has a state."""
         return self.first_act_bits is not None
 
     @property
     def bops(self) -> int:
-        """Bit operations of one sample: MACs · weight bits · activation bits."""
+        """Bit operations per sample: MACs · weight bits · activation bits."""
         return self.macs * self.weight_bits * self.act_bits
 
     @property
     def first_bops(self) -> int:
-        """The same at the first call of a trajectory."""
+        """Bit operations per sample at the first call of a trajectory."""
         return self.macs * self.weight_bits * (self.first_act_bits if self.modulates else self.act_bits)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON; those of modulation only where the layer modulates."""
+        """Return plain values for JSON; those of modulation only if the layer modulates."""
         values = {**vars(self), "bops": self.bops}
         if self.modulates:
             return {**values, "first_bops": self.first_bops}
@@ -69,7 +69,7 @@ class Account:
     """Cost of a network for one sample and one call, i.e. one step of a sampler without guidance.
 
     Attributes:
-        layers: in registration order; every parameter is in exactly one of them.
+        layers: all costs in registration order; every parameter is in exactly one of them.
         image_shape: (C, H, W) of the network's input.
         context_shape: (L, D) of its context, or None.
     """
@@ -80,12 +80,12 @@ class Account:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the network as stored."""
+        """Stored bytes of the network."""
         return sum(layer.size_bytes for layer in self.layers)
 
     @property
     def parameters(self) -> int:
-        """How many weights and biases."""
+        """Number of weights and biases."""
         return sum(layer.parameters for layer in self.layers)
 
     @property
@@ -95,7 +95,7 @@ class Account:
 
     @property
     def bops(self) -> int:
-        """Bit operations, summed over the layers; of a modulated network those of a later call."""
+        """Bit operations, summed over the layers; for a modulated network, those of a later call."""
         return sum(layer.bops for layer in self.layers)
 
     @property
@@ -105,24 +105,24 @@ class Account:
 
     @property
     def modulates(self) -> bool:
-        """Whether any layer does."""
+        """Whether any layer modulates."""
         return any(layer.modulates for layer in self.layers)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that modulated layers keep from call to call, for one sample."""
+        """Bytes per sample that modulated layers keep from call to call."""
         return sum(layer.state_bytes for layer in self.layers)
 
     @property
     def additions(self) -> int:
-        """Additions of modulated layers at a later call, for one sample; no MACs, and not among the BOPs."""
+        """Additions of modulated layers per sample at a later call; not counted in MACs or BOPs."""
         return sum(layer.additions for layer in self.layers)
 
     def bops_over(self, calls: int) -> float:
-        """Return the mean bit operations of one call over a trajectory.
+        """Return the mean bit operations per call over a trajectory.
 
         Args:
-            calls: how often the trajectory calls the network, 1 or more; the first call is a first step.
+            calls: how often the trajectory calls the network, at least 1; the first call counts as a first step.
         """
         if calls < 1:
             raise ValueError(f"a trajectory of {calls} calls has no mean; give 1 or more")
@@ -134,17 +134,17 @@ class Account:
         return self.bops / 1e9
 
     def heaviest(self, count: int = 10, by: Literal["size", "bops", "state"] = "size") -> list[LayerCost]:
-        """Return the ``count`` layers of largest size or most bit operations, largest first."""
+        """Return the ``count`` layers with the largest size, bit operations or state, largest first."""
         key = {"size": "size_bytes", "bops": "bops", "state": "state_bytes"}[by]
         return sorted(self.layers, key=attrgetter(key), reverse=True)[:count]
 
     def summary(self, calls: int | None = None) -> dict[str, Any]:
-        """Return the totals and what they were counted for, for JSON.
+        """Return the totals, and the shapes they were counted for, as JSON values.
 
         Args:
-            calls: of the network in one trajectory. Only modulated networks differ by it: their ``bops`` are then the
-                mean over these calls, the first included, and without it those of a later call. They also have
-                ``first_bops``, ``calls``, ``state_bytes`` and ``additions``.
+            calls: network calls per trajectory. Only modulated networks depend on it: their ``bops`` are the mean over
+                these calls, including the first; without ``calls`` they are those of a later call. Modulated networks
+                also have ``first_bops``, ``calls``, ``state_bytes`` and ``additions``.
         """
         values = {
             "size_bytes": self.size_bytes,

@@ -1,4 +1,4 @@
-"""Check a section of a YAML config against the keys that its reader knows: a key that nobody reads is an error."""
+"""Check a section of a YAML config against the keys that its reader knows: an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 from qdiff.errors import UserError
 
-_SENTENCES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+_SENTENCES = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """What a key of a config may hold.
+    """The values that a config key may have.
 
     Attributes:
-        kind: a type hint of int, float, bool, str, Mapping, a Sequence of them, a union of such, or Any.
-        required: a config without it is refused.
-        least: of numbers, and of the numbers of a sequence.
-        choices: the only values; None allows all of the kind.
-        because: why no other value, for the error.
+        kind: a type hint: int, float, bool, str, Mapping, a Sequence of them, a union of them, or Any.
+        required: a config without the key is refused.
+        least: smallest allowed number, also for the numbers of a sequence.
+        choices: the only allowed values; None allows all values of the kind.
+        because: why other values are not allowed, for the error message.
     """
 
     kind: Any = Any
@@ -42,10 +42,10 @@ def check_section(values: Any, keys: Mapping[str, Key], where: str, origin: str)
         values: the mapping as read from YAML.
         keys: every key that it may have.
         where: dotted name of the mapping in the file; "" is the file itself.
-        origin: what the file is called in errors, e.g. ``config file x.yml``.
+        origin: name of the file in error messages, e.g. ``config file x.yml``.
 
     Raises:
-        UserError: not a mapping, a key that is missing or unknown, or a value that is not of the key's kind.
+        UserError: the section is not a mapping, a key is missing or unknown, or a value is not of its key's kind.
     """
     prefix = f"{where}." if where else ""
     if not isinstance(values, Mapping):
@@ -53,12 +53,12 @@ def check_section(values: Any, keys: Mapping[str, Key], where: str, origin: str)
     for name in values:
         if name not in keys:
             near = difflib.get_close_matches(str(name), keys, 1)
-            hint = f"did you mean {near[0]}?" if near else "correct or delete it"
-            raise UserError(f"{origin} has {prefix}{name}, which is not understood here; {hint}")
+            hint = f"did you mean {near[0]}?" if near else "correct or remove it"
+            raise UserError(f"{origin} has the unknown key {prefix}{name}; {hint}")
     for name, key in keys.items():
         if name not in values:
             if key.required:
-                raise UserError(f"{origin} lacks {prefix}{name}; add it")
+                raise UserError(f"{origin} has no {prefix}{name}; add it")
             continue
         _check_value(values[name], key, f"{origin} has {prefix}{name}")
 
@@ -78,7 +78,7 @@ def _check_value(value: Any, key: Key, subject: str) -> None:
 
 
 def keys_of(function: Callable[..., Any]) -> dict[str, Key] | None:
-    """Return the keys that a constructor takes by name, with the types of its signature; None where it takes any."""
+    """Return the keyword arguments of a constructor as keys with their types; None if it accepts any keyword."""
     hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

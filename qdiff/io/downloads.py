@@ -1,4 +1,4 @@
-"""Fetch a file from the network when asked to, into the user's cache, whole and checked."""
+"""Download a file on request into the user's cache, atomically and with a checksum."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from qdiff.io.progress import progress_bar
 
 
 def cache_folder() -> Path:
-    """Return where downloads and computed statistics go: ``$QDIFF_CACHE``, or ``qdiff`` in the user's cache folder."""
+    """Return the folder for downloads and statistics: ``$QDIFF_CACHE``, or ``qdiff`` in the user's cache folder."""
     if "QDIFF_CACHE" in os.environ:
         return Path(os.environ["QDIFF_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qdiff"
 
 
 def download(url: str, path: Path, md5: str | None = None, otherwise: str = "", *, sha256: str | None = None) -> None:
-    """Fetch a file with a progress bar.
+    """Download a file with a progress bar.
 
     Args:
-        path: where it goes; nothing is left there on an error.
-        md5: what the MD5 of the content must be.
-        otherwise: what else the user can do, for errors; follows "… by hand to PATH".
-        sha256: what the SHA-256 of the content must be.
+        path: where the file goes; nothing is left there after an error.
+        md5: expected MD5 of the content.
+        otherwise: what else the user can do, for error messages; follows "… by hand to PATH".
+        sha256: expected SHA-256 of the content.
 
     Raises:
-        UserError: it cannot be fetched, or a sum is wrong.
+        UserError: the file cannot be downloaded, or a checksum is wrong.
     """
     by_hand = f"download {url} by hand to {path}{otherwise}"
     try:
@@ -52,6 +52,6 @@ def download(url: str, path: Path, md5: str | None = None, otherwise: str = "", 
                     )
     except UserError:
         raise
-    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, no URL, a broken answer
+    except (OSError, ValueError, http.client.HTTPException) as error:  # no network, invalid URL, broken response
         reason = getattr(error, "reason", error)
-        raise UserError(f"{path} is not there and cannot be downloaded ({reason}); {by_hand}") from error
+        raise UserError(f"{path} is missing and cannot be downloaded ({reason}); {by_hand}") from error

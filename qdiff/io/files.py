@@ -1,4 +1,4 @@
-"""Files appear whole or not at all: write under a temporary name, then rename."""
+"""Atomic writes: write under a temporary name, then rename, so a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from pathlib import Path
 
 from qdiff.errors import UserError
 
-# What reading a damaged .npz file, or one of another kind, raises: zipfile, zlib, np.load and json each have their own.
+# Exceptions raised by reading a damaged .npz file, or a file of another kind; zipfile, zlib, np.load and json each
+# raise their own.
 DAMAGED_NPZ = (
     OSError,
     EOFError,
@@ -30,14 +31,14 @@ DAMAGED_NPZ = (
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; it takes the final name when the block ends without an error.
+    """Yield a temporary path next to ``path``; it is renamed to ``path`` when the block ends without an error.
 
-    The file has the permissions of any new file there (the user's umask), whatever the writer gave it: safetensors, for
-    one, makes its files readable by their owner alone.
+    The file gets the permissions of any new file there (the user's umask), whatever the writer set: safetensors, for
+    example, makes its files readable by their owner only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps several writers of one folder apart.
+    # The process id keeps concurrent writers in one folder apart.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     mode = _mode_of_new_file(temporary)
     try:
@@ -50,7 +51,7 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def _mode_of_new_file(path: Path) -> int:
-    """Return the permissions that a new file gets at ``path``; reading the umask itself would change it meanwhile."""
+    """Return the permissions that a new file gets at ``path``; reading the umask would change it for a moment."""
     try:
         with path.open("wb") as file:
             return stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -59,16 +60,16 @@ def _mode_of_new_file(path: Path) -> int:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise a `UserError` now where ``path`` could not be written later."""
+    """Raise a `UserError` now if ``path`` could not be written later."""
     path = Path(path)
     folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     try:
         if path.is_dir():
             raise IsADirectoryError
-        with tempfile.TemporaryFile(dir=folder):  # permissions alone do not tell: root, read-only mounts, /proc
+        with tempfile.TemporaryFile(dir=folder):  # permissions do not suffice: root, read-only mounts, /proc
             pass
     except OSError:
-        raise UserError(f"{path} cannot be written; choose a file in a folder that you may write to") from None
+        raise UserError(f"{path} cannot be written; choose a file in a folder with write permission") from None
 
 
 def sha256(path: str | Path) -> str:
@@ -77,7 +78,7 @@ def sha256(path: str | Path) -> str:
 
 
 def md5(path: str | Path) -> str:
-    """Return the hexadecimal MD5 of a file (released checkpoints are published with one; no security is meant)."""
+    """Return the hexadecimal MD5 of a file (released checkpoints are published with one; it is no security measure)."""
     return _hexdigest(path, hashlib.md5(usedforsecurity=False))
 
 

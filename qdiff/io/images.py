@@ -1,4 +1,4 @@
-"""Write samples as images."""
+"""Read and write samples as images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qdiff.io.files import written_whole
 
-_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # of every PNG file
+_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # end of every PNG file
 _CHANNELS = {"L": 1, "RGB": 3}  # by Pillow's name of the mode
 
 
@@ -23,7 +23,7 @@ def to_uint8(x: Tensor) -> np.ndarray:
 
 
 def save_png(image: np.ndarray, path: Path) -> None:
-    """Write uint8 [H, W, C] with 1 or 3 channels, whole or not at all."""
+    """Write uint8 [H, W, C] with 1 or 3 channels, atomically."""
     with written_whole(path) as temporary:
         Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(temporary, format="PNG")
 
@@ -36,24 +36,24 @@ def load_png(path: Path) -> np.ndarray:
 
 
 def png_shape(path: Path) -> tuple[int, int, int] | None:
-    """Return (H, W, C) of a file as `save_png` writes it; None where it is damaged or of another kind.
+    """Return (H, W, C) of a file written by `save_png`; None if it is damaged or of another kind.
 
-    The sums of its parts are checked; pixels are not decoded.
+    The checksums of its chunks are checked; pixels are not decoded.
     """
     try:
         data = path.read_bytes()
-        if not data.endswith(_END):  # which Pillow does not look at
+        if not data.endswith(_END):  # Pillow does not check the end
             return None
         with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
             shape = image.height, image.width, _CHANNELS[image.mode]
             image.verify()
-    except Exception:  # bytes that are no PNG file can stop its reader in any way
+    except Exception:  # the reader can raise anything for bytes that are not a PNG file
         return None
     return shape
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int = 1) -> np.ndarray:
-    """Tile uint8 [N, H, W, C] into one image with a pixel of white between, enlarged by repeating pixels."""
+    """Tile uint8 [N, H, W, C] into one image with one white pixel in between, enlarged by repeating pixels."""
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     n, h, w, c = images.shape
     columns = min(columns or math.ceil(math.sqrt(n)), n)

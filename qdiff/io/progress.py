@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar in a terminal, and a plain line now and then in a log file."""
+"""Progress on stderr: a bar in a terminal, or a plain line from time to time in a log file."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any, Protocol, TextIO, TypeVar
 from tqdm import tqdm
 
 INTERVAL = 30.0
-"""Seconds between two lines, at least."""
+"""Minimum seconds between two lines."""
 
 Item = TypeVar("Item")
 
 
 class Progress(Protocol):
-    """What loops use of a bar; `tqdm` has it all.
+    """The part of `tqdm`'s interface that loops use.
 
     Attributes:
         n: how much is done.
-        total: how much there is to do; None where that is not known.
+        total: how much there is to do; None if unknown.
     """
 
     n: float
@@ -45,13 +45,13 @@ def progress_bar(
     unit_scale: bool = False,
     disable: bool = False,
 ) -> Progress:
-    """Return what shows the progress of a loop on stderr; a context manager.
+    """Return a context manager that shows the progress of a loop on stderr.
 
     Args:
         total: how much there is to do.
-        desc: what is done.
-        unit: of ``total``.
-        initial: how much of it was done before.
+        desc: description of the work.
+        unit: unit of ``total``.
+        initial: how much was done before.
         unit_scale: shorten numbers, e.g. 1.2M.
         disable: show nothing.
     """
@@ -61,7 +61,7 @@ def progress_bar(
 
 
 def tracked(items: Collection[Item], desc: str, unit: str = "it", disable: bool = False) -> Iterator[Item]:
-    """Yield ``items``, and show how many are done."""
+    """Yield ``items`` and show how many are done."""
     with progress_bar(len(items), desc, unit, disable=disable) as bar:
         for item in items:
             yield item
@@ -69,12 +69,12 @@ def tracked(items: Collection[Item], desc: str, unit: str = "it", disable: bool 
 
 
 class Lines:
-    """Writes a line when ``INTERVAL`` seconds have passed since the last one, and one at the end.
+    """Writes a line whenever ``INTERVAL`` seconds have passed since the last one, and one at the end.
 
     Args:
         total, desc, unit, initial, unit_scale: see `progress_bar`.
-        file: where to.
-        clock: returns seconds.
+        file: where lines are written.
+        clock: returns the time in seconds.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Lines:
     def _share(self) -> str:
         if not self.total:
             return self._number(self.n) + self._shown_unit
-        # Rounded down: 100 % means that all is done. Parts of a unit add up to it but for rounding.
+        # Rounded down, so 100 % means that all is done; the 1e-6 absorbs the rounding of parts of a unit.
         share = int(100 * self.n / self.total + 1e-6)
         return f"{share} % ({self._number(self.n)} of {self._number(self.total)}{self._shown_unit})"
 
@@ -138,7 +138,7 @@ class Lines:
         return self._unit if self._scaled else f" {self._unit}"
 
     def _time_left(self, now: float) -> str:
-        """The time left at the speed since the last line: what an earlier run had finished is counted in no time."""
+        """The time left at the speed since the last line; work done by an earlier run does not count."""
         done = self.n - self._n_last
         if not self.total or done <= 0:
             return ""
@@ -149,7 +149,7 @@ class Lines:
 
 
 def duration(seconds: float) -> str:
-    """Return a length of time in words, e.g. "5 s", "3 min 20 s" or "2 h 5 min"."""
+    """Return a duration in words, e.g. "5 s", "3 min 20 s" or "2 h 5 min"."""
     whole = round(max(0.0, seconds))
     if whole < 60:
         return f"{whole} s"

@@ -10,10 +10,10 @@ from qdiff.errors import UserError
 
 
 def prompt_lines(text: str) -> list[str]:
-    """Return the lines that are not empty, without the spaces around them.
+    """Return the non-empty lines, without surrounding spaces.
 
-    Lines end at newlines alone: other characters at which `str.splitlines` splits (U+2028, form feed) occur inside
-    captions.
+    Only newlines end a line: other characters at which `str.splitlines` splits (U+2028, form feed) occur inside
+        captions.
     """
     return [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 

@@ -1,4 +1,4 @@
-"""Read ``torch.save`` files without running their code, and say in one sentence what one is that cannot be read."""
+"""Read ``torch.save`` files without running their code; an unreadable file is explained in one sentence."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ import torch
 from qdiff.errors import UserError
 
 BEFORE_1_6 = 0x1950A86A20F9469CFC6C  # the first pickle of such a file
-LEADING = 3  # pickles before that of the object: this number, the format's version, and sizes of the writer's types
-ANEW = "where you trust it, open it once with torch.load(weights_only=False) and torch.save its tensors alone"
+LEADING = 3  # pickles before the object's: this number, the format's version, and sizes of the writer's types
+ANEW = "if you trust it, open it once with torch.load(weights_only=False) and torch.save only its tensors"
 WHOLE_MODULE = (
-    "holds a whole nn.Module, which is code as well; load it where its classes are, and torch.save its state_dict()"
+    "holds a whole nn.Module, which includes code; load it where its classes exist, and torch.save its state_dict()"
 )
-OBJECTS = f"holds objects that only code could make, and code of a file is not run; {ANEW}"
+OBJECTS = f"holds objects that only code can make, and code in files is not run; {ANEW}"
 
 
-def read_torch_file(path: Path, what: str = "checkpoint", fix: str = "get the file anew", mapped_from: int = 1 << 28):
-    """Return what a ``torch.save`` file holds; objects that are no plain data become inert stand-ins (`_Inert`).
+def read_torch_file(path: Path, what: str = "checkpoint", fix: str = "get the file again", mapped_from: int = 1 << 28):
+    """Return the contents of a ``torch.save`` file; objects that are not plain data become stand-ins (`_Inert`).
 
-    Both formats are read: archives, and what PyTorch wrote before 1.6.
+    Both formats can be read: archives, and the format before PyTorch 1.6.
 
     Args:
-        what, fix: what errors call the file, and what they advise where it is damaged.
-        mapped_from: archives of so many bytes are mapped into memory, not read.
+        what: the file's name in error messages.
+        fix: the advice in error messages if it is damaged.
+        mapped_from: archives of at least this many bytes are memory-mapped.
 
     Raises:
-        UserError: one sentence that says whether the file is damaged, or intact and of a kind that is not read.
+        UserError: the file is damaged, or intact but of a kind that cannot be read; the message says which.
     """
     try:
         return _load_inert(path, mapped_from)
-    except Exception as error:  # bytes that are no pickle can stop its reader in any way
+    except Exception as error:  # the reader can raise anything for bytes that are not a pickle
         raise UserError(f"{what} {path} {_trouble(path, fix, error)}") from error
 
 
 class _Inert:
-    """Stands for a class that is not loaded.
+    """Stand-in for a class that is not loaded.
 
-    Its objects are counters: of the types that PyTorch's reader knows, this one takes all that a pickle may give to an
-    object, be it items, attributes or slots.
+    Its objects are `Counter`s: of the types that PyTorch's reader knows, this one accepts everything that a pickle may
+        set on an object: items, attributes and slots.
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Counter:
@@ -54,7 +55,7 @@ class _Inert:
 
 
 class _Opaque:
-    """Stands for a class whose objects take a state that is no dict, as numpy's do."""
+    """Stand-in for a class whose objects have a state that is not a dict, such as numpy's."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -64,7 +65,7 @@ class _Opaque:
 
 
 def is_module(value: Any) -> bool:
-    """Whether a stand-in was a whole ``nn.Module``."""
+    """Whether a stand-in replaces a whole ``nn.Module``."""
     return isinstance(value, Counter) and {"_parameters", "_modules"} <= set(vars(value))
 
 
@@ -75,7 +76,7 @@ def _load_inert(path: Path, mapped_from: int) -> Any:
     stand_ins = [(_Opaque if name.startswith("numpy.") else _Inert, name) for name in names]
     try:
         return _load(path, mapped, stand_ins)
-    except TypeError:  # another class that takes such a state
+    except TypeError:  # another class whose state is not a dict
         return _load(path, mapped, [(_Opaque, name) for name in names])
 
 
@@ -85,7 +86,7 @@ def _load(path: Path, mapped: bool, stand_ins: list[tuple[type, str]]) -> Any:
 
 
 def _old_pickle(path: Path) -> bytes:
-    """Return the pickle of the object in a file from before PyTorch 1.6; the tensors' values follow it."""
+    """Return the object's pickle in a file from before PyTorch 1.6; the tensors' values follow it."""
     with open(path, "rb") as file:
         if _skip_pickle(file) != BEFORE_1_6:
             raise ValueError("not a torch.save file")
@@ -99,7 +100,7 @@ def _old_pickle(path: Path) -> bytes:
 
 
 def _skip_pickle(file: BinaryIO) -> Any:
-    """Go to the end of a pickle by its instructions, none of which is carried out; return its last argument."""
+    """Read to the end of a pickle without executing its instructions; return the last argument."""
     last = None
     for _, argument, _ in pickletools.genops(file):
         last = last if argument is None else argument
@@ -107,7 +108,7 @@ def _skip_pickle(file: BinaryIO) -> Any:
 
 
 def _as_archive(pickled: bytes) -> io.BytesIO:
-    """Return a pickle as PyTorch's archives hold it, for a function that looks through these alone."""
+    """Wrap a pickle in an archive like PyTorch's, for a function that inspects only archives."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -117,10 +118,10 @@ def _as_archive(pickled: bytes) -> io.BytesIO:
 
 
 def _trouble(path: Path, fix: str, error: Exception) -> str:
-    """Return what is wrong with a file that could not be loaded, and the remedy."""
+    """Return what is wrong with a file that could not be loaded, and the fix."""
     try:
         if tarfile.is_tarfile(path):
-            return f"is a tar archive, of files or as torch.save wrote before PyTorch 0.2; unpack it, or {ANEW}"
+            return f"is a tar archive, either of files or from torch.save before PyTorch 0.2; unpack it, or {ANEW}"
         if zipfile.is_zipfile(path):
             return _trouble_of_archive(path, fix)
         with open(path, "rb") as file:
@@ -132,9 +133,9 @@ def _trouble(path: Path, fix: str, error: Exception) -> str:
             if {"_parameters", "_modules"} <= {argument for _, argument, _ in pickletools.genops(file)}:
                 return WHOLE_MODULE
             _skip_pickle(file)  # the keys of its tensors
-        # What it holds can be gone through to the end: either that is no plain data, or the values behind it are cut.
+        # The pickle is complete: either it is not plain data, or the values after it are truncated.
         return OBJECTS if isinstance(error, pickle.UnpicklingError) else f"is truncated; {fix}"
-    except Exception:  # the instructions of a pickle end where they should not
+    except Exception:  # the pickle's instructions end too early
         return f"is damaged or truncated; {fix}"
 
 

@@ -13,7 +13,7 @@ def read_config(path: Path, missing: str) -> Any:
     """Return a YAML file as an attribute-style tree (OmegaConf).
 
     Args:
-        missing: what to do where the file does not exist, for the error.
+        missing: what to do if the file does not exist, for the error message.
 
     Raises:
         UserError: the file is missing, is not YAML, or is not a mapping.

@@ -1,1 +1,1 @@
-"""One file a paper: a method is a recipe over the parts of `qdiff.calibration`."""
+"""One file per paper: a method combines the parts of `qdiff.calibration`."""

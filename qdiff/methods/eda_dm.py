@@ -1,7 +1,7 @@
 """EDA-DM (Liu et al., arXiv 2401.04585): samples where the network changes most, fine-grained reconstruction.
 
-PTQ4DM (Shang et al., CVPR 2023) is the same recipe here with its own choice of timesteps and without the layers'
-errors, so that the two differ in what their papers say and in nothing else.
+PTQ4DM (Shang et al., CVPR 2023) runs the same recipe here, with its own choice of timesteps and without the layers'
+errors, so the two differ only in what their papers say.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class EdaDmConfig:
 
     Attributes:
         reconstruct: False leaves everything at its first range and nearest rounding.
-        iterations, batch_size: per unit; weights and step sizes are learned together.
-        lr_rounding, lr_act: Adam's learning rates for α and for step sizes; both fall to 0 as a cosine.
+        iterations, batch_size: of the loop over each unit; weights and step sizes are learned together.
+        lr_rounding, lr_act: Adam's learning rates for α and for step sizes; both fall to 0 along a cosine.
         layer_weight: γ, weight of the layers' own errors (FBR); 0 is plain block reconstruction.
-        drop: probability of an element to stay in float while a unit is fitted (QDrop).
+        drop: probability that an element stays in float while a unit is fitted (QDrop).
         unit: block or layer.
     """
 
@@ -51,7 +51,7 @@ class EdaDmConfig:
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} is {getattr(self, name)}; give {option} a finite number above 0")
         if not 0 <= self.layer_weight < math.inf:
-            raise UserError(f"layer_weight is {self.layer_weight}; give --add_loss a finite number from 0")
+            raise UserError(f"layer_weight is {self.layer_weight}; give --add_loss a finite number of at least 0")
         if not 0 <= self.drop < 1:
             raise UserError(f"drop is {self.drop}; give --qdrop from 0 to below 1")
         object.__setattr__(self, "unit", UnitKind(self.unit))
@@ -61,10 +61,10 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
     """Fit all quantizers, unit by unit: ranges first, then roundings and step sizes together.
 
     Args:
-        qnn: built with the widths wanted.
+        qnn: built with the requested widths.
         data: recorded from the float model.
         config: the method's numbers.
-        run: seed, storage, journal, progress; whether weights are kept.
+        run: seed, storage, journal, progress, and whether weights are kept.
     """
     weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
     if weights:
@@ -78,7 +78,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
         drop=config.drop,
         layer_weight=config.layer_weight,
     )
-    # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
+    # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
     phase = Phase("joint", 3, config.iterations, activations)
     with run.progress(qnn.model, config.iterations) as bar:

@@ -1,4 +1,4 @@
-"""The naive baseline of the papers: round weights to nearest, min-max ranges for activations, learn nothing."""
+"""The papers' naive baseline: weights rounded to nearest, min-max ranges for activations, nothing learned."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: None, run: Calibrat
     """Quantize a network without any optimisation.
 
     Args:
-        qnn: built with the widths wanted.
-        data: used for the activations' extremes only; untouched where activations stay in float.
-        config: there is nothing to set.
+        qnn: built with the requested widths.
+        data: used only for the activations' extremes; unused if activations stay in float.
+        config: None; this method has no settings.
         run: seed, storage, progress.
     """
     if run.weights:

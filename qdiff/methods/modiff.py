@@ -1,6 +1,6 @@
 """MoDiff (Gao et al., ICML 2025): ranges of the CHANGES of activations from one sampling step to the next.
 
-The modulated inference itself is in `qdiff.modulation`; weights come from another recipe.
+The modulated inference itself is in `qdiff.modulation`; weights come from another method.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from qdiff.quantizer import calibrated_act_quantizers
 
 @dataclass(frozen=True)
 class ChangesConfig:
-    """How the ranges of changes are calibrated; defaults are the paper's code's.
+    """How the ranges of changes are calibrated; the defaults are those of the paper's code.
 
     Attributes:
-        learn: learn step sizes layer by layer; False stops at the first ranges (``--cali_min_max``).
-        iterations, batch_size: per layer.
-        lr: Adam's learning rate for step sizes, decaying to 0 as a cosine.
+        learn: learn step sizes layer by layer; False keeps the first ranges (``--cali_min_max``).
+        iterations, batch_size: of the loop over each layer.
+        lr: Adam's learning rate for step sizes, falling to 0 along a cosine.
         p: norm of the error of a layer's output.
         out_penalty: weight of Σ|target − output| over targets outside the range of the outputs (``--out_penalty``).
     """
@@ -48,19 +48,19 @@ class ChangesConfig:
         if not (self.lr > 0 and self.p > 0):
             raise UserError(f"lr is {self.lr} and p is {self.p}; give --cali_lr and --cali_p above 0")
         if not 0 <= self.out_penalty < math.inf:
-            raise UserError(f"--out_penalty is {self.out_penalty}; give a finite number from 0")
+            raise UserError(f"--out_penalty is {self.out_penalty}; give a finite number of at least 0")
 
 
 def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesConfig, run: CalibrationRun) -> None:
-    """Set the ranges of changes in a network whose weights are quantized already.
+    """Set the ranges of changes in a network whose weights are already quantized.
 
-    A pair is a trajectory of two steps: activations of the first are in float (or as `QuantConfig.rest_bits` says), the
-    change to the second is what is calibrated.
+    A pair is a trajectory of two steps: activations of the first are in float (or have `QuantConfig.rest_bits`), and
+        the change to the second is calibrated.
 
     Args:
         qnn: its config has ``modulate`` without ``act_dynamic``.
-        pairs: x [N, 2, C, H, W], t [N, 2] and, where conditional, the context [N, 2, L, D]; the step before first.
-        config: the recipe.
+        pairs: x [N, 2, C, H, W], t [N, 2] and, if conditional, the context [N, 2, L, D]; the earlier step first.
+        config: the method's numbers.
         run: seed, storage, journal, progress.
     """
     network = PairedNetwork(qnn.model)
@@ -71,11 +71,11 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
         for opened in units_to_fit(qnn, network, pairs.inputs, phase, run, bar):
             observe_unit(opened.unit, opened.walker, qnn.config.act_range)
             for layer in opened.parts(UnitKind.LAYER, wrap=PairedCall) if config.learn else ():
-                layer.name = layer.name.replace(".module", "", 1)  # that of `PairedCall`
+                layer.name = layer.name.replace(".module", "", 1)  # added by `PairedCall`
                 opened.fit(layer, objective, settings)
     assert_all_fired(qnn, CalibrationSet(tuple(i[:, 0] for i in pairs.inputs)))
 
 
 def _has_ranges(module: nn.Module) -> bool:
-    """Attention has none to calibrate: its ranges are dynamic."""
+    """Whether a module has ranges to calibrate; attention has none, because its ranges are dynamic."""
     return bool(calibrated_act_quantizers(module))

@@ -1,6 +1,6 @@
-"""PTQ4DM (Shang et al., CVPR 2023) on EDA-DM's recipe: the two differ in what their papers say and in nothing else.
+"""PTQ4DM (Shang et al., CVPR 2023) on EDA-DM's recipe: the two differ only in what their papers say.
 
-Its calibration set has normally distributed timesteps (`qdiff.calibration.timesteps`); there are no layers' errors.
+Its calibration set has normally distributed timesteps (`qdiff.calibration.timesteps`), and layers' errors do not count.
 """
 
 from __future__ import annotations
@@ -20,4 +20,4 @@ class Ptq4dmConfig(EdaDmConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer_weight != 0:
-            raise UserError("--method ptq4dm contradicts --add_loss, which is EDA-DM's; leave one of them out")
+            raise UserError("--method ptq4dm contradicts --add_loss, which only EDA-DM uses; leave one of them out")

@@ -1,4 +1,4 @@
-"""Q-Diffusion (Li et al., ICCV 2023): timestep-aware calibration data, AdaRound by blocks, learned step sizes."""
+"""Q-Diffusion (Li et al., ICCV 2023): timestep-aware calibration data, AdaRound per block, learned step sizes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from qdiff.quantizer import ActQuantizer
 
 RUNNING_MOMENTUM = 0.95
 ALPHA_REACH = 20.0  # learning rate × iterations of the paper's recipe: how far Adam can move α
-FASTEST_ROUNDING = 0.1  # beyond it a handful of iterations would throw roundings about
+FASTEST_ROUNDING = 0.1  # above this rate, a few iterations make roundings jump at random
 
 
 class WeightObjective(str, Enum):
@@ -39,15 +39,16 @@ class QDiffusionConfig:
     """The recipe's numbers; defaults are the paper's.
 
     Attributes:
-        iterations, act_iterations: per unit, for rounding and for step sizes.
+        iterations, act_iterations: iterations per unit for rounding and for step sizes.
         batch_size: samples per iteration.
-        lr_rounding: Adam's learning rate for α; None is 1e-3, more where so few iterations could not saturate h(α).
-        lr_act: Adam's learning rate for step sizes, decaying to 0 as a cosine.
+        lr_rounding: Adam's learning rate for α; None is 1e-3, or more if few iterations would leave h(α) unsaturated.
+        lr_act: Adam's learning rate for step sizes, falling to 0 along a cosine.
         p: norm of the activation phase's error.
-        range_samples: how many samples decide the first ranges where ``running_stat`` is off; None takes all. (The
-            paper takes one batch of 64; the tails of x_T that it misses are clipped, and an image gets white dots.)
-        running_stat: ranges from an exponential average over all samples instead.
-        running_stat_softmax_only: that average for softmax outputs alone (``--rs_sm_only``).
+        range_samples: number of samples that the first ranges come from if ``running_stat`` is off; None takes all.
+            (The paper takes one batch of 64; the tails of x_T that it misses are clipped, which puts white dots into
+            images.)
+        running_stat: take ranges from an exponential average over all samples instead.
+        running_stat_softmax_only: use that average for softmax outputs only (``--rs_sm_only``).
         objective, unit: see the enums.
     """
 
@@ -85,10 +86,10 @@ class QDiffusionConfig:
 
     @property
     def rounding_rate(self) -> float:
-        """The paper's 1e-3 for 20,000 iterations; with fewer, more, so that Adam can still move α as far.
+        """The paper's 1e-3 for 20,000 iterations; higher for fewer, so that Adam can still move α as far.
 
-        h(α) saturates at |α| ≈ 2.4. 500 iterations of 1e-3 leave most roundings undecided, and what hardening then
-        does to them was never part of the loss.
+        h(α) saturates at |α| ≈ 2.4. 500 iterations at 1e-3 leave most roundings undecided, and hardening then changes
+        them in ways that the loss never saw.
         """
         return (
             self.lr_rounding
@@ -101,10 +102,10 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, r
     """Fit all quantizers: weights first with activations in float, then activation step sizes.
 
     Args:
-        qnn: built with the widths wanted.
+        qnn: built with the requested widths.
         data: recorded from the float model.
         config: the method's numbers.
-        run: seed, storage, journal, progress; whether weights are kept.
+        run: seed, storage, journal, progress, and whether weights are kept.
     """
     weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
     with run.progress(qnn.model, weights * config.iterations + activations * config.act_iterations) as bar:
@@ -128,7 +129,7 @@ def _fit_weights(
     settings = FitSettings(
         config.iterations, config.batch_size, lr_rounding=config.rounding_rate, regulariser=config.regulariser
     )
-    # Attention's products have no weights.
+    # Attention has no weights, so only modules with layers have work.
     phase = Phase("weights", 0, config.iterations, False, _contains(QuantModule), label="weights ")
     for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
         for part in opened.parts(config.unit):
@@ -142,7 +143,7 @@ def _fit_weights(
 def _fit_activations(
     qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
-    # Shuffled: samples are stored by timestep, and a running average would forget all but the last of them.
+    # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
     first = order[: config.range_samples].sort().values
     softmax_only = config.running_stat_softmax_only

@@ -1,4 +1,4 @@
-"""The methods by name. A new one is a file beside this with a config and a ``calibrate``, and a row below.
+"""The methods by name. A new method is a file next to this one with a config and a ``calibrate``, and a row below.
 
 METHODS["eda-dm"].calibrate(qnn, data, EdaDmConfig(), CalibrationRun(seed=1234))
 """
@@ -21,10 +21,10 @@ from qdiff.ranges.estimators import RangeMethod
 
 
 class Scripts(Enum):
-    """Whose scripts a method's command line follows: they give some options other meanings and defaults."""
+    """The scripts whose conventions a method's command line follows: some options mean or default to something else."""
 
     Q_DIFFUSION = "Q-Diffusion"
-    EDA_DM = "EDA-DM"  # without --a_sym ranges are symmetric; 8-bit ends; presets; drawn calibration sets
+    EDA_DM = "EDA-DM"  # symmetric ranges without --a_sym; 8-bit first and last layers; presets; drawn calibration sets
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Method:
     """A way to set all quantizers of a network.
 
     Attributes:
-        name: of ``--method`` and of the API.
-        title: in tables and plots.
-        calibrate: ``(qnn, data, config, run)``, in place; `config` is None where ``config`` is.
-        config: dataclass of the method's numbers; None where there is nothing to set.
-        options: which field each option of the command line sets.
-        scripts: whose conventions the command line follows.
-        ranges: how first ranges are found; None takes the script's default.
+        name: the value of ``--method`` and of the API's ``method``.
+        title: name in tables and plots.
+        calibrate: ``calibrate(qnn, data, config, run)``, in place; its config is None for methods without settings.
+        config: dataclass of the method's numbers; None for methods without settings.
+        options: command-line option → the field that it sets.
+        scripts: the scripts whose conventions the command line follows.
+        ranges: how the first ranges are found; None takes the script's default.
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
     """
@@ -54,7 +54,7 @@ class Method:
 
     @property
     def learns(self) -> bool:
-        """Whether anything is fitted at all."""
+        """Whether the method fits anything."""
         return self.config is not None
 
 
@@ -111,7 +111,7 @@ def find_method(name: str) -> Method:
     """Return a method by its name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no method has this name.
     """
     if name not in METHODS:
         raise UserError(f"the method is {name!r}; choose one of {', '.join(METHODS)}")

@@ -1,1 +1,1 @@
-"""Tables, pages and plots of what was measured."""
+"""Tables, pages and plots of measured results."""

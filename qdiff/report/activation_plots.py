@@ -1,4 +1,4 @@
-"""Plots of a metric against the bits of activations: what modulation and the kind of ranges are worth at each width."""
+"""Plots of a metric against activation bits: the effect of modulation and of the kind of ranges at each width."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from qdiff.report.metric_axes import (
     published,
 )
 
-LEAST_WIDTHS = 3  # two widths are compared as well in the plot of all of them
+LEAST_WIDTHS = 3  # two widths are compared just as well in the plot of all results
 _MODULATION = "modiff"
 _TENSOR = "tensor"
-# Colour and marker of what modulates; without modulation it is paler. Okabe and Ito's colours.
+# Colour and marker of modulated rows; rows without modulation are paler. Okabe and Ito's colours.
 _STYLES = {
     ("qdiff", "tensor", None): ("#0072B2", "o"),
     ("qdiff", "sample", None): ("#D55E00", "s"),
     ("qdiff", "channel", None): ("#009E73", "^"),
 }
 _OTHER_STYLES = (("#CC79A7", "D"), ("#E69F00", "v"), ("#000000", "X"), ("#56B4E9", "P"), ("#8C564B", "p"))
-_PALE = 0.5  # how much white is mixed in
-# By width of weights, the widest first, and without before with split quantization.
+_PALE = 0.5  # share of white in the paler colour
+# By weight width, the widest first, and without split quantization before with it.
 _DASHES = ("-", (0, (3, 1.5)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)))
 _WEIGHTS_ALONE = "#9a9a9a"
-_SIZE = (7.6, 3.5)  # inches, a third of it the legend
-_DODGE = 0.03  # of the distance between two widths, from line to line
+_SIZE = (7.6, 3.5)  # inches; a third is the legend
+_DODGE = 0.03  # offset between lines, as a share of the distance between two widths
 _DOTS_AN_INCH = 150
 
 
 class _Line(NamedTuple):
-    """What the rows of one line have in common; ``base`` is the method under modulation."""
+    """The properties shared by the rows of one line; ``base`` is the method without modulation."""
 
     weights: int
     split: bool
@@ -57,7 +57,7 @@ class _Line(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, str, str | None]:
-        """What a colour stands for."""
+        """The properties that a colour stands for."""
         return self.base, self.scale, self.ablation
 
 
@@ -67,7 +67,7 @@ def _line_of(row: Row) -> _Line:
     return _Line(
         weights=bits(row)[0],
         split=bool(row.get("split")),
-        base=base or "qdiff",  # MoDiff by itself starts from Q-Diffusion's weights
+        base=base or "qdiff",  # MoDiff without another method uses Q-Diffusion's weights
         scale=row.get("ranges") or _TENSOR,
         ablation=row.get("ablation"),
         modulated=bool(row.get("modulate")) or _MODULATION in methods,
@@ -75,9 +75,9 @@ def _line_of(row: Row) -> _Line:
 
 
 def activation_series(rows: Sequence[Row]) -> list[Series]:
-    """Return the rows with quantized activations, by what differs beside the width of activations.
+    """Return the rows with quantized activations, grouped by everything except the activation width.
 
-    Colour and marker tell the method, the kind of range and modulation, dashes the width of the weights.
+    Colour and marker show the method, the kind of range and modulation; dashes show the weight width.
     """
     members: dict[_Line, list[int]] = {}
     for i, row in enumerate(rows):
@@ -89,7 +89,7 @@ def activation_series(rows: Sequence[Row]) -> list[Series]:
     dashes = _dashes(rows)
     several = len({line.scale for line in members}) > 1
     series = []
-    # Lines that a reader compares stand together in the legend: without and with modulation.
+    # Lines to be compared, without and with modulation, are next to each other in the legend.
     ordered = sorted(members, key=lambda line: (-line.weights, line.split, kinds.index(line.kind), line.modulated))
     for line in ordered:
         colour, marker = styles[line.kind]
@@ -112,7 +112,7 @@ def _pale(colour: str) -> str:
 
 
 def activation_plots(rows: Sequence[Row]) -> dict[str, str]:
-    """Return the plots as SVG by the metric's key: of those measured at `LEAST_WIDTHS` widths of activations."""
+    """Return plots as SVG, by key, of the metrics that were measured at `LEAST_WIDTHS` or more activation widths."""
     with our_style():
         return {column.key: _plot(column, rows) for column in plotted() if _widths(column, rows) >= LEAST_WIDTHS}
 
@@ -157,13 +157,13 @@ def _drawing(column: Column, rows: Sequence[Row]) -> tuple[Figure, dict[str, str
     axis.set_xlim(-0.5, len(order) - 0.5)
     axis.set_xticks(range(len(order)), [f"A{width}" for width in order])
     axis.set_xlabel("bits of activations")
-    # Dashes of the weights must show beside the marker.
+    # The handle is long enough to show the dashes next to the marker.
     figure.legend(handles=entries, loc="outside right upper", frameon=False, fontsize=7.5, handlelength=3.4)
     return figure, titles
 
 
 def _draw_weights_alone(axis: Any, column: Column, rows: Sequence[Row], entries: list[Line2D]) -> dict[str, str]:
-    """Draw what the weights alone allow as lines from side to side; return their titles by id."""
+    """Draw results with float activations as horizontal lines; return their titles by id."""
     titles: dict[str, str] = {}
     alone = [i for i, row in enumerate(rows) if not is_float(row) and bits(row)[1] == FULL_BITS]
     found = [i for i in alone if drawn(column, rows[i]) is not None]

@@ -1,4 +1,4 @@
-"""A picture of how calibration samples are spread over the steps, and why."""
+"""A plot of how calibration samples are distributed over the steps, and why."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from qdiff.report.figures import our_style
 _SIZE = (6.4, 3.2)  # inches
 _DPI = 160
 _TICKS = 12  # at most
-# Okabe and Ito's colours, and dashes: told apart with any colour vision, and in print.
+# Okabe and Ito's colours can be told apart with any colour vision, and the dashes in print.
 _BARS = "#B9C4CC"
 _LINES = (("density", "#0072B2", "-"), ("variety", "#D55E00", (0, (4, 2))))
 
 
 def allocation_picture(allocation: Allocation, path: str | Path, steps: Sequence[float]) -> None:
-    """Write a PNG: a bar a step for the samples it gives, and lines of the two measures that decide it.
+    """Write a PNG with one bar per step for its number of samples, and lines for the two measures that decide it.
 
     Args:
-        allocation: of T steps, in sampling order.
-        path: of the picture; folders are made, and the file appears whole or not at all.
-        steps: the T timesteps of the network's calls, noisiest first: what the horizontal axis is marked with.
+        allocation: allocation over T steps, in sampling order.
+        path: the PNG file; folders are created, and the write is atomic.
+        steps: the T timesteps of the network's calls, noisiest first, as labels of the horizontal axis.
     """
     total = len(allocation.counts)
     if len(steps) != total:
@@ -35,9 +35,9 @@ def allocation_picture(allocation: Allocation, path: str | Path, steps: Sequence
         axis = figure.add_subplot()
         places = range(total)
         bars = axis.bar(places, allocation.counts.tolist(), width=0.85, color=_BARS, label="samples")
-        axis.set_ylabel(f"samples at a step ({int(allocation.counts.sum())} in all)")
+        axis.set_ylabel(f"samples per step ({int(allocation.counts.sum())} in total)")
         axis.set_xlabel("timestep t of the network's call, in sampling order")
-        # Evenly spaced calls are marked, whatever their timesteps: those of quadratic schedules are not even.
+        # Labels are at evenly spaced calls; their timesteps need not be even (quadratic spacing).
         marked = range(0, total, -(-total // _TICKS))
         axis.set_xticks(marked, [f"{float(steps[i]):.4g}" for i in marked])
         axis.set_xlim(-0.5 - 0.01 * total, total - 0.5 + 0.01 * total)
@@ -46,7 +46,7 @@ def allocation_picture(allocation: Allocation, path: str | Path, steps: Sequence
         measures = axis.twinx()
         measures.set_ylabel("density and variety, normalised")
         measures.set_ylim(0, 1.05)
-        marker = "o" if total <= 3 else None  # hardly a line
+        marker = "o" if total <= 3 else None  # too few points for a line
         drawn = [
             measures.plot(
                 places,

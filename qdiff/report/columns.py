@@ -1,4 +1,4 @@
-"""The columns of a table of results: what each is called, which way is better, and how its numbers are written."""
+"""The columns of a table of results: the name of each, which direction is better, and the number format."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ COSTS = (
     Column("bytes", "file", LOWER, _megabytes),
     Column("counted_bytes", "counted", LOWER, _megabytes),
     Column("gbops", "GBops", LOWER, "{:,.1f}".format),
-    Column("state_bytes", "state", LOWER, _megabytes),  # of one image
-    Column("additions", "additions", LOWER, _millions),  # of one image, at a step
+    Column("state_bytes", "state", LOWER, _megabytes),  # per image
+    Column("additions", "additions", LOWER, _millions),  # per image and step
     Column("calibration_s", "calibration", LOWER, _seconds),
     Column("sampling_s", "sampling", LOWER, _seconds),
 )
 
 
 def columns_of(rows: list[Row]) -> list[Column]:
-    """Return the columns that at least one row has a number for; a published number stands right of ours."""
+    """Return the columns that at least one row has a number for; a published number follows the measured one."""
     columns: list[Column] = []
     for metric in metric_columns():
         columns += [metric, replace(metric, title=f"{metric.title} (paper)", published=True)]
@@ -41,7 +41,7 @@ def columns_of(rows: list[Row]) -> list[Column]:
 
 
 def markdown(rows: list[Row], header: bool = True) -> str:
-    """Return rows as a markdown table, with its header line or without."""
+    """Return rows as a markdown table, with or without its header."""
     columns = columns_of(rows)
     lines = [[row["label"], *(column.text(row) for column in columns)] for row in rows]
     if header:

@@ -1,4 +1,4 @@
-"""A picture of the same images from every run, beside each other."""
+"""A picture of the same images from every run, next to each other."""
 
 from __future__ import annotations
 

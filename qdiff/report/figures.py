@@ -1,4 +1,4 @@
-"""How figures look and become SVG: style, logarithmic axes, labels beside points."""
+"""The style of figures and their conversion to SVG: logarithmic axes, labels next to points."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 _FONT_SIZE = 8.5
 _INK, _FRAME = "#222222", "#b8b8b8"
 _Box = tuple[float, float, float, float]
-# Glyphs as paths look the same everywhere; without the salt the ids would be drawn by chance.
+# Glyphs drawn as paths look the same everywhere; without the salt, ids would be random.
 _RC = {
     "svg.fonttype": "path",
     "svg.hashsalt": "qdiff",
-    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "font.family": "DejaVu Sans",  # bundled with matplotlib
     "font.size": _FONT_SIZE,
     "axes.edgecolor": _FRAME,
     "axes.labelcolor": _INK,
@@ -31,12 +31,12 @@ _RC = {
 
 
 def our_style() -> AbstractContextManager[None]:
-    """Return the context that figures are made and saved in."""
-    return style.context(["default", _RC])  # a user's matplotlibrc must not show in the page
+    """Return the context in which figures are made and saved."""
+    return style.context(["default", _RC])  # a user's matplotlibrc must not affect the page
 
 
 def plain_log(axis: Any) -> None:
-    """Mark a logarithmic axis at 1, 2 and 5 of each decade, with plain numbers."""
+    """Label a logarithmic axis at 1, 2 and 5 of each decade with plain numbers."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
@@ -44,12 +44,12 @@ def plain_log(axis: Any) -> None:
 
 
 def write_labels(figure: Figure, axis: Any, points: list[tuple[float, float, str]], order: list[str]) -> None:
-    """Write labels beside points where they cover least; points on one spot share a label, its parts in order."""
+    """Write labels next to points where they cover least; coinciding points share one label, its parts in ``order``."""
     if not points:
         return
-    figure.draw_without_rendering()  # lays the axes out
+    figure.draw_without_rendering()  # computes the layout
     figure.set_layout_engine("none")
-    reach = 0.09 * figure.dpi  # half a marker with some air
+    reach = 0.09 * figure.dpi  # half a marker plus a margin
     clusters: list[list[tuple[float, float, str]]] = []
     for x, y, text in points:
         px, py = axis.transData.transform((x, y))
@@ -62,7 +62,7 @@ def write_labels(figure: Figure, axis: Any, points: list[tuple[float, float, str
     taken = [_around([point], reach) for cluster in clusters for point in cluster]
     rules: list[_Box] = []
     for line in axis.lines:
-        if line.get_linestyle() != "None" and len(line.get_ydata()) == 2:  # float's, from side to side
+        if line.get_linestyle() != "None" and len(line.get_ydata()) == 2:  # the horizontal line of float
             y = axis.transData.transform((1, line.get_ydata()[0]))[1]
             rules.append((inside[0], y - 1.5, inside[2], y + 1.5))
     for cluster in clusters:
@@ -80,7 +80,7 @@ def write_labels(figure: Figure, axis: Any, points: list[tuple[float, float, str
         def cost(rank: int, places: list[tuple[float, float]] = places, w: float = w, h: float = h) -> float:
             x, y = places[rank]
             box = (x, y, x + w, y + h)
-            # Markers and other labels weigh most; float's line may run behind a label; earlier places read better.
+            # Markers and other labels cost most; float's line may run behind a label; earlier places read better.
             covered = sum(_overlap(box, other) for other in taken) + w * h - _overlap(box, inside)
             return covered + 0.1 * sum(_overlap(box, rule) for rule in rules) + 0.02 * rank * w * h
 
@@ -101,20 +101,20 @@ def _overlap(a: _Box, b: _Box) -> float:
 
 
 def svg(figure: Figure, prefix: str, name: str, titles: dict[str, str]) -> str:
-    """Return a figure as an SVG element to stand in a page beside others."""
+    """Return a figure as an SVG element that can share a page with others."""
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=nothing)
     text = file.getvalue()
     text = text[text.index("<svg") :].replace("xlink:href=", "href=")
-    text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)  # would hold for the whole page
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs no name spaces
-    # Ids are unique in a page.
+    text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)  # would apply to the whole page
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs no namespaces
+    # Ids must be unique in a page.
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = text.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
     for key, title in titles.items():
         group = f'<g id="{prefix}-{key}">'
-        # A line through a single point is an empty group.
+        # A line through a single point is an empty group; give it a closing tag.
         text = text.replace(f"{group[:-1]}/>", f"{group}</g>", 1)
         text = text.replace(group, f"{group}<title>{html.escape(title)}</title>", 1)
     return text.replace(

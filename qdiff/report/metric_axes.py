@@ -1,4 +1,4 @@
-"""What all plots of a metric share: its axis, how a row's number is drawn, and lines through rows."""
+"""The parts shared by all plots of a metric: its axis, the drawing of a row's number, and lines through rows."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _MARGIN = 0.12  # of the values' span, on both sides: room for a label
 
 @dataclass(frozen=True)
 class Series:
-    """Rows that a line goes through, for instance those of one method with one choice of split quantization.
+    """The rows connected by one line, for instance those of one method with or without split quantization.
 
     Attributes:
-        name: in the legend.
-        colour, marker, dashes: as matplotlib takes them.
-        rows: their numbers in the table.
+        name: name in the legend.
+        colour, marker, dashes: matplotlib values.
+        rows: indices of the rows in the table.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Series:
 
     @property
     def look(self) -> dict[str, Any]:
-        """Return what matplotlib's `plot` takes."""
+        """Return the keyword arguments for matplotlib's `plot`."""
         return {
             "color": self.colour,
             "marker": self.marker,
@@ -57,7 +57,7 @@ def plotted() -> list[Column]:
 
 
 def is_float(row: Row) -> bool:
-    """Whether nothing of the row's network is quantized."""
+    """Whether the row's network is entirely float."""
     return row["method"] == "float"
 
 
@@ -67,48 +67,48 @@ def bits(row: Row) -> tuple[int, int]:
 
 
 def width(row: Row) -> str:
-    """Return the papers' name of a width, for instance W4A8."""
+    """Return the width in the papers' notation, for instance W4A8."""
     return "W{}A{}".format(*bits(row))
 
 
 def method_name(row: Row) -> str:
-    """Return the method as its paper writes it, and modulation on top of another method as "linear + MoDiff"."""
+    """Return the method's name as in its paper; modulation on top of another method is "linear + MoDiff"."""
     return " + ".join(_NAMES.get(part, part) for part in row["method"].split("+"))
 
 
 def number(column: Column, row: Row) -> float | None:
-    """Return the row's number in a column; None where it has none or it is not a number."""
+    """Return the row's number in a column; None if it has none or the number is NaN."""
     value = column.value(row)
     return None if value is None or math.isnan(value) else value
 
 
 def drawn(column: Column, row: Row) -> float | None:
-    """Return the number where it has a place in a plot (PSNR of equal images is infinite)."""
+    """Return the number if it can be plotted, else None (PSNR of equal images is infinite)."""
     value = number(column, row)
     return None if value is None or math.isinf(value) else value
 
 
 def published(column: Column) -> Column:
-    """Return the column of what papers report of the same metric."""
+    """Return the column of the papers' numbers for the same metric."""
     return replace(column, published=True)
 
 
 def draw_series(
     axis: Any, column: Column, rows: Sequence[Row], series: Series, places: Mapping[int, float], key: str
 ) -> dict[str, str]:
-    """Draw a series' points, hollow ones where a paper's numbers are, and the line through ours.
+    """Draw a series' points, hollow ones for a paper's numbers, and the line through the measured ones.
 
     Args:
         column: the metric.
-        rows: of the table.
-        places: x of every row of the series, by its number.
+        rows: rows of the table.
+        places: x of every row of the series, by row index.
         key: id of the line.
 
     Returns:
-        The titles of what was drawn, by id.
+        The titles of the drawn elements, by id.
     """
     titles: dict[str, str] = {}
-    best: dict[float, float] = {}  # the line goes through the best of several rows of one width
+    best: dict[float, float] = {}  # the line connects the best rows of each width
     for i in series.rows:
         for source in (published(column), column):
             value = drawn(source, rows[i])
@@ -132,18 +132,18 @@ def draw_series(
 
 
 def title_of(column: Column, row: Row) -> str:
-    """Return what a point says when it is pointed at."""
+    """Return the tooltip of a point."""
     return f"{row['label']}: {column.title} {column.text(row)}{' as published' if column.published else ''}"
 
 
 def metric_figure(column: Column, rows: Sequence[Row], size: tuple[float, float]) -> tuple[Figure, Any, dict[str, str]]:
-    """Return a figure with the metric's axis (the same beside all axes of cost) and the line of float.
+    """Return a figure with the metric's axis (the same for all cost axes) and the line of float.
 
     Args:
         size: width and height in inches.
 
     Returns:
-        The figure, its axes, and the titles of float's lines by id.
+        The figure, its axes, and the titles of the float lines by id.
     """
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.add_subplot()

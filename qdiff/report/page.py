@@ -26,15 +26,15 @@ from qdiff.report.plots import legend, metric_plots
 SHOWN = 24
 COLUMNS = 6
 AMPLIFIED = 4
-PIXEL_ART = 64  # up to this many pixels across, every pixel is kept and shown as a square
-SHRUNK_TO = 128  # larger images: pixels across in the page, so that twenty rows stay below 15 MB
-_PANEL = 396  # CSS pixels: three panels fit beside each other
+PIXEL_ART = 64  # up to this width in pixels, every pixel is kept and shown as a square
+SHRUNK_TO = 128  # width in pixels of larger images in the page, so that twenty rows stay below 15 MB
+_PANEL = 396  # CSS pixels; three panels fit next to each other
 _JPEG_QUALITY = 85
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table; ``number`` is what JavaScript sorts by, None where there is none."""
+    """One cell of the table; JavaScript sorts by ``number``, which is None for empty cells."""
 
     text: str
     number: str | None
@@ -44,7 +44,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Picture:
-    """A grid of images as a data URI, with the size to show it at in CSS pixels."""
+    """A grid of images as a data URI, with its display size in CSS pixels."""
 
     uri: str
     width: int
@@ -63,15 +63,14 @@ def write_page(
     """Write the page; the same input gives the same bytes.
 
     Args:
-        path: the page, written whole or not at all.
-        title: its heading.
-        protocol: names and values of what all rows share, in the order shown.
+        path: the page; the write is atomic.
+        title: the page's heading.
+        protocol: names and values of the settings that all rows share, in the order shown.
         rows: numbers as in `qdiff.report.columns`, and ``method``, ``weight_bits`` and ``act_bits`` (32 is
-            float), ``split``, ``images``, ``flags`` (sentences on what is wrong with the row) and ``command``; of
-            modulated rows and of dynamic ranges also ``modulate``, ``ranges`` and
-            ``ablation``.
-        folders: label of a row → its images, ``00000.png`` on; image i shares its noise across rows. Rows without
-            a folder, or whose folder has no ``00000.png``, are shown without images.
+            float), ``split``, ``images``, ``flags`` (sentences on what is wrong with the row) and ``command``; rows
+            with modulation or dynamic ranges also have ``modulate``, ``ranges`` and ``ablation``.
+        folders: label of a row → its images, from ``00000.png`` on; image i has the same noise in all rows. Rows
+            without a folder, or whose folder has no ``00000.png``, are shown without images.
         notes: sentences below the table.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -85,7 +84,7 @@ def write_page(
         flags=[(i, row["label"], flag) for i, row in enumerate(rows) for flag in row.get("flags") or ()],
         columns=columns,
         lower=LOWER,
-        # Only where the rows differ is it worth a column; else the protocol says it.
+        # A column only if the rows differ; otherwise the protocol states the number.
         counts=len({row.get("images") for row in rows}) > 1,
         table=_table(rows),
         plots=metric_plots(rows),
@@ -102,13 +101,13 @@ def write_page(
 
 
 def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return what the template shows of every row."""
+    """Return the values that the template shows per row."""
     by_column = []
     for column in columns_of(list(rows)):
         texts = [column.text(row) for row in rows]
         values = [None if text == NOTHING else number(column, row) for text, row in zip(texts, rows, strict=True)]
         rivals = [v for v, row in zip(values, rows, strict=True) if v is not None and not is_float(row)]
-        # Without a second, worse one there is no winner, and what a paper reports does not compete.
+        # There is no best row unless another is worse; published numbers do not compete.
         best = None
         if len(set(rivals)) > 1 and not column.published:
             best = (min if column.better == LOWER else max)(rivals)
@@ -132,7 +131,7 @@ def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "method": method_name(row) + (", split" if row.get("split") else ""),
                 "float": is_float(row),
                 "width": "float" if is_float(row) else width(row),
-                "bits": weights + activations / 100,  # by weights, then by activations
+                "bits": weights + activations / 100,  # sorts by weight bits, then by activation bits
                 "images": row.get("images"),
                 "cells": [cells[i] for cells in by_column],
                 "flags": row.get("flags") or (),
@@ -143,16 +142,16 @@ def _table(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _pictures(rows: Sequence[Row], folders: dict[str, Path]) -> tuple[list[dict[str, Picture]], int]:
-    """Return each row's pictures by name, and the number of images in one.
+    """Return each row's pictures by name, and the number of images per picture.
 
-    The names are "images" and, of quantized rows, "difference": the absolute difference from float, amplified.
+    The names are "images" and, for quantized rows, "difference": the amplified absolute difference from float.
     """
     with_images = {
         i: folders[row["label"]]
         for i, row in enumerate(rows)
         if row["label"] in folders and (folders[row["label"]] / _name(0)).is_file()
     }
-    # As many as every row has, so that the grids show the same images.
+    # Only images that every row has, so all grids show the same ones.
     numbers = [i for i in range(SHOWN) if all((folder / _name(i)).is_file() for folder in with_images.values())]
     float_row = next((i for i in with_images if is_float(rows[i])), None)
     float_images = None if float_row is None else _load(with_images[float_row], numbers)

@@ -1,4 +1,4 @@
-"""Plots of results as SVG for a web page: a metric against bits, and against the size of the file."""
+"""Plots of results as SVG for a web page: a metric against bits, and against file size."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qdiff.report.metric_axes import (
     width,
 )
 
-# Okabe and Ito's colours: told apart with any colour vision, and by marker in print.
+# Okabe and Ito's colours can be told apart with any colour vision, and the markers in print.
 _STYLES = {
     "linear": ("#D55E00", "s"),
     "qdiff": ("#0072B2", "o"),
@@ -35,7 +35,7 @@ _STYLES = {
 }
 _OTHER_STYLES = (("#56B4E9", "P"), ("#000000", "X"), ("#8C564B", "p"))
 _SIZE = (4.8, 2.9)  # inches
-_DODGE = 0.09  # of the distance between two widths, so that equal results of two methods are both seen
+_DODGE = 0.09  # share of the distance between two widths, so that equal results of two methods are both visible
 _BYTES_A_MB = 1e6
 _SPLIT_DASHES = (0, (2, 1.5))
 
@@ -46,9 +46,9 @@ class MetricPlots:
 
     Attributes:
         column: the metric.
-        spread: the plot against bits has bars of a standard deviation.
+        spread: whether the plot against bits has error bars (one standard deviation).
         against_bits: the plot against bits.
-        against_size: the plot against the file's size; None where no measured row has a size.
+        against_size: the plot against file size; None if no measured row has a size.
     """
 
     column: Column
@@ -58,7 +58,7 @@ class MetricPlots:
 
 
 def series_of(rows: Sequence[Row]) -> list[Series]:
-    """Return the quantized rows by method; a method's colour and marker do not depend on which others are there."""
+    """Return the quantized rows by method; a method's colour and marker do not depend on the other methods."""
     members: dict[tuple[str, bool], list[int]] = {}
     for i, row in enumerate(rows):
         if not is_float(row):
@@ -77,7 +77,7 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 
 
 def metric_plots(rows: Sequence[Row]) -> list[MetricPlots]:
-    """Return the plots of every metric that a quantized row has a number for."""
+    """Return plots of every metric for which a quantized row has a number."""
     quantized = [row for row in rows if not is_float(row)]
     plots = []
     with our_style():

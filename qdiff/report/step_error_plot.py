@@ -1,4 +1,4 @@
-"""A picture of the error of ε at every sampling step."""
+"""A plot of the error of ε at every sampling step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from qdiff.report.figures import our_style
 _SIZE = (6.4, 3.4)  # inches
 _DPI = 160
 _TICKS = 12  # at most
-# Okabe and Ito's colours, and dashes: told apart with any colour vision, and in print.
+# Okabe and Ito's colours can be told apart with any colour vision, and the dashes in print.
 _LINES = (("#D55E00", "-"), ("#E69F00", (0, (4, 2))), ("#0072B2", "-"), ("#555555", (0, (1, 1.5))))
 
 
 def step_error_picture(
     errors: Mapping[str, Sequence[float]], timesteps: Sequence[float], path: str | Path, title: str
 ) -> None:
-    """Write a PNG with a line for each variant.
+    """Write a PNG with one line per variant.
 
     Args:
-        errors: by variant, the mean squared difference of ε from float at each of the T calls.
-        timesteps: of the T calls, noisiest first: what the horizontal axis is marked with.
-        path: of the picture; it appears whole or not at all.
-        title: above the lines.
+        errors: variant → mean squared difference of ε from float at each of the T calls.
+        timesteps: timesteps of the T calls, noisiest first, as labels of the horizontal axis.
+        path: the PNG file; the write is atomic.
+        title: the plot's title.
     """
     with our_style():
         figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")

@@ -1,4 +1,4 @@
-"""Sampling: samplers as functions of (ε, x_T, schedule, …), and one front for them. Nothing here knows a model family.
+"""Samplers as functions of (ε, x_T, schedule, …), and one front for them; nothing here depends on a model family.
 
 sampler = Sampler(schedule, (3, 32, 32), SamplerOptions("ddim", steps=100), seed=1234)
 images = sampler(network, rows=range(16), device="cuda")

@@ -1,4 +1,4 @@
-"""DDIM, with η between the deterministic sampler (0) and an ancestral one (1)."""
+"""DDIM, with η from the deterministic sampler (0) to the ancestral one (1)."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def sample_ddim(
         x_T: starting noise [N, C, H, W]; the result keeps its device and dtype.
         schedule: ᾱ_t of the network's training.
         timesteps: visited times, ascending (`select_timesteps`).
-        eta: η in [0, 1]. Above 0 every step but one that ends at ᾱ = 1 adds noise.
-        noise: drawn from once per noisy step; needed when eta > 0, and not touched when eta is 0.
+        eta: η in [0, 1]. Above 0, every step adds noise except one that ends at ᾱ = 1.
+        noise: drawn from once per noisy step; needed if eta > 0, unused if eta is 0.
         final_alpha_bar: ᾱ after the last step; see `DiffusionSchedule.steps`.
         on_step: see `qdiff.sampling.interface`.
 
@@ -40,14 +40,14 @@ def sample_ddim(
         The final sample, [N, C, H, W].
 
     Raises:
-        UserError: eta outside [0, 1], eta > 0 with no noise source, or bad timesteps.
+        UserError: eta is outside [0, 1], eta > 0 without a noise source, or the timesteps are invalid.
 
     Source: Song et al. 2021, eq. (12) for the step and (16) for σ.
     """
     if not 0.0 <= eta <= 1.0:
-        raise UserError(f"eta is {eta}: give a number from 0 (DDIM) to 1 (DDPM-like)")
+        raise UserError(f"eta is {eta}; give a number from 0 (DDIM) to 1 (DDPM-like)")
     if eta > 0.0 and noise is None:
-        raise UserError(f"eta is {eta}, so the sampler adds noise: pass a noise source, or eta=0")
+        raise UserError(f"eta is {eta}, so the sampler adds noise; pass a noise source, or eta=0")
     steps = schedule.steps(timesteps, final_alpha_bar)
     x = x_T
     with torch.no_grad():

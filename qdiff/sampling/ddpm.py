@@ -23,9 +23,9 @@ def sample_ddpm_noisy(
 ) -> Tensor:
     """Sample with DDPM's larger variance, σ_t² = β_t.
 
-    Between neighbours s < t of the subsequence the effective β is 1 − ᾱ_t/ᾱ_s. The predicted clean image is
-    clipped to [−1, 1], so this sampler is for images, not for latents. The last step adds no noise (z = 0 in
-    algorithm 2).
+    Between neighbouring times s < t of the subsequence, the effective β is 1 − ᾱ_t/ᾱ_s. The predicted clean image is
+    clipped to [−1, 1], so this sampler is for images, not for latents. The last step adds no noise (z = 0 in algorithm
+    2).
 
     Args:
         eps: the network, called once per timestep with t int64 [N].
@@ -39,9 +39,9 @@ def sample_ddpm_noisy(
         The final sample, [N, C, H, W].
 
     Raises:
-        UserError: bad timesteps.
+        UserError: the timesteps are invalid.
 
-    Source: Ho et al. 2020, algorithm 2 and eq. (7); DDIM's released code for subsequence and clipping.
+    Source: Ho et al. 2020, algorithm 2 and eq. (7); DDIM's released code for the subsequence and clipping.
     """
     steps = schedule.steps(timesteps)
     last = len(steps) - 1
@@ -50,7 +50,7 @@ def sample_ddpm_noisy(
         for i, (t, a, a_next) in enumerate(steps):
             e = eps(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
             x0 = ((x - sqrt(1.0 - a) * e) / sqrt(a)).clamp(-1.0, 1.0)
-            beta = 1.0 - a / a_next  # 0 where quad spacing repeats a timestep: the step then changes nothing
+            beta = 1.0 - a / a_next  # 0 if quad spacing repeats a timestep; the step then changes nothing
             # eq. (7), the mean of q(x_s | x_t, x_0)
             x = (sqrt(a_next) * beta / (1.0 - a)) * x0 + (sqrt(1.0 - beta) * (1.0 - a_next) / (1.0 - a)) * x
             if i < last and beta > 0.0:

@@ -9,12 +9,12 @@ from qdiff.sampling.interface import Network, NoisePrediction
 
 
 def guided(network: Network, condition: Tensor | None, unconditional: Tensor | None, scale: float) -> NoisePrediction:
-    """Return ε_u + scale·(ε_c − ε_u) as a function of (x, t); one call of the network on both halves.
+    """Return ε_u + scale·(ε_c − ε_u) as a function of (x, t), with one network call for both halves.
 
     Args:
         network: ε(x, t[, context]).
         condition: [N, L, D], or None for an unconditional network.
-        unconditional: likewise; None evaluates the condition alone.
+        unconditional: likewise; None evaluates only the condition.
 
     Source: Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", in the form of the latent diffusion samplers.
     """

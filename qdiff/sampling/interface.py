@@ -1,4 +1,4 @@
-"""What every sampler takes from its caller, as types: the network, the noise source and the callback."""
+"""Types of the arguments that every sampler shares: the network, the noise source and the callbacks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Protocol
 from torch import Tensor
 
 Network = Callable[..., Tensor]
-"""``network(x, t[, context])``, float or quantized: what it was trained to predict of x [N, C, H, W] at t [N]."""
+"""``network(x, t[, context])``, float or quantized: returns its training target for x [N, C, H, W] at t [N]."""
 
 NoisePrediction = Callable[[Tensor, Tensor], Tensor]
-"""``eps(x, t)``: the noise prediction ε_θ. x [N, C, H, W], t [N], result shaped like x. Conditions and
-classifier-free guidance are closed over by the caller; no sampler knows of them."""
+"""``eps(x, t)``: the noise prediction ε_θ. x [N, C, H, W], t [N], result shaped like x. The caller binds
+conditions and classifier-free guidance; samplers do not know about them."""
 
 OnStep = Callable[[int, float, Tensor, Tensor], None]
-"""``on_step(i, t, x, x0_pred)`` after step i (from 0): ``t`` is the time that the step left, as the network
-saw it, ``x`` [N, C, H, W] the state that it reached, and ``x0_pred`` the clean image predicted at ``t``. No
-sampler changes these tensors afterwards, so they may be kept without a copy."""
+"""``on_step(i, t, x, x0_pred)`` after step i (from 0): ``t`` is the time at the start of the step, as passed
+to the network, ``x`` [N, C, H, W] the state after it, and ``x0_pred`` the clean image predicted at ``t``.
+Samplers do not modify these tensors afterwards, so they can be kept without a copy."""
 
 
 class NoiseSource(Protocol):
@@ -29,9 +29,9 @@ class NoiseSource(Protocol):
 
 
 class OnCall(Protocol):
-    """Told of every network call of a sampling run, before guidance doubles the batch."""
+    """Called with the inputs of every network call of a sampling run, before guidance doubles the batch."""
 
     def __call__(
         self, x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None
     ) -> None:
-        """x [N, C, H, W], t [N]; where conditional [N, L, D], and the same where guidance uses "no condition"."""
+        """x [N, C, H, W], t [N]; condition and unconditional context [N, L, D], or None if not used."""

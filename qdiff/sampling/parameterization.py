@@ -1,4 +1,4 @@
-"""What a network predicts, and how the noise ε that every sampler works with follows from it."""
+"""What a network predicts, and how the noise ε that samplers use follows from it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qdiff.sampling.schedule import DiffusionSchedule
 
 
 class Parameterization(str, Enum):
-    """The network's output at x_t = √ᾱ x_0 + √(1−ᾱ) ε, by the names of latent diffusion's configs."""
+    """The network's output at x_t = √ᾱ x_0 + √(1−ᾱ) ε, under the names of latent diffusion's configs."""
 
     EPS = "eps"  # ε
     X0 = "x0"  # x_0
@@ -22,12 +22,12 @@ class Parameterization(str, Enum):
 def as_noise_prediction(
     network: NoisePrediction, schedule: DiffusionSchedule, kind: Parameterization
 ) -> NoisePrediction:
-    """Return ε(x, t) for a network that predicts ``kind``; with ε it is the network itself.
+    """Return ε(x, t) for a network that predicts ``kind``; for ε, the network itself.
 
     Between timesteps, where DPM-Solver evaluates, log ᾱ is interpolated linearly, as DPM-Solver itself does.
 
     Args:
-        network: called with x [N, …] and t [N].
+        network: takes x [N, …] and t [N].
         schedule: ᾱ_t of the network's training.
     """
     if kind is Parameterization.EPS:
@@ -36,7 +36,7 @@ def as_noise_prediction(
 
     def eps(x: Tensor, t: Tensor) -> Tensor:
         nonlocal log_alphas
-        log_alphas = log_alphas.to(x.device)  # once; looked up there, since reading t would wait for a GPU
+        log_alphas = log_alphas.to(x.device)  # once; indexed on the device, because reading t would wait for the GPU
         below = t.long().clamp(0, len(log_alphas) - 1)
         above, share = (below + 1).clamp(max=len(log_alphas) - 1), t.double() - below
         log_alpha = torch.where(

@@ -1,4 +1,4 @@
-"""The samplers by name, one row for all model families. A new one is a file beside this and a row below.
+"""The samplers by name, one row for all model families. A new sampler is a file next to this one and a row below.
 
 SAMPLERS["ddim"].sample(eps, x_T, SamplingRun(schedule, timesteps, SamplerOptions(eta=0.5), noise))
 """
@@ -24,15 +24,15 @@ class SamplerOptions:
     """How a model is sampled.
 
     Attributes:
-        kind: a name of `SAMPLERS`.
-        steps: of the sampler.
-        spacing: ``uniform`` or ``quad``, of samplers that do not space their steps themselves.
+        kind: a name in `SAMPLERS`.
+        steps: number of sampling steps.
+        spacing: ``uniform`` or ``quad``, for samplers that do not space their steps themselves.
         offset: added to every timestep; latent diffusion samples with 1.
-        ends_clean: the last step goes to ᾱ = 1; latent diffusion's samplers stop at ᾱ_0.
+        ends_clean: whether the last step goes to ᾱ = 1; latent diffusion's samplers stop at ᾱ_0.
         eta: η of DDIM.
-        order, method: of DPM-Solver++.
-        scale: of classifier-free guidance; 1 evaluates the condition alone.
-        fixed_code: images share the starting noise of image i mod this number; None gives each its own.
+        order, method: order and method of DPM-Solver++.
+        scale: scale of classifier-free guidance; 1 evaluates only the condition.
+        fixed_code: image i starts from the noise of image i mod this number; None gives each image its own noise.
     """
 
     kind: str = "ddim"
@@ -49,7 +49,7 @@ class SamplerOptions:
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """What a sampler is given beside ε and x_T.
+    """The arguments of a sampler besides ε and x_T.
 
     Attributes:
         schedule: ᾱ_t of the network's training.
@@ -97,15 +97,15 @@ class SamplerRow:
     """A sampler.
 
     Attributes:
-        name: of `SamplerOptions.kind` and of ``--sampler``.
-        title: in help texts.
+        name: value of `SamplerOptions.kind` and of ``--sampler``.
+        title: name in help texts.
         sample: ``(eps, x_T, run)`` returns the final sample, [N, C, H, W].
         timesteps: ``(options, T)`` returns the visited times, ascending, and checks their number.
         calls: ``(options, timesteps)`` returns how often the network is called.
-        has_eta: whether it reads ``eta``; with another one, η above 0 is an error.
-        clips: its prediction of x_0 is clipped to [−1, 1]: for images, not for latents.
-        places_steps: it places its steps itself, so a number that does not divide T is taken as it is.
-        sample_type: `option` where it is not the name.
+        has_eta: whether it uses ``eta``; for other samplers, η above 0 is an error.
+        clips: whether it clips the predicted x_0 to [−1, 1], which suits images but not latents.
+        places_steps: whether it places its steps itself; a number of steps that does not divide T is then allowed.
+        sample_type: value of ``--sample_type`` if it differs from the name.
     """
 
     name: str
@@ -170,7 +170,7 @@ def find_sampler(name: str) -> SamplerRow:
     """Return a sampler by its name.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no sampler has this name.
     """
     if name not in SAMPLERS:
         raise UserError(f"the sampler is {name!r}; choose one of {', '.join(SAMPLERS)}")
@@ -178,5 +178,5 @@ def find_sampler(name: str) -> SamplerRow:
 
 
 def sample_types() -> dict[str, str]:
-    """Return the values of the DDIM script's ``--sample_type``, and the name of the sampler that each means."""
+    """Return the values of the DDIM script's ``--sample_type``, each with the name of its sampler."""
     return {row.option: row.name for row in SAMPLERS.values()}

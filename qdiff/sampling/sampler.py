@@ -1,4 +1,4 @@
-"""One front for all samplers and model families: which images, from which noise, with which conditions."""
+"""One front for all samplers and model families: it selects the images, their noise and their conditions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qdiff.sampling.schedule import DiffusionSchedule
 
 
 class Sampler:
-    """Samples what a network was trained on; the noise of image i depends on (seed, i) alone.
+    """Samples images or latents; the noise of image i depends only on (seed, i).
 
     Args:
         schedule: ᾱ_t of the network's training.
@@ -28,11 +28,11 @@ class Sampler:
         parameterization: what the network predicts.
 
     Attributes:
-        timesteps: visited times, ascending, where the sampler does not place its steps itself.
-        calls: how often one run calls the network.
+        timesteps: visited times, ascending, unless the sampler places its steps itself.
+        calls: network calls per run.
 
     Raises:
-        UserError: options out of range, or that contradict each other.
+        UserError: options are out of range or contradict each other.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Sampler:
         self.schedule, self.shape, self.options, self.seed = schedule, tuple(shape), options, seed
         self.parameterization, self._row = parameterization, find_sampler(options.kind)
         if options.eta > 0 and not self._row.has_eta:
-            raise UserError(f"eta is {options.eta}, and {self._row.title} has none; leave eta out")
+            raise UserError(f"eta is {options.eta} but {self._row.title} has no eta; leave it out")
         if not 0 <= options.eta <= 1:
             raise UserError(f"eta is {options.eta}; give a number from 0 to 1")
         if not math.isfinite(options.scale):
@@ -68,11 +68,11 @@ class Sampler:
         """Return the images or latents numbered ``rows``, [N, C, H, W], in the range that the network was trained on.
 
         Args:
-            network: ε(x, t[, context]), or what else the parameterization says.
-            device: where x_T is, and with it everything.
-            condition, unconditional: [N, L, D] where the network is conditional; see `guided`.
-            calibration: draw from the calibration streams instead of the run's.
-            on_call: told of every network call, before guidance doubles the batch.
+            network: predicts ε(x, t[, context]), or what ``parameterization`` says.
+            device: the device of x_T, and so of the whole run.
+            condition, unconditional: [N, L, D] for conditional networks; see `guided`.
+            calibration: use the calibration streams instead of the run's.
+            on_call: called for every network call, before guidance doubles the batch.
             on_step: see `qdiff.sampling.interface`.
         """
         # Guidance and the conversion to ε commute: both are linear in the prediction.

@@ -134,7 +134,7 @@ class Harmful:
 
 def test_code_in_a_checkpoint_is_not_run(fresh, tmp_path):
     torch.save({"conv_in.weight": Harmful(tmp_path / "harm")}, tmp_path / "weights")
-    with pytest.raises(UserError, match="code of a file is not run"):
+    with pytest.raises(UserError, match="code in files is not run"):
         load_float_weights(fresh, tmp_path / "weights")
     assert not (tmp_path / "harm").exists()
     torch.load(tmp_path / "weights", weights_only=False)  # planted: a loader that trusts the file

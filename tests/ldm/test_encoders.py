@@ -176,5 +176,5 @@ def test_vocabularies_keep_to_their_size(size, tmp_path):
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
     assert len(vocabulary) <= size
     assert sorted(vocabulary.values()) == list(range(len(vocabulary)))
-    with pytest.raises(UserError, match="does not hold all signs"):
+    with pytest.raises(UserError, match="cannot hold all signs"):
         write_tokenizer(tmp_path, all_captions(), vocab_size=85, max_length=LENGTH)

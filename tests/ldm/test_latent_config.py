@@ -46,7 +46,7 @@ def written(tmp_path, monkeypatch):
 def test_other_targets_are_not_imported(target, monkeypatch):
     imported = []
     monkeypatch.setattr("ldm.util.importlib.import_module", imported.append)
-    with pytest.raises(UserError, match=r"not among the classes|no target"):
+    with pytest.raises(UserError, match=r"is not allowed|no target"):
         instantiate_from_config(OmegaConf.create({"target": target, "params": {"command": "true"}}))
     assert imported == []
 
@@ -128,9 +128,9 @@ def test_base_is_extended_and_overridden(written, model_config):
         ("model: {ch: 32}", "model.target is None"),
         ("model: 3", "model.target is None"),
         ("model: {target: ldm.other.Model}", "model.target is ldm.other.Model"),
-        (f"model: {{target: {HOLDER}}}", "lacks model.params.unet_config"),
+        (f"model: {{target: {HOLDER}}}", "has no model.params.unet_config"),
         (f"model: {{target: {HOLDER}, params: null}}", r"model\.params null; it must be a mapping"),
-        (f"model: {{target: {HOLDER}, params: {{unet_config: 3}}}}", "lacks model.params.unet_config"),
+        (f"model: {{target: {HOLDER}, params: {{unet_config: 3}}}}", "has no model.params.unet_config"),
         ("base: nowhere.yaml", "nowhere.yaml does not exist"),
         ("base: 3", "3 does not exist"),
     ],
@@ -141,7 +141,7 @@ def test_bad_files(text, says, written):
     assert "\n" not in str(caught.value)
 
 
-def test_file_that_lacks_a_part(written, model_config):
+def test_file_without_a_part(written, model_config):
     for part in ("unet_config", "first_stage_config"):
         for spoil in (
             lambda c, part=part: c.model.params.pop(part),
@@ -150,11 +150,11 @@ def test_file_that_lacks_a_part(written, model_config):
         ):
             config = model_config()
             spoil(config)
-            with pytest.raises(UserError, match=f"lacks model.params.{part}"):
+            with pytest.raises(UserError, match=f"has no model.params.{part}"):
                 load_config(written(config))
         config = model_config()
         config.model.params[part].target = "os.system"
-        with pytest.raises(UserError, match=r"names the class os\.system as .*, which is not allowed"):
+        with pytest.raises(UserError, match=r"target os\.system, which is not allowed"):
             load_config(written(config))
 
 
@@ -170,7 +170,7 @@ def test_shipped_models_load_and_fit(path):
     [
         ("parameterization", "score", r"parameterization 'score'; only 'eps' or 'x0' or 'v'"),
         ("beta_schedule", "jsd", "beta_schedule 'jsd'"),
-        ("conditioning_key", "concat", "conditioning_key 'concat'.*cross attention alone"),
+        ("conditioning_key", "concat", "conditioning_key 'concat'.*only by cross attention"),
         ("conditioning_key", "hybrid", "conditioning_key 'hybrid'"),
         ("conditioning_key", "adm", "conditioning_key 'adm'"),
         ("given_betas", [0.1, 0.2], "given_betas"),
@@ -180,8 +180,8 @@ def test_shipped_models_load_and_fit(path):
         ("timesteps", 1e9, "timesteps 1000000000.0; it must be a whole number"),
         ("scale_by_std", "yes", "scale_by_std 'yes'; it must be true or false"),
         ("image_size", 0, "image_size 0; give at least 1"),
-        ("rescale_zero_snr", True, "rescale_zero_snr, which is not understood here"),
-        ("split_input_params", {"ks": [128, 128]}, "split_input_params, which is not understood here"),
+        ("rescale_zero_snr", True, r"unknown key \S*rescale_zero_snr;"),
+        ("split_input_params", {"ks": [128, 128]}, r"unknown key \S*split_input_params;"),
         ("scale_facter", 0.18, r"scale_facter.*did you mean scale_factor\?"),
     ],
 )
@@ -203,15 +203,15 @@ def test_keys_of_training_are_taken(key, written, model_config):
 def test_keys_elsewhere(written, model_config):
     config = model_config()
     config.optim = {"lr": 1}
-    with pytest.raises(UserError, match="has optim, which is not understood"):
+    with pytest.raises(UserError, match="has the unknown key optim;"):
         load_config(written(config))
     config = model_config()
     config.model.params.unet_config.weights = "x"
-    with pytest.raises(UserError, match=r"model\.params\.unet_config\.weights, which is not understood"):
+    with pytest.raises(UserError, match=r"unknown key model\.params\.unet_config\.weights;"):
         load_config(written(config))
     config = model_config()
     config.model.params.unet_config.params.transformer_dpeth = 2
-    with pytest.raises(UserError, match=r"UNetModel has transformer_dpeth.*did you mean transformer_depth\?"):
+    with pytest.raises(UserError, match=r"unknown key transformer_dpeth; did you mean transformer_depth\?"):
         instantiate_from_config(config.model)
     config = model_config()
     config.model.params.unet_config.params.channel_mult = 2
@@ -222,7 +222,7 @@ def test_keys_elsewhere(written, model_config):
 def test_a_condition_that_would_be_concatenated(written, model_config):
     config = model_config("imagenet", cond_stage_config=CLASSES)
     del config.model.params.conditioning_key
-    with pytest.raises(UserError, match=r"lacks model\.params\.conditioning_key"):
+    with pytest.raises(UserError, match=r"has no model\.params\.conditioning_key"):
         load_config(written(config))
     config.model.params.concat_mode = False
     load_config(written(config))

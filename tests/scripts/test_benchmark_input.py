@@ -32,7 +32,7 @@ REFUSED = {
     "modulated": (("--random", "--modulate"), "which one call has not; add --measure sampling"),
     "one step": (
         ("--random", "--modulate", "--measure", "sampling", "--timesteps", 1),
-        "this sampler has one; give it more",
+        "this sampler has one step; give more",
     ),
     "document": (("--random", "--document", "none.md"), "none.md cannot be read"),
     "no file": (("--ckpt", "x", "--ptq", "--cali_ckpt", "none.pth"), "none.pth does not exist; check the path"),

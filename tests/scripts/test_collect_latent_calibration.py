@@ -128,7 +128,7 @@ def refused(call, model_options, kind, path, folder):
 
 def test_a_conditional_file_for_an_unconditional_model(call, model_options, recorded, tmp_path):
     line = refused(call, model_options, "unconditional", recorded["class"], tmp_path)
-    assert "holds conditions (cs) and the network takes none" in line
+    assert "holds conditions (cs) but the network takes none" in line
 
 
 def test_an_unconditional_file_for_a_conditional_model(call, model_options, recorded, tmp_path):

@@ -96,7 +96,7 @@ def resolved(call, captions, monkeypatch):
     def run(name, *more):
         script, words = words_of(name, captions)
         outcome = succeeded(call(script, *words, *more, "--dry-run"))
-        note = "--from-file takes the place of --prompt\n"
+        note = "--from-file replaces --prompt\n"
         assert outcome.err == (note if "--from-file" in words and "--prompt" in words else "")
         return json.loads(outcome.out)
 

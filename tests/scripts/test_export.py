@@ -59,7 +59,7 @@ def test_a_calibrated_network(call, one_level, tmp_path):
 def test_what_is_not_calibrated_is_refused(call, tiny, tmp_path):
     words = (*tiny.options[:4], "--timesteps", 4, "--out", tmp_path / "model.onnx")
     line = call("export", *words, "--ptq", "--weight_bit", 4).error_line()
-    assert "a calibrated checkpoint is what is exported; give --cali_ckpt PATH" in line
+    assert "export needs a calibrated checkpoint; give --cali_ckpt PATH" in line
     assert "--out" in call("export", *tiny.options[:4]).error_line()
     line = call("export", *words, "--ptq", "--weight_bit", 4, "--cali_ckpt", tmp_path / "none").error_line()
     assert "none does not exist; check the path" in line

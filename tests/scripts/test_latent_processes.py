@@ -47,5 +47,5 @@ def test_two_processes_make_the_images_of_one(together, call, options, tmp_path)
 
 def test_the_first_process_speaks_for_both(together):
     folder, errors = together
-    assert errors.count("this was cut") == 1 and errors.count("calibrating with linear") == 1
-    assert (folder / "run.log").read_text().count("this was cut") == 1
+    assert errors.count("was cut off") == 1 and errors.count("calibrating with linear") == 1
+    assert (folder / "run.log").read_text().count("was cut off") == 1

@@ -366,7 +366,7 @@ def test_published_commands_resolve(name, call, monkeypatch):
     kind, words = PUBLISHED[name]
     before = {p.name for p in REPOSITORY.iterdir()}
     outcome = succeeded(call(SCRIPTS[kind], *shlex.split(words), "--dry-run"))
-    notes = {"stable diffusion": "is not there: the bundled model", "church": "500 steps are taken"}
+    notes = {"stable diffusion": "is missing; the bundled model", "church": "500 steps are taken"}
     note = next((text for part, text in notes.items() if part in name), "")
     assert note in outcome.err and outcome.err.count("\n") == bool(note)
     assert not {p.name for p in REPOSITORY.iterdir()} - before & {"OUT", "cali_data"}

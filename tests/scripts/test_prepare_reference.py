@@ -69,7 +69,7 @@ def test_statistics_of_a_folder_go_where_they_are_found_by_name(folder, pixels, 
     found = find_reference("cifar10", extractor)
     expected = compute_reference(pixels, extractor, "", progress=False)
     assert found.count == COUNT and found.name == f"CIFAR-10 train, {COUNT} images, 32×32 as published"
-    assert found.name in outcome.out and "evaluate.py finds it as cifar10" in outcome.out
+    assert found.name in outcome.out and "evaluate.py finds it by the name cifar10" in outcome.out
     assert found.images_hash == expected.images_hash and np.array_equal(found.features, expected.features)
     assert "warning" not in outcome.err
     assert len(files(cache)) == 1 and files(cache)[0].startswith("cifar10-digits-classifier-")
@@ -80,7 +80,7 @@ def test_prepared_statistics_are_not_made_twice(folder, call, cache, offline):
     (path,) = (cache / "references").iterdir()
     before = path.stat()
     again = call(SCRIPT, "cifar10", "--images", folder, *DIGITS)
-    assert again.code == 0 and f"{path} is there already" in again.out
+    assert again.code == 0 and f"{path} already exists" in again.out
     assert path.stat() == before
 
 
@@ -101,7 +101,7 @@ def test_another_number_of_images_warns_and_never_passes_for_the_published_one(c
     outcome = call(SCRIPT, "cifar10", "--images", folder, *DIGITS)
     assert outcome.code == 0
     assert f"warning: {folder} holds CIFAR-10 train, {count} images instead of {COUNT}" in outcome.err
-    assert f"finds it as cifar10-{count}" in outcome.out
+    assert f"finds it by the name cifar10-{count}" in outcome.out
     (name,) = files(cache)
     assert name.startswith(f"cifar10-{count}-digits")
     assert load_reference(cache / "references" / name).count == count
@@ -174,7 +174,7 @@ def test_download_then_statistics(pixels, call, tmp_path, cache, monkeypatch):
         (["lsun_church", "--lmdb", "none"], "no LMDB"),
         (["cifar10", "--images", "FOLDER", "--batch_size", 0], "--batch_size is 0; give at least 1"),
         (["cifar10", "--images", "FOLDER", "--max_images", 1], "--max_images is 1; give at least 2"),
-        (["imagenet256", "--npz", "x", "--max_images", 5], "--max_images is not for imagenet256"),
+        (["imagenet256", "--npz", "x", "--max_images", 5], "imagenet256 has published statistics of all its images"),
         (["cifar10", "--images", "FOLDER", "--out", "stats.txt"], "ends in .npz"),
         (["cifar10", "--images", "FOLDER", "--out", "/proc/stats.npz"], "cannot be written"),
         (["cifar10", "--images", "FOLDER", "--extractor", "vgg"], "no feature extractor 'vgg'"),

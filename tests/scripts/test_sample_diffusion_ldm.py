@@ -258,7 +258,7 @@ def test_a_checkpoint_without_its_config(named, call, tmp_path, model):
     (tmp_path / "alone").mkdir()
     shutil.copy(model.weights, tmp_path / "alone" / "model.ckpt")
     line = call(SCRIPT, "-r", tmp_path / named, "--seed", 1).error_line()
-    assert "no config.yaml beside" in line and str(tmp_path / named) in line
+    assert "no config.yaml next to" in line and str(tmp_path / named) in line
 
 
 @pytest.mark.parametrize("kind", ["class", "text"])
@@ -271,7 +271,7 @@ def test_files_of_another_family(call, tiny, model, tmp_path):
     shutil.copy(tiny.config, tmp_path / "config.yaml")
     shutil.copy(tiny.weights, tmp_path / "model.safetensors")
     line = call(SCRIPT, "-r", tmp_path, *SAMPLER, "-l", tmp_path / "run").error_line()
-    assert "not that of a latent diffusion model" in line
+    assert "does not describe a latent diffusion model" in line
     shutil.copy(model.config, tmp_path / "config.yaml")  # now only the weights are a DDIM model's
     line = call(SCRIPT, "-r", tmp_path, *SAMPLER, "-l", tmp_path / "run").error_line()
     assert "not a latent diffusion checkpoint" in line

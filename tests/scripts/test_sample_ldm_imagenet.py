@@ -218,7 +218,7 @@ def test_models_of_other_families(call, latent, tiny, tmp_path):
     for config, says in (
         (latent("unconditional").config, "not a class-conditional model"),
         (latent("text").config, "not a class-conditional model"),
-        (tiny.config, "not that of a latent diffusion model"),
+        (tiny.config, "does not describe a latent diffusion model"),
         (tmp_path / "none.yaml", "does not exist"),
     ):
         assert says in call(SCRIPT, "--config", config, *SAMPLER, "-l", tmp_path / "run").error_line()

@@ -234,5 +234,5 @@ def test_bad_input_is_one_sentence_before_any_training(train, call, steps, tmp_p
         del made[part]
         (tmp_path / "untrained.yaml").write_text(yaml.safe_dump(made))
         options = ("--config", tmp_path / "untrained.yaml", "--first_stage", first)
-        assert "lacks data or training.diffusion" in call(SCRIPT, *fixed, *options).error_line()
+        assert "has no data or training.diffusion" in call(SCRIPT, *fixed, *options).error_line()
     assert steps == [] and not (tmp_path / "new").exists()

@@ -140,7 +140,7 @@ def test_coco_captions(call, options, tmp_path):
     outcome = succeeded(call(SCRIPT, *options, *given, "--outdir", tmp_path / "run"))
     assert manifest(tmp_path / "run")["config"]["prompts"] == ["a dog", "a bird", "a cat"]
     assert "labels" not in manifest(tmp_path / "run") and len(image_bytes(tmp_path / "run")) == 3
-    assert "--from-file takes the place of --prompt" in outcome.err
+    assert "--from-file replaces --prompt" in outcome.err
 
 
 def test_a_prompt_that_is_cut_is_reported(call, options, tmp_path):
@@ -151,7 +151,7 @@ def test_a_prompt_that_is_cut_is_reported(call, options, tmp_path):
     for text in (outcome.err, (tmp_path / "run" / "run.log").read_text()):
         (line,) = [line for line in text.splitlines() if "was cut" in line]
         assert f"takes {TOKENS} tokens" in line and repr(long) in line
-        cut = line.split("was cut: ")[1].strip("'")
+        cut = line.split("was cut off: ")[1].strip("'")
         assert cut.endswith("and a unicorn") and long.endswith(cut) and "handwritten" not in cut
 
 

@@ -86,16 +86,16 @@ def test_a_bundled_model_in_place_of_stable_diffusion_is_said(call, latent, tmp_
     outcome = succeeded(call(SCRIPT, *given))
     (folder,) = (tmp_path / "outputs" / "txt2img-samples").iterdir()  # the published place, a folder for each run
     for text in (outcome.err, (folder / "run.log").read_text()):
-        assert "models/ldm/stable-diffusion-v1/model.ckpt is not there" in text and str(latent("text").folder) in text
+        assert "models/ldm/stable-diffusion-v1/model.ckpt is missing" in text and str(latent("text").folder) in text
     succeeded(call(SCRIPT, *given, "--seed", 8))
     assert len(list(folder.parent.iterdir())) == 2
     # Once; and before anything is there to be logged: in a dry run, and beside an error that may come of it.
-    assert outcome.err.count("is not there: the bundled model") == 1
+    assert outcome.err.count("is missing; the bundled model") == 1
     outcome = succeeded(call(SCRIPT, *given, "--dry-run"))
-    assert "model.ckpt is not there: the bundled model" in outcome.err and json.loads(outcome.out)
+    assert "model.ckpt is missing; the bundled model" in outcome.err and json.loads(outcome.out)
     (tmp_path / "c.pth").write_bytes(b"PK")
     outcome = call(SCRIPT, *given, "--ptq", "--cali_ckpt", "c.pth")
-    assert outcome.code == 2 and "model.ckpt is not there: the bundled model" in outcome.err
+    assert outcome.code == 2 and "model.ckpt is missing; the bundled model" in outcome.err
 
 
 def test_dry_run_needs_no_weights_data_or_device(call, latent, tmp_path):
@@ -111,7 +111,7 @@ def test_dry_run_needs_no_weights_data_or_device(call, latent, tmp_path):
 def test_dry_run_needs_no_prompt_file(option, script, call, latent, tmp_path):
     given = (*latent("text").options, *SAMPLER, option, "none.txt", "-l", tmp_path / "run")
     outcome = succeeded(call(script, *given, "--dry-run"))
-    assert outcome.err == f"{option} none.txt does not exist: the plan is shown without its prompts\n"
+    assert outcome.err == f"{option} none.txt does not exist; the plan is shown without its prompts\n"
     assert json.loads(outcome.out)["calibration_prompts"] == []
     assert "none.txt does not exist" in call(script, *given).error_line()
     (tmp_path / "empty.txt").write_text("")
@@ -129,8 +129,8 @@ REFUSED = {
     "width": (("--W", 30), "--W is 30"),
     "no height": (("--H", 0), "--H is 0"),
     "negative width": (("--W", -16), "--W is -16"),
-    "channels": (("--C", 5), "--C is 5 and this model's is 4"),
-    "factor": (("--f", 8), "--f is 8 and this model's is 2"),
+    "channels": (("--C", 5), "--C is 5 but this model's is 4"),
+    "factor": (("--f", 8), "--f is 8 but this model's is 2"),
     "no samples": (("--n_samples", 0), "--n_samples is 0"),
     "no iterations": (("--n_iter", 0), "--n_iter is 0"),
     "no images": (("--max_images", 0), "--max_images is 0"),
@@ -168,8 +168,8 @@ def test_models_of_other_families(call, latent, tiny, tmp_path):
     for config, says in (
         (latent("unconditional").config, "not a text-conditional model"),
         (latent("class").config, "not a text-conditional model"),
-        (tiny.config, "not that of a latent diffusion model"),
-        (REPOSITORY / "configs" / "digits.yml", "not that of a latent diffusion model"),
+        (tiny.config, "does not describe a latent diffusion model"),
+        (REPOSITORY / "configs" / "digits.yml", "does not describe a latent diffusion model"),
         (tmp_path / "none.yaml", "does not exist"),
     ):
         assert says in call(SCRIPT, "--config", config, *SAMPLER, "--outdir", tmp_path / "run").error_line()

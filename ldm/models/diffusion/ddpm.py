@@ -1,4 +1,4 @@
-"""A latent diffusion model: schedule, UNet, first stage and condition encoder in one holder."""
+"""A latent diffusion model: UNet, first stage and condition encoder in one module."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ldm.util import instantiate_from_config
 
 
 class LatentDiffusion(nn.Module):
-    """Holds what a released checkpoint holds, under the released names.
+    """Holds the parts of a released checkpoint under their released names.
 
     Args:
         unet_config, first_stage_config, cond_stage_config: see `instantiate_from_config`.
         scale_factor: latents are multiplied by it before diffusion.
         scale_by_std: the factor was set from the first training batch and is in the checkpoint.
-        use_ema: the checkpoint also holds averaged weights, which sampling takes.
-        others: of `build_schedule` and `parameterization`; the rest of what `ldm.config` allows has no effect here.
+        use_ema: the checkpoint also holds averaged weights, which sampling uses.
+        others: keys for `build_schedule` and `parameterization`; other keys that `ldm.config` allows have no effect.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, H, W] in [−1, 1] → scaled latents; of a KL first stage a sample."""
+        """Images [N, 3, H, W] in [−1, 1] → scaled latents, sampled if the first stage is a KL one."""
         latent = self.first_stage_model.encode(images)
         latent = latent if isinstance(latent, Tensor) else latent.sample()
         return latent * self.scale_factor

@@ -1,6 +1,6 @@
 """The convolutional and attention blocks of the latent UNet, with the parameter names of the released checkpoints.
 
-Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", from which Rombach et al. 2022 took the architecture.
+Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", whose architecture Rombach et al. 2022 use.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qdiff.interface import AttentionCore, split_input
 
 
 class Upsample(nn.Module):
-    """[N, C, H, W] → [N, C, 2H, 2W]: repeat pixels, then convolve if asked to."""
+    """[N, C, H, W] → [N, C, 2H, 2W]: repeat pixels, then convolve if ``use_conv``."""
 
     def __init__(self, channels: int, use_conv: bool) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class Downsample(nn.Module):
 
 
 class ResBlock(Checkpointed):
-    """Two convolutions around which the input is added; the time embedding acts in between.
+    """Residual block of two convolutions with the time embedding in between.
 
     Args:
-        channels, out_channels: of input and output.
+        channels, out_channels: channels of input and output.
         emb_channels: width of the time embedding.
-        use_scale_shift_norm: the embedding scales and shifts the second norm instead of being added.
+        use_scale_shift_norm: the embedding scales and shifts the second norm's output instead of being added.
         resample: ``up`` or ``down`` changes the resolution inside the block; None keeps it.
-        split_at: where the input is concat(h, skip), the channel count of h; else None.
+        split_at: channels of h if the input is concat(h, skip), else None.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class AttentionBlock(Checkpointed):
 
     Args:
         heads: number of heads.
-        new_order: the channels of ``qkv`` are (q, k, v) × heads; False is the released models' heads × (q, k, v).
+        new_order: order the channels of ``qkv`` as (q, k, v) × heads; the released models use heads × (q, k, v), False.
     """
 
     def __init__(self, channels: int, heads: int, new_order: bool = False, use_checkpoint: bool = False) -> None:

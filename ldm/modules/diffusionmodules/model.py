@@ -1,7 +1,7 @@
 """Encoder and decoder of the first stages, with the parameter names of the released checkpoints.
 
 Source: Esser et al. 2021, "Taming Transformers", and Rombach et al. 2022, "High-Resolution Image Synthesis with Latent
-Diffusion Models", appendix G. Their blocks are those of the DDPM UNet without a time embedding.
+Diffusion Models", appendix G. They use the blocks of the DDPM UNet without a time embedding.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _middle(channels: int, dropout: float) -> nn.Module:
 
 
 def _run_middle(mid: nn.Module, h: Tensor) -> Tensor:
-    # Attention may hand on channels-last memory, on which the CPU's GroupNorm backward has crashed (torch 2.12).
+    # Attention may return channels-last memory, on which the CPU's GroupNorm backward has crashed (torch 2.12).
     return mid.block_2(mid.attn_1(mid.block_1(h)).contiguous())
 
 
@@ -50,9 +50,10 @@ class Encoder(nn.Module):
     """Image [N, in_channels, H, W] → [N, z_channels (twice with double_z), H/f, W/f] with f = 2^(levels − 1).
 
     Args:
-        ch: width of the first level; ``ch_mult`` are the factors of the levels.
-        attn_resolutions: image sides at which every block is followed by attention, for images of ``resolution``.
-        double_z: also predict a log variance.
+        ch: width of the first level.
+        ch_mult: width factors of the levels.
+        attn_resolutions: image sides at which attention follows every block, for images of ``resolution``.
+        double_z: whether to predict a log variance too.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class Encoder(nn.Module):
         z_channels: int,
         double_z: bool = True,
         dropout: float = 0.0,
-        out_ch: int | None = None,  # belongs to the decoder; one config serves both
+        out_ch: int | None = None,  # used by the decoder, which shares the config
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
@@ -95,7 +96,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent [N, z_channels, h, w] → image [N, out_ch, h·f, w·f]; arguments as of `Encoder`."""
+    """Latent [N, z_channels, h, w] → image [N, out_ch, h·f, w·f]; arguments as for `Encoder`."""
 
     def __init__(
         self,
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
         resolution: int,
         z_channels: int,
         dropout: float = 0.0,
-        in_channels: int | None = None,  # these two belong to the encoder
+        in_channels: int | None = None,  # used by the encoder, as is double_z
         double_z: bool = True,
     ) -> None:
         super().__init__()

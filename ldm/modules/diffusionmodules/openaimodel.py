@@ -18,24 +18,25 @@ class UNetModel(SteppedNetwork):
     """Predicts the noise ε(z_t, t, condition) of a latent.
 
     Args:
-        image_size: side of the latent; informative only.
-        model_channels: width of the first level; ``channel_mult`` are the factors of the levels.
-        attention_resolutions: downsampling factors at which every block is followed by attention.
-        num_heads: heads of every attention, unless ``num_head_channels``, the width of each, is given.
-        num_heads_upsample: heads on the way up, where they differ.
+        image_size: side of the latent; kept as an attribute only.
+        model_channels: width of the first level.
+        channel_mult: width factors of the levels.
+        attention_resolutions: downsampling factors at which attention follows every block.
+        num_heads: heads per attention, unless ``num_head_channels`` (channels per head) is given.
+        num_heads_upsample: heads on the way up, if different.
         use_scale_shift_norm, resblock_updown: see `ResBlock`.
         use_new_attention_order: see `AttentionBlock`.
         use_spatial_transformer: attention is a `SpatialTransformer` of ``transformer_depth`` blocks that reads a
             context of width ``context_dim``.
         use_checkpoint: recompute blocks in the backward pass.
-        legacy: with a spatial transformer the head width follows from ``num_heads`` (all released models but
+        legacy: with a spatial transformer the head width follows from ``num_heads`` (all released models except
             Stable Diffusion, where ``num_heads`` decides as well).
-        use_fp16: accepted; `torch.autocast` does what it once did.
+        use_fp16: accepted but not used; `torch.autocast` replaces it.
 
     Shapes: x [N, in_channels, H, W], t [N], context [N, L, context_dim] → [N, out_channels, H, W].
 
     Raises:
-        UserError: arguments that no released model uses and that are not supported.
+        UserError: an argument has an unsupported value, which no released model uses.
     """
 
     def __init__(
@@ -103,7 +104,7 @@ class UNetModel(SteppedNetwork):
         )
         channels, factor = model_channels, 1
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, channels, 3, padding=1)])])
-        skip_channels = [channels]  # of every activation that an output block will consume, in order
+        skip_channels = [channels]  # channels of every activation that an output block will consume, in order
         for level, mult in enumerate(channel_mult):
             for _ in range(num_res_blocks):
                 layers = [resblock(channels, mult * model_channels)]
@@ -159,7 +160,7 @@ class UNetModel(SteppedNetwork):
 
 
 def _layer_steps(name: str, layers: nn.ModuleList, takes_skip: bool = False, after=None) -> Iterator[Step]:
-    """Yield the steps of one entry of the UNet's block lists; ``after`` acts on the state behind the last."""
+    """Yield the steps of one entry of the UNet's block lists; ``after`` acts on the state after the last."""
     for j, layer in enumerate(layers):
         steps = [_layer_step(f"{name}.{j}", layer, takes_skip and j == 0)]
         if isinstance(layer, SpatialTransformer):
@@ -221,7 +222,7 @@ register_family(
             (r"\.attention\.(act_quantizer_[vw])", r".attention.smv_matmul.\1"),
             (r"\.core\.(act_quantizer_)", r".\1"),
         ),
-        symmetric_softmax=r"\.attn[12]\.act_quantizer_w$",  # of transformer blocks, not of `AttentionBlock`
+        symmetric_softmax=r"\.attn[12]\.act_quantizer_w$",  # only in transformer blocks, not in `AttentionBlock`
         ends=("input_blocks.0.0", "out.2"),
         middle="middle_block.0",
     )

@@ -14,12 +14,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding as latent diffusion uses it: unlike DDIM's, cosines first and frequencies over dim/2.
+    """Sinusoidal embedding of latent diffusion; unlike DDIM's, cosines come first and frequencies divide by dim/2.
 
     Args:
         t: [N], integer or fractional timesteps.
         dim: width of the embedding.
-        dtype: of the embedding; angles are computed in float32 at least.
+        dtype: dtype of the embedding; angles are computed in at least float32.
 
     Returns:
         [N, dim]: cosines, then sines, of t·max_period^(−i/(dim/2)).
@@ -44,7 +44,7 @@ def zero_module(module: Module) -> Module:
 class Checkpointed(nn.Module):
     """A block that can recompute its activations in the backward pass instead of keeping them.
 
-    Subclasses implement ``compute``; ``use_checkpoint`` decides, and only where gradients flow.
+    Subclasses implement ``compute``. It is recomputed if ``use_checkpoint`` is set and gradients are enabled.
     """
 
     def __init__(self, use_checkpoint: bool) -> None:

@@ -1,4 +1,4 @@
-"""Encoders of conditions: class labels and texts → context of the UNet, with the released parameter names."""
+"""Condition encoders: class labels and texts → context of the UNet, with the released parameter names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qdiff.io.repository import REPOSITORY
 from qdiff.io.tokenizer_files import require_tokenizer_files
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
-# Architecture of the text half of CLIP ViT-L/14: a Stable Diffusion checkpoint holds its weights, so no file is needed.
+# Architecture of CLIP ViT-L/14's text encoder. Stable Diffusion checkpoints hold its weights, so no file is needed.
 _CLIP_VIT_L_14_TEXT = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -30,12 +30,12 @@ _CLIP_VIT_L_14_TEXT = {
 
 
 class ClassEmbedder(nn.Module):
-    """One learned vector per class; the last class stands for "no class" where guidance is used.
+    """One learned vector per class; with guidance, the last class stands for "no class".
 
     Args:
         embed_dim: width of the vector.
-        n_classes: number of classes, "no class" included.
-        key: of training batches; not used.
+        n_classes: number of classes, including "no class".
+        key: key of training batches; not used.
     """
 
     def __init__(self, embed_dim: int, n_classes: int = 1000, key: str = "class") -> None:
@@ -67,8 +67,8 @@ class FrozenCLIPEmbedder(nn.Module):
     Args:
         version: folder with ``config.json`` and tokenizer files (relative paths also from the repository's root), or
             a name on the Hugging Face hub.
-        max_length: tokens a text is padded or cut to; None takes the encoder's own maximum.
-        device: accepted; tensors go where the weights are.
+        max_length: number of tokens that texts are padded or cut to; None takes the encoder's maximum.
+        device: accepted but not used; tensors go to the device of the weights.
     """
 
     unconditional = ""
@@ -82,7 +82,7 @@ class FrozenCLIPEmbedder(nn.Module):
         self.max_length = max_length or config.max_position_embeddings
         self.width: int = config.hidden_size  # the context's last dimension
         model = CLIPTextModel(config)
-        # transformers 5 has the encoder itself there, 4 one level down; the released name is the latter's.
+        # In transformers 5 the model itself is the encoder; in 4 it is the model's text_model, as in released names.
         self.transformer = nn.Module()
         self.transformer.text_model = getattr(model, "text_model", model)
         self._tokenizer: Any = None
@@ -101,14 +101,14 @@ class FrozenCLIPEmbedder(nn.Module):
             return kind.from_pretrained(self.version)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the text encoder {self.version} needs its {kind.__name__} files, which are neither a local folder "
+                f"the text encoder {self.version} needs its {kind.__name__} files, which are neither in a local folder "
                 "nor in the Hugging Face cache and cannot be downloaded; on a machine with network run `hf download "
                 f"{self.version}` and copy the cache (HF_HOME), or name a local folder as "
                 "cond_stage_config.params.version"
             ) from error
 
     def load_pretrained(self) -> None:
-        """Load the weights that ``version`` names (where the diffusion checkpoint holds none)."""
+        """Load the weights that ``version`` names (if the diffusion checkpoint holds none)."""
         from transformers import CLIPTextModel
 
         model = self._from_hub(CLIPTextModel)
@@ -123,9 +123,9 @@ class FrozenCLIPEmbedder(nn.Module):
         return self._tokenizer
 
     def cut(self, text: str) -> str:
-        """Return the end of a text that does not fit into ``max_length`` tokens ("" if all does)."""
+        """Return the end of a text that does not fit into ``max_length`` tokens, "" if everything fits."""
         tokens = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        kept = self.max_length - 2  # start and end
+        kept = self.max_length - 2  # without the start and end tokens
         return self.tokenizer.decode(tokens[kept:]).strip() if len(tokens) > kept else ""
 
     def forward(self, texts: Sequence[str]) -> Tensor:

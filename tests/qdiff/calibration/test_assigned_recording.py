@@ -193,7 +193,7 @@ def test_none_takes_all_that_is_recorded(steps, per_step, expected):
 def test_taking_all_is_checked_like_any_selection():
     for made, match in (
         (ragged() | {"xs": [*ragged()["xs"][:2], torch.zeros(2, 3, 4, 4)]}, "holds samples of shape"),
-        (ragged() | {"ts": [*ragged()["ts"][:2], torch.zeros(1)]}, "one timestep a sample"),
+        (ragged() | {"ts": [*ragged()["ts"][:2], torch.zeros(1)]}, "one timestep per sample"),
         (ragged() | {"cs": [torch.zeros(1, 3, 5)] * 3}, "takes none"),
     ):
         with pytest.raises(UserError, match=match):

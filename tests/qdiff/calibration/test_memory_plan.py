@@ -133,14 +133,14 @@ def test_sentence_of_a_gpu(wrap, gpu):
     qnn = wrap(weight_bits=4)
     gpu(4000 * MIB)
     text = str(plan_memory(qnn, Footprint(10 * MIB, {"conv_in": MIB}), 100, 32, None))
-    assert "of GPU memory (7.0 MiB held already, the unit in work " in text
+    assert "of GPU memory (7.0 MiB used already, the current unit " in text
     assert "stored activations 0.98 GiB) and " in text and text.endswith("stored activations 0.0 MiB)")
 
 
 def test_sentence_names_the_parts():
     use = MemoryUse(3 << 30, 1 << 30, 0, 512 * MIB, 2 << 30, 0, 0, Footprint(0))
     assert str(use) == (
-        "about 4.50 GiB (3.00 GiB held already, the unit in work 1.00 GiB, stored activations 0.50 GiB, and 2.00 GiB "
+        "about 4.50 GiB (3.00 GiB used already, the current unit 1.00 GiB, stored activations 0.50 GiB, and 2.00 GiB "
         "on disk)"
     )
 

@@ -62,12 +62,12 @@ def test_a_recording_without_the_steps_before(missing):
 @pytest.mark.parametrize(
     ("key", "damage", "per_step", "says"),
     [
-        ("xs_prev", lambda v: v[:, :, :1], 3, r"shape \(1, 4, 4\), the network takes \(2, 4, 4\)"),
-        ("xs_prev", lambda v: v[:, :2], 3, "one timestep a sample|3 is more than the 2 samples"),
-        ("ts_prev", lambda v: v[:, :2], 3, "one timestep a sample"),
-        ("ts_prev", lambda v: v[..., None], 3, "one timestep a sample"),
+        ("xs_prev", lambda v: v[:, :, :1], 3, r"shape \(1, 4, 4\) but the network takes \(2, 4, 4\)"),
+        ("xs_prev", lambda v: v[:, :2], 3, "one timestep per sample|3 is more than the 2 samples"),
+        ("ts_prev", lambda v: v[:, :2], 3, "one timestep per sample"),
+        ("ts_prev", lambda v: v[..., None], 3, "one timestep per sample"),
         ("both", lambda v: v[:, :2], 3, "3 is more than the 2 samples"),
-        ("both", lambda v: v[:, :2], None, "one step before a sample"),
+        ("both", lambda v: v[:, :2], None, "one previous step per sample"),
     ],
 )
 def test_steps_before_of_another_shape(key, damage, per_step, says):

@@ -69,7 +69,7 @@ def test_conditional_selection_without_guidance_takes_what_there_is():
 def test_conditions_must_match_the_samples(key, damage):
     made = recording(conditional=True)
     made[key] = damage(made[key])
-    with pytest.raises(UserError, match=r"one \[L, D\] condition a sample"):
+    with pytest.raises(UserError, match=r"one \[L, D\] condition per sample"):
         select_samples(made, 2, 3, SHAPE, conditional=True)
 
 
@@ -95,7 +95,7 @@ def test_steps_may_hold_different_counts():
         ({"steps": 0}, "--cali_st"),
         ({"per_step": 7}, "--cali_n 6 or less"),
         ({"per_step": 0}, "at least 1"),
-        ({"image_shape": (3, 4, 4)}, r"shape \(2, 4, 4\), the network takes \(3, 4, 4\)"),
+        ({"image_shape": (3, 4, 4)}, r"shape \(2, 4, 4\) but the network takes \(3, 4, 4\)"),
         ({"conditional": True}, "no conditions"),
     ],
 )
@@ -107,7 +107,7 @@ def test_impossible_selections_name_the_option(arguments, match):
 def test_timesteps_must_match_the_samples():
     made = recording()
     made["ts"] = made["ts"][:, :3]
-    with pytest.raises(UserError, match="one timestep a sample"):
+    with pytest.raises(UserError, match="one timestep per sample"):
         select_samples(made, 2, 2, SHAPE)
 
 
@@ -161,7 +161,7 @@ def test_bad_files_are_one_clear_error(tmp_path):
 
 
 NUMBERS = {
-    "unknown key": (lambda made: made.update(latents=made["xs"]), "holds latents, which is none of xs"),
+    "unknown key": (lambda made: made.update(latents=made["xs"]), r"holds unknown entries \(latents\)"),
     "integers": (lambda made: made.update(xs=made["xs"].long()), "xs holds torch.int64, not floats"),
     "truth values": (lambda made: made.update(ts=made["ts"] > 3), "ts holds torch.bool, not timesteps"),
     "single numbers": (lambda made: made.update(ts=[torch.tensor(i) for i in range(10)]), "single numbers"),
@@ -200,7 +200,7 @@ def test_timesteps_outside_the_schedule(name, tmp_path):
     OUTSIDE[name](made)
     save_recording(made, path)
     load_recording(path)
-    with pytest.raises(UserError, match=r"holds the timestep \d+(\.5)? in ts\w* at step \d, .*0 to 9; give the file"):
+    with pytest.raises(UserError, match=r"holds the timestep \d+(\.5)? in ts\w* at step \d, .*0 to 9; give a file"):
         load_recording(path, training_steps=10)
 
 
@@ -212,7 +212,7 @@ def test_both_formats_of_files_and_objects_in_them(zipped, tmp_path):
     assert torch.equal(load_recording(path)["xs"], made["xs"])
     for content, match in (
         ({"xs": made["xs"].numpy(), "ts": made["ts"].numpy()}, "xs does not hold tensors"),
-        (made | {"seed": np.int64(3)}, "holds seed, which is none of"),
+        (made | {"seed": np.int64(3)}, r"holds unknown entries \(seed\)"),
         (torch.nn.Linear(2, 2), "not a dict with xs and ts|a whole nn.Module"),
     ):
         torch.save(content, path, _use_new_zipfile_serialization=zipped)

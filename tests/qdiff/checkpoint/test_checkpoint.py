@@ -365,7 +365,7 @@ def test_foreign_but_readable(wrap, tmp_path):
     torch.save({"w": torch.zeros(3)}, tmp_path / "c.pth")
     refuses(wrap(weight_bits=4), tmp_path / "c.pth", "another network")
     save_file({"w": torch.zeros(3)}, tmp_path / "d.safetensors")
-    refuses(wrap(weight_bits=4), tmp_path / "d.safetensors", "no quantized checkpoint of ours")
+    refuses(wrap(weight_bits=4), tmp_path / "d.safetensors", "no native quantized checkpoint")
 
 
 def test_missing_and_folder(wrap, tmp_path):

@@ -195,7 +195,7 @@ def test_missing_checkpoint_is_found_at_construction(action, tiny_network, tmp_p
 def test_bad_data_is_found_at_construction(tiny_network, tmp_path):
     file = tmp_path / "data.pt"
     save_recording(recording(1, 3), file)
-    with pytest.raises(UserError, match="--cali_st 2 goes beyond"):
+    with pytest.raises(UserError, match="--cali_st 2 is more than"):
         prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--cali_data_path", file)
     assert not (tmp_path / "run").exists()
 

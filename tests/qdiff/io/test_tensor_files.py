@@ -308,7 +308,7 @@ def test_intact_files_are_not_called_damaged(tmp_path):
     says_of_checkpoint(path, "is a tar archive")
     for dump in (torch.save, old_format):
         dump({"state_dict": STATE, "made": Evil(os.mkdir, str(tmp_path / "evidence"))}, path)
-        says_of_checkpoint(path, "holds objects that only code could make")
+        says_of_checkpoint(path, "holds objects that only code can make")
     assert not (tmp_path / "evidence").exists()
 
 

@@ -328,7 +328,7 @@ def test_files_that_cannot_be_loaded_packed(calibrated, meta_network, tmp_path):
     with pytest.raises(UserError, match="published checkpoint, which holds float weights"):
         load_packed(meta_network, tmp_path / "p.pth")
     save_checkpoint(calibrated(weight_bits=None, act_bits=8), tmp_path / "q")
-    with pytest.raises(UserError, match="no width"):
+    with pytest.raises(UserError, match="cannot be packed"):
         load_packed(meta_network, tmp_path / "q")
 
 
