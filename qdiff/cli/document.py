@@ -1,4 +1,4 @@
-"""Keep the tables of a document what the runs say: a block between two marks is replaced by the table."""
+"""Update the tables of a document from runs: the block between two marks is replaced by the table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class DocumentBlock:
     """The lines between ``<!-- table NAME -->`` and ``<!-- end of table NAME -->`` in a markdown file.
 
     Raises:
-        UserError: the file cannot be read, or has not both marks, once each and in this order.
+        UserError: the file cannot be read, or does not have both marks, once each and in this order.
     """
 
     def __init__(self, file: str | Path, name: str) -> None:
@@ -25,7 +25,7 @@ class DocumentBlock:
         try:
             text = self.file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.file} cannot be read ({error}); name a markdown file") from error
+            raise UserError(f"{self.file} cannot be read ({error}); give a markdown file") from error
         before, begin, rest = text.partition(self.begin)
         _, end, after = rest.partition(self.end)
         if not (begin and end) or self.begin in rest or self.end in before + after:

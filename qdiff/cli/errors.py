@@ -1,4 +1,4 @@
-"""Turn bad input, and too little memory, into one sentence and exit code 2."""
+"""Report bad input, and running out of memory, in one sentence with exit code 2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qdiff.errors import UserError
 def exits_cleanly(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a command's ``main``: a `UserError` is printed without a traceback and exits with code 2.
 
-    So is an error for want of memory; `memory_advice` around a phase has it name the option that fits.
+    The same holds for running out of memory; `memory_advice` around a phase makes the error name the option to change.
     """
 
     @functools.wraps(main)

@@ -29,13 +29,13 @@ PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity"
 
 
 class Evaluation:
-    """What `scripts/evaluate.py` does.
+    """The evaluation that `scripts/evaluate.py` runs.
 
     Args:
-        args: its options.
+        args: the script's options.
 
     Attributes:
-        result: what was found; there after `run`.
+        result: the results; set by `run`.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def _is_adm(self) -> bool:
-        """Two .npz files: guided-diffusion's evaluate.py, whose inception score goes over images in order."""
+        """Whether two .npz files are compared, as guided-diffusion's evaluate.py does (inception score in order)."""
         if self.args.protocol is not None:
             return self.args.protocol == "adm"
         return all(str(path).endswith(".npz") for path in self.args.paths) and len(self.args.paths) == 2
@@ -79,15 +79,15 @@ class Evaluation:
         if self.args.prompts is not None:
             return read_prompts(self.args.prompts, "--prompts")
         if self.args.clip and "prompts" not in self.samples.config:
-            raise UserError(f"{self.samples.path} has no prompts in a run.json; name a file with --prompts")
+            raise UserError(f"{self.samples.path} has no prompts in a run.json; give a file with --prompts")
         return self.samples.config["prompts"] if self.args.clip else None
 
     def _check(self) -> None:
-        """Refuse what cannot be done, before any work."""
+        """Refuse impossible requests before any work."""
         args, samples, prompts = self.args, self.samples, self.subject.prompts
         if self.reference is None and self.wanted is None and self.against is None and prompts is None:
             raise UserError(
-                "there is nothing to compare with; name a reference before the samples, or give --against, --prompts "
+                "there is nothing to compare with; give a reference before the samples, or give --against, --prompts "
                 "or --metrics isc"
             )
         if prompts is not None and len(prompts) != len(samples.images):
@@ -96,10 +96,12 @@ class Evaluation:
                 "one per image"
             )
         if args.lpips_weights is not None and self.against is None:
-            raise UserError("--lpips-weights is for --against; name the float run that images are compared with")
+            raise UserError(
+                "--lpips-weights needs --against; give the float run to compare with, or leave --lpips-weights out"
+            )
         if args.lpips_weights is not None and not args.lpips_weights.is_file():
             url = LPIPS_NETS[args.lpips_net][0]
-            raise UserError(f"--lpips-weights {args.lpips_weights} is no file; fetch {url} and name it")
+            raise UserError(f"--lpips-weights {args.lpips_weights} is not a file; download {url} and give its path")
         if self.against is not None:
             self._check_pairs()
         if self.reference is not None or self.wanted is not None:
@@ -113,13 +115,13 @@ class Evaluation:
         ours, theirs = (s.config.get("seed") for s in (samples, against))
         if None not in (ours, theirs) and ours != theirs:
             raise UserError(
-                f"{samples.path} has seed {ours} and {against.path} has {theirs}, so image i of one has not "
-                "the noise of image i of the other; sample the float run with the same seed"
+                f"{samples.path} has seed {ours} and {against.path} has {theirs}, so image i of one does "
+                "not start from the noise of image i of the other; sample the float run with the same seed"
             )
         if len(samples.images) != len(against.images):
             raise UserError(
                 f"{samples.path} has {len(samples.images)} images and {against.path} has "
-                f"{len(against.images)}; compare runs of as many images"
+                f"{len(against.images)}; compare runs with the same number of images"
             )
         ours, theirs = (next(s.images.batches(1)).shape[-2:] for s in (samples, against))
         if ours != theirs:
@@ -139,10 +141,10 @@ class Evaluation:
             raise UserError(f"the reference {self.reference.name} has {len(real)} images; give it {few} or more")
 
     def run(self) -> dict[str, Any]:
-        """Return the metrics, and all that a reader must know to compare them with others'."""
+        """Return the metrics, and everything a reader needs to compare them with others."""
         subject = self.subject
         if self._uses_features:
-            # Missing weights and statistics show before any work.
+            # Fail on missing weights or statistics before any work.
             subject.extractor = self._extractor()
             subject.reference = self._statistics(subject.extractor)
         names = self._names()
@@ -156,20 +158,20 @@ class Evaluation:
         return self.result
 
     def _extractor(self) -> nn.Module:
-        """Return the network to use: the one asked for, or the one that made the statistics."""
+        """Return the feature network: the one that was asked for, or else the one that made the statistics."""
         name = self.args.extractor
         if name is None:
             name = FOREIGN_EXTRACTOR if self.reference is None else self.reference.extractor
         return create_extractor(name, self.args.extractor_weights, self.subject.device)
 
     def _statistics(self, extractor: nn.Module) -> ReferenceStatistics | None:
-        """Return what samples are compared with, fit for the metrics that were asked for; None without a reference."""
+        """Return the reference statistics, checked for the requested metrics; None without a reference."""
         subject, reference, wanted = self.subject, self.reference, self.wanted or ["fid"]
         if reference is None:
             check(subject, wanted)
             return None
         subject.reference = statistics = reference.statistics(extractor)
-        # What needs features of single images can have them of the images in the file.
+        # Metrics that need features of single images can compute them from the images in the file.
         of_features = [m for m in wanted if METRICS[m].reference_part == "features"]
         rest = [m for m in wanted if reference.images is None or m not in of_features]
         if statistics is not None and rest:
@@ -178,11 +180,11 @@ class Evaluation:
         return reference.completed(statistics, extractor, needs_features, subject.cache, subject.batch_size)
 
     def _names(self) -> list[str]:
-        """Return the metrics to compute: those asked for, or all that are possible with the reference."""
+        """Return the metrics to compute: the requested ones, or else all that the reference allows."""
         of_images = list(self.wanted or ())
         if self.wanted is None and self.reference is not None:
             of_images = possible(self.subject, [*optional_metrics(), *implied_metrics()])
-        # What may find the runs unlike comes before the passes of the feature network.
+        # Fidelity comes first: it may refuse the two runs, before the slow passes of the feature network.
         fidelity = ["fidelity"] if self.against is not None else []
         return [*fidelity, *of_images, *(["clip"] if self.subject.prompts is not None else [])]
 
@@ -221,5 +223,5 @@ def _names(text: str) -> Sequence[str]:
     known = optional_metrics()
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"--metrics {unknown[0]!r} is none of {', '.join(known)}; correct it")
+        raise UserError(f"--metrics has no {unknown[0]!r}; choose from {', '.join(known)}")
     return names

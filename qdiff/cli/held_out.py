@@ -1,4 +1,4 @@
-"""How far a quantized network's ε is from float on inputs that no calibration has seen."""
+"""Error of a quantized network's ε against float on held-out inputs."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from qdiff.evaluation.noise_error import measure_noise_error, measure_trajectory
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 
-# Measured on so many held-out images at so many steps.
+# The number of held-out images, and of steps.
 IMAGES, STEPS = 16, 10
-# Samples in a network call meanwhile, at most.
+# Largest batch size of these measurements.
 BATCH = 64
-# Beyond every calibration set, and the same for all of them, so that errors can be compared.
+# First held-out image: beyond every calibration set, and the same for all runs, so that errors can be compared.
 FIRST = 1 << 20
 
 
 def held_out_error(pipeline: Pipeline, qnn: QuantModel, half_precision: bool) -> dict[str, Any]:
-    """Return the error of ε as run.json has it.
+    """Return the error of ε as run.json stores it.
 
     Args:
-        pipeline: loaded, its network wrapped by ``qnn``; float weights are still there, and given up meanwhile.
-        half_precision: the run samples in it, which is what may overflow.
+        pipeline: its weights must be loaded, its network wrapped by ``qnn``; the float weights are released here.
+        half_precision: the run samples in half precision, which may overflow.
 
     Raises:
-        UserError: the error is not finite: every image would be black; or memory is used up.
+        UserError: the error is not finite, so every image would be black; or memory runs out.
     """
     with memory_advice("measuring the error of ε", smaller_batch(min(pipeline.batch_size, BATCH))):
         found = _measured(pipeline, qnn)
     if not math.isfinite(found["mse"]):
-        advice = "look for layers whose values leave the range of float32"
+        advice = "check the weights for layers whose values leave the range of float32"
         if half_precision:
             advice = "half precision overflows; give --precision full"
         raise UserError(f"the ε of the quantized network is {found['mse']}, and images of it would be black; {advice}")
@@ -44,7 +44,7 @@ def held_out_error(pipeline: Pipeline, qnn: QuantModel, half_precision: bool) ->
 
 def _measured(pipeline: Pipeline, qnn: QuantModel) -> dict[str, Any]:
     steps = min(STEPS, pipeline.calls)
-    # Modulation is of trajectories: their steps cannot be picked out.
+    # Modulation carries state from step to step, so all steps of a trajectory are needed.
     recorded = pipeline.calls if qnn.config.modulate else steps
     recording = record_evenly(pipeline, recorded, IMAGES, first=FIRST, show_progress=False)
     if qnn.config.modulate:

@@ -1,4 +1,4 @@
-"""Measure finished runs by one protocol; what was measured is kept beside the images."""
+"""Measure finished runs by one protocol, and keep the results beside the images."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from qdiff.evaluation.subject import Subject
 from qdiff.io.files import written_whole
 
 CACHE = "metrics.json"
-# Images that are compared with the float run's, one by one: the mean of some hundreds is steady, and SSIM is slow.
+# Images compared one by one with the float run's. SSIM is slow, and the mean over some hundreds is stable.
 COMPARED = 256
-# Below that a progress bar is noise.
+# Runs with at most this many images are measured without a progress bar.
 LONG = 5000
 
 
@@ -32,11 +32,11 @@ class Measuring:
 
     Args:
         extractor: name of the feature network.
-        extractor_weights: its weights file; None takes the bundled or cached one.
+        extractor_weights: file with its weights; None takes the bundled or cached one.
         reference: name or file of the reference statistics.
-        metrics: names, see `qdiff.evaluation.registry.named_metrics`.
-        clip_model: for "clip"; None takes the usual one.
-        device: where networks run; None takes CUDA where there is one.
+        metrics: names of metrics; see `qdiff.evaluation.registry.named_metrics`.
+        clip_model: model of the metric "clip"; None takes the usual one.
+        device: device of the networks; None takes CUDA if available.
 
     Raises:
         UserError: weights or statistics are missing, or do not fit each other.
@@ -55,7 +55,7 @@ class Measuring:
         self.extractor = create_extractor(extractor, extractor_weights, self.device)
         self.reference = find_reference(reference, self.extractor)
         self.metrics, self.compared = tuple(metrics), COMPARED
-        # A retrained extractor, or digits of another size, would otherwise go unnoticed in the cache.
+        # Identifies the protocol in the cache, so that e.g. a retrained extractor makes cached results invalid.
         self.by = {
             "weights_hash": weights_hash(self.extractor),
             "reference_hash": self.reference.images_hash,
@@ -71,17 +71,17 @@ class Measuring:
             part = METRICS[name].reference_part
             if part is not None and getattr(self.reference, part) is None:
                 raise UserError(
-                    f"the reference statistics {self.reference.name!r} hold too little for {name}; make them anew "
+                    f"the reference statistics {self.reference.name!r} hold too little for {name}; make them again "
                     "with scripts/prepare_reference.py, or leave it out of the table's metrics"
                 )
 
     def run(self, folder: Path, manifest: Manifest, float_folder: Path | None) -> dict[str, Any]:
-        """Return a run's metrics, out of ``metrics.json`` where they are of these images by this protocol.
+        """Return a run's metrics, from ``metrics.json`` if it belongs to these images and this protocol.
 
         Args:
-            folder: the run.
-            manifest: its run.json.
-            float_folder: run of the float model from the same noise; None for that run itself.
+            folder: the run folder.
+            manifest: the run's manifest.
+            float_folder: run folder of the float model with the same noise; None for that run itself.
         """
         images, file = folder / "img", folder / CACHE
         known: dict[str, Any] = {}
@@ -117,7 +117,7 @@ class Measuring:
         )
 
     def _wanted(self, subject: Subject) -> list[Metric]:
-        """Return what the table asks for, less what a row of few images and the float row itself cannot have."""
+        """Return the table's metrics that this run allows: it may have too few images, or be the float row."""
         wanted = [name for name in self.metrics if subject.count >= METRICS[name].least_images]
         if subject.float_images is None:
             wanted = [name for name in wanted if "float_images" not in METRICS[name].inputs]
@@ -125,7 +125,7 @@ class Measuring:
 
 
 def _read_cache(file: Path) -> dict[str, Any]:
-    """Return what was measured before; nothing where the file is damaged."""
+    """Return the cached results; an empty dict if the file is damaged."""
     try:
         cached = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

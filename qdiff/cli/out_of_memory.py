@@ -1,4 +1,4 @@
-"""Running out of memory, told in one sentence that names the option to change. Imports no torch."""
+"""Report running out of memory in one sentence that names the option to change. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from qdiff.errors import UserError
 
-# What is no class of its own: the CPU's allocator, and the libraries that the GPU's allocator does not serve.
+# Errors without an exception class of their own: from the CPU's allocator, and from libraries that do not use the
+# GPU's allocator.
 MESSAGES = (
     "DefaultCPUAllocator",
     "can't allocate memory",
@@ -22,13 +23,13 @@ MESSAGES = (
 # "Tried to allocate 2.50 GiB", "you tried to allocate 4096 bytes"
 ASKED_FOR = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]iB)", re.IGNORECASE)
 SMALLER_TRAINING_BATCH = (
-    "take a smaller batch_size in the config's training section, and begin anew with another --workdir"
+    "give a smaller batch_size in the config's training section, and start again with another --workdir"
 )
-ANY_PHASE = "free some, or have the command take less at a time, e.g. by a smaller --batch_size"
+ANY_PHASE = "free some, or let the command use less at a time, e.g. with a smaller --batch_size"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error is one for want of memory, of the machine's or of a GPU's (a kind of RuntimeError, too)."""
+    """Return whether an error means that RAM or GPU memory ran out; the latter is a RuntimeError, too."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)
@@ -38,8 +39,8 @@ def sentence(error: BaseException, phase: str | None = None, advice: str = ANY_P
     """Return the sentence for an error that `is_out_of_memory`.
 
     Args:
-        phase: what was being done, e.g. "sampling".
-        advice: what the user can change, the rest of the sentence.
+        phase: the work in progress, e.g. "sampling".
+        advice: what the user can change; the end of the sentence.
     """
     kind = "GPU memory" if any(name in str(error) for name in ("CUDA", "CUBLAS", "CUDNN")) else "memory"
     asked = ASKED_FOR.search(str(error))
@@ -53,7 +54,7 @@ def _size(number: str, unit: str) -> str:
 
 @contextlib.contextmanager
 def memory_advice(phase: str, advice: str) -> Iterator[None]:
-    """Turn an error for want of memory inside the block into a `UserError` with the advice that fits the phase.
+    """Turn running out of memory inside the block into a `UserError` with advice that fits the phase.
 
     Args:
         phase, advice: see `sentence`.
@@ -67,14 +68,14 @@ def memory_advice(phase: str, advice: str) -> Iterator[None]:
 
 
 def smaller_batch(batch_size: int, option: str = "--batch_size", kept: str = "", to_continue: bool = True) -> str:
-    """Return the advice where ``option`` decides how much memory is taken, and its value may change when a run goes on.
+    """Return advice to lower ``option``, which decides the memory use and may change when a run is continued.
 
     Args:
-        batch_size: what was computed at a time.
-        kept: what of the run is not lost.
-        to_continue: the command goes on where it was, and does not begin anew.
+        batch_size: the present batch size.
+        kept: the part of the run that is not lost, as the end of the sentence.
+        to_continue: the repeated command continues the run, and does not start again.
     """
     ending = f" to continue{kept}" if to_continue else ""
     if batch_size == 1:
-        return f"one was taken at a time already, so free memory or give --device cpu, and repeat the command{ending}"
+        return f"the batch size was 1 already, so free memory or give --device cpu, and repeat the command{ending}"
     return f"repeat the command with {option} {batch_size // 2} or less{ending}"

@@ -16,26 +16,26 @@ from qdiff.io.progress import progress_bar
 
 log = logging.getLogger("qdiff")
 
-SHOWN = 5  # numbers of images in a message
+SHOWN = 5  # most image numbers in a message
 
 
 def sample_pending(
     run: RunFolder, sample: Callable[[Sequence[int]], Tensor], batch_size: int, processes: Processes
 ) -> int:
-    """Make and write this process's missing images, a batch at a time.
+    """Make and write this process's missing images, batch by batch.
 
     Args:
-        run: where they go; images that are there already are not made again.
-        sample: ``sample(indices)`` returns the images of those numbers, [N, C, H, W] in [−1, 1].
-        batch_size: images at a time.
-        processes: image i belongs to process i mod their number.
+        run: the run folder; its existing images are kept.
+        sample: ``sample(indices)`` returns the images with these numbers, [N, C, H, W] in [−1, 1].
+        batch_size: images per batch.
+        processes: image i belongs to process i mod the number of processes.
 
     Returns:
-        How many images were made.
+        The number of images made.
 
     Raises:
-        UserError: an image has values that are not finite; the good ones of its batch are written, and repeating the
-            command goes on from there.
+        UserError: an image has values that are not finite. The finite images of its batch are written, and repeating
+            the command continues from there.
     """
     pending = run.pending(processes.rank, processes.count)
     damaged = run.damaged(processes.rank, processes.count)
@@ -55,22 +55,22 @@ def sample_pending(
         while wanted:
             known = run.image_shape
             if damaged:
-                log.warning("images that are damaged or of another size are made again: %s", _listed(damaged))
+                log.warning("images that are damaged or have another size are made again: %s", _listed(damaged))
             for start in range(0, len(wanted), batch_size):
                 indices = wanted[start : start + batch_size]
                 _save(run, indices, sample(indices))
                 bar.update(len(indices))
             made += len(wanted)
-            # Where the shape of the run's images was not noted, it is known only now.
+            # If the manifest did not record the shape of the run's images, it is known only now.
             wanted = damaged = [] if run.image_shape == known else run.damaged(processes.rank, processes.count)
     return made
 
 
 def _save(run: RunFolder, indices: Sequence[int], images: Tensor) -> None:
-    """Write the images that are finite.
+    """Write the images whose values are all finite.
 
     Raises:
-        UserError: one is not, which a file would show as black.
+        UserError: an image has values that are not finite; it would be black.
     """
     finite = images.isfinite().flatten(1).all(dim=1)
     good = [index for index, is_good in zip(indices, finite.tolist(), strict=True) if is_good]
@@ -78,11 +78,11 @@ def _save(run: RunFolder, indices: Sequence[int], images: Tensor) -> None:
         run.save_images(good, to_uint8(images[finite]))
     if len(good) < len(indices):
         bad = [index for index in indices if index not in good]
-        for index in bad:  # of a damaged file nothing is to be mistaken for an image
+        for index in bad:  # leave no damaged file that could be mistaken for an image
             run.image_path(index).unlink(missing_ok=True)
         raise UserError(
             f"image {_listed(bad)} has values that are not finite and would be black; if half precision overflows, "
-            "give --precision full, else look at the weights"
+            "give --precision full, otherwise check the weights"
         )
 
 

@@ -15,32 +15,32 @@ from qdiff.pipeline import Pipeline
 
 log = logging.getLogger("qdiff")
 
-# Images of the calibration streams that belong to --cali_seed 0, and how many each such seed has.
+# First image of the calibration streams for --cali_seed 0, and the number of images per such seed.
 SEEDED_FROM, SEEDED_IMAGES = 1 << 24, 1 << 20
 
 
 def record_planned(pipeline: Pipeline, plan: PtqPlan, run: RunFolder, seed: int) -> dict[str, Tensor | list[Tensor]]:
-    """Record a calibration set, and keep in the run folder how a draw's samples fell on the steps.
+    """Record a calibration set, and write to the run folder how a draw distributed its samples over the steps.
 
     Args:
-        pipeline: loaded.
-        seed: of the calibration, which decides a draw.
+        pipeline: its weights must be loaded.
+        seed: seed of the calibration, which decides a draw.
     """
-    # Another --cali_seed sees other images.
+    # Every --cali_seed uses other images.
     first = 0 if plan.seed is None else SEEDED_FROM + plan.seed * SEEDED_IMAGES
     if plan.draw is None:
         log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
         with memory_advice("recording", smaller_batch(pipeline.batch_size)):
             return record_evenly(pipeline, plan.steps, plan.per_step, first=first, pairs=plan.changes is not None)
-    log.info("recording %d samples, one per image, by schedule %s", plan.draw.count, plan.draw.schedule.value)
+    log.info("recording %d samples, one per image, by distribution %s", plan.draw.count, plan.draw.schedule.value)
     fewer = max(1, plan.draw.batch_size // 2)
-    with memory_advice("recording", f"begin anew with --batch_samples {fewer} in another --logdir"):
+    with memory_advice("recording", f"start again with --batch_samples {fewer} in another --logdir"):
         recording, allocation, timesteps = record_draw(pipeline, plan.draw, seed, first)
     if allocation is not None:
-        from qdiff.report.allocation_plot import allocation_picture  # matplotlib, which sampling does not need
+        from qdiff.report.allocation_plot import allocation_picture  # loads matplotlib, which sampling does not need
 
         values = {f.name: getattr(allocation, f.name).tolist() for f in fields(allocation)}
         run.manifest.allocation = {"timesteps": timesteps, **values}
         allocation_picture(allocation, run.path / "allocation.png", timesteps)
-        run.save_manifest()  # whoever continues a killed calibration does not record again
+        run.save_manifest()  # a killed calibration continues without recording again
     return recording

@@ -1,4 +1,4 @@
-"""Device and processes: CUDA where there is one, several processes under torchrun."""
+"""Device and processes: CUDA if available, and one or several processes (torchrun)."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from qdiff.errors import UserError
 
 
 def choose_device(name: str | None, tf32: bool = False) -> torch.device:
-    """Return the device that ``--device`` names; by default CUDA where there is one, else the CPU.
+    """Return the device that ``--device`` names; by default CUDA if available, else the CPU.
 
-    Of several processes under torchrun each takes the GPU of its number on its machine. On CUDA this also decides
-    whether float32 products may be rounded to TF32, for the whole process.
+    Under torchrun, each process takes the GPU with its local rank. On CUDA this also decides for the whole process
+    whether the inputs of float32 products may be rounded to TF32.
 
     Args:
-        tf32: let convolutions and matrix products round their inputs to TF32's 10 bits of mantissa. PyTorch's own
-            default lets convolutions, so that results depend on the GPU.
+        tf32: let convolutions and matrix products round their inputs to TF32's 10 bits of mantissa. PyTorch's default
+            allows it for convolutions, which makes results depend on the GPU.
 
     Raises:
-        UserError: no such device here, or one GPU is named for several processes.
+        UserError: the device does not exist, or one GPU is named for several processes.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name} is no device; give cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name} is not a device; give cpu, cuda or cuda:N") from None
     if device.type == "cuda":
         device = _own_gpu(name, device)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -40,10 +40,10 @@ def choose_device(name: str | None, tf32: bool = False) -> torch.device:
 
 
 def _own_gpu(name: str, device: torch.device) -> torch.device:
-    """Return the GPU that this process takes, and make it the one that kernels are launched on by default."""
+    """Return the GPU of this process, and make it the default device of kernel launches."""
     count, processes = torch.cuda.device_count(), _process_count()
     if (device.index or 0) >= count:
-        raise UserError(f"--device {name} is not there ({count} CUDA devices found); give --device cpu")
+        raise UserError(f"--device {name} does not exist ({count} CUDA devices found); give --device cpu")
     if processes > 1:
         if device.index is not None:
             raise UserError(
@@ -63,15 +63,15 @@ def _own_gpu(name: str, device: torch.device) -> torch.device:
 
 
 def arithmetic_of(device: torch.device) -> dict[str, Any]:
-    """Return what of a device changes results beyond the order of sums: nothing on the CPU, else its type and TF32."""
+    """Return the device settings that affect results beyond summation order: device type and TF32; none on the CPU."""
     return {} if device.type == "cpu" else {"device": device.type, "tf32": torch.backends.cudnn.allow_tf32}
 
 
 def describe_gpu(device: torch.device, precision: str | None) -> dict[str, Any] | None:
-    """Return what a manifest says of computing on a GPU: its ``name``, ``tf32`` and ``precision``; None on the CPU.
+    """Return the manifest's description of a GPU: ``name``, ``tf32`` and ``precision``; None on the CPU.
 
     Args:
-        precision: ``--precision``, where the script has it.
+        precision: ``--precision``; None if the script does not have it.
     """
     if device.type != "cuda":
         return None
@@ -87,10 +87,10 @@ def _process_count() -> int:
 
 
 class Processes:
-    """One process, or several under torchrun, by Lightning Fabric.
+    """One process, or several under torchrun, managed by Lightning Fabric.
 
     Attributes:
-        rank, count: this process and how many there are.
+        rank, count: number of this process (from 0), and of processes.
         device: this process's device.
     """
 
@@ -123,7 +123,7 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have reached this call."""
         if self._fabric is not None:
             self._fabric.barrier()
 

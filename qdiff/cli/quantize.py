@@ -50,14 +50,14 @@ class Quantization:
     Outside of ``qnn.quantized()`` the wrapped network still computes in float.
 
     Args:
-        network: float weights loaded, on its device.
-        plan: what to do.
-        run: where the calibrated checkpoint, its recording and unfinished work are kept; may not exist yet.
+        network: network with float weights, on its device.
+        plan: the plan to carry out.
+        run: run folder for the calibrated checkpoint, its recording and unfinished work; may not exist yet.
         image_shape: (C, H, W) of the network's input.
-        context_shape: (L, D) of the context that a conditional network takes, else None.
-        training_steps: T; a recording with a timestep of T or later is refused. None does not look.
-        probe: makes inputs of the network (`Pipeline.probe`), by which the activation widths of a published file are
-            checked; None does not check them.
+        context_shape: (L, D) of a conditional network's context, else None.
+        training_steps: T; a recording with a timestep of T or later is refused. None skips this check.
+        probe: makes inputs of the network (`Pipeline.probe`) to check the activation widths of a published file; None
+            skips this check.
 
     Attributes:
         qnn: the wrapped network.
@@ -100,7 +100,7 @@ class Quantization:
         plan = self.plan
         recording = load_recording(self.recording, self.training_steps)
         conditional = self.context_shape is not None
-        # A draw has samples where its schedule put them: all are taken.
+        # A draw's samples already are at the steps that its distribution chose, so all are used.
         steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)
         chosen = (recording, steps, per_step, self.image_shape, conditional, self.recording)
         self.data = select_samples(*chosen)
@@ -109,10 +109,10 @@ class Quantization:
             self.pairs = select_pairs(*chosen)
 
     def complete(self, seed: int, record: Callable[[], dict[str, Tensor]], show_progress: bool = True) -> QuantModel:
-        """Record and calibrate where that is still to be done, and return the quantized network.
+        """Record and calibrate unless that is done already, and return the quantized network.
 
         Args:
-            seed: fixes the calibration.
+            seed: seed of the calibration.
             record: samples from the float network and returns the recording that the plan asks for.
         """
         if self.is_complete:
@@ -138,24 +138,24 @@ class Quantization:
 
     @property
     def _calibration_advice(self) -> str:
-        given, anew = self.plan.memory_budget, "free some memory"
+        given, restart = self.plan.memory_budget, "free some memory"
         if self.plan.recipe is not None or self.plan.changes is not None:
-            anew = "begin anew with a smaller --cali_batch_size in another --logdir"
+            restart = "start again with a smaller --cali_batch_size in another --logdir"
         if given == 0:
-            return anew
+            return restart
         budget = "a --memory_budget in GiB" if given is None else f"a --memory_budget of less than {given:g}"
         return (
-            f"repeat the command with {budget} to continue: finished units are kept; where that is not enough, {anew}"
+            f"repeat the command with {budget} to continue: finished units are kept; if that is not enough, {restart}"
         )
 
     def _memory(self) -> MemoryUse:
-        """Plan the memory of the calibration; before a recording is there, for the size that it will have."""
+        """Plan the memory of the calibration; before the recording exists, for the size that it will have."""
         plan, network = self.plan, self.qnn.model
         shapes = [self.image_shape, (), *([] if self.context_shape is None else [self.context_shape])]
         if plan.changes is not None:
             network, shapes = PairedNetwork(network), [(2, *shape) for shape in shapes]
         footprint = measure_footprint(network, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
-        halves = 1 if self.context_shape is None else 2  # without guidance it is one, which is not known here
+        halves = 1 if self.context_shape is None else 2  # without guidance it would be 1, but that is not known here
         samples = plan.samples * halves if self.data is None else len(self.data)
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
         recipe = plan.recipe or plan.changes
@@ -194,7 +194,7 @@ class Quantization:
 
 
 def add_checkpoint(run: RunFolder, role: str, path: str | Path) -> None:
-    """Note a quantized checkpoint that was read, and what made it: a command's options do not say."""
+    """Add a quantized checkpoint that was read to the manifest, with the calibration notes that it carries."""
     run.add_file(role, path)
     made_by = {} if is_pickle(Path(path)) else {k: v for k, v in read_notes(Path(path)).items() if k != "plan"}
     if made_by:

@@ -1,4 +1,4 @@
-"""Compare the configuration of a run with the one that it began with."""
+"""Compare the configuration of a run with the one that it started with."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Iterator
 from typing import Any
 
 LONGEST_VALUE = 80  # characters of an option's value in an error
-# Entries that say how many images there are: a run is continued with more of them.
+# Entries that decide the number of images; a run may be continued with larger ones.
 GROWING = ("max_images", "num_images", "prompts")
-# Prompts of the calibration images, taken in turn: the run's own where none were given.
+# Prompts of the calibration images, used cyclically; by default the run's own.
 CYCLED = "calibration_prompts"
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], is_calibrated: bool) -> list[str]:
-    """Return the entries by which a config does not continue a run, each as ``name: there, here``.
+    """Return the entries that keep a config from continuing a run, each as ``name: VALUE there, VALUE here``.
 
-    A config that asks for more images continues it.
+    Asking for more images is not a difference.
 
     Args:
-        is_calibrated: nothing of the run depends on its calibration prompts any more.
+        is_calibrated: the rest of the run no longer depends on its calibration prompts.
     """
     return sorted(_differences(before, _shrunk(now, before, is_calibrated)))
 
 
 def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names of entries that differ.
+    """Yield the entries that differ, with their dotted names.
 
-    An entry that only one side has counts as equal where it is off: a later version may have brought it.
+    An entry that only one side has counts as equal if it is off: a later version may have added it.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         for key in a.keys() | b.keys():
@@ -37,7 +37,7 @@ def _differences(a: Any, b: Any, name: str = "") -> Iterator[str]:
 
 
 def _shrunk(config: dict[str, Any], before: dict[str, Any], is_calibrated: bool) -> dict[str, Any]:
-    """Return a config with as many images as one before it had, where it asks for the same ones and more."""
+    """Return a config with the number of images of an earlier one, if it asks for the same images and more."""
     same = dict(config)
     for key in GROWING:
         here, there = config.get(key), before.get(key)
@@ -45,7 +45,7 @@ def _shrunk(config: dict[str, Any], before: dict[str, Any], is_calibrated: bool)
         if more or _begins_with(here, there):
             same[key] = there
     here, there = config.get(CYCLED), before.get(CYCLED)
-    # Prompts that repeat are as many as the run has images, but its calibration sees the same ones.
+    # Repeated prompts grow with the number of images, but calibration uses the same ones.
     if _cycle(here) == _cycle(there) or (is_calibrated and _begins_with(here, there)):
         same[CYCLED] = there
     return same
@@ -56,7 +56,7 @@ def _begins_with(here: Any, there: Any) -> bool:
 
 
 def _cycle(values: Any) -> Any:
-    """Return the shortest list that gives the same values when it is gone through again and again."""
+    """Return the shortest list whose repetition gives these values."""
     if not isinstance(values, list):
         return values
     count = len(values)
@@ -67,6 +67,6 @@ def _cycle(values: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: a list of 10,000 prompts by its beginning."""
+    """Return a value as shown in an error; long ones, such as 10,000 prompts, are cut off."""
     text = str(value)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

@@ -36,16 +36,16 @@ class RunFolder:
 
     Args:
         path: the folder.
-        config: the resolved configuration, JSON values: what decides the images. A run is continued only with the
-            same one, or with one that asks for more images (`qdiff.cli.run_config`).
-        count: how many images the run is to make.
+        config: the resolved configuration, JSON values: everything that decides the images. A run is continued only
+            with the same configuration, or with one that asks for more images (`qdiff.cli.run_config`).
+        count: number of images to make.
 
     Attributes:
         path, count, config: as given.
         images: the folder of the images.
         manifest: ``run.json``.
         is_complete: the run is finished, and its images were deleted as asked.
-        image_shape: (H, W, C) of its images; None until one was made.
+        image_shape: (H, W, C) of its images; None until one is made.
 
     Raises:
         UserError: the folder cannot be written, or holds another run.
@@ -57,7 +57,7 @@ class RunFolder:
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
         self.manifest = self._previous() or Manifest(self.config)
-        # Finished, and its images deleted as asked; any other run is seen by its images.
+        # The images of any other run show whether it is finished.
         self.is_complete = self.manifest.status == "finished" and self.manifest.images_kept is False
         if self.is_complete and self.manifest.num_images not in (None, count):
             raise UserError(
@@ -85,7 +85,7 @@ class RunFolder:
             previous = Manifest.read(file)
         except ValueError as error:
             raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
-        # The calibration prompts serve the calibration and the error of ε, which is measured after it.
+        # Calibration prompts are needed until the error of ε is measured, after calibration.
         is_calibrated = self.config.get("ptq") is None or previous.noise_error is not None
         differing = differences(previous.config, self.config, is_calibrated)
         if differing:
@@ -93,12 +93,12 @@ class RunFolder:
                 f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to "
                 "continue it, or choose another --logdir"
             )
-        if CYCLED in previous.config:  # what it was calibrated with
+        if CYCLED in previous.config:  # the prompts that it was calibrated with
             self.config[CYCLED] = previous.config[CYCLED]
         return previous
 
     def open(self) -> None:
-        """Create the folder and write the manifest's first state."""
+        """Create the folder and write the manifest for the first time."""
         try:
             self.images.mkdir(parents=True, exist_ok=True)
             self.save_manifest()
@@ -123,10 +123,10 @@ class RunFolder:
         self.manifest.write(self.path / "run.json")
 
     def add_file(self, role: str, path: str | Path) -> None:
-        """Note the hash of a file that was read.
+        """Record the hash of a file that was read.
 
         Raises:
-            UserError: the images so far were made with a file of other content.
+            UserError: the file has changed since earlier images of the run were made.
         """
         entry = {"path": str(path), "sha256": sha256(path)}
         if self.manifest.files.get(role, entry)["sha256"] != entry["sha256"]:
@@ -149,14 +149,14 @@ class RunFolder:
         return self.images / f"{index:05d}.png"
 
     def pending(self, rank: int = 0, processes: int = 1) -> list[int]:
-        """Return the images that are not there yet, of those that belong to this process."""
+        """Return the numbers of this process's images that do not exist yet."""
         return [i for i in range(rank, self.count, processes) if not self.image_path(i).is_file()]
 
     def damaged(self, rank: int = 0, processes: int = 1) -> list[int]:
-        """Return the images that are there and are to be made again, of those that belong to this process.
+        """Return the numbers of this process's existing images that must be made again.
 
-        They are no whole PNG files, or of another shape than the run's images: the one that was noted, or that most of
-        them have.
+        Their PNG files are damaged, or have another shape than the run's images: the shape in the manifest, or else
+        the one that most images have.
         """
         there = [i for i in range(rank, self.count, processes) if self.image_path(i).is_file()]
         shapes = {i: png_shape(self.image_path(i)) for i in there}
@@ -165,7 +165,7 @@ class RunFolder:
         return [i for i, shape in shapes.items() if shape is None or shape != usual]
 
     def save_images(self, indices: list[int], images: np.ndarray) -> None:
-        """Write uint8 [N, H, W, C] under their numbers."""
+        """Write uint8 images [N, H, W, C]; ``indices`` are their numbers."""
         self.image_shape = tuple(images.shape[1:])
         self.manifest.image_shape = list(self.image_shape)
         for index, image in zip(indices, images, strict=True):
@@ -181,14 +181,14 @@ class RunFolder:
         """Write the preview grid, the array file if asked for, and the manifest's final state.
 
         Args:
-            columns: of the grid; by default it is about square.
-            write_grid: False leaves it out.
-            keep_images: False deletes the single images, so that only the grid (and the array file) stay.
+            columns: columns of the grid; None makes it about square.
+            write_grid: False writes no grid.
+            keep_images: False deletes the single images and keeps only the grid (and the array file).
         """
         if write_grid:
             first = self.load_images(min(PREVIEW_IMAGES, self.count))
             save_png(grid(first, columns, scale=max(1, 64 // first.shape[1])), self.path / "grid.png")
-        if save_npz or (self.path / "samples.npz").is_file():  # one of a run that got more images would be out of date
+        if save_npz or (self.path / "samples.npz").is_file():  # after more images, an existing file is out of date
             with written_whole(self.path / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=self.load_images())
         self.manifest.status = "finished"
@@ -211,7 +211,7 @@ def start_logging(verbose: bool) -> None:
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return the versions of those of ``packages`` that are installed."""
+    """Return the versions of ``packages``, without those that are not installed."""
     versions = {}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""``run.json``: what a run is, how it was made and what came of it. Read and written through `Manifest` alone."""
+"""``run.json``: a run's configuration, circumstances and results, read and written only through `Manifest`."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ VERSION = 1
 
 @dataclass
 class Manifest:
-    """The entries of ``run.json``, by the names that they have there. None is an entry that is not there.
+    """The entries of ``run.json``, with the names that they have there. None means that the entry is absent.
 
     Attributes:
-        config: the resolved configuration: what decides the images.
-        command: that began or last continued the run.
-        num_images: how many images the run makes.
+        config: the resolved configuration: everything that decides the images.
+        command: the command that started or last continued the run.
+        num_images: number of images that the run makes.
         status: ``running`` or ``finished``.
         packages: versions by name.
         machine: ``platform``, ``python``, ``cpus``.
         files: ``path`` and ``sha256`` of every file that was read, by role.
         seconds: wall time by phase, over all continuations of the run.
         image_shape: [H, W, C] of the images.
-        images_kept: False where the images were deleted as asked.
-        labels: the class that each image was asked for.
-        fused_kernels: fake quantization ran in the project's own kernels.
-        network_calls: of the sampling of one image.
-        network_bytes: of the float network in float32.
-        cost: of one image: see `qdiff.cost.account`.
+        images_kept: False if the images were deleted as asked.
+        labels: the requested class of each image.
+        fused_kernels: whether fake quantization ran in the project's own kernels.
+        network_calls: network calls to sample one image.
+        network_bytes: bytes of the float network in float32.
+        cost: cost per image; see `qdiff.cost.account`.
         allocation: how TDAC distributed the calibration samples over the timesteps.
-        estimated_peak_bytes, estimated_gpu_peak_bytes: what the calibration was planned to take of RAM, and of a GPU.
-        stored_activations_peak_bytes: what its stored activations took.
+        estimated_peak_bytes, estimated_gpu_peak_bytes: the calibration's planned peak use of RAM and of GPU memory.
+        stored_activations_peak_bytes: peak size of the calibration's stored activations.
         reconstruction_errors: the final error of every unit, by phase and name.
-        checkpoint_notes: what a loaded checkpoint says of its calibration.
-        noise_error: error of ε against float on held-out inputs: see `qdiff.evaluation.noise_error`.
-        device: that sampled.
+        checkpoint_notes: notes on its calibration that a loaded checkpoint carries.
+        noise_error: error of ε against float on held-out inputs; see `qdiff.evaluation.noise_error`.
+        device: the device that sampled.
         gpu: its name, TF32 and precision; null on the CPU.
-        processes, torch_threads: that sampled, and CPU threads of each.
-        peak_memory_bytes: of each process.
-        activation_quantizers: how many there are (``total``), and the names of those that never fired (``silent``).
-        version: of this format; files without one are of version 1.
+        processes, torch_threads: number of processes that sampled, and of CPU threads per process.
+        peak_memory_bytes: peak memory per process.
+        activation_quantizers: their number (``total``), and the names of those that never fired (``silent``).
+        version: version of this format; files without this entry have version 1.
         others: entries that this version does not know; they are kept.
     """
 
@@ -82,11 +82,11 @@ class Manifest:
 
     @classmethod
     def read(cls, file: Path) -> Manifest:
-        """Return what a file holds.
+        """Return the manifest in a file.
 
         Raises:
-            ValueError: it is damaged, of a later version, or an entry has a value of another kind; the message says
-                which.
+            ValueError: the file is damaged or has a later version, or an entry has a value of a wrong kind; the message
+                says which.
         """
         try:
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -105,9 +105,9 @@ class Manifest:
         return cls(**{name: value for name, value in found.items() if name in known}, others=others)
 
     def write(self, file: Path) -> None:
-        """Write the entries that are there, whole or not at all."""
+        """Write the entries that are not None, as an atomic write."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "others"}
-        # Where something was sampled, no GPU is an answer.
+        # Once something was sampled, null says that there was no GPU.
         held = {name: v for name, v in values.items() if v is not None or (name == "gpu" and self.device is not None)}
         with written_whole(file) as temporary:
             temporary.write_text(json.dumps({**held, **self.others}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""``--runtime``: what computes the network while sampling."""
+"""``--runtime``: the runtime that computes the network while sampling."""
 
 from __future__ import annotations
 
@@ -25,19 +25,21 @@ FLOAT = QuantConfig(weight_bits=None, act_bits=None)
 
 
 def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
-    """Raise a `UserError` where options of a runtime contradict each other, or it cannot run what they ask for.
+    """Raise a `UserError` if options of a runtime contradict each other, or it cannot run the network they ask for.
 
     Args:
         quant: None for a float network.
     """
     runtime, exported = RUNTIMES[args.runtime], onnx_runtimes()
     if args.onnx is not None and args.runtime not in exported:
-        raise UserError(f"--onnx is for --runtime {' or '.join(exported)}; add it, or leave --onnx out")
+        raise UserError(f"--onnx needs --runtime {' or '.join(exported)}; add it, or leave --onnx out")
     if args.weight_cache and not runtime.takes_weight_cache:
         named = " or ".join(name for name, other in RUNTIMES.items() if other.takes_weight_cache)
-        raise UserError(f"--weight_cache is for --runtime {named}; add it, or leave --weight_cache out")
+        raise UserError(f"--weight_cache needs --runtime {named}; add it, or leave --weight_cache out")
     if args.fused_kernels and args.runtime in exported:
-        raise UserError(f"--fused_kernels are for CUDA, and {args.runtime} is on the CPU; leave one of them out")
+        raise UserError(
+            f"--fused_kernels needs CUDA, and --runtime {args.runtime} runs on the CPU; leave one of them out"
+        )
     check_weight_cache(args)
     runtime.check(quant)
     if args.onnx is not None:
@@ -45,7 +47,7 @@ def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
 
 
 def check_onnx_file(path: Path, quant: QuantConfig | None) -> None:
-    """Raise a `UserError` where a file is none of ours, or was exported with other widths or modes.
+    """Raise a `UserError` if a file was not exported by this project, or has other widths or modes.
 
     Args:
         quant: None for a float network.
@@ -56,7 +58,7 @@ def check_onnx_file(path: Path, quant: QuantConfig | None) -> None:
 
 
 def check_weight_cache(args: Namespace) -> None:
-    """Raise a `UserError` where ``--weight_cache`` is no size."""
+    """Raise a `UserError` if ``--weight_cache`` is negative, infinite or not a number."""
     if not 0 <= args.weight_cache < math.inf:
         raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
 
@@ -67,28 +69,28 @@ def wrapped(network: nn.Module) -> QuantModel:
 
 
 def starts_packed(args: Namespace, plan: PtqPlan | None) -> bool:
-    """Whether the float network need not be loaded: a native file has all that the runtime runs."""
+    """Whether the float network need not be loaded, because a native file holds everything that the runtime needs."""
     if not RUNTIMES[args.runtime].packs or plan is None or plan.action != "load" or plan.quant.weight_bits is None:
         return False
     return not is_pickle(Path(plan.checkpoint))
 
 
 def pack(args: Namespace, qnn: QuantModel) -> None:
-    """Bring a network's weights into the form that the runtime computes with, for good."""
+    """Convert a network's weights permanently to the form that the runtime computes with."""
     RUNTIMES[args.runtime].prepare(qnn, int(args.weight_cache * 2**20))
 
 
 def onnx_network(args: Namespace, pipeline: Pipeline, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
-    """Return the network as a runtime computes it, exported where that was not done yet.
+    """Return the network as computed by an ONNX runtime, exporting it first if that was not done yet.
 
     Args:
-        qnn: what is or was exported.
-        folder: of the run, where the exported model is kept unless ``--onnx`` names one.
-            Its weights are given up unless they are packed: the runtime holds its own.
+        qnn: the network of the export. Its weights are released unless they are packed: the runtime holds its own.
+        folder: the run folder, which keeps the exported model unless ``--onnx`` names one.
         processes: the first of them exports.
 
     Raises:
-        UserError: the file is damaged, or of another network or other widths; or the network cannot be exported.
+        UserError: the file is damaged, or belongs to another network or other widths; or the network cannot be
+            exported.
     """
     from qdiff.deploy.onnx_export import export_onnx
     from qdiff.deploy.onnx_network import OnnxNetwork

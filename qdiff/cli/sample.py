@@ -53,13 +53,13 @@ class SampleCommand:
     """A sampling script.
 
     Args:
-        script: its name.
-        pipeline: of its model.
-        args: the options, as parsed.
-        preset: EDA-DM's values for the family, a YAML file of configs/eda-dm; the model's own come before them.
+        script: name of the script.
+        pipeline: pipeline of the script's model.
+        args: the parsed options.
+        preset: EDA-DM's values for the family, a YAML file of configs/eda-dm; the model's own values override them.
 
     Attributes:
-        config: the resolved configuration, JSON values; there after construction.
+        config: the resolved configuration, JSON values.
     """
 
     def __init__(self, script: str, pipeline: Pipeline, args: Namespace, preset: str | None = None) -> None:
@@ -91,9 +91,9 @@ class SampleCommand:
 
     @contextlib.contextmanager
     def notes_told(self) -> Iterator[None]:
-        """Tell on stderr what the user should know of the model, where nothing in the block logged it, or failed first.
+        """Print the pipeline's notes to stderr at the end of the block, also after an error, unless they were logged.
 
-        An error may well come of it, e.g. of a bundled model in the place of the one that was meant.
+        A note may explain the error, e.g. that a bundled model is used instead of the intended one.
         """
         try:
             yield
@@ -109,7 +109,7 @@ class SampleCommand:
         return self.pipeline.runs / f"{self.pipeline.name}-{self.config['method']}-{digest}"
 
     def _recording_asked_for(self) -> dict[str, Any]:
-        """Return what ``--generate`` records, checked."""
+        """Check what ``--generate`` is to record, and return it."""
         args, pairs = self.args, self.args.generate == "residual"
         if args.cali_data_path is None:
             raise UserError(f"--generate {args.generate} writes a calibration set; give --cali_data_path PATH")
@@ -141,7 +141,7 @@ class SampleCommand:
         run = RunFolder(self._folder(), self.config, pipeline.count)
         if run.is_complete and args.skip_save:
             log.info("%s is finished already", run.path)
-            run.discard_images()  # a kill may have come before all were deleted
+            run.discard_images()  # the run may have been killed before all were deleted
             return
         packs = starts_packed(args, self.plan)
         device = choose_device(args.device, args.tf32)
@@ -158,7 +158,7 @@ class SampleCommand:
         pipeline.move_to(processes.device)
         # Only the first process calibrates; the others read what it wrote.
         prepared = self._prepare(run) if processes.is_first and packed is None else None
-        self._told = not processes.is_first  # which says nothing
+        self._told = not processes.is_first  # only the first process prints notes
         with contextlib.ExitStack() as stack:
             if args.fused_kernels:
                 stack.enter_context(fused())
@@ -194,7 +194,7 @@ class SampleCommand:
             pack(self.args, qnn)
         if self.args.runtime in onnx_runtimes():
             denoiser = onnx_network(self.args, pipeline, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
-            # What is simulated in torch does not run.
+            # The simulated network does not run, so its quantizers need not be checked.
             qnn = None
         else:
             with pipeline.precision():
@@ -206,11 +206,11 @@ class SampleCommand:
             with trajectory_of(denoiser):
                 x_0 = pipeline.sample(denoiser, rows)
                 found = pipeline.to_images(x_0)
-            # A first stage with a codebook makes a finite image of anything.
+            # A first stage with a codebook returns finite images even for latents that are not finite.
             finite = x_0.isfinite().flatten(1).all(dim=1)
             return found.where(finite.view(-1, 1, 1, 1), math.nan)
 
-        advice = smaller_batch(min(pipeline.batch_size, run.count), kept=": the images that are there are kept")
+        advice = smaller_batch(min(pipeline.batch_size, run.count), kept=": finished images are kept")
         with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():
             if self.args.sequence and processes.is_first:
                 with trajectory_of(denoiser):
@@ -226,7 +226,7 @@ class SampleCommand:
         return Quantization(pipeline.network, self.plan, run, *shapes, pipeline.training_steps, pipeline.probe)
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
-        """Calibrate if need be, and measure once how far ε is from float on inputs that calibration never saw."""
+        """Calibrate if needed, and measure once the error of ε against float on inputs outside the calibration set."""
         if prepared is None:
             return
         seed = self.args.seed if self.plan.seed is None else self.plan.seed

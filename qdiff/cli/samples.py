@@ -1,4 +1,4 @@
-"""Samples as a command line names them, with what the run that made them says of them."""
+"""Samples given on a command line, with the manifest of the run that made them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qdiff.evaluation.run_images import images_at
 
 
 class Samples:
-    """Images that were given by a path: a folder, the folder of a run, or a .npz file.
+    """Images given by a path: a folder, a run folder, or a .npz file.
 
     Attributes:
-        path: as given.
-        images: what they are.
-        manifest: run.json of a run's folder, else of nothing.
+        path: the given path.
+        images: the images.
+        manifest: run.json of the run that made them; an empty manifest if there is none.
 
     Raises:
         UserError: there are no usable images, or the manifest is damaged.
@@ -40,6 +40,6 @@ class Samples:
         return self.manifest.config
 
     def about(self) -> dict[str, Any]:
-        """Return what is known of them, for the JSON."""
+        """Return a description of the samples for the JSON output."""
         kept = {k: self.config[k] for k in ("script", "method", "seed", "sampler", "ptq") if k in self.config}
         return {"path": str(self.path), "images": len(self.images), **({"run": kept} if kept else {})}

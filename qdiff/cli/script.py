@@ -1,4 +1,4 @@
-"""What a sampling script is: its options, its pipeline, and the flow that all of them share."""
+"""Sampling scripts: their options, their pipeline, and the flow that they share."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from qdiff.pipeline import Pipeline
 
 @dataclass(frozen=True)
 class Script:
-    """A sampling script, as a row of scripts/families.py has it.
+    """A sampling script, as a row of scripts/families.py describes it.
 
     Attributes:
-        name: of the file, and of ``--like``.
-        add_options: adds the options of its model and sampler.
-        pipeline: ``module:class`` of its `Pipeline`, imported when it is needed.
-        add_more_options: in the place of ``add_options`` where it samples images; None adds the same.
-        folder: what the option for the run folder is called.
+        name: name of the script's file, also for ``--like``.
+        add_options: adds the options of the model and the sampler.
+        pipeline: ``module:class`` of the `Pipeline`, imported when it is needed.
+        add_more_options: replaces ``add_options`` in the script itself, which samples images; None uses
+            ``add_options``.
+        folder: names of the option for the run folder.
         preset: EDA-DM's values for this family, a file of configs/eda-dm.
         resume: see `add_ptq_options`.
     """
@@ -44,7 +45,7 @@ class Script:
 
 
 Scripts = Mapping[str, Script]
-"""The sampling scripts by name; the first is what ``--like`` takes by default."""
+"""The sampling scripts by name; the first is the default of ``--like``."""
 
 
 def parser_like(about: str | None, arguments: list[str], scripts: Scripts) -> Parser:
@@ -64,7 +65,7 @@ def sampling_script(script: Script, about: str | None) -> Callable[..., None]:
     """Return the ``main`` of a sampling script.
 
     Args:
-        about: its help text.
+        about: help text of the script.
     """
 
     @exits_cleanly

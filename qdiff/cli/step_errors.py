@@ -1,4 +1,4 @@
-"""What modulation does at each sampling step: the error of ε with it, without parts of it, and without it."""
+"""Error of ε at each sampling step: with modulation, without parts of it, and without it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ VARIANTS: dict[str, Callable[[QuantConfig], QuantConfig]] = {
 
 
 def resolve(args: Namespace, pipeline: Pipeline) -> PtqPlan:
-    """Return the plan of a command's options, checked for what is shown here.
+    """Return the plan of a command's options, after checking that it fits this comparison.
 
     Raises:
-        UserError: no finished weights are named, or the ranges are not dynamic.
+        UserError: no checkpoint with finished weights is given, or the ranges are not dynamic.
     """
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or not plan.quant.act_dynamic:
@@ -48,11 +48,12 @@ def step_errors(pipeline: Pipeline, plan: PtqPlan, images: int, device: str | No
     """Run every variant along the same trajectories of the float model.
 
     Args:
-        images: how many trajectories, from the calibration streams.
+        images: number of trajectories, from the calibration streams.
 
     Returns:
-        ``timesteps`` of the sampler's calls; ``errors``, by variant the mean squared difference of ε from float at each
-        call; ``fired``, by variant the share of (activation quantizer, call) pairs in which it quantized; ``images``.
+        ``timesteps`` of the sampler's calls; ``errors``, per variant the mean squared difference of ε from float at
+        each call; ``fired``, per variant the share of (activation quantizer, call) pairs in which it quantized;
+        ``images``.
     """
     pipeline.load(choose_device(device))
     recording = record_evenly(pipeline, pipeline.calls, images, show_progress=False)

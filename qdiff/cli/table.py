@@ -1,4 +1,4 @@
-"""A table of runs: one row a sampling command, the float model first, all measured by the same protocol."""
+"""Run a table: one sampling command per row, the float model first, all measured by the same protocol."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qdiff.io.repository import REPOSITORY
 from qdiff.report.columns import markdown
 from qdiff.report.comparison import comparison_picture
 
-TOLERANCE = 0.05  # how far the float model may be from its published number
+TOLERANCE = 0.05  # largest accepted relative difference of the float model from its published number
 FLOAT_BITS = 32
 
 
@@ -29,11 +29,11 @@ class TableRun:
 
     Args:
         table: the rows.
-        device: passed on to the runs, and where features are computed; None leaves the choice to them.
+        device: device of the runs and of the feature network; None lets them choose.
         extractor, extractor_weights: override the table's choice.
-        rows: labels of the rows to run, separated by commas; default all. The float row is added where it is not
+        rows: labels of the rows to run, separated by commas; default all. The float row is added if it is not
             finished.
-        force: go on where the float model misses its published numbers, and flag them.
+        force: continue even if the float model misses its published numbers, and flag them.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TableRun:
         self.extractor_weights = extractor_weights
         self.chosen = table.rows if rows is None else table.named(rows)
         if table.float_row not in self.chosen and not self._is_finished(table.float_row):
-            # A quantized number says nothing but beside the float one of the same command.
+            # A quantized result means nothing without the float result of the same command.
             self.chosen = [table.float_row, *self.chosen]
 
     def print_commands(self) -> None:
@@ -63,11 +63,11 @@ class TableRun:
     def run(self) -> str:
         """Run and measure the chosen rows, then write the table as .md, .json and .html, and its pictures.
 
-        These show the chosen rows and those that earlier calls finished. The pictures are ``comparison.png`` and, where
-        rows have three or more widths of activations, ``against-activation-bits.png``.
+        The table shows the chosen rows and those that earlier calls finished. The pictures are ``comparison.png`` and,
+        if rows have three or more widths of activations, ``against-activation-bits.png``.
 
         Returns:
-            What was measured and by which protocol, as markdown without a title.
+            The results and the protocol as markdown without a title.
 
         Raises:
             UserError: something is missing, a row's command fails, or the float model misses a published number.
@@ -85,7 +85,7 @@ class TableRun:
             base = table.base(row)
             if base is not None and base not in self.chosen and not self._is_finished(base):
                 raise UserError(
-                    f"row {row.label} takes weights from {base.label}, which is not finished; add it to --rows"
+                    f"row {row.label} takes weights from row {base.label}, which is not finished; add it to --rows"
                 )
         if table.float_row not in self.chosen:
             self._check_baseline(self._measured(table.float_row))
@@ -102,11 +102,11 @@ class TableRun:
         return self._write([self._measured(row) for row in shown])
 
     def _leave_out_rows_without_files(self) -> None:
-        """Go without the rows whose calibrated checkpoint is missing; one that was asked for by name is an error."""
+        """Leave out the rows whose calibrated checkpoint is missing; for a row named in --rows this is an error."""
         lacking = {row.label: path for row in self.chosen if (path := self.table.missing_checkpoint(row)) is not None}
         for label, path in lacking.items():
             sentence = (
-                f"row {label} needs the calibrated checkpoint {path}, which is not there (the head of "
+                f"row {label} needs the calibrated checkpoint {path}, which is missing (the head of "
                 f"{self.table.path} says where to get it)"
             )
             if self.named:
@@ -115,7 +115,7 @@ class TableRun:
         self.chosen = [row for row in self.chosen if row.label not in lacking]
 
     def _check_baseline(self, measured: dict[str, Any]) -> None:
-        """Stop where the float model is not the published one's equal: nothing behind it would mean anything."""
+        """Stop if the float model misses its published numbers: the quantized rows would then mean nothing."""
         if measured["flags"] and not self.force:
             raise UserError(
                 f"the float baseline is off: {'; '.join(measured['flags'])}; correct the protocol (see "
@@ -157,11 +157,11 @@ class TableRun:
         return text
 
     def _is_finished(self, row: Row) -> bool:
-        """Whether the row's folder holds all its images, made with the options that the table has now."""
+        """Whether the row's folder holds all its images, made with the table's present options."""
         folder, base = self.table.folder(row.label), self.table.base(row)
         try:
             manifest = self._manifest(row)
-            made = shlex.split(manifest.command)[2:]  # past the interpreter and the script
+            made = shlex.split(manifest.command)[2:]  # without the interpreter and the script
             images = len(list((folder / "img").glob("*.png")))
             complete = manifest.status == "finished" and images == manifest.num_images
         except ValueError:
@@ -180,7 +180,7 @@ class TableRun:
         metrics = self._measuring.run(folder, manifest, float_folder)
         calibration = manifest.seconds.get("calibration", 0.0)
         base = table.base(row)
-        if base is not None:  # the time of its weights counts too
+        if base is not None:  # the time that its weights took counts too
             calibration += self._manifest(base).seconds.get("calibration", 0.0)
         quant = (manifest.config.get("ptq") or {}).get("quant", {})
         cost = manifest.cost or {}
@@ -210,7 +210,7 @@ class TableRun:
         return {**result, "flags": [] if row.quantizes else misses(result)}
 
     def _protocol(self, results: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Return what a reader must know to compare these numbers with others, as (name, value)."""
+        """Return the (name, value) pairs that a reader needs to compare these numbers with others."""
         manifest, reference = self._manifest(self.table.float_row), self._measuring.reference
         counts = sorted({row["images"] for row in results})
         protocol = [
@@ -244,7 +244,7 @@ class TableRun:
 
 
 def misses(row: dict[str, Any]) -> list[str]:
-    """Return a sentence for every published number that the row is more than 5 % away from."""
+    """Return one sentence per published number that the row misses by more than 5 %."""
     sentences = []
     for column in metric_columns():
         wanted, found = row["published"].get(column.key), row.get(column.key)
@@ -257,7 +257,7 @@ def misses(row: dict[str, Any]) -> list[str]:
 
 
 def _ranges(ptq: dict[str, Any]) -> str | None:
-    """Return what a modulated row's ranges, or dynamic ranges, are; None for any other row."""
+    """Describe the activation ranges of a row that is modulated or has dynamic ranges; None for any other row."""
     quant = ptq.get("quant", {})
     if quant.get("act_dynamic"):
         ranges = quant.get("act_scale_per", ScalePer.TENSOR.value)
@@ -269,18 +269,18 @@ def _ranges(ptq: dict[str, Any]) -> str | None:
 
 
 def _file_bytes(folder: Path, manifest: Manifest) -> int:
-    """Return the bytes of the quantized checkpoint, or what float weights of the network take in float32."""
+    """Return the bytes of the quantized checkpoint, or of the network's float weights in float32."""
     calibrated, files = folder / "quantized.safetensors", manifest.files
     if calibrated.is_file():
         return calibrated.stat().st_size
     if "quantized checkpoint" in files:
         return Path(files["quantized checkpoint"]["path"]).stat().st_size
-    # A float latent model's file also holds an autoencoder: what counts is the quantized network alone.
+    # The file of a float latent model also holds an autoencoder; only the quantized network counts.
     return manifest.network_bytes or Path(files["float weights"]["path"]).stat().st_size
 
 
 def _shown(sampler: Any) -> str:
-    """Return a sampler's configuration as a reader would write it."""
+    """Return a sampler's configuration as readable text."""
     if not isinstance(sampler, dict):
         return str(sampler)
     return ", ".join(f"{k} {v}" for k, v in sampler.items() if v is not None)

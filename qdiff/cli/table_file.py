@@ -1,4 +1,4 @@
-"""A table file: its rows, and the command of each."""
+"""Read a table file: its rows, and the command of each row."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
+    """One row of a table.
 
     Attributes:
-        label: its name; the folder of its run is made of it.
-        options: what it adds to the common options.
+        label: name of the row; the folder of its run is named after it.
+        options: the row's options, added to the common ones.
         weights_from: label of the row whose calibrated weights it starts from.
-        published: what a paper reports, by metric (keys of `qdiff.evaluation.registry.metric_columns`).
-        own_recording: it records a calibration set of its own (with another ``--cali_seed``), not the shared one.
+        published: numbers that a paper reports, by metric (keys of `qdiff.evaluation.registry.metric_columns`).
+        own_recording: the row records its own calibration set (with another ``--cali_seed``) and not the shared one.
         unverified: the published numbers were quoted from memory of the paper.
     """
 
@@ -48,20 +48,22 @@ class Row:
         known = [column.key for column in metric_columns()]
         bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not _is_number(v)]
         if bad:
-            raise UserError(f"row {self.label}: published {bad[0]} is no number of {', '.join(known)}; correct it")
+            raise UserError(
+                f"row {self.label}: published {bad[0]} is not a number for one of {', '.join(known)}; correct it"
+            )
 
     @property
     def quantizes(self) -> bool:
-        """Whether it is a quantized row; any other is float."""
+        """Whether the row is quantized; otherwise it is float."""
         return "--ptq" in shlex.split(self.options)
 
     @property
     def calibrates(self) -> bool:
-        """Whether it takes the shared recording: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
+        """Whether the row uses the shared recording: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
         words = shlex.split(self.options)
         pairs = list(itertools.pairwise(words))
         draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.draws)
-        # Its ranges are dynamic: with weights from elsewhere nothing is left to calibrate.
+        # With dynamic ranges and weights from elsewhere, nothing is left to calibrate.
         dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
         return (
             self.quantizes
@@ -77,7 +79,7 @@ class Calibration:
     Attributes:
         script: the command that records.
         options: for the recording and for every quantized row.
-        skip: common options, of one value each, that the recording command does not know.
+        skip: common options, each with one value, that the recording command does not have.
     """
 
     script: str
@@ -92,24 +94,24 @@ class Calibration:
 
 
 class TableFile:
-    """A table file (YAML; see configs/tables), checked.
+    """Reads and checks a table file (YAML; see configs/tables).
 
     Args:
-        file: its path.
+        file: path of the file.
         out: folder of the runs; default ``runs/<name of the file>``.
 
     Attributes:
-        title, source: of the table; the source is the paper whose numbers are the published ones.
-        rows: float rows first in meaning and place: the first row is one. Those of a grid are here one by one (see
-            `qdiff.cli.table_grid.expand`).
-        metrics: what is measured, out of `named_metrics`.
+        title: title of the table.
+        source: the paper that the published numbers come from.
+        rows: all rows, the float row first; grids are expanded (see `qdiff.cli.table_grid.expand`).
+        metrics: the metrics to measure, among `named_metrics`.
         extractor, reference: feature network and reference statistics, as `pretrained` of the model's config or the
             table itself names them.
-        clip_model: for "clip"; None takes the usual one.
-        notes: sentences for the reader, such as where protocols differ from the paper's.
+        clip_model: model of the metric "clip"; None takes the usual one.
+        notes: sentences for the reader, such as differences from the paper's protocol.
 
     Raises:
-        UserError: it is missing, no YAML, or incomplete.
+        UserError: the file is missing, is not YAML, or is incomplete.
     """
 
     def __init__(self, file: str | Path, out: str | Path | None = None) -> None:
@@ -144,15 +146,15 @@ class TableFile:
         unknown = [m for m in self.metrics if m not in named_metrics()]
         if unknown:
             known = ", ".join(named_metrics())
-            raise UserError(f"table {self.path}: metrics {unknown[0]!r} is none of {known}; correct it")
+            raise UserError(f"table {self.path}: metrics has no {unknown[0]!r}; choose from {known}")
         if not self.rows:
             raise UserError(f"table {self.path} has no rows; {EXAMPLE}")
         above: dict[str, Path] = {}
         for row in self.rows:
             if row.weights_from is not None and row.weights_from not in above:
                 raise UserError(
-                    f"table {self.path}: row {row.label} takes weights from {row.weights_from}, which is no row above "
-                    "it; correct weights_from"
+                    f"table {self.path}: row {row.label} takes weights from {row.weights_from}, which is not a row "
+                    "above it; correct weights_from"
                 )
             if self.folder(row.label) in above.values():
                 raise UserError(
@@ -161,27 +163,27 @@ class TableFile:
             above[row.label] = self.folder(row.label)
         if self.rows[0].quantizes:
             raise UserError(
-                f"table {self.path}: the first row, {self.rows[0].label}, is quantized; put the float row first, all "
-                "others are judged beside it"
+                f"table {self.path}: the first row, {self.rows[0].label}, is quantized; put the float row first: "
+                "all others are compared with it"
             )
 
     @property
     def float_row(self) -> Row:
-        """The baseline."""
+        """The float row, with which all others are compared."""
         return self.rows[0]
 
     def named(self, text: str) -> list[Row]:
-        """Return the rows whose labels stand in ``text``, separated by commas, in the table's order.
+        """Return the rows whose labels ``text`` lists, separated by commas, in the table's order.
 
         Raises:
-            UserError: there is no such row.
+            UserError: a label names no row.
         """
         labels = [row.label for row in self.rows]
-        # A label with a comma in it can be named alone.
+        # A label that contains a comma can only be given alone.
         wanted = {text} if text in labels else {part.strip() for part in text.split(",")}
         unknown = sorted(wanted.difference(labels))
         if unknown:
-            raise UserError(f"the table has no row {unknown[0]!r}; --rows takes labels out of: {', '.join(labels)}")
+            raise UserError(f"the table has no row {unknown[0]!r}; give --rows labels among: {', '.join(labels)}")
         return [row for row in self.rows if row.label in wanted]
 
     def base(self, row: Row) -> Row | None:
@@ -193,7 +195,7 @@ class TableFile:
         return self.out / label.lower().replace(" ", "-").replace("/", "-").replace(",", "")
 
     def missing_checkpoint(self, row: Row) -> str | None:
-        """Return the calibrated checkpoint that a row's options name and that is not there."""
+        """Return the calibrated checkpoint that a row's options name if the file is missing, else None."""
         named = [path for option, path in itertools.pairwise(shlex.split(row.options)) if option == "--cali_ckpt"]
         return next((path for path in named if not Path(path).is_file()), None)
 
@@ -226,12 +228,12 @@ def _device(name: str | None) -> list[str]:
 
 def _check_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not text")
     return value
 
 
 def _check_words(value: Any) -> str:
-    """Return a text that the shell's rules take apart into words; anything else is a TypeError."""
+    """Return a text that can be split into words by the shell's rules; anything else is a TypeError."""
     try:
         shlex.split(_check_text(value))
     except ValueError as error:
@@ -244,13 +246,13 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_list(value: Any) -> list[Any] | tuple[Any, ...]:
-    if not isinstance(value, list | tuple):  # a text would be taken for a list of letters
-        raise TypeError(f"{value!r} is no list")
+    if not isinstance(value, list | tuple):  # a string would be read as a list of letters
+        raise TypeError(f"{value!r} is not a list")
     return value
 
 
 def without(words: list[str], options: Collection[str]) -> list[str]:
-    """Return command-line words less ``options`` and the one value that each has (``--a 1`` or ``--a=1``)."""
+    """Return command-line words without ``options`` and their values, one each (``--a 1`` or ``--a=1``)."""
     kept, rest = [], iter(words)
     for word in rest:
         name, equals, _ = word.partition("=")

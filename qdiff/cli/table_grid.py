@@ -1,4 +1,4 @@
-"""A row of a table file that stands for one row a combination of values."""
+"""Expand an entry of a table file with a grid of values into one row per combination."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ _EXAMPLE = "write it like grid: {w: [8, 4], a: [8, 6]} (see configs/tables/modif
 
 
 def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the rows that one entry of a table's ``rows`` stands for: itself, or those of its grid.
+    """Return the rows of one entry of a table's ``rows``: the entry itself, or the rows of its grid.
 
     Args:
-        row: as the file has it. Its ``grid`` maps names to lists of values; for every combination, the first name
-            varying slowest, the names in braces in ``label``, ``options`` and ``weights_from`` are replaced by the
-            values (`str.format`). The other keys are those of every row.
+        row: the entry as in the file. Its ``grid`` maps names to lists of values; for every combination, with the
+            first name varying slowest, the names in braces in ``label``, ``options`` and ``weights_from`` are replaced
+            by the values (`str.format`). The other keys are copied to every row.
 
     Raises:
-        UserError: the grid is malformed, a name in braces is none of it, or numbers of a paper are given to all rows.
+        UserError: the grid is malformed, a name in braces is not in the grid, or the entry has published numbers, which
+            would apply to all rows.
     """
     if "grid" not in row:
         return [row]
     label = row.get("label")
     axes = _axes(row["grid"], label)
     if row.get("published") or row.get("unverified"):
-        raise UserError(f"grid {label}: published numbers are those of one row; write that row out")
+        raise UserError(f"grid {label}: published numbers belong to one row; write that row out")
     rest = {key: value for key, value in row.items() if key != "grid"}
     rows = []
     for values in itertools.product(*axes.values()):
@@ -38,16 +39,16 @@ def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _axes(grid: Any, label: Any) -> dict[str, list[str | int | float]]:
-    """Return the grid, checked."""
+    """Check the grid and return it."""
     if not isinstance(grid, dict) or not grid:
-        raise UserError(f"grid {label}: {grid!r} is no mapping of names to lists of values; {_EXAMPLE}")
+        raise UserError(f"grid {label}: {grid!r} is not a mapping of names to lists of values; {_EXAMPLE}")
     for name, values in grid.items():
         if not isinstance(name, str) or not name.isidentifier():
-            raise UserError(f"grid {label}: {name!r} is no name to put in braces; {_EXAMPLE}")
+            raise UserError(f"grid {label}: {name!r} cannot be a name in braces; {_EXAMPLE}")
         if not isinstance(values, list) or not values:
-            raise UserError(f"grid {label}: {name} is {values!r}, which is no list of values; {_EXAMPLE}")
+            raise UserError(f"grid {label}: {name} is {values!r}, which is not a list of values; {_EXAMPLE}")
         for value in values:
-            # YAML takes yes, no, on and off for booleans, which no option means.
+            # YAML reads yes, no, on and off as booleans, which no option takes.
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise UserError(f"grid {label}: {name} has {value!r}, which is neither a number nor text; correct it")
     return grid
@@ -59,5 +60,5 @@ def _fill(text: str, names: dict[str, Any], label: Any, key: str) -> str:
     except (KeyError, IndexError, ValueError, AttributeError, TypeError):
         known = ", ".join(f"{{{name}}}" for name in names)
         raise UserError(
-            f"grid {label}: {key} {text!r} has braces around something else than {known}; correct it"
+            f"grid {label}: {key} {text!r} has braces around something other than {known}; correct it"
         ) from None

@@ -120,7 +120,7 @@ def test_run_that_was_out_of_memory_continues_with_smaller_batches(call, tiny, f
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1] == (
         "error: out of GPU memory while sampling (3.00 GiB were asked for); repeat the command with --batch_size 2 or "
-        "less to continue: the images that are there are kept"
+        "less to continue: finished images are kept"
     )
     succeeded(call(SCRIPT, *options, "--batch_size", 2))
     assert image_bytes(folder) == image_bytes(float_run)

@@ -68,8 +68,8 @@ BAD_WORDS = {
     "reference folder without images": (("none-here", "made", "--extractor", NAME), "hold no image"),
     "reference file that is not there": (("none.npz", "made", "--extractor", NAME), "none.npz"),
     "reference of another kind": (("text.npz", "made", "--extractor", NAME), "holds no array arr_0"),
-    "unknown metric": (("real", "made", "--metrics", "fid,ssim"), "'ssim' is none of fid, sfid, isc, kid, prc"),
-    "no metric": (("real", "made", "--metrics", ""), "'' is none of"),
+    "unknown metric": (("real", "made", "--metrics", "fid,ssim"), "no 'ssim'; choose from fid, sfid, isc, kid, prc"),
+    "no metric": (("real", "made", "--metrics", ""), "--metrics has no ''; choose from"),
     "metric without a reference": (("made", "--metrics", "fid", "--extractor", NAME), "name the reference"),
     "too few for a metric": (("digits32", "few", "--metrics", "fid,isc"), "isc needs 10"),
     "one image": (("digits32", "one"), "fid needs 2"),
@@ -91,7 +91,7 @@ BAD_WORDS = {
     "other count": (("run", "--against", "few"), "has 12 images and few has 3"),
     "LPIPS without a float run": (
         ("digits32", "run", "--lpips-weights", "text.npz"),
-        "--lpips-weights is for --against",
+        "--lpips-weights needs --against",
     ),
     "LPIPS weights that are not there": (("run", "--against", "run", "--lpips-weights", "a.pth"), "alexnet-owt"),
     "a float run and a metric alone": (

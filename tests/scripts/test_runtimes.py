@@ -102,7 +102,7 @@ def test_options_that_contradict_each_other(call, ddim_runs, tmp_path):
     options, folder = ddim_runs
     words = (*options, "-l", tmp_path / "run")
     line = call(SCRIPT, *words, "--onnx", folder / "model.onnx").error_line()
-    assert "--onnx is for --runtime onnxruntime or openvino" in line
+    assert "--onnx needs --runtime onnxruntime or openvino" in line
     line = call(SCRIPT, *words, "--onnx", tmp_path / "none.onnx", "--runtime", "openvino").error_line()
     assert "none.onnx does not exist; write it with scripts/export.py" in line
     assert "--runtime" in call(SCRIPT, *words, "--runtime", "tensorrt").error_line()

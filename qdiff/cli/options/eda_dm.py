@@ -12,7 +12,7 @@ from qdiff.cli.options.paper_options import refused_values
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS, Method
 
-# What the published scripts call the choice of timesteps; the other choices of theirs are not in the paper.
+# The published scripts' names for ways to choose timesteps; their other choices are not in the paper.
 IMAGE_MODES = {"greedy": Schedule.TDAC, "Q_diffusion": Schedule.UNIFORM}
 TIMESTEP_MODES = {"normal": Schedule.NORMAL, "uniform": Schedule.UNIFORM, "Qdiff": Schedule.UNIFORM}
 BY_TIMESTEPS = "noise_backward_t"
@@ -24,10 +24,10 @@ _DRAW = {
     "tdac_radius": "radius",
 }
 _PRESET = METHODS["eda-dm"].options.keys() - {"recon_unit"} | _DRAW.keys()
-# Values of a preset that the papers have for 8-bit weights alone.
+# The section of a preset whose values the papers use only for 8-bit weights.
 WIDE, WIDE_BITS = "w8", 8
 _WHOLE = ("calib_num_samples", "batch_samples", "cali_iters", "cali_batch_size")
-# A command with one of these means EDA-DM where it does not say --method.
+# Without --method, any of these options selects EDA-DM.
 IMPLYING = (
     *("calib_im_mode", "calib_t_mode", "calib_num_samples", "batch_samples", "lamda", "tdac_radius"),
     *("recon", "block_recon", "layer_recon", "add_loss", "lr_w", "lr_a", "qdrop"),
@@ -35,34 +35,47 @@ IMPLYING = (
 
 
 def add_eda_dm_options(parser: argparse.ArgumentParser) -> None:
-    """EDA-DM by the names of its scripts. Defaults: the model config's ``eda_dm`` section, then the script's preset."""
-    group = parser.add_argument_group("EDA-DM (any of these means --method eda-dm)")
+    """EDA-DM's options, named as in its scripts.
+
+    Defaults come from the model config's ``eda_dm`` section, then from the script's preset.
+    """
+    group = parser.add_argument_group("EDA-DM (any of these selects --method eda-dm)")
     group.add_argument(
         "--calib_im_mode",
         choices=[*IMAGE_MODES, BY_TIMESTEPS, *refused_values("calib_im_mode")],
         metavar=_choices(*IMAGE_MODES, BY_TIMESTEPS),
-        help="greedy: TDAC (default); noise_backward_t: as --calib_t_mode says; Q_diffusion: uniform",
+        help="greedy: TDAC (default); noise_backward_t: chosen by --calib_t_mode; Q_diffusion: uniform",
     )
     group.add_argument(
         "--calib_t_mode",
         choices=[*TIMESTEP_MODES, *refused_values("calib_t_mode")],
         metavar=_choices(*TIMESTEP_MODES),
-        help="normal: PTQ4DM's; only without greedy",
+        help="normal: PTQ4DM's distribution; ignored with greedy",
     )
     group.add_argument("--calib_num_samples", type=int, help="calibration images, one sample each")
-    group.add_argument("--batch_samples", type=int, help="images sampled at a time for calibration")
+    group.add_argument("--batch_samples", type=int, help="batch size of sampling the calibration images")
     group.add_argument("--lamda", type=float, help="λ of TDAC: weight of variety against density")
-    group.add_argument("--tdac_radius", type=float, help="r of TDAC: up to where features count as near")
-    group.add_argument("--recon", action=argparse.BooleanOptionalAction, help="reconstruct (default), or ranges alone")
+    group.add_argument("--tdac_radius", type=float, help="r of TDAC: distance within which features count as near")
+    group.add_argument(
+        "--recon", action=argparse.BooleanOptionalAction, help="reconstruct (default), or set only the ranges"
+    )
     group.add_argument("--block_recon", action="store_true", default=None, help="fit blocks (default)")
     group.add_argument("--layer_recon", action="store_true", default=None, help="fit layers one by one")
     group.add_argument("--add_loss", type=float, help="γ of FBR: weight of the layers' own errors; 0 is off")
     group.add_argument("--lr_w", type=float, help="learning rate of rounding")
     group.add_argument("--lr_a", type=float, help="learning rate of activation step sizes")
-    group.add_argument("--qdrop", type=float, help="probability to stay in float while fitting (default 0.5); 0 is off")
-    group.add_argument("--class_cond", action="store_true", help="accepted: a conditional model is known by its config")
     group.add_argument(
-        "--change_block_recon", action="store_true", help="accepted: blocks are always fitted in execution order"
+        "--qdrop", type=float, help="probability of staying in float while fitting (default 0.5); 0 is off"
+    )
+    group.add_argument(
+        "--class_cond",
+        action="store_true",
+        help="accepted without effect: the config says whether a model is conditional",
+    )
+    group.add_argument(
+        "--change_block_recon",
+        action="store_true",
+        help="accepted without effect: blocks are always fitted in execution order",
     )
 
 
@@ -71,7 +84,7 @@ def _choices(*values: str) -> str:
 
 
 def of_width(preset: dict[str, Any], weight_bits: int) -> dict[str, Any]:
-    """Return a preset's values for a width: those of its section ``w8`` come first for 8 bits."""
+    """Return a preset's values for a weight width; for 8 bits, its section ``w8`` overrides the others."""
     wide = preset.get(WIDE) or {}
     if not isinstance(wide, Mapping):
         raise UserError(f"the preset of EDA-DM has {WIDE}: {wide!r}; make it values by option name in the YAML file")
@@ -80,28 +93,28 @@ def of_width(preset: dict[str, Any], weight_bits: int) -> dict[str, Any]:
 
 
 def implied_by(args: Namespace) -> list[str]:
-    """Return the options of ``args`` that mean EDA-DM."""
+    """Return the given options that select EDA-DM."""
     return [name for name in IMPLYING if getattr(args, name, None) is not None]
 
 
 def resolve_draw(args: Namespace, method: Method, preset: dict[str, Any]) -> Draw:
-    """Return where the calibration samples come from.
+    """Return how the calibration samples are drawn.
 
     Args:
-        method: one that draws.
+        method: a method that draws its samples.
         preset: values by option name, for options that were not given.
     """
     values = _given(args, preset, _DRAW)
     mode = args.calib_im_mode or ("greedy" if method.draws is Schedule.TDAC else BY_TIMESTEPS)
     if method.draws is not Schedule.TDAC and mode == "greedy":
         raise UserError(f"--method {method.name} contradicts --calib_im_mode greedy; leave one of them out")
-    # The published commands give --calib_t_mode normal beside greedy, which does not read it.
+    # The published commands combine --calib_t_mode normal with greedy, which ignores it.
     schedule = IMAGE_MODES[mode] if mode in IMAGE_MODES else TIMESTEP_MODES[args.calib_t_mode or "normal"]
     return Draw(schedule=schedule, **values)
 
 
 def resolve_recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
-    """Return the method's numbers, of its config class; arguments as in `resolve_draw`."""
+    """Return the method's settings as its config class; arguments as in `resolve_draw`."""
     if args.block_recon and args.layer_recon:
         raise UserError("--block_recon and --layer_recon contradict each other; leave one of them out")
     if args.block_recon and args.recon_unit == "layer":
@@ -114,10 +127,10 @@ def resolve_recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> A
 
 
 def _given(args: Namespace, preset: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """Return what was given, or what the preset says, under the names of the dataclass."""
+    """Return the given values, else the preset's, under the names of the dataclass."""
     unknown = sorted(set(preset) - _PRESET)
     if unknown:
-        raise UserError(f"the preset of EDA-DM has {unknown[0]!r}, which is no option of it; correct the YAML file")
+        raise UserError(f"the preset of EDA-DM has {unknown[0]!r}, which is not an option; correct the YAML file")
     for option, value in preset.items():
         kind = bool if option == "recon" else int if option in _WHOLE else (int, float)
         if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):

@@ -10,56 +10,61 @@ from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
 
 RECORDINGS = ("raw", "residual")
-# Options that mean nothing to a float network, beside --modulate, which is refused there.
+# Options that have no effect on a float network; --modulate is refused there.
 QUANTIZING = ("act_tensor", "act_scale_per", "rest_abit", "cali_min_max", "modulate_ablation")
 
 
 def add_modiff_options(parser: argparse.ArgumentParser) -> None:
-    """Modulation by the names of its scripts."""
+    """MoDiff's options, named as in its scripts."""
     group = parser.add_argument_group("MoDiff")
     group.add_argument(
         "--modulate",
         action="store_true",
-        help="quantize the change of each layer's input since the sampling step before",
+        help="quantize the change of each layer's input since the previous sampling step",
     )
-    group.add_argument("--act_tensor", action="store_true", help="with --quant_mode dynamic: one range per SAMPLE")
+    group.add_argument("--act_tensor", action="store_true", help="with --quant_mode dynamic: one range per sample")
     group.add_argument(
         "--act_scale_per",
         choices=[s.value for s in ScalePer],
-        help="with --quant_mode dynamic: what shares a range (default: tensor, the whole batch)",
+        help="with --quant_mode dynamic: granularity of ranges (default: tensor, the whole batch)",
     )
     group.add_argument(
         "--rest_abit",
         type=int,
-        help="width of the first step's activations and of attention's operands (default: float, as published)",
+        help="width of activations in the first step and of attention operands (default: float, as published)",
     )
     group.add_argument(
-        "--cali_min_max", action="store_true", help="ranges of changes are their extremes: learn nothing"
+        "--cali_min_max", action="store_true", help="use the extremes of changes as their ranges, without learning"
     )
     group.add_argument(
-        "--out_penalty", type=float, default=0.0, help="weight of outputs beyond their range while ranges are learned"
+        "--out_penalty",
+        type=float,
+        default=0.0,
+        help="weight of the penalty on outputs beyond their range while ranges are learned",
     )
     group.add_argument(
-        "--modulate_ablation", choices=[a.value for a in Ablation], help="modulation without a part of it, to compare"
+        "--modulate_ablation",
+        choices=[a.value for a in Ablation],
+        help="leave out a part of modulation, for comparison",
     )
     add_generate_option(group)
 
 
 def add_generate_option(parser: argparse._ActionsContainer, default: str | None = None) -> None:
-    """What a recording holds."""
-    text = "residual: with the sampling step before each"
+    """The option that says what a recording holds."""
+    text = "residual: with the step before each recorded step"
     if default is None:
         text = f"record the float model's calibration set in --cali_data_path and stop; {text}"
     parser.add_argument("--generate", choices=RECORDINGS, default=default, help=text)
 
 
 def modulates(args: Namespace) -> bool:
-    """Whether a command's options mean modulation."""
+    """Whether a command's options select modulation."""
     return args.modulate or args.method == "modiff"
 
 
 def scale_per(args: Namespace) -> ScalePer:
-    """Return what shares a dynamic range."""
+    """Return the granularity of dynamic ranges: what shares one range."""
     if args.act_tensor and args.act_scale_per not in (None, ScalePer.SAMPLE.value):
         raise UserError(
             f"--act_tensor (one range per sample) and --act_scale_per {args.act_scale_per} contradict each other; "
@@ -69,22 +74,24 @@ def scale_per(args: Namespace) -> ScalePer:
 
 
 def resolve_changes(args: Namespace, quant: QuantConfig, learns: bool) -> ChangesConfig | None:
-    """Return how ranges of changes are calibrated, or None where they are not.
+    """Return how ranges of changes are calibrated, or None if they are not.
 
     Args:
-        learns: the method learns step sizes at all.
+        learns: whether the method learns step sizes.
     """
     if not quant.calibrates_changes:
         for option in ("cali_min_max", "out_penalty"):
             if getattr(args, option):
                 raise UserError(
-                    f"--{option} is about calibrated ranges of changes, i.e. --modulate without --quant_mode dynamic; "
-                    "leave it out"
+                    f"--{option} needs calibrated ranges of changes (--modulate without --quant_mode dynamic); leave "
+                    "it out"
                 )
         return None
     learns = learns and not args.cali_min_max
     if args.out_penalty and not learns:
-        raise UserError("--out_penalty is for learned ranges; leave it out, or --cali_min_max (--quant_mode linear)")
+        raise UserError(
+            "--out_penalty needs learned ranges; leave out --out_penalty, or --cali_min_max (--quant_mode linear)"
+        )
     return ChangesConfig(
         learn=learns,
         iterations=args.cali_iters_a,

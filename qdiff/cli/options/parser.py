@@ -14,10 +14,10 @@ BITS = 8
 
 
 def chosen_runtimes(text: str, known: Collection[str]) -> list[str]:
-    """Return what ``--runtimes`` names, separated by commas, each once.
+    """Return the names that ``--runtimes`` gives, separated by commas, without repetitions.
 
     Raises:
-        UserError: a name that is none of the ``known`` ones.
+        UserError: a name is not among the ``known`` ones.
     """
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
@@ -29,7 +29,7 @@ def chosen_runtimes(text: str, known: Collection[str]) -> list[str]:
 class Parser(argparse.ArgumentParser):
     """Reports bad options as a `UserError` (one sentence, exit code 2), without the usage text.
 
-    Unambiguous beginnings of an option are taken, as the papers' scripts take them (``--max_image 50000``).
+    Unambiguous prefixes of an option are accepted, as the papers' scripts accept them (``--max_image 50000``).
     """
 
     def __init__(self, description: str | None) -> None:
@@ -45,26 +45,26 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_quantization_options(parser: argparse.ArgumentParser) -> None:
-    """``--ptq`` and all that belongs to it, by the names of the papers' scripts."""
+    """``--ptq`` and the options that belong to it, named as in the papers' scripts."""
     group = parser.add_argument_group("quantization")
-    group.add_argument("--ptq", action="store_true", help="quantize; without it the float model samples")
+    group.add_argument("--ptq", action="store_true", help="quantize; without it, sample from the float model")
     from qdiff.methods.registry import METHODS
 
-    methods = [*METHODS, "modiff"]  # which goes with the weights of any
-    group.add_argument("--method", choices=methods, help="default: as the other options imply")
+    methods = [*METHODS, "modiff"]  # combines with the weights of any method
+    group.add_argument("--method", choices=methods, help="default: implied by the other options")
     group.add_argument(
         "--quant_mode",
         choices=["linear", "qdiff", "dynamic", *refused_values("quant_mode")],
         metavar="{linear,qdiff,dynamic}",
         default="qdiff",
-        help="linear: round to nearest, min-max; dynamic: activation ranges computed at every call",
+        help="linear: round to nearest, min-max; dynamic: activation ranges computed at every network call",
     )
     group.add_argument("--weight_bit", type=int, default=BITS, help="width of weights, 1-8")
     group.add_argument("--quant_act", action="store_true", help="quantize activations too")
     group.add_argument("--act_bit", type=int, default=BITS, help="width of activations, 2-16")
     group.add_argument("--sm_abit", type=int, default=8, help="width of the softmax output, 2-16")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation ranges")
-    group.add_argument("--w_sym", action="store_true", help="symmetric weight ranges: what int8 kernels want at 8 bits")
+    group.add_argument("--w_sym", action="store_true", help="symmetric weight ranges, as int8 kernels need at 8 bits")
     group.add_argument("--split", action="store_true", help="split shortcut layers at the h|skip boundary")
     group.add_argument(
         "--keep_ends",
@@ -76,65 +76,77 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
-    """Calibration by the names of Q-Diffusion's scripts.
+    """Calibration options, named as in Q-Diffusion's scripts.
 
     Args:
-        resume: with ``--resume``, which some of EDA-DM's scripts give another meaning.
+        resume: add ``--resume``; some of EDA-DM's scripts use that name for something else.
     """
     group = parser.add_argument_group("calibration")
-    group.add_argument("--cali_ckpt", help="quantized checkpoint (ours or a published .pth) to load")
+    group.add_argument("--cali_ckpt", help="quantized checkpoint to load (native, or a published .pth)")
     if resume:
-        group.add_argument("--resume", action="store_true", help="take everything from --cali_ckpt")
-    group.add_argument("--resume_w", action="store_true", help="weights from --cali_ckpt, calibrate activations")
-    group.add_argument("--cali_data_path", help="calibration file; without it the float model records one")
-    group.add_argument("--cali_st", type=int, default=1, help="how many timesteps to calibrate on")
+        group.add_argument("--resume", action="store_true", help="load weights and activation ranges from --cali_ckpt")
+    group.add_argument(
+        "--resume_w", action="store_true", help="load weights from --cali_ckpt and calibrate activations"
+    )
+    group.add_argument("--cali_data_path", help="calibration file; without it, one is recorded from the float model")
+    group.add_argument("--cali_st", type=int, default=1, help="number of timesteps to calibrate on")
     group.add_argument("--cali_n", type=int, default=1024, help="samples per timestep")
     group.add_argument("--cali_batch_size", type=int, help="samples per iteration (default: 32)")
     group.add_argument(
-        "--cali_iters", type=int, help="iterations per block for weights (default: 20000; EDA-DM: 5000, for both sides)"
+        "--cali_iters",
+        type=int,
+        help="iterations per block for weights (default: 20000; EDA-DM: 5000, weights and activations together)",
     )
     group.add_argument("--cali_iters_a", type=int, default=5000, help="iterations per block for activations")
     group.add_argument("--cali_lr", type=float, default=4e-4, help="learning rate of activation step sizes")
     group.add_argument(
-        "--cali_lr_w", type=float, help="learning rate of rounding (default: 1e-3, more for few iterations)"
+        "--cali_lr_w", type=float, help="learning rate of rounding (default: 1e-3, higher for few iterations)"
     )
     group.add_argument("--cali_p", type=float, default=2.4, help="norm of the activation error")
     group.add_argument(
-        "--cali_seed", type=int, help="which images calibration is recorded from, and its batches (default: --seed's)"
+        "--cali_seed",
+        type=int,
+        help="decides the recorded images and the batches of calibration (default: from --seed)",
     )
-    group.add_argument("--running_stat", action="store_true", help="activation ranges by a running average")
-    group.add_argument("--rs_sm_only", action="store_true", help="--running_stat for softmax outputs alone")
+    group.add_argument("--running_stat", action="store_true", help="set activation ranges by a running average")
+    group.add_argument("--rs_sm_only", action="store_true", help="--running_stat for softmax outputs only")
     group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")
-    group.add_argument("--recon_unit", choices=["block", "layer"], default="block", help="what is fitted at a time")
+    group.add_argument(
+        "--recon_unit", choices=["block", "layer"], default="block", help="fit whole blocks, or layers one by one"
+    )
     group.add_argument(
         "--memory_budget",
         "--memory-budget",
         type=float,
-        help="GiB for what calibration holds beside the weights, in RAM and on the GPU each; stored activations go to "
-        "disk beyond it",
+        help="GiB that calibration may use on top of the weights, in RAM and on the GPU each; stored activations "
+        "beyond it go to disk",
     )
     group.add_argument("--cond", action="store_true", help="the model is conditional")
 
 
-# Options that only some sampling scripts have, and what holds for the others.
+# Options that only some sampling scripts have, with the value that the other scripts use.
 OF_SOME_SCRIPTS = {"sequence": False, "skip_save": False, "skip_grid": False, "n_rows": 0}
 
 
 def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = ("-l", "--logdir")) -> None:
-    """What every sampling command offers; ``folder``: what the option for the run folder is called."""
+    """The options of every sampling command.
+
+    Args:
+        folder: names of the option for the run folder.
+    """
     group = parser.add_argument_group("run")
-    text = "run folder; repeat a command to continue it"
+    text = "run folder; repeat the command to continue the run"
     group.add_argument(*folder, dest="logdir", nargs="?", default="none", help=text)
-    group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA where there is one")
+    group.add_argument("--device", help="e.g. cpu, cuda:0; default: CUDA if available")
     group.add_argument(
         "--tf32",
         action="store_true",
-        help="faster products on NVIDIA GPUs by rounding their inputs to 10 bits of mantissa",
+        help="faster matrix products on NVIDIA GPUs, with inputs rounded to 10 bits of mantissa",
     )
-    group.add_argument("--batch_size", type=int, help="images sampled at a time")
+    group.add_argument("--batch_size", type=int, help="images per batch")
     group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")
-    group.add_argument("--verbose", action="store_true", help="more log lines")
+    group.add_argument("--verbose", action="store_true", help="write more log lines")
     from qdiff.deploy.runtimes import RUNTIMES
     from qdiff.deploy.torch_runtimes import SIMULATED
 
@@ -144,16 +156,18 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
         "--runtime",
         choices=list(RUNTIMES),
         default=SIMULATED.name,
-        help=f"{described}; the others run an exported ONNX model in integers on the CPU",
+        help=f"{described}; the others run an exported ONNX model on the CPU with integer arithmetic",
     )
-    group.add_argument("--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, packed")
+    group.add_argument(
+        "--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, with --runtime torch"
+    )
     group.add_argument(
         "--fused_kernels",
         action="store_true",
-        help="fake quantization on CUDA by the project's own Triton kernels; the images are the same to the bit (not "
+        help="use the project's Triton kernels for fake quantization on CUDA; the images are the same to the bit (not "
         "timed on a GPU yet)",
     )
-    group.add_argument("--onnx", help="the exported model (default: exported into the run folder)")
+    group.add_argument("--onnx", help="exported model (default: export one into the run folder)")
     for name, value in OF_SOME_SCRIPTS.items():
         if parser.get_default(name) is None:
             parser.set_defaults(**{name: value})

@@ -1,4 +1,4 @@
-"""Resolve the quantization options of a command into what will be done."""
+"""Resolve the quantization options of a command into a plan."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from qdiff.ranges.estimators import RangeMethod
 
 @dataclass(frozen=True)
 class PtqPlan:
-    """What a run does about quantization.
+    """How a run quantizes its network.
 
     Attributes:
-        method: of the weights, and of activations that are not modulated; a name of `qdiff.methods.registry`.
+        method: method for the weights, and for activations that are not modulated; a name of `qdiff.methods.registry`.
         quant: widths and ranges.
         action: ``calibrate`` everything, ``load`` a finished checkpoint, or load its weights and calibrate
             ``activations``.
-        checkpoint: file to load, where there is one.
+        checkpoint: file to load, or None.
         data: calibration file; None records one.
         steps, per_step: ``--cali_st`` and ``--cali_n``.
-        draw: EDA-DM's and PTQ4DM's calibration set, in the place of ``steps`` and ``per_step``; else None.
-        recipe: the method's numbers, of its config class; None where it has none.
+        draw: EDA-DM's and PTQ4DM's calibration set, which replaces ``steps`` and ``per_step``; else None.
+        recipe: the method's settings, an instance of its config class; None if it has none.
         memory_budget: GiB of RAM for activations; None has no limit.
-        seed: of the calibration; None takes the run's.
-        changes: how ranges of activations' changes are calibrated (MoDiff); None where they are not.
+        seed: seed of the calibration; None takes the run's.
+        changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
     """
 
     method: str
@@ -52,27 +52,27 @@ class PtqPlan:
 
     @property
     def name(self) -> str:
-        """What the whole is called."""
+        """Name of the method, modulation included."""
         if not self.quant.modulate:
             return self.method
         return "modiff" if self.method == DEFAULT else f"{self.method}+modiff"
 
     @property
     def samples(self) -> int:
-        """How many samples the plan asks for."""
+        """Number of calibration samples that the plan asks for."""
         return self.steps * self.per_step if self.draw is None else self.draw.count
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for the manifest: all that decides the result, so not the memory budget."""
+        """Return plain values for the manifest: everything that decides the result, so not the memory budget."""
         values = {**asdict(self), "quant": self.quant.to_dict()}
         del values["memory_budget"]
-        if self.changes is None:  # runs from before there were any go on
+        if self.changes is None:  # so that runs from before this entry existed can be continued
             del values["changes"]
         return values
 
 
 def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
-    """Every option that `resolve_ptq` reads, by the names of the papers' scripts.
+    """Every option that `resolve_ptq` reads, named as in the papers' scripts.
 
     Args:
         resume: see `add_calibration_options`.
@@ -84,8 +84,10 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
 
 
 def ignored_options(args: Namespace) -> list[str]:
-    """Return a sentence for what was given and has no effect: the papers' scripts take it, and a float run would pass
-    for a quantized one."""
+    """Return a sentence about given options that have no effect.
+
+    The papers' scripts accept them silently, so a float run could be mistaken for a quantized one.
+    """
     widths = {name: getattr(args, name) != BITS for name in ("weight_bit", "act_bit")}
     if args.ptq:
         unused = widths["act_bit"] and not args.quant_act
@@ -109,7 +111,7 @@ def ignored_options(args: Namespace) -> list[str]:
 def resolve_ptq(
     args: Namespace, weight_range: str, act_range: str, preset: dict[str, Any] | None = None
 ) -> PtqPlan | None:
-    """Return the plan of the options in ``args``, or None where the float model samples.
+    """Return the plan that the options in ``args`` ask for, or None without ``--ptq``.
 
     Args:
         weight_range, act_range: the script's defaults; the linear method always starts from min-max, EDA-DM and PTQ4DM
@@ -133,12 +135,12 @@ def resolve_ptq(
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
     if method.ranges is not None:
         weight_range = act_range = method.ranges
-    if modulate:  # of changes
+    if modulate:  # these are ranges of changes
         act_range = RangeMethod.MIN_MAX
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,
-        # EDA-DM's scripts mean the opposite by it: absent is the symmetric search.
+        # In EDA-DM's scripts the flag has the opposite meaning: without it, the search is symmetric.
         act_symmetric=args.a_sym != eda_dm_scripts,
         softmax_bits=args.sm_abit,
         split_shortcut=args.split,
@@ -157,8 +159,8 @@ def resolve_ptq(
     recipe, draw = None, None
     if method.draws is not None and changes is not None and action == "calibrate":
         raise UserError(
-            f"--method {method.name} draws single samples and --modulate needs pairs of steps; calibrate its weights "
-            "without --modulate first, then add --resume_w --cali_ckpt PATH (or take --quant_mode dynamic)"
+            f"--method {method.name} draws single samples, but --modulate needs pairs of steps; calibrate its weights "
+            "without --modulate first, then add --resume_w --cali_ckpt PATH (or give --quant_mode dynamic)"
         )
     if method.draws is not None and changes is None:
         draw = eda_dm.resolve_draw(args, method, preset or {})
@@ -188,7 +190,7 @@ def resolve_ptq(
 
 
 def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
-    """Return the method's numbers from its options; those that were not given keep the config's defaults."""
+    """Return the method's settings from its options; options that were not given keep the config's defaults."""
     if method.scripts is Scripts.EDA_DM:
         return eda_dm.resolve_recipe(args, method, preset)
     given = {field: getattr(args, option) for option, field in method.options.items()}
@@ -196,10 +198,10 @@ def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
 
 
 def _method(args: Namespace) -> str:
-    """Return the method that was named, or that the other options imply."""
+    """Return the method that ``--method`` names, or that the other options imply."""
     implying = eda_dm.implied_by(args)
     linear = args.quant_mode == "linear"
-    named = None if args.method == "modiff" else args.method  # which goes with any weights
+    named = None if args.method == "modiff" else args.method  # modiff combines with any method
     if named is not None and named != "linear" and linear:
         raise UserError(f"--method {named} contradicts --quant_mode linear; leave one of them out")
     others = [name for name, method in METHODS.items() if method.scripts is not Scripts.EDA_DM]
@@ -210,7 +212,7 @@ def _method(args: Namespace) -> str:
 
 
 def _action(args: Namespace, method: Method, quant: QuantConfig) -> Literal["calibrate", "load", "activations"]:
-    resume = getattr(args, "resume", None) is True  # EDA-DM's LSUN scripts name the float checkpoint by it
+    resume = getattr(args, "resume", None) is True  # in EDA-DM's LSUN scripts it names the float checkpoint
     if resume and args.resume_w:
         raise UserError("--resume and --resume_w contradict each other; leave one of them out")
     for option, given in (("resume", resume), ("resume_w", args.resume_w)):
@@ -218,8 +220,8 @@ def _action(args: Namespace, method: Method, quant: QuantConfig) -> Literal["cal
             raise UserError(f"--{option} needs a checkpoint; add --cali_ckpt PATH")
     if args.resume_w:
         if not args.quant_act:
-            raise UserError("--resume_w calibrates activations, which --quant_act turns on; add --quant_act")
-        if quant.act_dynamic:  # there is nothing beside the weights
+            raise UserError("--resume_w calibrates activations, which needs --quant_act; add --quant_act")
+        if quant.act_dynamic:  # only the weights are calibrated
             return "load"
         if not method.learns:
             raise UserError(

@@ -73,7 +73,7 @@ def test_the_phase_gives_the_advice_and_the_innermost_comes_first():
 
 def test_a_smaller_batch():
     assert smaller_batch(9, kept=": x") == "repeat the command with --batch_size 4 or less to continue: x"
-    assert "one was taken at a time already" in smaller_batch(1) and "--device cpu" in smaller_batch(1)
+    assert "the batch size was 1 already" in smaller_batch(1) and "--device cpu" in smaller_batch(1)
     assert smaller_batch(9, to_continue=False) == "repeat the command with --batch_size 4 or less"
 
 
