@@ -1,7 +1,7 @@
 """Post-training quantization of diffusion models.
 
-The names below are imported when they are first used, so that importing a submodule which needs no torch, such as
-`qdiff.cli.passive_waiting`, does not load it.
+The names below are imported when they are first used, so that importing a submodule that needs no torch, such as
+`qdiff.cli.passive_waiting`, does not load torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    try:  # a submodule, as ``import qdiff`` alone once made it known
+    try:  # submodules are found by ``import qdiff`` alone, as if it imported them
         return importlib.import_module(f"qdiff.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"qdiff.{name}":

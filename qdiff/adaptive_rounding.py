@@ -15,9 +15,9 @@ ZETA, GAMMA = 1.1, -0.1
 class LearnedRounding:
     """The rounding variable α of one layer while it is learned.
 
-    Softly rounded weights are δ·(clamp(⌊w/δ⌋ + h(α) + z, 0, 2^b − 1) − z), and h starts at the fractional part of
-    w/δ, so that they start as the float weights. All slices of a split layer take part, in the loss and in the
-    regulariser. Nothing outlives `harden` but the layer's integers.
+    Softly rounded weights are δ·(clamp(⌊w/δ⌋ + h(α) + z, 0, 2^b − 1) − z). h starts at the fractional part of w/δ, so
+    that they initially equal the float weights. All slices of a split layer take part in the loss and in the
+    regulariser. After `harden`, only the layer's integers remain.
     """
 
     def __init__(self, layer: QuantModule) -> None:
@@ -44,7 +44,7 @@ class LearnedRounding:
         )
 
     def h(self) -> Tensor:
-        """h(α) in [0, 1], weight's shape."""
+        """Return h(α) in [0, 1], in the weight's shape."""
         return ((ZETA - GAMMA) * torch.sigmoid(self.alpha) + GAMMA).clamp(0, 1)
 
     def soft_weight(self) -> Tensor:
@@ -52,7 +52,7 @@ class LearnedRounding:
         return (q - self.zero_point) * self.delta
 
     def regulariser(self, beta: float) -> Tensor:
-        """Σ 1 − |2h(α) − 1|^β: 0 when every h is 0 or 1."""
+        """Return Σ 1 − |2h(α) − 1|^β, which is 0 if every h is 0 or 1."""
         return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
 
     def __enter__(self) -> LearnedRounding:
@@ -64,5 +64,5 @@ class LearnedRounding:
 
     @torch.no_grad()
     def harden(self) -> None:
-        """Decide every rounding (up where α ≥ 0) and give the integers to the layer."""
+        """Round every weight (up where α ≥ 0) and set the layer's integers."""
         self.layer.set_weight_int((self.floor + (self.alpha >= 0) + self.zero_point).clamp(0, self.top))

@@ -1,7 +1,7 @@
-"""The job in Python: record a calibration set, calibrate, sample. docs/api.md is the tour, examples/ runs it.
+"""Python API: record a calibration set, calibrate, sample. docs/api.md is a tour, and examples/ has programs to run.
 
-A sampler here is any ``sampler(network, rows)`` that returns the samples numbered ``rows``, [N, …], and calls
-``network(x, t)`` or ``network(x, t, context)``: a `ddim.sampling.DdimSampler`, or a function of your own.
+Here a sampler is any ``sampler(network, rows)`` that calls ``network(x, t)`` or ``network(x, t, context)`` and returns
+the samples numbered ``rows``, [N, …]: a `ddim.sampling.DdimSampler`, or a function of your own.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ def record(sampler: Sampler, network: nn.Module, count: int, steps: int, batch_s
     """Sample from the float network and keep its inputs at evenly spaced calls (Q-Diffusion's calibration set).
 
     Args:
-        network: float; a `QuantModel` computes in float outside of ``quantized()``.
-        count: samples to make; with guidance that doubles the batch, each gives two inputs per step.
-        steps: calls of a sampling run that are kept, from the noisiest.
-        batch_size: samples at a time.
+        network: float network; a `QuantModel` computes in float outside of ``quantized()``.
+        count: number of samples; with guidance that doubles the batch, each sample gives two inputs per step.
+        steps: number of calls of a sampling run to keep, from the noisiest on.
+        batch_size: samples per batch.
 
     Returns:
         The inputs of the kept calls, on the CPU; count·steps rows.
 
     Raises:
-        UserError: fewer than one sample, or more steps than the sampler takes.
+        UserError: ``count`` or ``batch_size`` is below 1, or the sampler takes fewer steps than ``steps``.
     """
     if count < 1 or batch_size < 1:
         raise UserError(f"count is {count} and batch_size {batch_size}; give at least 1")
@@ -65,18 +65,18 @@ def calibrate(
     """Set all quantizers of a network, in place.
 
     Args:
-        qnn: built with the widths wanted, float weights loaded.
-        data: recorded from the float network.
+        qnn: network with the desired widths and loaded float weights.
+        data: calibration set recorded from the float network.
         method: a name of `qdiff.methods.registry.METHODS`.
-        config: the method's numbers, of its config class; None takes the paper's.
-        seed: fixes the result.
-        run: memory, journal, progress, seed; None keeps all activations in memory and shows a progress bar.
+        config: the method's settings, an instance of its config class; None takes the paper's values.
+        seed: seed of the calibration.
+        run: memory, journal, progress and seed; None keeps all activations in memory and shows a progress bar.
 
     Returns:
-        The final reconstruction error of every unit that was fitted, by its name.
+        The final reconstruction error of every fitted unit, by its name.
 
     Raises:
-        UserError: an unknown method, or a config that is not the method's.
+        UserError: the method is unknown, or the config belongs to another method.
     """
     row = find_method(method)
     if config is None and row.config is not None:
@@ -91,6 +91,6 @@ def calibrate(
 
 @torch.no_grad()
 def sample(sampler: Sampler, qnn: QuantModel, rows: Sequence[int]) -> Tensor:
-    """Return the samples numbered ``rows`` from the quantized network, [N, …], in one trajectory."""
+    """Return the samples numbered ``rows`` from the quantized network, [N, …], sampled in one trajectory."""
     with qnn.quantized(), qnn.trajectory():
         return sampler(qnn, rows)

@@ -1,4 +1,4 @@
-"""What to quantize and how wide: one frozen, self-validating description."""
+"""Quantization settings: what to quantize and at which widths, in one frozen, self-validating class."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION)
 
 
 class ScalePer(str, Enum):
-    """What shares one dynamic range."""
+    """Granularity of dynamic ranges: what shares one range."""
 
     TENSOR = "tensor"  # the whole batch
     SAMPLE = "sample"
-    CHANNEL = "channel"  # of all samples
+    CHANNEL = "channel"  # one channel of all samples
 
 
 class Ablation(str, Enum):
-    """What modulation goes without, to show what it is for."""
+    """The part of modulation that is left out, to show its effect."""
 
-    NO_COMPENSATION = "no-compensation"  # changes are taken to the last input, not to its reconstruction: errors add up
-    CLEARED_STATE = "cleared-state"  # the memory is emptied before every step: no activation is quantized
+    NO_COMPENSATION = "no-compensation"  # changes relative to the last input, not its reconstruction: errors add up
+    CLEARED_STATE = "cleared-state"  # state cleared before every step: no activation is quantized
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,20 @@ class QuantConfig:
         softmax_bits: width of the softmax output in attention, 2 to 16.
         split_shortcut: layers that consume a concatenation get quantizers for each part (``--split``).
         weight_symmetric: likewise for weights.
-        weight_range, act_range: how ranges are chosen from data, names in `qdiff.ranges.estimators.ESTIMATORS`.
-        keep_ends: the first and the last layer's weights get 8 bits whatever ``weight_bits`` says, and the last layer's
-            input stays in float (EDA-DM).
-        act_dynamic: activation ranges are dynamic, computed at every call, so there is nothing to calibrate.
+        weight_range, act_range: how ranges are chosen from data: names of `qdiff.ranges.estimators.ESTIMATORS`.
+        keep_ends: weights of the first and the last layer get 8 bits regardless of ``weight_bits``, and the last
+            layer's input stays in float (EDA-DM).
+        act_dynamic: activation ranges are dynamic: computed at every call, without calibration.
         act_scale_per: what shares a dynamic range.
-        modulate: layers quantize the change of their input since the last step of the trajectory (MoDiff), inside
+        modulate: layers quantize the change of their input since the previous step of the trajectory (MoDiff), inside
             ``QuantModel.trajectory``.
-        rest_bits: width, 2 to 16, for what the published code leaves in float where ranges are dynamic or layers
-            modulate: the operands of attention's two products, and a modulated layer's input at the first step. Their
+        rest_bits: width, 2 to 16, of the tensors that the published code leaves in float with dynamic ranges or
+            modulation: the operands of attention's two products, and a modulated layer's input at the first step. Their
             ranges are dynamic. None leaves them in float.
-        ablation: of modulation; None is all of it.
+        ablation: the part of modulation to leave out; None leaves out nothing.
 
     Raises:
-        UserError: a value out of range, or fields that contradict each other; the sentence names the option.
+        UserError: a value is out of range, or fields contradict each other; the sentence names the option.
     """
 
     weight_bits: int | None = 8
@@ -101,29 +101,33 @@ class QuantConfig:
 
     def _check_dynamics(self) -> None:
         if self.modulate and self.act_bits is None:
-            raise UserError("modulation is of quantized activations; add --quant_act, or leave out --modulate")
+            raise UserError("modulation needs quantized activations; add --quant_act, or leave out --modulate")
         if self.act_dynamic and self.act_bits is None:
             raise UserError(
-                "dynamic ranges are of quantized activations; add --quant_act, or leave out --quant_mode dynamic"
+                "dynamic ranges need quantized activations; add --quant_act, or leave out --quant_mode dynamic"
             )
         if self.act_scale_per is not ScalePer.TENSOR and not self.act_dynamic:
             raise UserError(
-                f"one range per {self.act_scale_per.value} is for dynamic ranges; add --quant_mode "
+                f"one range per {self.act_scale_per.value} needs dynamic ranges; add --quant_mode "
                 "dynamic, or leave out --act_tensor and --act_scale_per"
             )
         if self.rest_bits is not None and not (self.modulate or self.act_dynamic):
-            raise UserError("--rest_abit is for --modulate and --quant_mode dynamic; leave it out, or add one of them")
+            raise UserError(
+                "--rest_abit needs --modulate or --quant_mode dynamic; add one of them, or leave --rest_abit out"
+            )
         if self.ablation is not None and not self.modulate:
-            raise UserError(f"the ablation {self.ablation.value} is of modulation; add --modulate, or leave it out")
+            raise UserError(
+                f"the ablation {self.ablation.value} needs modulation; add --modulate, or leave out --modulate_ablation"
+            )
 
     @property
     def calibrates_acts(self) -> bool:
-        """Whether the ranges of activations themselves are state that a method sets."""
+        """Whether a method sets the ranges of the activations themselves."""
         return self.act_bits is not None and not (self.act_dynamic or self.modulate)
 
     @property
     def calibrates_changes(self) -> bool:
-        """Whether the ranges of activations' changes from step to step are state that calibration sets."""
+        """Whether calibration sets the ranges of the activations' changes from step to step."""
         return self.modulate and not self.act_dynamic
 
     @property
@@ -138,7 +142,7 @@ class QuantConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON.
 
-        Fields that came later are left out at their defaults: what was written before them means the same.
+        Fields added later are left out at their defaults, so the result equals what was written before they existed.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for f in fields(self):
@@ -147,7 +151,7 @@ class QuantConfig:
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
     def of_layer(self, name: str, ends: tuple[str, str] | None) -> QuantConfig:
-        """Return what holds for one layer.
+        """Return the config of one layer.
 
         Args:
             ends: names of the network's first and last layer.
@@ -165,5 +169,7 @@ class QuantConfig:
         """Inverse of `to_dict`; unknown names are an error."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise UserError(f"quantization config has unknown fields {sorted(unknown)}; a newer qdiff wrote it?")
+            raise UserError(
+                f"quantization config has unknown fields {sorted(unknown)}; update qdiff if a newer version wrote it"
+            )
         return cls(**values)

@@ -1,4 +1,4 @@
-"""The one exception for input that a user can mend, and what its sentences quote of other errors."""
+"""The exception for input that a user can correct, and helpers for its sentences."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 
 class UserError(ValueError):
-    """Bad input: the message is one sentence saying what is wrong, where, and how to mend it.
+    """Bad input: the message is one sentence that says what is wrong, where, and what to do.
 
-    Command lines print the message alone (no traceback) and exit with code 2.
+    Command lines print only the message (no traceback) and exit with code 2.
     """
 
 
 def require_at_least(least: int, values: Mapping[str, int | None]) -> None:
-    """Raise a `UserError` where one of some numbers is too small; None is none.
+    """Raise a `UserError` if a number is below ``least``; None is skipped.
 
     Args:
-        values: by what the user calls them, e.g. ``--max_images``.
+        values: numbers by the name that the user knows, e.g. ``--max_images``.
     """
     for name, value in values.items():
         if value is not None and value < least:
@@ -24,5 +24,5 @@ def require_at_least(least: int, values: Mapping[str, int | None]) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """Return what another library's error says in one line, for a sentence of ours: its type where it says nothing."""
+    """Return the first line of another library's error, to quote in a sentence; its type if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -18,15 +18,15 @@ def max_level(bits: int) -> int:
 
 
 def at_least_single(x: Tensor) -> Tensor:
-    """Return x in float32 where it is in half precision, else x itself.
+    """Return x in float32 if it is in half precision, else x itself.
 
-    Integers above 2,048 have no place in float16 (2^16 − 1 is infinite there), and below that x/δ is rounded twice.
+    float16 cannot represent all integers above 2,048 (2^16 − 1 is infinite there), and below that x/δ is rounded twice.
     """
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def quantize(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Return clamp(round(x/δ) + z, 0, 2^b − 1), in x's dtype, float32 at least; δ and z broadcast against x."""
+    """Return clamp(round(x/δ) + z, 0, 2^b − 1) in x's dtype or at least float32; δ and z broadcast against x."""
     return (torch.round(at_least_single(x) / delta) + zero_point).clamp_(0, max_level(bits))
 
 
@@ -48,7 +48,7 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, y, delta, zero_point = ctx.saved_tensors
-        # Inside means that rounding did not clamp: −½ ≤ x/δ + z ≤ 2^b − ½.
+        # "Inside" means not clamped: −½ ≤ x/δ + z ≤ 2^b − ½.
         low = (-0.5 - zero_point) * delta
         high = (max_level(ctx.bits) + 0.5 - zero_point) * delta
         inside = (x >= low) & (x <= high)
@@ -71,10 +71,10 @@ def fake_quantize(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Te
 
 
 def fake_quantize_inference(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """The same values as `fake_quantize`, without gradients; computed in float32 at least, returned in x's dtype.
+    """Return the values of `fake_quantize` without gradients, computed in at least float32, in x's dtype.
 
-    PyTorch's fused kernel is not used: it multiplies by 1/δ, so values on a rounding edge land elsewhere, and on
-    the CPU these in-place steps take a third of its time.
+    PyTorch's fused kernel is not used: it multiplies by 1/δ, so values on a rounding boundary may round differently,
+    and on the CPU these in-place operations take a third of its time.
     """
     if runs_fused(x, delta):
         return torch.ops.qdiff.fake_quantize(x, delta, zero_point, bits)

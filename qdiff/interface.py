@@ -1,8 +1,8 @@
-"""What a float network needs in order to be quantized: the only part of qdiff that model families import.
+"""The interface between float networks and the engine: what a network needs in order to be quantized.
 
 A family (a folder such as ``ddim/``) builds its network from ``nn.Conv1d/2d``, ``nn.Linear`` and
-:class:`AttentionCore`, offers its forward as a sequence of :class:`Step`, and registers itself with
-:func:`register_family`. The engine never learns more about it.
+:class:`AttentionCore`, provides its forward as a sequence of :class:`Step`, and registers itself with
+:func:`register_family`. The engine knows nothing else about it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 State = dict[str, Any]
-"""What a network carries from one step to the next: tensors (batch first) and lists of tensors."""
+"""The state of a forward between two steps: tensors (batch first) and lists of tensors, by name."""
 
 
 class AttentionCore(nn.Module):
@@ -37,22 +37,22 @@ class AttentionCore(nn.Module):
 
 
 def split_input(layer: nn.Module, at: int) -> nn.Module:
-    """Mark a layer whose input is a concatenation: its first ``at`` channels are one distribution, the rest another.
+    """Mark a layer whose input is a concatenation: its first ``at`` channels and the rest have two distributions.
 
-    With split quantization on, each part gets quantizers of its own (Q-Diffusion, section 4.2).
+    With split quantization, each part gets its own quantizers (Q-Diffusion, section 4.2).
     """
     layer.split_at = at
     return layer
 
 
-# Without eq: torch.compile asks for the hash of the object before its fields are there.
+# Without eq, because torch.compile takes the hash of the object before its fields are set.
 @dataclass(frozen=True, eq=False)
 class Step:
     """One step of a network's forward: the unit that reconstruction works on.
 
     Attributes:
         name: dotted path of ``module`` inside the network.
-        module: a block, or a single layer where there is no block around it.
+        module: a block, or a single layer that is not part of a block.
         inputs: reads the module's positional inputs from the state; must not change the state.
         output: stores the module's output in the state.
     """
@@ -69,8 +69,8 @@ class Step:
 class SteppedNetwork(nn.Module):
     """A network whose forward is a sequence of named steps over an explicit state.
 
-    Calibration advances stored activations from step to step, so a whole walk over the network costs one forward
-    of each block instead of one forward from the first layer for every block.
+    Calibration advances stored activations from step to step, so that a walk over the network costs one forward per
+    block, and not a forward from the first layer on for every block.
     """
 
     def start(self, *inputs: Tensor | None) -> State:
@@ -78,7 +78,7 @@ class SteppedNetwork(nn.Module):
         raise NotImplementedError
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps in execution order; modules are looked up now, so replaced layers are seen."""
+        """Yield the steps in execution order; modules are looked up at every call, to include replaced layers."""
         raise NotImplementedError
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
@@ -90,15 +90,15 @@ class SteppedNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Family:
-    """What the engine must know of a model family beyond its steps.
+    """What the engine must know about a model family besides its steps.
 
     Attributes:
         network: the class of its denoising network.
         published_names: (pattern, replacement) pairs that turn the engine's names into those of published
             checkpoint files, tried in order with ``re.sub``; only attention quantizers differ.
-        symmetric_softmax: pattern of the published names of those softmax quantizers that published checkpoints give
-            a symmetric range where activations are symmetric; None of none.
-        ends: names of the layer that takes the network's input and of the one that gives its output.
+        symmetric_softmax: pattern of the published names of softmax quantizers that have a symmetric range in published
+            checkpoints with symmetric activations; None if there are none.
+        ends: names of the layer that takes the network's input and of the layer that returns its output.
         middle: name of the module whose output is the input of the middle attention block.
     """
 
@@ -123,7 +123,7 @@ def register_family(family: Family) -> None:
 
 
 def family_of(network: nn.Module) -> Family:
-    """Return the registered family of a network; one that nobody registered gets the defaults."""
+    """Return the registered family of a network; an unregistered network gets the defaults."""
     for family in _FAMILIES:
         if isinstance(network, family.network):
             return family

@@ -1,4 +1,4 @@
-"""Modes of quantized leaves: temporary ones restore what was there; half precision of the weights is for good."""
+"""Modes of quantized leaves, which are temporary, and half precision of their weights, which is permanent."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def leaves(module: nn.Module) -> list[nn.Module]:
 def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -> Iterator[None]:
     """Quantize weights and/or activations of all leaves in ``modules`` inside the block.
 
-    Leaves without quantizers of a kind stay in float on that side. Weights are dequantized once, on entry, and
-    given up on exit unless an outer block still uses them.
+    Weights or activations of a leaf without quantizers for them stay in float. Weights are dequantized once, on entry,
+    and the dequantized copies are dropped on exit unless an outer block still uses them.
     """
     targets = [leaf for module in modules for leaf in leaves(module)]
     before = [(leaf.acts_quantized, getattr(leaf, "weights_quantized", False)) for leaf in targets]
@@ -50,16 +50,15 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
 
 @torch.no_grad()
 def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
-    """Store weights and biases of convolutions and linear layers in half precision, for good.
+    """Store weights and biases of convolutions and linear layers permanently in half precision.
 
-    Autocast casts them at every call (it keeps a cast weight only where the weight has a gradient), so what is computed
-    under autocast is the same to the bit, with one kernel and a copy less per tensor. Outside of autocast the network
-    no longer runs. A quantized layer must hold its dequantized weight by then, or be packed: step sizes stay as they
-    are.
+    Autocast would cast them at every call (it caches a cast weight only if the weight has a gradient). Results under
+    autocast are therefore the same to the bit, with one kernel and one copy less per tensor. Outside of autocast the
+    network no longer runs. The weights of quantized layers must be released or packed; step sizes are not changed.
 
     Args:
-        network: float, or a `qdiff.quant_model.QuantModel` after ``release_float_weights`` or ``pack_weights``.
-        dtype: float16 or bfloat16, autocast's.
+        network: float network, or a `qdiff.quant_model.QuantModel` after ``release_float_weights`` or ``pack_weights``.
+        dtype: autocast's dtype, float16 or bfloat16.
     """
     for module in network.modules():
         if not isinstance(module, (*QUANTIZABLE, QuantModule)):

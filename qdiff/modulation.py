@@ -1,4 +1,4 @@
-"""What a modulated layer carries from one step of a sampling trajectory to the next (MoDiff, Gao et al., ICML 2025)."""
+"""The state of a modulated layer from one step of a sampling trajectory to the next (MoDiff, Gao et al., ICML 2025)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from qdiff.functional import at_least_single
 
 
 class LayerMemory:
-    """The reconstruction of a layer's input so far, and the output that belongs to it.
+    """The reconstruction â of a layer's input, and the output o that belongs to it.
 
-    With â and o of the step before, a step quantizes only the change of its input: Δ = Q(a − â), then â ← â + Δ and
-    o ← o + W·Δ. What quantization loses of a change is part of the next one, so errors do not add up.
+    Given â and o of the previous step, a step quantizes only the change of its input: Δ = Q(a − â), then â ← â + Δ and
+    o ← o + W·Δ. The quantization error of a change becomes part of the next change, so errors do not add up.
 
     Args:
-        name: of the layer, for errors.
-        compensates: False forgets what quantization lost, as if â were a: errors then add up (an ablation).
+        name: name of the layer, for errors.
+        compensates: False stores a instead of â, which drops the quantization error: errors then add up (an ablation).
     """
 
     def __init__(self, name: str, compensates: bool = True) -> None:
@@ -33,11 +33,11 @@ class LayerMemory:
         return self.input is None
 
     def begin(self, x: Tensor, output: Tensor) -> Tensor:
-        """Remember the first step, and return its output."""
+        """Store the first step's input and output, and return the output."""
         if torch.is_grad_enabled() and (x.requires_grad or output.requires_grad):
             raise RuntimeError(f"modulation has no gradients; run {self.name} under torch.no_grad()")
-        # In float32 at least: under autocast, hundreds of half-precision additions would show. The input is copied: it
-        # may be the sampler's own x.
+        # At least float32: under autocast, the errors of hundreds of half-precision additions would become visible. The
+        # input is copied because it may be the sampler's own x.
         self.input, self.output = at_least_single(x).clone(), at_least_single(output)
         return output
 
@@ -45,24 +45,30 @@ class LayerMemory:
         """Return a − â.
 
         Raises:
-            RuntimeError: a batch of another shape: broadcasting would mix two trajectories without a word.
+            RuntimeError: the batch has another shape; broadcasting would silently mix two trajectories.
         """
         if x.shape != self.input.shape:
             raise RuntimeError(
-                f"{self.name} met a batch of shape {list(x.shape)} in a trajectory of {list(self.input.shape)}; open a "
-                "new trajectory for a new batch"
+                f"{self.name} got a batch of shape {list(x.shape)} in a trajectory of shape {list(self.input.shape)}; "
+                "open a new trajectory for a new batch"
             )
         return x - self.input
 
     def advance(self, x: Tensor, change: Tensor, output_change: Tensor) -> Tensor:
-        """Add the quantized change of the input to ``x``, and its output; return the output."""
-        # New tensors: what was returned the step before may still be in use.
+        """Add the quantized change of the input and the change of the output to the state; return the output.
+
+        Args:
+            x: the input of this step, which the ablation stores.
+            change: quantized change of the input.
+            output_change: output for that change.
+        """
+        # Not in place: the output returned at the previous step may still be in use.
         self.input = self.input + change if self.compensates else at_least_single(x)
         self.output = self.output + output_change
         return self.output.to(output_change.dtype)
 
     def clear(self) -> None:
-        """Forget everything: the next step is a first one."""
+        """Drop the state, so that the next step is a first one."""
         self.input = self.output = None
 
     @property
@@ -72,7 +78,7 @@ class LayerMemory:
 
 
 class Modulated(Protocol):
-    """A layer that remembers, while its memory is there."""
+    """A layer that modulates while its ``memory`` is not None."""
 
     memory: LayerMemory | None
     modulates: bool
@@ -80,14 +86,14 @@ class Modulated(Protocol):
 
 @contextlib.contextmanager
 def memories(layers: Mapping[str, Modulated], compensates: bool = True) -> Iterator[None]:
-    """Let the layers that modulate remember inside the block; what they remember is given up at its end.
+    """Give the layers that modulate a memory inside the block; it is dropped at the end.
 
     Args:
-        layers: by name.
+        layers: layers by name.
         compensates: see `LayerMemory`.
 
     Raises:
-        RuntimeError: one of them is in such a block already.
+        RuntimeError: a layer already has a memory.
     """
     modulating = {name: layer for name, layer in layers.items() if layer.modulates}
     if any(layer.memory is not None for layer in modulating.values()):

@@ -14,10 +14,10 @@ from qdiff.quantizer import act_quantizer
 
 
 class QuantAttention(nn.Module):
-    """Stands in for an `AttentionCore`: two explicit matmuls when quantized, the fused kernel when not.
+    """Replaces an `AttentionCore`: two explicit matmuls when quantized, the fused kernel otherwise.
 
-    State: ``act_quantizer_{q,k,v,w}`` where activations have a width; w is the softmax output, which has its own
-    width and is never negative.
+    State: ``act_quantizer_{q,k,v,w}`` if activations have a width; w is the softmax output, which has its own width
+    and is never negative.
     """
 
     def __init__(self, core: AttentionCore, config: QuantConfig) -> None:
@@ -26,7 +26,7 @@ class QuantAttention(nn.Module):
         self._float_core = core.forward
         if config.attention_widths is not None:
             bits, softmax_bits = config.attention_widths
-            # Attention does not modulate: in a modulated network its operands have dynamic ranges.
+            # Attention is not modulated: in a modulated network its operands have dynamic ranges.
             config = replace(config, act_dynamic=config.act_dynamic or config.modulate)
             for operand in "qkv":  # [N, heads, L, d]
                 quantizer = act_quantizer(config, bits, config.act_symmetric, False, channel_dim=-1)
@@ -39,9 +39,9 @@ class QuantAttention(nn.Module):
         if not self.acts_quantized:
             return self._float_core(q, k, v)
         scale = q.shape[-1] ** -0.5
-        if self.prescale:  # each operand carries the square root, so what is quantized is already scaled
+        if self.prescale:  # q and k are scaled by 1/√√d each, before they are quantized
             q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
         logits = self.act_quantizer_q(q) @ self.act_quantizer_k(k).transpose(-2, -1) * scale
-        # Quantized before it goes back to half precision, whose steps near 1 are wider than those of 16 bits.
+        # Quantize before returning to half precision, which near 1 is coarser than a 16-bit quantizer.
         weights = self.act_quantizer_w(F.softmax(at_least_single(logits), dim=-1))
         return weights.to(v.dtype) @ self.act_quantizer_v(v)

@@ -17,23 +17,23 @@ QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
 
 class QuantModule(WeightedModule):
-    """Stands in for an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Linear``; parameter names stay the same.
+    """Replaces an ``nn.Conv1d``, ``nn.Conv2d`` or ``nn.Linear``; parameter names stay the same.
 
     Args:
-        layer: the float layer; its parameters are taken over, not copied. ``layer.split_at`` (see
-            `qdiff.interface.split_input`) is where its input channels fall into two parts.
+        layer: the float layer; its parameters are shared, not copied. ``layer.split_at`` (see
+            `qdiff.interface.split_input`) is the channel at which its input is split into two parts.
         config: widths and ranges.
 
-    State beside the weight's (`qdiff.weight_forms`):
-        bias: of the float layer, or None.
-        act_quantizers: one per slice of the input channels (1, or 2 where split).
-        first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty leaves
-            it in float.
+    State in addition to the weight's (`qdiff.weight_forms`):
+        bias: bias of the float layer, or None.
+        act_quantizers: one per slice of the input channels (1, or 2 if split).
+        first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty if that
+            step stays in float.
     """
 
     def __init__(self, layer: nn.Module, config: QuantConfig) -> None:
         if getattr(layer, "padding_mode", "zeros") != "zeros":
-            raise ValueError(f"padding mode {layer.padding_mode} is not supported: only zeros are exact")
+            raise ValueError(f"padding mode {layer.padding_mode} is not supported; use padding_mode 'zeros'")
         boundary = getattr(layer, "split_at", None) if config.split_shortcut else None
         channels = layer.weight.shape[1]
         slices = [channels] if boundary is None else [boundary, channels - boundary]
@@ -55,7 +55,7 @@ class QuantModule(WeightedModule):
                 )
                 for _ in slices
             )
-        # Inside a trajectory: what the layer remembers of the step before.
+        # Inside a trajectory: the layer's state from the previous step.
         self.memory: LayerMemory | None = None
         # Modes, set by `qdiff.modes.leaf_modes`.
         self.weights_quantized = False
@@ -71,9 +71,9 @@ class QuantModule(WeightedModule):
         return self.apply_weight(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
 
     def _modulated(self, x: Tensor) -> Tensor:
-        """o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
+        """Return o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
         if self.memory is None:
-            raise RuntimeError("a modulated layer runs inside `with qnn.trajectory():`, opened once for every batch")
+            raise RuntimeError("a modulated layer needs a trajectory; open `with qnn.trajectory():` once per batch")
         if not self.memory.is_empty:
             return self.memory.advance(x, *self._product(self.memory.difference(x), self.act_quantizers, None))
         if len(self.first_quantizers) > 0:
@@ -90,20 +90,20 @@ class QuantModule(WeightedModule):
         return values, self.apply_weight(values, self._current_weight(), bias)
 
     def _current_weight(self) -> Tensor:
-        """Return the weight of the mode that the layer is in, in floating point."""
+        """Return the weight for the layer's current mode, in floating point."""
         return self.quantized_weight() if self.weights_quantized else self.float_weight()
 
     def assert_multiplies_integers(self, name: str) -> None:
-        """Raise a `UserError` with the layer's name where `qdiff.kernels.integer_matmul` cannot compute it."""
+        """Raise a `UserError` with the layer's name if `qdiff.kernels.integer_matmul` cannot compute it."""
         if self.geometry is not None and (self.geometry.groups != 1 or isinstance(self.geometry.padding, str)):
             raise UserError(
-                f"{name} has {self.geometry.groups} groups and padding {self.geometry.padding}; integer products are "
-                "of 1 group and padding in numbers: run this network simulated"
+                f"{name} has {self.geometry.groups} groups and padding {self.geometry.padding}, but integer products "
+                "need 1 group and numeric padding; run this network simulated"
             )
 
     @property
     def multiplies_integers(self) -> bool:
-        """Whether quantized inputs meet the weight as whole numbers (`qdiff.kernels.integer_matmul`)."""
+        """Whether quantized inputs and the weight are multiplied as integers (`qdiff.kernels.integer_matmul`)."""
         return self.weights_quantized and self.packed is not None and self.packed.multiplies_integers
 
     def _levels(self, x: Tensor, quantizers: nn.ModuleList) -> list[Levels]:
@@ -111,7 +111,7 @@ class QuantModule(WeightedModule):
         return [q.levels(part) for q, part in zip(quantizers, x.split(self.slices, self.channel_dim), strict=True)]
 
     def _integer_product(self, levels: list[Levels], bias: Tensor | None) -> Tensor:
-        """W·Q(x) + b: every slice has its step sizes, so their products are summed in floating point."""
+        """Return W·Q(x) + b; slices have different step sizes, so their products are summed in floating point."""
         integers = self.packed.integers().split(self.slices, dim=1)
         out = None
         for x, part, quantizer in zip(levels, integers, self.weight_quantizers, strict=True):
@@ -124,7 +124,7 @@ class QuantModule(WeightedModule):
         return out.add_(bias if self.geometry is None else bias.view(-1, *[1] * len(self.geometry.stride)))
 
     def apply_weight(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Return what the float layer computes with a weight.
+        """Return the float layer's output with the given weight and bias.
 
         Args:
             x: [N, …, C_in] for a linear layer, [N, C_in, …] for a convolution.
@@ -139,7 +139,7 @@ class QuantModule(WeightedModule):
 
     @property
     def channel_dim(self) -> int:
-        """Which dimension of an input holds its channels."""
+        """The dimension of an input that holds its channels."""
         return -1 if self.geometry is None else 1  # linear layers keep channels last
 
     def _quantized(self, x: Tensor, quantizers: nn.ModuleList) -> Tensor:
@@ -154,7 +154,7 @@ class QuantModule(WeightedModule):
 
 
 def _geometry_of(layer: nn.Module) -> Geometry | None:
-    """Return where a convolution applies its kernel; None for a linear layer."""
+    """Return the geometry of a convolution (where its kernel is applied); None for a linear layer."""
     if isinstance(layer, nn.Linear):
         return None
     return Geometry(layer.stride, layer.padding, layer.dilation, layer.groups)

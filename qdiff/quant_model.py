@@ -25,26 +25,26 @@ from qdiff.wrapping import replace_leaves
 class QuantModel(nn.Module):
     """Wraps a denoising network for post-training quantization.
 
-    The network's layers are replaced in place (parameters are shared, not copied), its parameters are frozen, and
-    the whole is put in eval mode: reconstruction and sampling run without dropout. Outside of `quantized` it
-    computes what the float network computed.
+    The network's layers are replaced in place (parameters are shared, not copied), its parameters are frozen, and it
+    is put in eval mode: reconstruction and sampling run without dropout. Outside of `quantized` it computes the same
+    as the float network.
 
     Args:
-        network: float weights loaded; a `qdiff.interface.SteppedNetwork` where it is to be calibrated.
+        network: network with float weights; a `qdiff.interface.SteppedNetwork` if it is to be calibrated.
         config: widths and ranges.
 
-    ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W]. Keywords are passed on, and
-    an attribute that this class does not have is the network's; ``config``, which both may have, is this class's, and
-    the network's own is ``qnn.model.config``.
+    ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W]. Keywords are passed on.
+    Attributes that this class does not have are looked up in the network; ``config`` is this class's, and the
+    network's is ``qnn.model.config``.
 
     Attributes:
-        left_in_float: layers with products that are not quantized, by name, each with the reason.
+        left_in_float: the reason why a layer with products is not quantized, by layer name.
     """
 
     def __init__(self, network: nn.Module, config: QuantConfig) -> None:
         super().__init__()
         if leaves(network):
-            raise UserError(f"this {type(network).__name__} is quantized already; wrap a float network")
+            raise UserError(f"this {type(network).__name__} is already quantized; wrap a float network")
         self.config = config
         self.family = family_of(network)
         self.model = network
@@ -55,7 +55,7 @@ class QuantModel(nn.Module):
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
         device = self.device
-        if device.type != "meta":  # of a network without values, the quantizers have theirs on the CPU
+        if device.type != "meta":  # quantizers have values even if the network has none, so they stay on the CPU
             for module in network.modules():
                 if isinstance(module, Quantizer):
                     module.to(device)
@@ -77,7 +77,7 @@ class QuantModel(nn.Module):
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def forward(self, *inputs: Tensor | None, **keywords: Any) -> Tensor:
-        while inputs and inputs[-1] is None:  # an absent condition is not passed on
+        while inputs and inputs[-1] is None:  # a missing condition is not passed on
             inputs = inputs[:-1]
         if self.config.ablation is Ablation.CLEARED_STATE:
             for layer in self.layers().values():
@@ -98,15 +98,15 @@ class QuantModel(nn.Module):
         return {n: m for n, m in self.model.named_modules() if isinstance(m, ActQuantizer)}
 
     def calibrated_act_quantizers(self) -> dict[str, ActQuantizer]:
-        """Return those whose range is state, not dynamic."""
+        """Return the activation quantizers whose range is state, not dynamic, by name."""
         return calibrated_act_quantizers(self.model)
 
     @contextlib.contextmanager
     def quantized(self, weights: bool = True, activations: bool = True) -> Iterator[QuantModel]:
-        """Quantize inside the block; a side whose width is None stays in float.
+        """Quantize inside the block; weights or activations whose width is None stay in float.
 
         Raises:
-            UserError: a quantizer that would be used was never set (no calibration, no checkpoint loaded).
+            UserError: a quantizer that would be used is not set (no calibration, no checkpoint loaded).
         """
         self.assert_initialised(weights, activations)
         with leaf_modes([self.model], weights=weights, activations=activations):
@@ -114,10 +114,10 @@ class QuantModel(nn.Module):
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[QuantModel]:
-        """Run one batch through a sampling trajectory: modulated layers remember the step before inside the block.
+        """Run one batch through a sampling trajectory: inside the block, modulated layers remember the previous step.
 
-        A new batch needs a new block. What is remembered is given up at the end, also on an exception. Without
-        modulation it does nothing.
+        Every batch needs its own block. The layers' state is dropped at the end, also on an exception. Without
+        modulation the block has no effect.
 
         Raises:
             RuntimeError: a trajectory is open already.
@@ -126,12 +126,12 @@ class QuantModel(nn.Module):
             yield self
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:
-        """Raise a `UserError` naming the first quantizer of the kinds asked for that was never set."""
+        """Raise a `UserError` that names the first quantizer of the requested kinds that is not set."""
         kinds = {"activation": activations, "weight": weights}
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, Quantizer) and kinds[_kind(m)]}
         if not found:
             return
-        # Stacked: read one by one, each would make the host wait for the GPU.
+        # Stacked, so that the host waits for the GPU only once.
         flags = torch.stack([m.initialised for m in found.values()]).tolist()
         for (name, module), initialised in zip(found.items(), flags, strict=True):
             if not initialised:
@@ -141,41 +141,46 @@ class QuantModel(nn.Module):
                 )
 
     def release_float_weights(self) -> None:
-        """Give up the float weights: from now on only ``quantized(weights=True)`` works, at the memory cost of float.
+        """Replace the float weights by dequantized ones; from now on only ``quantized(weights=True)`` works.
 
-        Native files can be written and loaded afterwards, published ones only loaded, and a state dict not at all.
+        Memory use is that of the float network. Afterwards native files can be written and loaded, published files can
+        only be loaded, and state dicts cannot be used.
 
         Raises:
-            UserError: a weight quantizer was never set.
+            UserError: a weight quantizer is not set.
         """
         self.assert_initialised(weights=True, activations=False)
         for layer in self.layers().values():
             layer.release_float_weight()
 
     def pack_weights(self, cache_bytes: int = 0, integer: bool = False) -> None:
-        """Keep nothing of the weights but their integers at their width, from now on; called again, it changes how.
+        """Keep only the integers of the weights, packed at their width; may be called again with other arguments.
 
-        ``with qnn.quantized():`` then dequantizes no weight beforehand. Each layer does so for its call, and computes
-        bit for bit what it computed before. Only native files can be written afterwards, and nothing be loaded; float
-        weights, calibration, state dicts and published files are a `UserError`.
+        ``with qnn.quantized():`` then dequantizes no weights in advance. Each layer dequantizes its weight when it is
+        called, and its result is the same to the bit. Afterwards native files can be written, but nothing can be
+        loaded; using float weights, calibration, state dicts or published files raises a `UserError`.
 
         Args:
-            cache_bytes: dequantized weights kept from call to call, of all layers together (`WeightCache`).
-            integer: quantized inputs meet quantized weights as integers (`qdiff.kernels.integer_matmul`), with the
-                result of the simulation up to float32's rounding. Attention's two products stay simulated, and so do
-                layers whose input is in float: outside of ``quantized(activations=True)``, under ``keep_ends`` the last
-                one, and in a modulated network without ``rest_bits`` the first step.
+            cache_bytes: size of the cache of dequantized weights that all layers share (`WeightCache`).
+            integer: multiply quantized inputs and weights as integers (`qdiff.kernels.integer_matmul`); results equal
+                the simulation's up to float32 rounding. Attention's two products stay simulated, and so do layers whose
+                input is in float: all layers outside of ``quantized(activations=True)``, the last layer under
+                ``keep_ends``, and in a modulated network without ``rest_bits`` all layers at the first step.
 
         Raises:
-            UserError: the weights have no width or were never quantized, or ``integer`` is asked for where the
-                activations have no width, where ranges differ by channel, or of a layer with groups.
+            UserError: the weights have no width or are not quantized yet; or ``integer`` is set and activations have no
+                width, ranges differ per channel, or a layer has groups.
         """
         if self.config.weight_bits is None:
-            raise UserError("the weights of this network have no width to be packed to; add --ptq and --weight_bit")
+            raise UserError(
+                "the weights of this network have no width and cannot be packed; add --ptq and --weight_bit"
+            )
         self.assert_initialised(weights=True, activations=False)
         if integer:
             self._assert_multiplies_integers()
-            int8_is_exact(self.device)  # found out now: this waits for the device, and no network call should
+            int8_is_exact(
+                self.device
+            )  # checked now because it waits for the device, which a network call should not do
         cache = WeightCache(cache_bytes)
         for layer in self.layers().values():
             layer.pack()
@@ -192,22 +197,22 @@ class QuantModel(nn.Module):
         return any(layer.form is WeightForm.PACKED for layer in self.layers().values())
 
     def reset_fired(self) -> None:
-        """Start counting anew how often each activation quantizer fires."""
+        """Reset the count of how often each activation quantizer fired."""
         for quantizer in self.act_quantizers().values():
             quantizer.fired = 0
 
     def silent_quantizers(self) -> list[str]:
-        """Return the activation quantizers that did not fire since the last reset."""
+        """Return the names of the activation quantizers that have not fired since the last reset."""
         return [name for name, quantizer in self.act_quantizers().items() if quantizer.fired == 0]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        for layer in self.layers().values():  # before anything is loaded
+        for layer in self.layers().values():  # check all layers before loading anything
             layer.assert_loads_state_dict()
         super()._load_from_state_dict(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is; the shapes that packed layers keep of their float weights are nowhere."""
+        """Device of the network, ignoring the meta tensors that keep the shapes of packed weights."""
         parameters = list(self.parameters())
         return next((p for p in parameters if not p.is_meta), parameters[0]).device
 

@@ -1,4 +1,4 @@
-"""Quantizers: modules that hold a step size, a zero point and whether they were set."""
+"""Quantizers: modules that hold a step size, a zero point and a flag that says whether these are set."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from qdiff.ranges.range_estimator import RangeEstimator
 
 
 class Quantizer(nn.Module):
-    """State of a uniform affine quantizer; everything is registered from construction.
+    """State of a uniform affine quantizer; all buffers are registered at construction.
 
     Args:
         bits: width.
         symmetric: the zero point stays in the middle of the levels.
-        unsigned: the input is never negative (softmax): the zero point stays 0.
-        shape: shape of δ and z; () is one for the whole tensor.
+        unsigned: the input is never negative (softmax), so the zero point stays 0.
+        shape: shape of δ and z; () is one pair for the whole tensor.
 
-    State: ``delta`` float32 (float64 after `double`; half precision does not narrow it), ``zero_point`` int32,
-    ``initialised`` bool.
+    State: ``delta`` float32 (float64 after `double`; conversion to half precision leaves it in float32),
+    ``zero_point`` int32, ``initialised`` bool.
     """
 
     def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False, shape: tuple[int, ...] = ()) -> None:
@@ -38,13 +38,13 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def set(self, delta: Tensor, zero_point: Tensor) -> None:
-        """Take over a step size and a zero point of the right shape."""
+        """Set the step size and the zero point; both must have the quantizer's shape."""
         self.delta.copy_(delta)
         self.zero_point.copy_(zero_point)
         self.initialised.fill_(True)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
-        """Move or convert; a step size stays in float32 at least: that of 16 bits is hardly a float16 number."""
+        """Move or convert the module, but keep δ in at least float32: 16-bit step sizes underflow in float16."""
 
         def kept_wide(t: Tensor) -> Tensor:
             made = fn(t)
@@ -58,12 +58,12 @@ class Quantizer(nn.Module):
 
 
 class ActQuantizer(Quantizer):
-    """Quantizes a tensor on its way through the network, or watches it to choose a range.
+    """Quantizes an activation tensor, or observes it to choose a range.
 
     Attributes:
-        fired: how often it quantized (not state: counts since construction or the last reset).
+        fired: how often it has quantized since construction or the last reset (not part of the state).
         observer: while set, values pass unchanged and are recorded.
-        dropping: while set, decides which elements stay in float (QDrop); only while something is learned.
+        dropping: while set, decides which elements stay in float (QDrop); used only during reconstruction.
     """
 
     def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
@@ -84,33 +84,33 @@ class ActQuantizer(Quantizer):
         return fake_quantize_inference(x, delta, zero_point, self.bits)
 
     def levels(self, x: Tensor) -> Levels:
-        """Return the integers of which `forward` returns the values; without gradients, and nothing is watched."""
+        """Return the integers behind the values that `forward` returns, without gradients and without observing."""
         self.fired += 1
         delta, zero_point = self.range_of(x)
         return Levels(quantize(x, delta, zero_point, self.bits), delta, zero_point, self.bits)
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the δ and z by which a tensor is quantized; they broadcast against it."""
+        """Return the δ and z that quantize a tensor; they broadcast against it."""
         return self.delta, self.zero_point
 
     def settle(self) -> None:
-        """End observing: take the range of what was seen."""
+        """End observing and set the range from the observed values."""
         self.set(*self.observer.qparams(self.bits, self.symmetric, self.unsigned))
         self.observer = None
 
 
 class DynamicActQuantizer(ActQuantizer):
-    """Has a dynamic range, computed from the tensor at every call; gradients do not flow.
+    """Quantizes with a dynamic range, computed from the tensor at every call; gradients do not flow.
 
     Args:
-        scale_per: what shares a range.
-        channel_dim: dimension of the channels in the tensors that come.
+        scale_per: what shares one range.
+        channel_dim: channel dimension of the tensors.
     """
 
     def __init__(self, bits: int, symmetric: bool, unsigned: bool, scale_per: ScalePer, channel_dim: int) -> None:
         super().__init__(bits, symmetric, unsigned)
         self.scale_per, self.channel_dim = scale_per, channel_dim
-        self.initialised.fill_(True)  # there is nothing to set
+        self.initialised.fill_(True)  # no range has to be set
 
     def forward(self, x: Tensor) -> Tensor:
         self.fired += 1
@@ -121,7 +121,7 @@ class DynamicActQuantizer(ActQuantizer):
         over = [d for d in range(x.dim()) if d != kept]
         low, high = x.amin(over, keepdim=kept is not None), x.amax(over, keepdim=kept is not None)
         if self.scale_per is ScalePer.TENSOR:
-            low, high = low.double(), high.double()  # as published, where one range is a pair of Python's numbers
+            low, high = low.double(), high.double()  # the published code uses Python floats for a single range
         delta, zero_point = qparams(low, high, self.bits, self.symmetric, self.unsigned)
         return delta.to(x.dtype), zero_point
 
@@ -140,7 +140,7 @@ class WeightQuantizer(Quantizer):
 
 
 def act_quantizer(config: QuantConfig, bits: int, symmetric: bool, unsigned: bool, channel_dim: int) -> ActQuantizer:
-    """Return a quantizer of the kind that a config asks for.
+    """Return an activation quantizer with a dynamic or a calibrated range, as the config asks.
 
     Args:
         channel_dim: see `DynamicActQuantizer`.

@@ -1,4 +1,4 @@
-"""The forms that a layer holds its weight in, and the ways from one to another (docs/architecture.md lists all)."""
+"""The forms in which a layer holds its weight, and the transitions between them (docs/architecture.md lists them)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from qdiff.quantizer import WeightQuantizer
 from qdiff.ranges.estimators import estimate
 
 RELEASED = "the float weights of this network were released"
-DEQUANTIZED_AT_A_TIME = 1 << 17  # weights: their three passes stay in a cache
+DEQUANTIZED_AT_A_TIME = 1 << 17  # number of weights; small enough for the three passes over them to stay in the cache
 
 
 class WeightForm(Enum):
-    """What a layer holds of its weight."""
+    """The form in which a layer holds its weight."""
 
-    FLOAT = "float"  # the float weight; where it has a width, the integers too, set once its quantizers are
-    SOFT = "softly rounded"  # as FLOAT; a function of what is learned gives the weight to compute with
-    DEQUANTIZED = "dequantized"  # as FLOAT, and δ·(q − z), so that a step of sampling costs what float costs
-    RELEASED = "released"  # δ·(q − z) in the place of the float weight, and the integers
-    PACKED = "packed"  # the integers at their width alone
+    FLOAT = "float"  # the float weight; if it has a width, also the integers, valid once its quantizers are set
+    SOFT = "softly rounded"  # as FLOAT, but a function of the learned roundings returns the weight to compute with
+    DEQUANTIZED = "dequantized"  # as FLOAT, plus δ·(q − z), so that a sampling step takes as long as in float
+    RELEASED = "released"  # δ·(q − z) in place of the float weight, plus the integers
+    PACKED = "packed"  # only the integers, packed at their width
 
 
 TRANSITIONS: Mapping[WeightForm, tuple[WeightForm, ...]] = MappingProxyType(
@@ -40,29 +40,29 @@ TRANSITIONS: Mapping[WeightForm, tuple[WeightForm, ...]] = MappingProxyType(
         WeightForm.PACKED: (),
     }
 )
-"""Which forms each form can become; whatever is not here is an error. To stay as it is, a form may always."""
+"""The forms that each form can become; other transitions are errors. Staying in the same form is always allowed."""
 
 
 class WeightedModule(nn.Module):
     """A module with one weight, which can be quantized.
 
-    It is the base of a layer and not a part of it because state dicts and published files have these tensors under the
-    layer's own name.
+    It is the base class of a layer, not a submodule, because state dicts and published files store these tensors under
+    the layer's own name.
 
     Args:
-        weight: the float weight [C_out, C_in, …]; taken over, not copied.
-        slices: how many of the input channels share a quantizer; one number, or two where the layer is split.
+        weight: the float weight [C_out, C_in, …]; shared, not copied.
+        slices: number of input channels per weight quantizer: one number, or two if the layer is split.
         config: the weight's width, and whether its ranges are symmetric.
 
     State:
-        weight: the float weight; RELEASED: δ·(q − z); PACKED: a shape without values.
-        weight_int: uint8, weight's shape: the quantized weight, whatever rounding made it. PACKED: None. A weight
-            without a width has none.
-        weight_quantizers: one per slice; none where the weight has no width.
+        weight: the float weight; if RELEASED, δ·(q − z); if PACKED, a shape without values.
+        weight_int: the quantized weight, however it was rounded, as uint8 in the weight's shape; None if PACKED. A
+            weight without a width does not have it.
+        weight_quantizers: one per slice; empty if the weight has no width.
 
     Not in the state dict:
-        weight_dequantized: DEQUANTIZED: δ·(q − z). Otherwise None.
-        packed: PACKED: the integers. Otherwise None.
+        weight_dequantized: δ·(q − z) if DEQUANTIZED, else None.
+        packed: the integers if PACKED, else None.
     """
 
     def __init__(self, weight: nn.Parameter, slices: list[int], config: QuantConfig) -> None:
@@ -81,7 +81,7 @@ class WeightedModule(nn.Module):
 
     @property
     def form(self) -> WeightForm:
-        """The form that the weight is in; the methods below change it."""
+        """Current form of the weight; the methods below change it."""
         return self._form
 
     def _assert_may_become(self, form: WeightForm) -> None:
@@ -90,15 +90,17 @@ class WeightedModule(nn.Module):
         if form is self._form or form in TRANSITIONS[self._form]:
             return
         if self._form is WeightForm.SOFT:
-            raise RuntimeError(f"a weight whose rounding is being learned cannot become {form.value}; end that first")
+            raise RuntimeError(
+                f"a weight whose rounding is being learned cannot become {form.value}; end the learning first"
+            )
         self._assert_not_packed()
-        raise RuntimeError(f"{RELEASED}; load it anew to calibrate it or to run it in float")
+        raise RuntimeError(f"{RELEASED}; load it again to calibrate it or to run it in float")
 
     def _assert_not_packed(self) -> None:
         if self._form is WeightForm.PACKED:
-            raise UserError(f"{PACKED}; load it anew to calibrate it or to run it in float")
+            raise UserError(f"{PACKED}; load it again to calibrate it or to run it in float")
 
-    # What the weight is
+    # Reading the weight
 
     def float_weight(self) -> Tensor:
         """Return the float weight.
@@ -109,15 +111,15 @@ class WeightedModule(nn.Module):
         """
         self._assert_not_packed()
         if self._form is WeightForm.RELEASED:
-            raise RuntimeError(f"{RELEASED}; load it anew to calibrate it or to run it in float")
+            raise RuntimeError(f"{RELEASED}; load it again to calibrate it or to run it in float")
         return self.weight
 
     def weight_slices(self) -> Sequence[Tensor]:
-        """Return views of the float weight, one per slice; errors as `float_weight`."""
+        """Return views of the float weight, one per slice; raises the same errors as `float_weight`."""
         return self.float_weight().detach().split(self.slices, dim=1)
 
     def quantized_weight(self) -> Tensor:
-        """Return the weight that a quantized layer computes with, in floating point; FLOAT becomes DEQUANTIZED."""
+        """Return the weight that a quantized layer uses, in floating point; FLOAT becomes DEQUANTIZED."""
         if self._form is WeightForm.SOFT:
             return self._soft_weight()
         if self._form is WeightForm.RELEASED:
@@ -129,7 +131,7 @@ class WeightedModule(nn.Module):
 
     @torch.no_grad()
     def dequantized_weight(self) -> Tensor:
-        """Return δ·(q − z), weight's shape and dtype, computed now."""
+        """Compute and return δ·(q − z), with the weight's shape and dtype."""
         integers = self.integers()
         weight = torch.empty(integers.shape, dtype=self.weight.dtype, device=integers.device)
         rows = max(1, DEQUANTIZED_AT_A_TIME // weight[0].numel())
@@ -141,20 +143,20 @@ class WeightedModule(nn.Module):
         return weight
 
     def integers(self) -> Tensor:
-        """Return the quantized weight as whole numbers, uint8."""
+        """Return the quantized weight as integers, uint8."""
         return self.weight_int if self.packed is None else self.packed.integers()
 
     def packed_integers(self) -> Tensor:
-        """Return the quantized weight as integers at their width (`qdiff.kernels.packing`), uint8."""
+        """Return the quantized weight as integers packed at their width (`qdiff.kernels.packing`), uint8."""
         if self.packed is not None:
             return self.packed.stream
         return pack(self.weight_int, self.weight_quantizers[0].bits)
 
-    # New integers, in the form that there is
+    # Setting the integers, in the current form
 
     @torch.no_grad()
     def init_weight_ranges(self, method: str) -> None:
-        """Choose δ and z per output channel and round every weight to the nearest level; errors as `float_weight`."""
+        """Choose δ and z per output channel and round all weights to nearest; raises the errors of `float_weight`."""
         integers = []
         for quantizer, part in zip(self.weight_quantizers, self.weight_slices(), strict=True):
             quantizer.set(*estimate(part, quantizer.bits, method, quantizer.symmetric, per_channel=True))
@@ -163,10 +165,10 @@ class WeightedModule(nn.Module):
 
     @torch.no_grad()
     def set_weight_int(self, integers: Tensor) -> None:
-        """Take over quantized weights; what was dequantized before is given up, or in a RELEASED weight replaced.
+        """Set the quantized weight. A dequantized copy is dropped; a RELEASED weight is replaced.
 
         Args:
-            integers: whole numbers in range, of any dtype, in the weight's shape.
+            integers: levels within the width, of any dtype, in the weight's shape.
 
         Raises:
             UserError: the weight is PACKED.
@@ -177,10 +179,10 @@ class WeightedModule(nn.Module):
         if self._form is WeightForm.RELEASED:
             self.weight.copy_(self.dequantized_weight())
 
-    # From form to form
+    # Changing the form
 
     def hold_dequantized(self) -> None:
-        """FLOAT becomes DEQUANTIZED; the other forms, which have another weight to compute with, stay."""
+        """FLOAT becomes DEQUANTIZED; the other forms already have a weight to compute with, and stay."""
         if self._form is WeightForm.FLOAT:
             self._assert_may_become(WeightForm.DEQUANTIZED)
             self.weight_dequantized, self._form = self.dequantized_weight(), WeightForm.DEQUANTIZED
@@ -210,9 +212,9 @@ class WeightedModule(nn.Module):
 
     @torch.no_grad()
     def release_float_weight(self) -> None:
-        """FLOAT or DEQUANTIZED becomes RELEASED, so that no second copy is held; the dequantized weight must be right.
+        """FLOAT or DEQUANTIZED becomes RELEASED, which holds no second copy; a dequantized weight must be up to date.
 
-        PACKED stays, and so does a weight without a width.
+        A PACKED weight and a weight without a width stay as they are.
 
         Raises:
             RuntimeError: the weight is SOFT.
@@ -224,10 +226,10 @@ class WeightedModule(nn.Module):
         self.weight_dequantized, self._form = None, WeightForm.RELEASED
 
     def pack(self, stream: Tensor | None = None) -> None:
-        """Any form but SOFT becomes PACKED.
+        """Any form except SOFT becomes PACKED.
 
         Args:
-            stream: the integers, where they come from a file; otherwise the layer's own.
+            stream: packed integers from a file; None packs the layer's own.
 
         Raises:
             RuntimeError: the weight is SOFT.
@@ -244,15 +246,15 @@ class WeightedModule(nn.Module):
     # State dicts and devices
 
     def assert_loads_state_dict(self) -> None:
-        """Raise an error where a state dict cannot be loaded: the weight is RELEASED or PACKED."""
+        """Raise an error if no state dict can be loaded, because the weight is RELEASED or PACKED."""
         if self._form is WeightForm.RELEASED:
-            raise RuntimeError(f"{RELEASED}; build it anew to load a state dict")
+            raise RuntimeError(f"{RELEASED}; build it again to load a state dict")
         if self._form is WeightForm.PACKED:
-            raise UserError(f"{PACKED} to overwrite; build it anew to load a state dict")
+            raise UserError(f"{PACKED} to overwrite; build it again to load a state dict")
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.assert_loads_state_dict()
-        self.drop_dequantized()  # it would be of the integers before
+        self.drop_dequantized()  # it belongs to the old integers
         super()._load_from_state_dict(*args, **kwargs)
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
@@ -261,7 +263,7 @@ class WeightedModule(nn.Module):
         super()._save_to_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> WeightedModule:
-        """Move or convert the module; of a PACKED weight, `weight` (shape and dtype alone) stays on the meta device."""
+        """Move or convert the module; `weight` of a PACKED module, only a shape and dtype, stays on the meta device."""
         if self._form is not WeightForm.PACKED:
             return super()._apply(fn, recurse)
         shape, self.weight = self.weight, None

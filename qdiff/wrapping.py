@@ -1,4 +1,4 @@
-"""Which layers of a float network are replaced by quantized ones, and how; the others stay in float and are named."""
+"""Replace layers of a float network by quantized ones, and report the layers that stay in float."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qdiff.quant_layer import QUANTIZABLE, QuantModule
 
 log = logging.getLogger("qdiff")
 
-NAMED_AT_MOST = 3  # in one line of the log
+NAMED_AT_MOST = 3  # layers named in one log line
 _OF_PRODUCTS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 _HOOKS = (
     "_forward_hooks",
@@ -32,17 +32,17 @@ _HOOKS = (
 
 
 def replace_leaves(network: nn.Module, config: QuantConfig, ends: tuple[str, str] | None) -> dict[str, str]:
-    """Replace convolutions, linear layers and attention cores in place; parameters and hooks are taken over.
+    """Replace convolutions, linear layers and attention cores in place; parameters and hooks are kept.
 
-    A layer is replaced only where its class computes what `QuantModule` computes. A module that is used in several
-    places is replaced by one module in all of them. A parameter that several layers share gets a copy for each but the
-    first: each has integers of its own.
+    A layer is replaced only if its class computes what `QuantModule` computes. A module that is used in several
+    places is replaced by one module in all of them. Of a parameter shared by several layers, all layers but the first
+    get a copy, because each layer has its own integers.
 
     Args:
         ends: see `QuantConfig.of_layer`.
 
     Returns:
-        By name, the layers with products that stay in float, each with the reason.
+        The reason why a layer with products stays in float, by layer name.
     """
     left: dict[str, str] = {}
     replaced: dict[nn.Module, nn.Module] = {}
@@ -60,7 +60,7 @@ def replace_leaves(network: nn.Module, config: QuantConfig, ends: tuple[str, str
                     child.weight = nn.Parameter(child.weight.detach().clone())
                 weights.add(id(child.weight))
                 made = QuantModule(child, config.of_layer(path, ends))
-            for hooks in _HOOKS:  # the same dicts, so that handles still remove what they added
+            for hooks in _HOOKS:  # keep the same dicts, so that existing handles can still remove their hooks
                 setattr(made, hooks, getattr(child, hooks))
             replaced[child] = made
         setattr(parent, name, replaced[child])
@@ -72,10 +72,10 @@ def replace_leaves(network: nn.Module, config: QuantConfig, ends: tuple[str, str
 
 
 def _children(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:
-    """Yield (parent, path, name, child) of every place of a layer with products, shared ones at each of their places.
+    """Yield (parent, path, name, child) for every layer with products; shared layers come once per place.
 
-    What lies inside a layer that computes by itself, such as the projection of ``nn.MultiheadAttention``, is its own
-    affair.
+    Layers inside a module with a computation of its own, such as the projection of ``nn.MultiheadAttention``, are
+    skipped.
     """
     seen: set[nn.Module] = set()
 
@@ -96,7 +96,7 @@ def _children(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Modu
 
 
 def why_not(layer: nn.Module) -> str | None:
-    """Return why a layer with products stays in float; None where it is replaced."""
+    """Return why a layer with products stays in float; None if it is replaced."""
     kind = type(layer).__name__
     if isinstance(layer, AttentionCore):
         own = type(layer).forward is not AttentionCore.forward

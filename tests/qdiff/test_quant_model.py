@@ -253,5 +253,5 @@ def test_there_is_no_training_mode(tiny_network):
 
 def test_a_quantized_network_is_not_wrapped_again(tiny_network):
     QuantModel(tiny_network, QuantConfig(weight_bits=8))
-    with pytest.raises(UserError, match="quantized already"):
+    with pytest.raises(UserError, match="already quantized"):
         QuantModel(tiny_network, QuantConfig(weight_bits=4))

@@ -58,7 +58,7 @@ def test_one_float_copy_of_the_weights_is_held(calibrated, held_out):
 def test_float_weights_are_an_error_afterwards(calibrated, held_out):
     qnn = calibrated(**W4A8)
     qnn.release_float_weights()
-    with pytest.raises(RuntimeError, match="were released; load it anew"):
+    with pytest.raises(RuntimeError, match="were released; load it again"):
         qnn(*held_out)
     with pytest.raises(RuntimeError, match="were released"), qnn.quantized(weights=False):
         qnn(*held_out)
@@ -132,5 +132,5 @@ def test_a_state_dict_is_refused_afterwards(calibrated):
     qnn = calibrated(**W4A8)
     state = copy.deepcopy(qnn.state_dict())
     qnn.release_float_weights()
-    with pytest.raises(RuntimeError, match="build it anew"):
+    with pytest.raises(RuntimeError, match="build it again"):
         qnn.load_state_dict(state)

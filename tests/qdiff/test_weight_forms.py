@@ -94,10 +94,10 @@ def test_the_float_weight_is_there_or_an_error(form):
     module = in_form(form)
     for asked in (module.float_weight, module.weight_slices, lambda: module.init_weight_ranges(RangeMethod.MIN_MAX)):
         if form is F.RELEASED:
-            with pytest.raises(RuntimeError, match="were released; load it anew to calibrate"):
+            with pytest.raises(RuntimeError, match="were released; load it again to calibrate"):
                 asked()
         elif form is F.PACKED:
-            with pytest.raises(UserError, match=r"is packed .*; load it anew to calibrate"):
+            with pytest.raises(UserError, match=r"is packed .*; load it again to calibrate"):
                 asked()
         else:
             asked()
@@ -131,7 +131,7 @@ def test_state_dicts(form):
     else:
         assert module.state_dict().keys() == weighted().state_dict().keys()
     if form in (F.RELEASED, F.PACKED):
-        with pytest.raises((RuntimeError, UserError), match="build it anew to load a state dict"):
+        with pytest.raises((RuntimeError, UserError), match="build it again to load a state dict"):
             module.load_state_dict(other.state_dict())
         return
     module.load_state_dict(other.state_dict())

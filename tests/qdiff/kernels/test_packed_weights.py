@@ -152,7 +152,7 @@ def test_calibration(method, calibrated, data, held_out):
     qnn = calibrated(**W4A8)
     expected = outputs(qnn, held_out)
     qnn.pack_weights()
-    with pytest.raises(UserError, match=r"packed.*load it anew to calibrate"):
+    with pytest.raises(UserError, match=r"packed.*load it again to calibrate"):
         calibrations()[method](qnn, data)
     assert same(outputs(qnn, held_out), expected)
 
@@ -161,7 +161,7 @@ def test_calibration_of_changes(calibrated, data):
     qnn = calibrated(weight_bits=4, act_bits=8, modulate=True)
     qnn.pack_weights()
     pairs = CalibrationSet(tuple(torch.stack([part, part], dim=1) for part in data.inputs))
-    with pytest.raises(UserError, match=r"packed.*load it anew to calibrate"):
+    with pytest.raises(UserError, match=r"packed.*load it again to calibrate"):
         modiff.calibrate_changes(qnn, pairs, ChangesConfig(batch_size=2), CalibrationRun(show_progress=False))
 
 
@@ -181,9 +181,9 @@ def test_state_dicts(calibrated, wrap):
     for part in (qnn, qnn.model, qnn.layers()["conv_in"]):
         with pytest.raises(UserError, match="save the native format"):
             part.state_dict()
-    with pytest.raises(UserError, match="build it anew"):
+    with pytest.raises(UserError, match="build it again"):
         qnn.load_state_dict(state)
-    with pytest.raises(UserError, match="build it anew"):
+    with pytest.raises(UserError, match="build it again"):
         qnn.model.load_state_dict({n.removeprefix("model."): v for n, v in state.items()})
     assert all(torch.equal(b, before[n]) for n, b in qnn.named_buffers())
 
@@ -216,7 +216,7 @@ def test_an_uncalibrated_network_keeps_its_weights(wrap, held_out):
 
 
 def test_weights_without_a_width(calibrated):
-    with pytest.raises(UserError, match="no width to be packed to; add --ptq and --weight_bit"):
+    with pytest.raises(UserError, match="no width and cannot be packed; add --ptq and --weight_bit"):
         calibrated(weight_bits=None, act_bits=8).pack_weights()
 
 
