@@ -1,1 +1,1 @@
-"""Quantized networks as other programs run them."""
+"""Quantized networks in other runtimes: export to ONNX, and running the exported models."""

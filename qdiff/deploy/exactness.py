@@ -1,7 +1,7 @@
-"""Which integer products of a runtime are exact on this CPU, found by running a model of extremes on it.
+"""Find out which integer products of a runtime are exact on this CPU, by running a model with extreme integers.
 
-CPUs without VNNI multiply bytes in pairs and add each pair in 16 bits. Two products of 255·127 do not fit: sums
-saturate, a layer's output is off by up to a half, and nothing is said. Two of 255·64 do.
+CPUs without VNNI multiply bytes in pairs and add each pair in 16 bits. Two products of 255·127 do not fit: their sum
+saturates silently, and a layer's output is wrong by up to a half. Two products of 255·64 fit.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ Open = Callable[[Any, int], Callable[[dict], list[np.ndarray]]]
 
 
 def check_exact(runtime: OnnxRuntime) -> ProductLimits:
-    """Return how models must be lowered for a runtime's products to be exact here.
+    """Return the limits that models must be lowered to for a runtime's products to be exact on this CPU.
 
     Raises:
-        UserError: they are not, however models are lowered.
+        UserError: no lowering makes them exact.
     """
     limits = _exact_lowering(runtime.changes, runtime.open)
     if limits is None:
@@ -48,13 +48,13 @@ def _exact_lowering(changes: Changes, open_runtime: Open) -> ProductLimits | Non
     limits = limits_of(changes, open_runtime)
     if limits is None or limits == ProductLimits():
         return limits
-    # What was lowered to keep within the limits is run as well.
+    # Also run a model that was lowered to keep within the limits.
     return limits if all(_exact_products(changes, open_runtime, MIDDLE, limits)) else None
 
 
 @functools.cache
 def limits_of(changes: Changes, open_runtime: Open) -> ProductLimits | None:
-    """Return which products of a runtime are exact as they are, or None: not even those of half the range.
+    """Return which products of a runtime are exact without lowering for limits; None if not even half the range is.
 
     Args:
         changes: how the runtime's models are lowered (`qdiff.deploy.runtime.OnnxRuntime`).
@@ -68,7 +68,7 @@ def limits_of(changes: Changes, open_runtime: Open) -> ProductLimits | None:
 
 
 def _exact_products(changes: Changes, open_runtime: Open, largest: int, limits: ProductLimits) -> list[bool]:
-    """Return which outputs of `_extremes` come out right: those of weights, then that of two activations."""
+    """Return which outputs of `_extremes` are right: those of products with weights, then that of two activations."""
     model = _extremes(largest)
     lower(model, changes(limits))
     signed = np.where(np.arange(COLUMNS) % 2 == 0, MIDDLE - 1, -MIDDLE).astype(np.float32)
@@ -86,13 +86,13 @@ def _exact_products(changes: Changes, open_runtime: Open, largest: int, limits: 
 
 
 def _alternating(largest: int) -> np.ndarray:
-    """Return each output channel's integer, with 128 as zero point: the largest weight and its negative in turn."""
+    """Return the integer of each output channel: ±largest in turn, plus the zero point 128."""
     signs = np.where(np.arange(CHANNELS) % 2 == 0, largest, -largest)
     return (np.minimum(signs, MIDDLE - 1) + MIDDLE).astype(np.uint8)
 
 
 def _extremes(largest: int) -> onnx.ModelProto:
-    """Convolutions, a linear layer and a product of two activations; all of the largest integers, weights as given."""
+    """Return a model of convolutions, a linear layer and a product of two activations, whose weights are ±largest."""
     from onnx import TensorProto, helper, numpy_helper
 
     def integers(*kernel: int) -> np.ndarray:

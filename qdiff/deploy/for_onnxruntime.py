@@ -1,7 +1,7 @@
-"""ONNX Runtime, and what its integer kernels take: matrix products.
+"""ONNX Runtime, and the rewriting of models for its integer kernels: matrix products.
 
-Its integer convolution wants its output quantized too, but its integer matrix product gives float32, and takes zero
-points: a convolution becomes a product of the windows of its input.
+Its integer convolution needs a quantized output, too. Its integer matrix product returns float32 and accepts zero
+points, so a convolution becomes a matrix product with the windows of its input.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from qdiff.deploy.onnx_lowering import ProductLimits
 
-OWN = "com.microsoft"  # the domain of the runtime's own operations
+OWN = "com.microsoft"  # domain of the runtime's own operations
 
 
 def _as_matrix_product(graph: Rewriting, product: onnx.NodeProto, given: onnx.NodeProto, weight: Weight) -> None:
@@ -33,7 +33,7 @@ def _as_matrix_product(graph: Rewriting, product: onnx.NodeProto, given: onnx.No
         graph.nodes.append(product)
         return
     rows = np.moveaxis(integers, (0, 1), (-1, -2)).reshape(-1, len(integers))
-    # Without zero points it need not sum the rows of its first operand. An input without a name is one left out.
+    # Without zero points, the kernel need not sum the rows of its first operand. An empty name leaves an input out.
     zeros = graph.constant(f"{output}.zeros", zero_points) if zero_points.any() else ""
     operands = [windows, graph.constant(f"{output}.rows", rows), scale, weight.scale, zero_point, zeros]
     made = f"{output}.product" if is_conv else output
@@ -44,7 +44,12 @@ def _as_matrix_product(graph: Rewriting, product: onnx.NodeProto, given: onnx.No
 
 
 def _windows(graph: Rewriting, conv: onnx.NodeProto, integers: str, zero_point: str, weight: Weight) -> str | None:
-    """Append what gathers a convolution's windows as integers, [N, …, K·I]; None for what no network here has."""
+    """Append nodes that gather a convolution's windows as integers, [N, …, K·I].
+
+    Returns:
+        The name of the output; None if the convolution cannot be rewritten (sizes that are not fixed, groups, dilation
+        or automatic padding), which no network here has.
+    """
     from onnx import helper
 
     channels, *kernel = weight.integers.shape[1:]
@@ -54,7 +59,7 @@ def _windows(graph: Rewriting, conv: onnx.NodeProto, integers: str, zero_point: 
     plain = attributes.get("auto_pad", b"NOTSET") == b"NOTSET" and attributes.get("group", 1) == 1
     if size is None or not plain or any(d != 1 for d in attributes.get("dilations", [])):
         return None
-    name = f"{integers}.windows.{_text(*kernel, *strides, *pads)}"  # products of one input share them
+    name = f"{integers}.windows.{_text(*kernel, *strides, *pads)}"  # products with the same input share the windows
     gathered = graph.node("Transpose", [integers], f"{integers}.last", perm=[0, *range(2, rank + 2), 1])
     if any(pads):
         widths = np.array([0, *pads[:rank], 0, 0, *pads[rank:], 0], np.int64)
@@ -73,7 +78,7 @@ def _windows(graph: Rewriting, conv: onnx.NodeProto, integers: str, zero_point: 
 
 
 def _places(size: Sequence[int], kernel: Sequence[int], strides: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-    """Return where in a flattened input each window's values lie, [windows, K], and how many windows each side has."""
+    """Return the places of each window's values in a flattened input, [windows, K], and the windows per dimension."""
     out = [(side - k) // s + 1 for side, k, s in zip(size, kernel, strides, strict=True)]
     corners = np.ravel_multi_index(np.indices(out).reshape(len(out), -1) * np.array(strides)[:, None], size)
     return corners[:, None] + np.ravel_multi_index(np.indices(kernel).reshape(len(out), -1), size), out
@@ -84,7 +89,10 @@ def _text(*numbers: int) -> str:
 
 
 def _normalised(graph: Rewriting, norm: onnx.NodeProto) -> None:
-    """Group normalisation by the kernel of instance normalisation: the runtime has none, and expands it to 20 nodes."""
+    """Replace group normalisation by instance normalisation.
+
+    The runtime has a kernel only for the latter, and expands group normalisation to 20 nodes.
+    """
     from onnx import helper
 
     (x, scale, bias), output = norm.input, norm.output[0]
@@ -104,8 +112,8 @@ def _normalised(graph: Rewriting, norm: onnx.NodeProto) -> None:
 
 
 def changes(limits: ProductLimits) -> Mapping[str, Change]:
-    """Return what comes in the place of which operations; what is exact is left to the choice of kernels."""
-    # Not Gemm (the embedding of t, one row per sample): its product would come back as one, and be computed in float.
+    """Return the changes by operation. ``limits`` is not used: the session's choice of kernels keeps products exact."""
+    # Gemm (the embedding of t, one row per sample) stays: the runtime would turn it back into a float Gemm.
     return {
         **dict.fromkeys(("Conv", "MatMul"), of_integers(_as_matrix_product)),
         "GroupNormalization": _normalised,
@@ -113,7 +121,7 @@ def changes(limits: ProductLimits) -> Mapping[str, Change]:
 
 
 def largest_weight(model: onnx.ModelProto) -> int:
-    """Return the largest |q| among the weights of a lowered model's integer products; 0 where there are none."""
+    """Return the largest |q| among the weights of a lowered model's integer products; 0 if there are none."""
     from onnx.numpy_helper import to_array
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -135,15 +143,15 @@ def _session(model: onnx.ModelProto, threads: int, fast: bool) -> Run:
     onnxruntime = import_extra("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Or it would quantize float activations that meet quantized weights, by ranges of its own.
+    # Otherwise it would quantize float activations that are multiplied by quantized weights, with its own ranges.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if not fast:  # kernels that never add pairs of products in 16 bits, and take twice the time; with VNNI none does
+    if not fast:  # choose kernels that never add pairs of products in 16 bits; they take twice the time without VNNI
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(),
         options,
         providers=["CPUExecutionProvider"],
-        disabled_optimizers=["WeightBiasQuantization"],  # which rounds biases
+        disabled_optimizers=["WeightBiasQuantization"],  # it rounds biases
     )
     return lambda feed: session.run(None, feed)
 

@@ -1,10 +1,10 @@
-"""OpenVINO, and what its integer kernels take: weights whose zero points are 0.
+"""OpenVINO, and the rewriting of models for its integer kernels: weights whose zero points are 0.
 
-Up to 7 bits q − z fits int8. Of 8 bits q − 128 is taken, and the missing δ·(128 − z)·Σx is added.
+Up to 7 bits, q − z fits int8. At 8 bits the weight is q − 128, and the missing δ·(128 − z)·Σx is added.
 
-Where products of large weights are not exact (`qdiff.deploy.exactness`), such a weight w becomes two of half its size,
-w = h + (w − h) with h = ⌊w/2⌋, side by side: the product of twice as many input channels, [x, x]·[h, w − h], is the
-same sum. Products of two activations are then computed in float32.
+If products of large weights are not exact (`qdiff.deploy.exactness`), such a weight w is split into two of half its
+size, w = h + (w − h) with h = ⌊w/2⌋, as additional input channels: the product [x, x]·[h, w − h] is the same sum.
+Products of two activations are then computed in float32.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
     from qdiff.deploy.onnx_lowering import ProductLimits
 
-NO_BIAS = 1e-30  # vanishes in every sum, and is not 0, which would be taken out
-MOVES = ("Transpose", "Reshape")  # what integers pass through on their way to a product
+NO_BIAS = 1e-30  # vanishes in every sum, but is not 0, because a bias of 0 would be removed
+MOVES = ("Transpose", "Reshape")  # operations between dequantization and a product
 
 
 def changes(limits: ProductLimits) -> Mapping[str, Change]:
-    """Return what comes in the place of which operations.
+    """Return the changes by operation.
 
     Args:
-        limits: beyond which products are split, or computed in float32.
+        limits: limits beyond which products are split, or computed in float32.
     """
     integer = of_integers(partial(_without_zero_points, largest=limits.weight))
 
@@ -50,17 +50,17 @@ def _without_zero_points(
 ) -> None:
     output, (integers, zero_points) = product.output[0], weight.shifted()
     groups = next((a.i for a in product.attribute if a.name == "group"), 1)
-    if groups != 1:  # neither the window of ones nor two halves of a weight are per group
+    if groups != 1:  # the window sum and the split of a weight do not handle groups
         raise UserError(
-            f"{output} is a convolution of {groups} groups, which openvino is not given in integers; give --runtime "
-            "onnxruntime or simulated"
+            f"{output} is a convolution with {groups} groups, which --runtime openvino cannot run in integers; give "
+            "--runtime onnxruntime or simulated"
         )
 
     def operand(name: str, values: np.ndarray, scale: str) -> str:
         zeros = graph.constant(f"{name}.zero", np.zeros(len(values), np.int8))
         operands = [graph.constant(f"{name}.integers", values), scale, zeros]
         made = graph.node("DequantizeLinear", operands, f"{name}.weight", axis=0)
-        # Behind the node, as the file has it: OpenVINO takes integers with the output channels first.
+        # Transpose after dequantization, as in the file: OpenVINO needs integers with the output channels first.
         return graph.node("Transpose", [made], f"{name}.transposed", perm=[1, 0]) if weight.transposed else made
 
     window = type(product).FromString(product.SerializeToString())
@@ -75,7 +75,7 @@ def _without_zero_points(
         _add_bias(graph, product, len(integers))
     if not zero_points.any():
         return
-    # One more output channel, of ones, whose kernel sums windows in integers too.
+    # One more output channel whose kernel is all ones: it sums the windows, also with integers.
     ones, one = np.ones_like(integers[:1]), graph.constant("qdiff.one", np.ones(1, np.float32))
     window.input[1] = operand(f"{output}.window", ones, one)
     del window.input[2:]
@@ -90,14 +90,17 @@ def _without_zero_points(
 
 
 def _twice(graph: Rewriting, given: onnx.NodeProto, axis: int) -> str:
-    """Append what repeats the channels of a quantized input, in bytes; products of one input share it."""
+    """Append nodes that repeat the channels of a quantized input, as bytes; products with the same input share them."""
     integers, scale, zero_point = given.input
     repeated = graph.node("Concat", [integers, integers], f"{integers}.twice.{axis}", axis=axis)
     return graph.node("DequantizeLinear", [repeated, scale, zero_point], f"{given.output[0]}.twice.{axis}")
 
 
 def _keep_in_float(graph: Rewriting, product: onnx.NodeProto) -> None:
-    """Keep a product of two quantized activations in float32: integers do not pass a maximum, which changes nothing."""
+    """Keep a product of two quantized activations in float32.
+
+    An inserted maximum with the lowest float changes no value, but keeps OpenVINO from using integers.
+    """
     node = graph.made_by.get(product.input[1])
     while node is not None and node.op_type in MOVES:
         node = graph.made_by.get(node.input[0])
@@ -108,9 +111,9 @@ def _keep_in_float(graph: Rewriting, product: onnx.NodeProto) -> None:
 
 
 def _add_bias(graph: Rewriting, conv: onnx.NodeProto, channels: int) -> None:
-    """Give a convolution without a bias one that changes nothing.
+    """Give a convolution without a bias a bias that changes nothing.
 
-    OpenVINO (2026.4) otherwise adds what comes behind it, a residual, to its output before that is scaled.
+    Otherwise OpenVINO (2026.4) adds a following residual to the convolution's output before that is scaled.
     """
     del conv.input[2:]
     conv.input.append(graph.constant(f"qdiff.bias.{channels}", np.full(channels, NO_BIAS, np.float32)))
@@ -119,11 +122,11 @@ def _add_bias(graph: Rewriting, conv: onnx.NodeProto, channels: int) -> None:
 def _open(model: onnx.ModelProto, threads: int) -> Run:
     openvino = import_extra("openvino")
     core = openvino.Core()
-    # Elsewhere it may choose bfloat16 for what is not quantized, or quantize it by ranges of its own.
+    # On other CPUs it may compute unquantized parts in bfloat16, or quantize them with its own ranges.
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
     core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads})
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
-    # By place: an input that is also an output (the state of the first layer) loses its name.
+    # Inputs go by position: an input that is also an output (the state of the first layer) loses its name.
     names = [each.name for each in model.graph.input]
     return lambda feed: [value.copy() for value in compiled([feed[name] for name in names]).values()]
 

@@ -1,12 +1,12 @@
 """Write a calibrated network as an ONNX model with explicit quantize and dequantize pairs.
 
-Inputs: ``x`` float32 [N, C, H, W], ``t`` float32 [N] and, where conditional, ``context`` float32 [N, L, D]; output
-``eps``, x's shape; N is free. Weights up to 4 bits are stored as UINT4 with a zero point a channel, wider ones as UINT8
-(`qdiff.deploy.onnx_weights`). The metadata tells what the model is: `METADATA`.
+Inputs: ``x`` float32 [N, C, H, W], ``t`` float32 [N] and, for conditional networks, ``context`` float32 [N, L, D].
+Output: ``eps``, in x's shape. N is free. Weights up to 4 bits are stored as UINT4 with one zero point per channel,
+wider ones as UINT8 (`qdiff.deploy.onnx_weights`). The metadata describes the model: `METADATA`.
 
-A network that modulates (MoDiff) is two models: that of the first step, which also gives the state
-(``next.state.LAYER.input`` and ``.output``), and that of every later step, which takes it (``state.LAYER.input``, …)
-and gives it.
+A network that modulates (MoDiff) becomes two models. The model of the first step also returns the state
+(``next.state.LAYER.input`` and ``.output``); the model of all later steps takes the state (``state.LAYER.input``, …)
+and returns the next one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from qdiff.quant_model import QuantModel
 
 FORMAT = "qdiff-onnx-2"
 METADATA = ("qdiff_format", "qdiff_config", "qdiff_layout", "qdiff_content", "qdiff_notes")
-PROTOBUF_LIMIT = 2_000_000_000  # bytes of one file
+PROTOBUF_LIMIT = 2_000_000_000  # bytes per file
 
 
 def first_step_path(path: str | Path) -> Path:
-    """Return where the first step's model of a network that modulates lies."""
+    """Return the path of the first step's model, for a network that modulates."""
     return Path(f"{str(path).removesuffix('.onnx')}.first.onnx")
 
 
@@ -40,17 +40,18 @@ def export_onnx(
     context_shape: tuple[int, ...] | None = None,
     notes: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a network, whole or not at all, and return its files; the network is not changed.
+    """Write a network (an atomic write) and return its files; the network is not changed.
 
     Args:
-        qnn: calibrated or loaded.
-        path: the file (.onnx); an existing one is replaced. Beside it `first_step_path` of a network that modulates.
+        qnn: calibrated or loaded network.
+        path: the file (.onnx); an existing one is replaced. For a network that modulates, `first_step_path` is written
+            beside it.
         image_shape: (C, H, W).
         context_shape: (L, D) of the context, or None.
-        notes: anything JSON can hold, kept in the metadata.
+        notes: JSON values to keep in the metadata.
 
     Raises:
-        UserError: a quantizer was never set; what is asked for has no ONNX form here (`check_exportable`); or the
+        UserError: a quantizer is not set; the network cannot be written as ONNX (`check_exportable`); or the
             ``deploy`` extra is missing.
     """
     onnx = import_onnx()
@@ -60,7 +61,7 @@ def export_onnx(
     check_exportable(qnn.config)
     qnn.assert_initialised()
     _check_size(qnn)
-    # The one that names the other is written last: where it is, both are.
+    # The model that needs the other is written last, so that if it exists, both exist.
     files = {Path(path): trace(qnn, image_shape, context_shape, later=qnn.config.modulate)}
     if qnn.config.modulate:
         files = {first_step_path(path): trace(qnn, image_shape, context_shape), **files}
@@ -78,31 +79,32 @@ def export_onnx(
 
 
 def _check_size(qnn: QuantModel) -> None:
-    """Raise a `UserError` where protobuf could not hold the network, while it is traced or in the end."""
+    """Raise a `UserError` if the network is too large for protobuf, during tracing or in the final file."""
     weights = {f"{name}.weight": 1 for name, layer in qnn.layers().items() if len(layer.weight_quantizers) > 0}
     size = sum(p.numel() * weights.get(name, FLOAT_BYTES) for name, p in qnn.model.named_parameters())
     if size > PROTOBUF_LIMIT:
         raise UserError(
-            f"this network takes {size / 1e9:.1f} GB as ONNX, more than one file holds ({PROTOBUF_LIMIT / 1e9:.0f}); "
+            f"this network takes {size / 1e9:.1f} GB as ONNX, more than one file holds "
+            f"({PROTOBUF_LIMIT / 1e9:.0f} GB); "
             "export it with quantized weights, or run it with another --runtime"
         )
 
 
 def check_exportable(config: QuantConfig) -> None:
-    """Raise a `UserError` where a network has no ONNX form here."""
+    """Raise a `UserError` if a network cannot be written as ONNX."""
     check_one_scale(config)
     if config.ablation is not None:
         raise UserError("--modulate_ablation cannot be written as ONNX; leave it out, or leave --runtime out")
 
 
 def metadata_of(qnn: QuantModel, notes: dict[str, Any]) -> dict[str, str]:
-    """Return what an exported file says of its network."""
+    """Return the metadata of a network's exported file."""
     values = (FORMAT, json.dumps(qnn.config.to_dict()), layout(qnn), content_hash(qnn), json.dumps(notes))
     return dict(zip(METADATA, values, strict=True))
 
 
 def import_extra(name: str) -> Any:
-    """Import a package of the ``deploy`` extra, or say how to get it."""
+    """Import a package of the ``deploy`` extra, or raise a `UserError` that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -110,7 +112,7 @@ def import_extra(name: str) -> Any:
 
 
 def import_onnx() -> Any:
-    """Import onnx and what writes it, or say how to get them."""
+    """Import onnx and check for onnxscript, which the exporter needs; a `UserError` says how to install them."""
     onnx = import_extra("onnx")
     import_extra("onnxscript")
     return onnx

@@ -26,11 +26,11 @@ STATE = "state"  # state.LAYER.input, state.LAYER.output
 
 
 class _Denoiser(nn.Module):
-    """ε of a network, and what its modulated layers remember, as a function of both.
+    """Returns a network's ε and the state of its modulated layers, as a function of its inputs and the previous state.
 
     Args:
-        network: with `OnnxLayer` and `OnnxAttention` in it.
-        count: of the network's own inputs; what follows is the state.
+        network: network whose leaves are `OnnxLayer` and `OnnxAttention`.
+        count: number of the network's own inputs; the inputs after them are the state.
     """
 
     def __init__(self, network: nn.Module, count: int) -> None:
@@ -57,10 +57,10 @@ def trace(
     """Return the graph of one call.
 
     Args:
-        qnn: calibrated; it is not changed.
+        qnn: calibrated network; it is not changed.
         image_shape: (C, H, W).
         context_shape: (L, D) of the context, or None.
-        later: of a network that modulates: a step after the first, which also takes the state that every step gives.
+        later: for a network that modulates: trace a step after the first, which also takes the state.
     """
     network = _with_onnx_leaves(qnn)
     shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
@@ -68,7 +68,7 @@ def trace(
     denoiser = _Denoiser(network, len(shapes))
     states = [f"{STATE}.{memory.name}.{part}" for memory in denoiser.memories for part in ("input", "output")]
     if later:
-        # Clones: the first layer's state is x itself, and the exporter would take the two for one input.
+        # Clones, because the first layer's state is x itself, and the exporter would merge the two inputs.
         names, sample = names + states, sample + [tensor.clone() for tensor in denoiser(*sample)[1:]]
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
     dynamic_shapes = (tuple({0: batch} for _ in sample),)
@@ -77,7 +77,7 @@ def trace(
     exporter.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of versions of its own parts
+            warnings.simplefilter("ignore")  # the exporter warns about versions of its own parts
             program = torch.onnx.export(
                 capture(denoiser, tuple(sample), dynamic_shapes),
                 dynamo=True,
@@ -91,9 +91,9 @@ def trace(
     finally:
         exporter.setLevel(level)
     model = program.model_proto
-    for node in model.graph.node:  # where in Python each came from: more bytes than the weights
+    for node in model.graph.node:  # drop the nodes' origins in Python, which take more bytes than the weights
         del node.metadata_props[:]
-    # Shapes are kept where kernels are chosen by them: of what convolutions take.
+    # Keep only the shapes of convolutions' inputs, which the rewriting for a runtime needs.
     taken = {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
     shapes = [value for value in model.graph.value_info if value.name in taken]
     del model.graph.value_info[:]
@@ -102,7 +102,7 @@ def trace(
 
 
 def _with_onnx_leaves(qnn: QuantModel) -> nn.Module:
-    """Return a copy of the network in float32 on the CPU with traceable leaves; tensors that are so are shared."""
+    """Return a copy of the network in float32 on the CPU with traceable leaves; matching tensors are shared."""
     tensors = (*qnn.model.parameters(), *qnn.model.buffers())
     memo: dict[int, Any] = {id(tensor): _on_cpu(tensor) for tensor in tensors}
     network = copy.deepcopy(qnn.model, memo)
@@ -116,7 +116,7 @@ def _with_onnx_leaves(qnn: QuantModel) -> nn.Module:
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor in float32 (integers as they are) on the CPU, itself where it is that or has no values."""
+    """Return a tensor on the CPU, floats as float32; the tensor itself if it is that already or has no values."""
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     if tensor.is_meta or (tensor.dtype == dtype and tensor.device.type == "cpu"):
         return tensor

@@ -1,7 +1,7 @@
-"""Stand-ins for quantized leaves that are traced into ONNX with explicit quantize and dequantize nodes.
+"""Replacements for quantized leaves that are traced into ONNX with explicit quantize and dequantize nodes.
 
-Nodes come in pairs right before what a low-bit kernel consumes, and nowhere else: the operands of convolutions, of
-linear layers and of attention's products.
+The nodes come in pairs right before the operands of low-bit kernels, and nowhere else: the operands of convolutions,
+linear layers and attention's products.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qdiff.quantizer import DynamicActQuantizer
 
 
 class _WeightSlice(nn.Module):
-    """The integers of a slice of a weight, their zero points and δ a channel; bytes, whatever their width."""
+    """The integers of a slice of a weight, with zero points and δ per channel; stored as bytes at any width."""
 
     def __init__(self, integers: Tensor, delta: Tensor, zero_point: Tensor) -> None:
         super().__init__()
@@ -36,10 +36,10 @@ class _WeightSlice(nn.Module):
 
 
 class OnnxLayer(nn.Module):
-    """Stands in for a `QuantModule`; every slice of the input channels is a product of its own.
+    """Replaces a `QuantModule`; every slice of the input channels has its own product.
 
     Attributes:
-        memory: of a layer that modulates: what whoever traces it fills before and reads after. Else None.
+        memory: state of a layer that modulates, filled before tracing and read after it; else None.
     """
 
     def __init__(self, layer: QuantModule, name: str) -> None:
@@ -65,7 +65,7 @@ class OnnxLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.memory is None:
             return self._product(self._quantized(x, self.ranges), self.bias)
-        if self.memory.is_empty:  # the first step, which has no change
+        if self.memory.is_empty:  # the first step has no change to quantize
             first = self._quantized(x, self.first_ranges)
             return self.memory.begin(self._values(first), self._product(first, self.bias))
         changes = self._quantized(self.memory.difference(x), self.ranges)
@@ -84,7 +84,7 @@ class OnnxLayer(nn.Module):
     def _product(self, parts: list[Quantized], bias: Tensor | None) -> Tensor:
         if len(self.slices) == 0:
             return self.operation(self._values(parts), self.weight, bias)
-        # A product that is scaled afterwards takes its bias after that.
+        # If the product is scaled afterwards, its bias must be added after scaling.
         late = bias if parts[0].scale is not None else None
         early, total = None if late is not None else bias, None
         for part, weight in zip(parts, self.slices, strict=True):
@@ -93,13 +93,13 @@ class OnnxLayer(nn.Module):
                 product = product + part.shift * self._of_ones(weight, part.operand.shape)
             if part.scale is not None:
                 product = product * part.scale
-            total, early = product if total is None else total + product, None  # the bias counts once
+            total, early = product if total is None else total + product, None  # the bias is added once
         if late is None:
             return total
         return total + (late if self.geometry is None else late.view(-1, *[1] * len(self.geometry.stride)))
 
     def _of_ones(self, weight: _WeightSlice, shape: torch.Size) -> Tensor:
-        """Return the product of the weight and ones, [O] or [O, …]: at the borders fewer taps lie inside."""
+        """Return the response to an all-ones input, [O] or [O, …]: at the borders, fewer taps lie inside the input."""
         sums = weight.tap_sums
         if self.geometry is not None:
             for dim, size in enumerate(shape[2:]):
@@ -108,14 +108,14 @@ class OnnxLayer(nn.Module):
 
 
 def _inside(size: int, kernel: int, geometry: Geometry, dim: int) -> Tensor:
-    """Return which taps of a kernel lie inside an input, [kernel, output positions], 0 or 1."""
+    """Return for every output position which kernel taps lie inside the input, [kernel, output positions], 0 or 1."""
     stride, padding, dilation = geometry.stride[dim], geometry.padding[dim], geometry.dilation[dim]
     first = range(-padding, size + padding - dilation * (kernel - 1), stride)
     return torch.tensor([[float(0 <= at + tap * dilation < size) for at in first] for tap in range(kernel)])
 
 
 class OnnxAttention(nn.Module):
-    """Stands in for a `QuantAttention`."""
+    """Replaces a `QuantAttention`."""
 
     def __init__(self, attention: QuantAttention) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""Rewrite an exported model into what a runtime's integer kernels take; what it computes stays the same.
+"""Rewrite an exported model for a runtime's integer kernels; its results stay the same.
 
-The file says it the plain way: a product of dequantized operands, each with zero points. Kernels are choosier.
+The file has the general form: products of dequantized operands, each with zero points. Kernels accept special forms.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ProductLimits:
-    """Which integer products are exact; found by `qdiff.deploy.exactness`. As it stands here, all of them.
+    """Which integer products are exact, as found by `qdiff.deploy.exactness`; by default all of them.
 
     Attributes:
-        weight: the largest |q| of a weight, zero points taken off or not, whose products with bytes are exact.
-        activations: whether products of two quantized activations are.
+        weight: the largest |q| of a weight, with or without zero point, whose products with bytes are exact.
+        activations: whether products of two quantized activations are exact.
     """
 
     weight: int = MIDDLE
@@ -33,8 +33,8 @@ def lower(model: onnx.ModelProto, changes: Mapping[str, Change]) -> None:
     """Rewrite a model of `qdiff.deploy.onnx_export` for a runtime, in place.
 
     Args:
-        changes: a runtime's (`qdiff.deploy.runtime.OnnxRuntime`), for the limits of its products. Those of ONNX Runtime
-            are kept by its choice of kernels, not by rewriting.
+        changes: changes of a runtime (`qdiff.deploy.runtime.OnnxRuntime`) for the limits of its products. ONNX Runtime
+            keeps them by the choice of kernels, not by rewriting.
     """
     expand(model)
     Rewriting(model).rewrite(changes)

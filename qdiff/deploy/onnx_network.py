@@ -1,4 +1,4 @@
-"""Run an exported network with ONNX Runtime or OpenVINO, in the place of the torch network."""
+"""Run an exported network with ONNX Runtime or OpenVINO, in place of the torch network."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from qdiff.quant_model import QuantModel
 if TYPE_CHECKING:
     import onnx
 
-# How ranges were chosen shows in the ranges.
+# Not compared: the way in which ranges were chosen, because the ranges themselves are compared.
 HOW_CHOSEN = ("weight_range", "act_range")
 
 
 class OnnxNetwork:
-    """ε(x, t[, context]) by a runtime on the CPU; tensors go in and come out on the device that they came from.
+    """ε(x, t[, context]) computed by a runtime on the CPU; the result is returned on the device of the inputs.
 
     Args:
-        path: a file of `qdiff.deploy.onnx_export.export_onnx`.
-        runtime: a name in `qdiff.deploy.runtimes.RUNTIMES`, of one that runs exported models.
-        threads: of the runtime; None takes torch's number.
-        qnn: what the file must have been exported from; None takes any.
-        shapes: (C, H, W) of the images and (L, D) of the context that the file must take; () takes any.
+        path: a file written by `qdiff.deploy.onnx_export.export_onnx`.
+        runtime: name in `qdiff.deploy.runtimes.RUNTIMES` of a runtime that runs exported models.
+        threads: number of threads; None takes torch's number.
+        qnn: the network that the file must have been exported from; None accepts any.
+        shapes: (C, H, W) of the images and (L, D) of the context that the file must have; () accepts any.
 
     Raises:
-        UserError: the runtime is not installed, or the file is damaged, none of ours, or of another network.
+        UserError: the runtime is not installed, or the file is damaged, was not written by this project, or belongs to
+            another network.
     """
 
     def __init__(
@@ -80,15 +81,19 @@ class OnnxNetwork:
 
     def _remembered(self, batch: int) -> dict[str, np.ndarray]:
         if self._state is None:
-            raise RuntimeError("a modulated network runs inside `with network.trajectory():`, opened for every batch")
+            raise RuntimeError(
+                "a modulated network needs a trajectory; open `with network.trajectory():` once per batch"
+            )
         there = len(next(iter(self._state.values()), range(batch)))
         if there != batch:
-            raise RuntimeError(f"a batch of {batch} came in a trajectory of {there}; open a new one for a new batch")
+            raise RuntimeError(
+                f"got a batch of {batch} in a trajectory of {there}; open a new trajectory for a new batch"
+            )
         return self._state
 
     @contextlib.contextmanager
     def trajectory(self) -> Iterator[None]:
-        """Sample one batch inside the block: what modulated layers remember is given up at its end."""
+        """Sample one batch inside the block; the state of modulated layers is dropped at its end."""
         self._state = {}
         try:
             yield
@@ -97,7 +102,7 @@ class OnnxNetwork:
 
 
 class _Graph:
-    """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
+    """One model in a runtime; ``states`` names the state inputs, in the order in which the model returns them."""
 
     def __init__(self, model: onnx.ModelProto, runtime: OnnxRuntime, threads: int) -> None:
         limits = ProductLimits()
@@ -109,10 +114,10 @@ class _Graph:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """Read a file, which may be any ONNX model.
+    """Read an exported model.
 
     Raises:
-        UserError: missing, damaged, or not written by `export_onnx`.
+        UserError: the file is missing, damaged, or not written by `export_onnx`.
     """
     onnx = import_onnx()
     if not path.is_file():
@@ -120,9 +125,11 @@ def read_model(path: Path) -> onnx.ModelProto:
     try:
         model = onnx.load(str(path))
     except Exception as error:  # protobuf's errors have no common class
-        raise UserError(f"ONNX file {path} is damaged ({type(error).__name__}); write it anew") from None
+        raise UserError(f"ONNX file {path} is damaged ({type(error).__name__}); export it again") from None
     if properties(model).get(METADATA[0]) != FORMAT:
-        raise UserError(f"{path} is no ONNX model of ours ({FORMAT}); write it with scripts/export.py")
+        raise UserError(
+            f"{path} is not an ONNX model written by this project ({FORMAT}); write it with scripts/export.py"
+        )
     return model
 
 
@@ -132,20 +139,20 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def check_config(path: Path, model: onnx.ModelProto, here: QuantConfig) -> None:
-    """Raise a `UserError` where a file was exported with other widths or modes than a run asks for."""
+    """Raise a `UserError` if a file was exported with other widths or modes than a run asks for."""
     there = QuantConfig.from_dict(json.loads(properties(model)[METADATA[1]]))
     for name in (field.name for field in fields(QuantConfig) if field.name not in HOW_CHOSEN):
         theirs, ours = (getattr(value, "value", value) for value in (getattr(there, name), getattr(here, name)))
         if theirs != ours:
-            raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
+            raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it again")
 
 
 def _check_content(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
     _, _, layout, content, _ = METADATA
     if found[layout] != expected[layout]:
-        raise UserError(f"{path} was exported from another network; export it anew with this model")
+        raise UserError(f"{path} was exported from another network; export it again with this model")
     if found[content] != expected[content]:
-        raise UserError(f"{path} was exported with other weights or ranges; export it anew with this checkpoint")
+        raise UserError(f"{path} was exported with other weights or ranges; export it again with this checkpoint")
 
 
 def _check_shapes(path: Path, model: onnx.ModelProto, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
@@ -154,4 +161,4 @@ def _check_shapes(path: Path, model: onnx.ModelProto, shapes: tuple[tuple[int, .
         taken = tuple(dim.dim_value for dim in dims.get(name, ()))
         if taken != tuple(shape or ()):
             there, here = ("×".join(map(str, sides)) or "none" for sides in (taken, shape or ()))
-            raise UserError(f"{path} was exported for {name} of shape {there}, this run has {here}; export it anew")
+            raise UserError(f"{path} was exported for {name} of shape {there}, this run has {here}; export it again")

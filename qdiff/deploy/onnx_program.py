@@ -1,8 +1,8 @@
 """Capture a network as a program that the ONNX exporter need not decompose.
 
-The exporter decomposes every program, which traces it three times more: half of the time of an export. Quantized
-networks consist of operations that it translates as they are, once a few are written in another way; a program that
-has others is decomposed as ever.
+The exporter decomposes every program, which traces it three more times and takes half of the time of an export. After
+rewriting a few operations, quantized networks consist of operations that it translates directly; a program with other
+operations is decomposed as usual.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 aten = torch.ops.aten
 
-# Free of side effects, and translated as they are; a check of the example's shapes is left out.
+# Operations without side effects that are translated directly; checks of the example's shapes are removed.
 TRANSLATED = frozenset(
     {
         *("onnx_symbolic::_symbolic", "getitem", "eq", "aten::_assert_tensor_metadata", "aten::_assert_scalar"),
@@ -42,12 +42,12 @@ MAKES_NEW_MEMORY = (aten.div.Tensor, *OUT_OF_PLACE.values())
 
 
 def capture(network: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: tuple[Any, ...]) -> ExportedProgram:
-    """Return a network as a program for `torch.onnx.export`, which decomposes it only where it must.
+    """Return a network as a program for `torch.onnx.export`, which decomposes it only if necessary.
 
     Args:
-        network: in eval mode.
-        inputs: an example, of any values.
-        dynamic_shapes: of the inputs, as `torch.export.export` takes them.
+        network: network in eval mode.
+        inputs: example inputs, of any values.
+        dynamic_shapes: dynamic shapes of the inputs, as `torch.export.export` takes them.
     """
     program = torch.export.export(network, inputs, dynamic_shapes=dynamic_shapes, strict=False)
     graph = program.graph_module.graph
@@ -56,7 +56,7 @@ def capture(network: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: tupl
     for node in graph.nodes:
         _write_out_of_place(node)
         _write_as_translated(node)
-    graph.eliminate_dead_code()  # what was left out, and dtypes of comparisons that nothing reads
+    graph.eliminate_dead_code()  # nodes that were left out, and dtypes for comparisons that nothing reads
     program.graph_module.recompile()
     if all(name_of(node) in TRANSLATED for node in graph.nodes if node.op == "call_function"):
         program.run_decompositions = lambda table=None: program
@@ -64,7 +64,7 @@ def capture(network: nn.Module, inputs: tuple[Tensor, ...], dynamic_shapes: tupl
 
 
 def _write_out_of_place(node: fx.Node) -> None:
-    """Replace an operation in place where the memory that it overwrites is new and nothing else reads it."""
+    """Replace an in-place operation if the memory that it overwrites is new and nothing else reads it."""
     if node.target in OUT_OF_PLACE:
         written = node.args[0]
         if written.target in MAKES_NEW_MEMORY and len(written.users) == 1:
@@ -72,9 +72,9 @@ def _write_out_of_place(node: fx.Node) -> None:
 
 
 def _leave_out(node: fx.Node) -> None:
-    """Let users of a conversion to the same dtype, or of a fresh copy of a constant, take what it is made of.
+    """Bypass a conversion to the same dtype, or a fresh copy of a constant: its users take its input.
 
-    Outputs keep their names, and constants that are written to their copies.
+    Outputs keep their names, and constants that are written to keep their copies.
     """
     if any(user.op == "output" for user in node.users):
         return
@@ -90,7 +90,7 @@ def _leave_out(node: fx.Node) -> None:
 
 
 def _write_as_translated(node: fx.Node) -> None:
-    """Replace an operation that is not translated by one that is, as decomposition does."""
+    """Replace an operation that cannot be translated directly by one that can, as decomposition does."""
     if node.target is aten.to.dtype and len(node.args) == 2:
         given, dtype = node.args
         node.target, node.args, node.kwargs = aten._to_copy.default, (given,), {"dtype": dtype}
@@ -105,6 +105,6 @@ def _write_as_translated(node: fx.Node) -> None:
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the name of what a node calls, with namespace and overload where it has them."""
+    """Return the name of a node's target, with namespace and overload if it has them."""
     target = node.target
     return target.name() if isinstance(target, OpOverload) else target.__name__

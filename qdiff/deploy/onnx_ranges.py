@@ -1,11 +1,11 @@
 """Activation quantizers that are traced into ONNX as pairs of quantize and dequantize nodes.
 
-A dynamic range has no constant scale, which integer kernels want. So x/δ is rounded instead, by a pair
-whose scale is 1, and whoever multiplies it by a weight scales the product by δ:
+A dynamic range has no constant scale, but integer kernels need one. So x/δ is rounded instead, by a pair of nodes with
+scale 1, and the product with a weight is scaled by δ:
 
     W·Q(x) = δ·(W·u + s·W·1),   u = round(x/δ) − s,   s = 0 up to 7 bits, else 128 − z.
 
-Up to 7 bits q − z lies between −127 and 127, which a byte holds whatever z is; at 8 bits it does not, and s moves it.
+Up to 7 bits, q − z lies between −127 and 127 and fits a byte for every z. At 8 bits it may not, so it is shifted by s.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from qdiff.functional import fake_quantize_inference, max_level
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer
 
 OPSET = 21
-BYTE = 8  # the widest integers that QuantizeLinear's kernels take
+BYTE = 8  # width of the widest integers that QuantizeLinear's kernels accept
 MIDDLE = 2 ** (BYTE - 1)
 
 
 def onnx_node(op: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, **attributes: int) -> Tensor:
-    """One ONNX node whose output has the shape of its first input."""
+    """Return the output of one ONNX node, which has the shape of the first input."""
     return torch.onnx.ops.symbolic(op, inputs, attributes, dtype=dtype, shape=inputs[0].shape, version=OPSET)
 
 
@@ -38,8 +38,8 @@ class Quantized(NamedTuple):
     """A quantized activation, scale · (operand + shift).
 
     Attributes:
-        operand: what products take.
-        scale, shift: one for all or one a sample; None is 1 and 0.
+        operand: the operand of products.
+        scale, shift: one for all or one per sample; None means 1 and 0.
     """
 
     operand: Tensor
@@ -47,13 +47,13 @@ class Quantized(NamedTuple):
     shift: Tensor | None = None
 
     def values(self) -> Tensor:
-        """Return what it stands for."""
+        """Return the activation's values."""
         shifted = self.operand if self.shift is None else self.operand + self.shift
         return shifted if self.scale is None else shifted * self.scale
 
 
 class OnnxRange(nn.Module):
-    """Quantizes by the range of a calibrated quantizer."""
+    """Quantizes with the range of a calibrated quantizer."""
 
     def __init__(self, quantizer: ActQuantizer) -> None:
         super().__init__()
@@ -62,22 +62,22 @@ class OnnxRange(nn.Module):
         zero_point = quantizer.zero_point.reshape(())
         self.low = float(-zero_point * self.scale)
         self.high = float((max_level(self.bits) - zero_point) * self.scale)
-        # Wider than a byte, no kernel takes it: it stays arithmetic on float values.
+        # No kernel accepts more than a byte: wider activations are computed on float values.
         self.register_buffer("zero_point", zero_point.to(torch.uint8 if self.bits <= BYTE else torch.int32))
 
     def forward(self, x: Tensor) -> Quantized:
         if self.bits > BYTE:
             return Quantized(fake_quantize_inference(x, self.scale, self.zero_point, self.bits))
-        if self.bits < BYTE:  # the node saturates at 255
+        if self.bits < BYTE:  # the node itself saturates only at 255
             x = x.clamp(self.low, self.high)
         return Quantized(_rounded(x, self.scale, self.zero_point))
 
 
 class OnnxDynamicRange(nn.Module):
-    """Quantizes by a dynamic range, that of each call's tensor.
+    """Quantizes with a dynamic range, computed from the tensor at every call.
 
     Args:
-        in_bytes: False leaves it arithmetic on float values, where a separate scale is of no use.
+        in_bytes: False computes on float values, where a separate scale is useless.
     """
 
     def __init__(self, quantizer: DynamicActQuantizer, in_bytes: bool) -> None:
@@ -85,7 +85,7 @@ class OnnxDynamicRange(nn.Module):
         self.quantizer, self.in_bytes = quantizer, in_bytes and quantizer.bits <= BYTE
         self.register_buffer("one", torch.ones(()))
         self.register_buffer("middle", torch.tensor(MIDDLE, dtype=torch.uint8))
-        # Tensors, or a number minus a tensor would be an operation that the exporter has to decompose.
+        # As tensors, because the exporter would have to decompose a number minus a tensor.
         self.register_buffer("middle_level", torch.tensor(float(MIDDLE)))
         self.register_buffer("top_level", torch.tensor(float(max_level(quantizer.bits))))
 
@@ -98,13 +98,17 @@ class OnnxDynamicRange(nn.Module):
         levels = torch.minimum(torch.maximum(x / delta, -zero), self.top_level - zero)
         if bits < BYTE:
             return Quantized(_rounded(levels, self.one, self.middle), delta)
-        # Rounded before it is shifted, or the sum would round once more.
+        # Round before shifting; otherwise the sum would be rounded once more.
         shift = self.middle_level - zero
         return Quantized(_rounded(torch.round(levels) - shift, self.one, self.middle), delta, shift)
 
 
 def onnx_range(quantizer: ActQuantizer, in_bytes: bool = True) -> OnnxRange | OnnxDynamicRange:
-    """Return what stands in for a quantizer; see `OnnxDynamicRange`."""
+    """Return the replacement for a quantizer.
+
+    Args:
+        in_bytes: see `OnnxDynamicRange`.
+    """
     if isinstance(quantizer, DynamicActQuantizer):
         return OnnxDynamicRange(quantizer, in_bytes)
     return OnnxRange(quantizer)

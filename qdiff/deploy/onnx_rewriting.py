@@ -1,4 +1,4 @@
-"""Go through a graph node by node and put others in the place of some; what a quantized product is made of."""
+"""Rewrite a graph node by node, and find the parts of quantized products in it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from qdiff.deploy.onnx_weights import keep_initialisers
 if TYPE_CHECKING:
     import onnx
 
-MIDDLE = 128  # of 8 bits
-HALF = MIDDLE // 2  # two products of a byte and a weight up to here fit 16 bits: 2·255·64 < 2^15
+MIDDLE = 128  # middle level of 8 bits
+HALF = MIDDLE // 2  # two products of a byte and a weight up to this fit 16 bits: 2·255·64 < 2^15
 
 Change = Callable[["Rewriting", "onnx.NodeProto"], None]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Integers of a product's second operand, with the output channels first.
+    """The integers of a product's second operand, with the output channels first.
 
     Attributes:
         integers: int16 [O, I, …].
@@ -36,7 +36,7 @@ class Weight:
     transposed: bool
 
     def shifted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return int8 q and z, each channel's less the same number: q − z and 0 where all of them fit."""
+        """Return q and z as int8, both reduced by the same number: by z if all q − z fit int8, else by 128."""
         centred = self.integers - self.zero_points.reshape(-1, *[1] * (self.integers.ndim - 1))
         if centred.min() >= -MIDDLE and centred.max() < MIDDLE:
             return centred.astype(np.int8), np.zeros(len(self.zero_points), np.int8)
@@ -44,7 +44,7 @@ class Weight:
 
 
 class Rewriting:
-    """A graph whose nodes are gone through in order; new ones are appended in the place of the one at hand."""
+    """A graph that is rewritten node by node, in order; new nodes are appended in place of the current one."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model, self.graph = model, model.graph
@@ -65,10 +65,10 @@ class Rewriting:
         return name
 
     def node(self, op: str, inputs: list[str], output: str, domain: str = "", **attributes: object) -> str:
-        """Append a node, unless its output is there already, and return its output.
+        """Append a node, unless its output exists already, and return its output.
 
         Args:
-            domain: of the operation; empty for ONNX's own.
+            domain: domain of the operation; empty for ONNX's own.
         """
         from onnx import helper
 
@@ -97,13 +97,13 @@ class Rewriting:
         return Weight(integers, zero_points, node.input[1], transposed)
 
     def quantized_input(self, product: onnx.NodeProto) -> onnx.NodeProto | None:
-        """Return the node that dequantizes what a product takes, or None where that was not quantized."""
+        """Return the node that dequantizes a product's input, or None if the input is not quantized."""
         node = self.made_by.get(product.input[0])
         found = node is not None and node.op_type == "DequantizeLinear" and node.input[0] not in self.stored
         return node if found else None
 
     def rewrite(self, changes: Mapping[str, Change]) -> None:
-        """Let ``changes`` append what comes in the place of nodes, by their operation; drop what is unused then."""
+        """Replace nodes by the change for their operation, then drop everything that is no longer used."""
         for node in self.graph.node:
             if node.op_type in changes:
                 changes[node.op_type](self, node)
@@ -122,10 +122,10 @@ class Rewriting:
 
 
 def of_integers(change: Callable[[Rewriting, onnx.NodeProto, onnx.NodeProto, Weight], None]) -> Change:
-    """Return a change of products with two quantized operands, which leaves others as they are.
+    """Return a change for products of a quantized input and a quantized weight; other products stay as they are.
 
     Args:
-        change: ``change(graph, product, what dequantizes its input, weight)``.
+        change: ``change(graph, product, node that dequantizes its input, weight)``.
     """
 
     def changed(graph: Rewriting, product: onnx.NodeProto) -> None:
@@ -139,6 +139,6 @@ def of_integers(change: Callable[[Rewriting, onnx.NodeProto, onnx.NodeProto, Wei
 
 
 def _sides(value: onnx.ValueInfoProto) -> list[int] | None:
-    """Return the sides of what [N, C, …] describes; None where they are not fixed."""
+    """Return the sides of a value [N, C, …]; None if they are not fixed."""
     sides = [dim.dim_value for dim in value.type.tensor_type.shape.dim[2:]]
     return sides if all(sides) else None

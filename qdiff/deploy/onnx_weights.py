@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx
 
-LEVELS = 16  # of 4 bits
+LEVELS = 16  # levels of 4 bits
 
 
 def compact(model: onnx.ModelProto) -> None:
-    """Store every weight whose integers and zero points are all below 16 as UINT4, which is standard ONNX, in place."""
+    """Store every weight whose integers and zero points are all below 16 as UINT4 (standard ONNX), in place."""
     from onnx import TensorProto, numpy_helper
 
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -41,7 +41,7 @@ def keep_initialisers(graph: onnx.GraphProto, names: set[str]) -> None:
 
 
 def expand(model: onnx.ModelProto) -> None:
-    """Store what is UINT4 as bytes, in place."""
+    """Store UINT4 tensors as UINT8, in place."""
     from onnx import TensorProto
 
     for tensor in model.graph.initializer:

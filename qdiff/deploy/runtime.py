@@ -1,4 +1,4 @@
-"""What a runtime is: what computes the network while sampling."""
+"""The interface of a runtime, which computes the network while sampling."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 Run = Callable[[dict[str, np.ndarray]], list[np.ndarray]]
-"""Computes a model's outputs, in their order, of its inputs by name."""
+"""Computes a model's outputs, in order, from its inputs by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,11 +29,11 @@ class Runtime:
     """Computes a `QuantModel` in torch.
 
     Attributes:
-        name: of ``--runtime``.
-        help: what it does, in half a sentence.
+        name: value of ``--runtime``.
+        help: what it does, as part of a sentence.
         packs: quantized weights stay packed (`QuantModel.pack_weights`); False dequantizes them once.
-        multiplies_integers: layers multiply integers; nothing else than simulation where this is False.
-        takes_weight_cache: ``--weight_cache`` has a meaning.
+        multiplies_integers: layers multiply integers; False simulates quantization in float.
+        takes_weight_cache: ``--weight_cache`` may be given.
     """
 
     name: str
@@ -43,21 +43,21 @@ class Runtime:
     takes_weight_cache: bool = False
 
     def check(self, quant: QuantConfig | None) -> None:
-        """Raise a `UserError` where this is not installed, or cannot run such a network.
+        """Raise a `UserError` if the runtime is not installed, or cannot run such a network.
 
         Args:
             quant: None for a float network.
         """
         if self.packs and quant is None:
-            raise UserError(f"--runtime {self.name} is for quantized weights; add --ptq, or leave --runtime out")
+            raise UserError(f"--runtime {self.name} needs quantized weights; add --ptq, or leave --runtime out")
         if self.multiplies_integers:
             check_integer_products(quant)
 
     def prepare(self, qnn: QuantModel, cache_bytes: int = 0) -> None:
-        """Bring the weights of a network into the form that this computes with, for good.
+        """Convert the weights of a network permanently to the form that the runtime computes with.
 
         Args:
-            cache_bytes: of dequantized weights to keep.
+            cache_bytes: size of the cache of dequantized weights.
         """
         if self.packs and qnn.config.weight_bits is not None:
             qnn.pack_weights(cache_bytes, integer=self.multiplies_integers)
@@ -68,9 +68,10 @@ class OnnxRuntime(Runtime):
     """Runs an exported model (`qdiff.deploy.onnx_network.OnnxNetwork`) on the CPU.
 
     Attributes:
-        package: what is imported for it, of the ``deploy`` extra.
-        changes: of products' limits, how a model is rewritten into what the runtime's integer kernels take.
-        open: returns a rewritten model as a function, computed with a number of threads.
+        package: the package of the ``deploy`` extra that it imports.
+        changes: returns, for the limits of exact products, the changes that rewrite a model for the runtime's integer
+            kernels.
+        open: returns a rewritten model as a function that runs with a number of threads.
     """
 
     package: str

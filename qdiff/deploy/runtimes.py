@@ -1,4 +1,4 @@
-"""The runtimes by name. A new one is a file beside this with a `Runtime` or an `OnnxRuntime`, and a row below."""
+"""Registry of runtimes. To add one, write a file here with a `Runtime` or an `OnnxRuntime`, and add a row below."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qdiff.deploy.torch_runtimes import INTEGER, PACKED, SIMULATED
 RUNTIMES: dict[str, Runtime] = {
     runtime.name: runtime for runtime in (SIMULATED, PACKED, INTEGER, ONNXRUNTIME, OPENVINO)
 }
-"""By the names that ``--runtime`` and ``--runtimes`` have for them."""
+"""The runtimes by their name in ``--runtime`` and ``--runtimes``."""
 
 
 def onnx_runtimes() -> list[str]:
-    """Return the names of those that run an exported model."""
+    """Return the names of the runtimes that run an exported model."""
     return [name for name, runtime in RUNTIMES.items() if isinstance(runtime, OnnxRuntime)]

@@ -1,4 +1,4 @@
-"""The runtimes in torch: simulation, and weights that stay packed."""
+"""The runtimes in torch: simulated quantization, packed weights, and integer products."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from qdiff.deploy.runtime import Runtime
 
 SIMULATED = Runtime(name="simulated", help="weights dequantized once (default)", packs=False)
 PACKED = Runtime(name="torch", help="weights stay packed", takes_weight_cache=True)
-INTEGER = Runtime(name="torch-int8", help="and layers multiply integers", multiplies_integers=True)
+INTEGER = Runtime(name="torch-int8", help="weights stay packed, and layers multiply integers", multiplies_integers=True)

@@ -56,7 +56,7 @@ def test_it_samples(call, tiny, weights_only_run, watched, tmp_path):
 
 def test_it_is_checked_before_work(call, tiny, watched, tmp_path):
     line = call(SCRIPT, *tiny.options, *SAMPLER, "--runtime", "watched", "-l", tmp_path).error_line()
-    assert "--runtime watched is for quantized weights; add --ptq" in line
+    assert "--runtime watched needs quantized weights; add --ptq" in line
     assert watched == []
 
 

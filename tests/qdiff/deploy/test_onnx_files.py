@@ -315,15 +315,15 @@ def test_files_that_are_none_of_ours(runtime, small, tmp_path):
     content = small[1].read_bytes()
     for damaged in (content[: len(content) // 2], b"\xff" * 100):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"is damaged|is no ONNX model of ours"):
+        with pytest.raises(UserError, match=r"is damaged|is not an ONNX model written by this project"):
             OnnxNetwork(path, runtime)
     path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-2\)"):
+    with pytest.raises(UserError, match=r"is not an ONNX model written by this project \(qdiff-onnx-2\)"):
         OnnxNetwork(path, runtime)
     foreign = onnx.load(str(small[1]))
     del foreign.metadata_props[:]
     onnx.save(foreign, str(path))
-    with pytest.raises(UserError, match=r"is no ONNX model of ours \(qdiff-onnx-2\)"):
+    with pytest.raises(UserError, match=r"is not an ONNX model written by this project \(qdiff-onnx-2\)"):
         OnnxNetwork(path, runtime)
 
 
@@ -336,25 +336,25 @@ def test_a_file_of_other_widths_or_another_network(runtime, small):
         ({"act_bits": 8}, "act_bits None, this run asks for 8"),
         ({"weight_symmetric": True}, "weight_symmetric False, this run asks for True"),
     ):
-        with pytest.raises(UserError, match=f"exported with {sentence}; export it anew$"):
+        with pytest.raises(UserError, match=f"exported with {sentence}; export it again$"):
             OnnxNetwork(path, runtime, qnn=one_layer(**config))
-    with pytest.raises(UserError, match=r"exported from another network; export it anew with this model$"):
+    with pytest.raises(UserError, match=r"exported from another network; export it again with this model$"):
         OnnxNetwork(path, runtime, qnn=one_layer(width=7))
     other = one_layer()
     other.layers()["layer"].weight_int[0, 0, 0, 0] ^= 1
-    with pytest.raises(UserError, match=r"exported with other weights or ranges; export it anew with this checkpoint$"):
+    with pytest.raises(UserError, match=r"exported with other weights or ranges; export it again with this check"):
         OnnxNetwork(path, runtime, qnn=other)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_a_file_for_other_shapes(runtime, small, exported_text):
     OnnxNetwork(small[1], runtime, shapes=(SHAPE, None))
-    with pytest.raises(UserError, match=r"for x of shape 3×5×5, this run has 3×7×5; export it anew$"):
+    with pytest.raises(UserError, match=r"for x of shape 3×5×5, this run has 3×7×5; export it again$"):
         OnnxNetwork(small[1], runtime, shapes=((3, 7, 5), None))
-    with pytest.raises(UserError, match=r"for context of shape none, this run has 5×12; export it anew$"):
+    with pytest.raises(UserError, match=r"for context of shape none, this run has 5×12; export it again$"):
         OnnxNetwork(small[1], runtime, shapes=(SHAPE, (5, 12)))
     OnnxNetwork(exported_text.path, runtime, shapes=((4, 4, 4), (5, 12)))
-    with pytest.raises(UserError, match=r"for context of shape 5×12, this run has 6×12; export it anew$"):
+    with pytest.raises(UserError, match=r"for context of shape 5×12, this run has 6×12; export it again$"):
         OnnxNetwork(exported_text.path, runtime, shapes=((4, 4, 4), (6, 12)))
 
 

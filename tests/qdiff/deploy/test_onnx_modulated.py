@@ -142,9 +142,9 @@ def test_a_scale_one_level_off_is_seen_from_the_second_step_on(runtime, exported
 def test_what_is_called_wrongly_is_said(runtime, exported, tmp_path):
     _, path = exported
     real = OnnxNetwork(path, runtime)
-    with pytest.raises(RuntimeError, match=r"runs inside `with network\.trajectory"):
+    with pytest.raises(RuntimeError, match=r"open `with network\.trajectory"):
         real(*steps(2)[0])
-    with pytest.raises(RuntimeError, match="a batch of 3 came in a trajectory of 2"):
+    with pytest.raises(RuntimeError, match="got a batch of 3 in a trajectory of 2"):
         trajectory(real, [steps(2)[0], steps(3)[1]])
     alone = tmp_path / "alone.onnx"
     alone.write_bytes(path.read_bytes())
