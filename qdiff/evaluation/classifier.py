@@ -1,8 +1,8 @@
 """A small classifier of grey digits: the feature network of FID, IS and KID for the bundled digits models.
 
-Inception features say little about 16×16 pen strokes, and its weights are a download. A network trained on
-the very digits takes its place, as is usual for MNIST-like sets; its numbers are comparable with each other,
-never with published Inception numbers. ``scripts/train_extractor.py`` trains it.
+Inception features say little about 16×16 pen strokes, and its weights must be downloaded. Instead, a network trained on
+the same digits is used, as is usual for MNIST-like data sets. Its numbers can be compared with each other, but never
+with published Inception numbers. ``scripts/train_extractor.py`` trains it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ NUM_CLASSES = 10
 
 
 def _convolution(inputs: int, outputs: int) -> list[nn.Module]:
-    # The normalisation that follows has its own shift, so the convolution needs no bias.
+    # The following normalisation has a shift, so the convolution needs no bias.
     return [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.SiLU()]
 
 
 class DigitClassifier(nn.Module):
     """Four 3×3 convolutions and two linear layers, 131,424 parameters.
 
-    The features are smooth (SiLU: a ReLU can leave one at zero for every image, and the covariance singular)
-    and normalised to mean 0 and variance 1 over the training images. That fixes the scale of FID, and keeps
-    the arguments of KID's cubic kernel near 1, where Inception's features have them. The last layer has no
-    bias, so torch-fidelity's two kinds of logits (with and without it) are one and the same here.
+    The features are smooth (SiLU; with ReLU, a feature can be 0 for all images, which makes the covariance singular)
+    and normalised to mean 0 and variance 1 over the training images. That fixes the scale of FID, and keeps the
+    arguments of KID's cubic kernel near 1, as for Inception's features. The last layer has no bias, so torch-fidelity's
+    two kinds of logits (with and without bias) are the same here.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class DigitClassifier(nn.Module):
     def prepare(rgb: Tensor) -> Tensor:
         """Turn uint8 RGB images [N, 3, H, W] into grey float32 images [N, 1, H, W] in [-1, 1].
 
-        The three channels are averaged: for a grey image that stands in all three this changes nothing.
+        The three channels are averaged, which changes nothing for a grey image stored in all three.
         """
         return rgb.to(torch.float32).mean(dim=1, keepdim=True) / 127.5 - 1.0
 

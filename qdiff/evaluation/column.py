@@ -1,4 +1,4 @@
-"""A number as tables and plots show it: its name, which way is better, and how it is written."""
+"""A result as shown in tables and plots: its name, which direction is better, and how it is written."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class Column:
     """One column of a table, and the axis of a plot.
 
     Attributes:
-        key: what a row calls the number.
+        key: key of the number in a row.
         title: the name in the heading.
         better: "lower" or "higher".
-        write: the number as text.
-        published: the column shows what the paper reports, not what was measured.
+        write: turns the number into text.
+        published: the column shows the paper's number instead of the measured one.
         spread: the row's ``<key>_std`` is the number's own spread, and is shown with it.
-        share: the number is a share of images, at most 1: its axis is in per cent.
+        share: the number is a share of images, at most 1, so its axis is in per cent.
     """
 
     key: str
@@ -40,15 +40,15 @@ class Column:
         return f"{self.title} {'↓' if self.better == LOWER else '↑'}"
 
     def value(self, row: Row) -> float | None:
-        """Return the number, for sorting and plots; None where the row has none."""
+        """Return the number, for sorting and plots; None if the row does not have it."""
         return (row.get("published") or {} if self.published else row).get(self.key)
 
     def spread_in(self, row: Row) -> float:
-        """Return the spread that is shown with the number; 0 where there is none, as of what a paper reports."""
+        """Return the spread to show with the number; 0 if there is none, as for published numbers."""
         return row.get(f"{self.key}_std") or 0.0 if self.spread and not self.published else 0.0
 
     def text(self, row: Row) -> str:
-        """Return what the cell shows."""
+        """Return the text of the row's cell."""
         value, spread = self.value(row), self.spread_in(row)
         if value is None:
             return NOTHING

@@ -1,6 +1,6 @@
-"""Find or fetch a data set of :data:`qdiff.evaluation.datasets.DATASETS`, open its images, make its statistics.
+"""Find or download a data set of :data:`qdiff.evaluation.datasets.DATASETS`, open its images, make its statistics.
 
-Nothing is fetched unless it is asked for, and what is fetched is checked against a published sum where there is one.
+Nothing is downloaded unless asked for, and downloads are checked against a published checksum if there is one.
 """
 
 from __future__ import annotations
@@ -32,63 +32,64 @@ from qdiff.io.progress import tracked
 
 
 def locate(name: str, option: str | None = None, path: Path | None = None, fetch: bool = False) -> tuple[str, Path]:
-    """Return how to read a data set and from where.
+    """Return how to read a data set (an option's name) and from which path.
 
     Args:
         name: a key of :data:`DATASETS`.
-        option: "images", "lmdb" or "npz"; None for what an earlier download left in the cache.
-        path: what that option names.
-        fetch: download it where no option is given and the cache lacks it.
+        option: "images", "lmdb" or "npz"; None for an earlier download in the cache.
+        path: the path given with that option.
+        fetch: download the data set if no option is given and it is not in the cache.
 
     Raises:
-        UserError: the option does not fit the data set, or it is not there (and was not to be fetched), or the
-            download failed.
+        UserError: the option does not fit the data set; the data set is missing and ``fetch`` is False; or the download
+            failed.
     """
     dataset = find_dataset(name)
     offered = " or ".join(f"--{o}" for o in dataset.options)
     if option is not None:
         if option not in dataset.options:
-            raise UserError(f"{name} cannot be read from --{option}: name it with {offered}.")
+            raise UserError(f"{name} cannot be read from --{option}; give it with {offered}")
         return option, path
     if not dataset.cached.exists():
         if not fetch:
             raise UserError(
-                f"The images of {name} are not at {dataset.cached}: name what you have with {offered}, or give "
-                f"--download to fetch {dataset.where_to_get()}."
+                f"the images of {name} are not at {dataset.cached}; give the path of yours with {offered}, or give "
+                f"--download to download {dataset.where_to_get()}"
             )
         fetch_dataset(dataset)
     return dataset.options[0], dataset.cached
 
 
 def fetch_dataset(dataset: Dataset) -> None:
-    """Download a data set to where ``dataset.cached`` says, checked and unpacked, whole or not at all.
+    """Download a data set to ``dataset.cached``, check and unpack it; an interruption leaves no partial result.
 
     Raises:
-        UserError: it cannot be fetched, its sum is wrong, or it cannot be unpacked.
+        UserError: it cannot be downloaded, its checksum is wrong, or it cannot be unpacked.
     """
-    if dataset.file.exists():  # fetched by hand, or its unpacking was stopped
+    if dataset.file.exists():  # downloaded by hand, or unpacking was interrupted
         for kind, expected, measure in (("MD5", dataset.md5, files.md5), ("SHA-256", dataset.sha256, files.sha256)):
             if expected is not None and measure(dataset.file) != expected:
                 raise UserError(
-                    f"{dataset.file} has a wrong {kind} (expected {expected}); delete it and run again to fetch it anew"
+                    f"{dataset.file} has a wrong {kind} (expected {expected}); delete it and repeat the command to "
+                    "download it again"
                 )
     else:
         offered = " or ".join(f"--{option}" for option in dataset.options)
-        otherwise = f", or name images that you have with {offered}"
+        otherwise = f", or give the path of your images with {offered}"
         download(dataset.url, dataset.file, dataset.md5, otherwise, sha256=dataset.sha256)
         if dataset.md5 is None and dataset.sha256 is None:
             print(
-                f"no published sum is known for {dataset.file.name}; the SHA-256 of what was fetched is "
+                f"no published checksum is known for {dataset.file.name}; the SHA-256 of the download is "
                 f"{files.sha256(dataset.file)}",
                 file=sys.stderr,
             )
     if dataset.unpacks_to is not None:
         _unpack(dataset.file, dataset.cached)
-        dataset.file.unlink()  # the disk need not hold 43 GB twice
+        dataset.file.unlink()  # do not keep 43 GB twice
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """Unpack the folder of that name from a .zip to beside it, whole or not at all."""
+    """Unpack the folder named as ``folder`` from a .zip to ``folder``; an interruption leaves no partial result."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -97,22 +98,23 @@ def _unpack(archive: Path, folder: Path) -> None:
         os.replace(temporary / folder.name, folder)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError) as error:
         raise UserError(
-            f"{archive} cannot be unpacked to {folder} ({error}); make room, or delete the file and fetch it again."
+            f"{archive} cannot be unpacked to {folder} ({error}); free some space, or delete the file and download it "
+            "again"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def open_dataset(name: str, option: str, path: Path, most: int | None = None) -> ImageSet:
-    """Return the images of a data set, prepared as published numbers want them.
+    """Return the images of a data set, prepared as for published numbers.
 
     Args:
         name: a key of :data:`DATASETS`.
         option, path: from :func:`locate`.
-        most: take the first so many alone.
+        most: take only this many of the first images; None takes all.
 
     Raises:
-        UserError: nothing readable is there, or the images have another size.
+        UserError: there are no readable images, or they have another size.
     """
     dataset = find_dataset(name)
     if option == "npz":
@@ -129,8 +131,8 @@ def open_dataset(name: str, option: str, path: Path, most: int | None = None) ->
         height, width = next(batches).shape[2:]
     if (height, width) != (dataset.sides, dataset.sides):
         raise UserError(
-            f"The images of {path} are {width}×{height} pixels, those of {name} are {dataset.sides}×{dataset.sides}: "
-            "name the images as they were published."
+            f"the images of {path} are {width}×{height} pixels, those of {name} are {dataset.sides}×{dataset.sides}; "
+            "give the images as published"
         )
     return images
 
@@ -138,7 +140,8 @@ def open_dataset(name: str, option: str, path: Path, most: int | None = None) ->
 def _cifar10_batches(path: Path) -> Tensor | None:
     """Read CIFAR-10's five training batches, uint8 [50000, 3, 32, 32]; None if ``path`` is a folder of images.
 
-    ``path``: the .tar.gz, the folder ``cifar-10-batches-py``, or the one it lies in.
+    Args:
+        path: the .tar.gz, the folder ``cifar-10-batches-py``, or its parent folder.
     """
     from torchvision.datasets import CIFAR10
 
@@ -147,13 +150,11 @@ def _cifar10_batches(path: Path) -> Tensor | None:
         data = _read_member(path, CIFAR10.base_folder, file)
         if data is None:
             if parts or path.is_file():
-                raise UserError(f"{path} lacks CIFAR-10's {file}: fetch {CIFAR10.url} again.")
+                raise UserError(f"{path} has no file {file} of CIFAR-10; download {CIFAR10.url} again")
             return None
-        # Checked before it is unpickled: a pickle can run code.
+        # Checked before unpickling, because a pickle can run code.
         if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-            raise UserError(
-                f"{file} of {path} has a wrong MD5 (expected {md5}): it is not CIFAR-10's; fetch {CIFAR10.url} again."
-            )
+            raise UserError(f"{file} of {path} has a wrong MD5 (CIFAR-10's is {md5}); download {CIFAR10.url} again")
         parts.append(np.asarray(pickle.loads(data, encoding="latin1")["data"], dtype=np.uint8))
     return torch.from_numpy(np.concatenate(parts).reshape(-1, 3, 32, 32))
 
@@ -167,7 +168,7 @@ def _read_member(path: Path, folder: str, file: str) -> bytes | None:
         except KeyError:
             return None
         except (tarfile.TarError, zlib.error, OSError, EOFError) as error:
-            raise UserError(f"{path} is no readable archive of CIFAR-10 ({error}): fetch it again.") from error
+            raise UserError(f"{path} is not a readable archive of CIFAR-10 ({error}); download it again") from error
     found = next((p for p in (path / file, path / folder / file) if p.is_file()), None)
     return None if found is None else found.read_bytes()
 
@@ -183,17 +184,17 @@ def dataset_reference(
 ) -> ReferenceStatistics:
     """Make the statistics of a data set.
 
-    ADM's reference batch brings mean and covariance of the whole training set, which published numbers are measured
-    against; its 10,000 images give the features for KID, precision and recall.
+    ADM's reference batch contains mean and covariance of the whole training set, which published numbers are measured
+    against; its 10,000 images provide the features for KID, precision and recall.
 
     Args:
         name: a key of :data:`~qdiff.evaluation.datasets.DATASETS`.
-        path: where ``images`` were opened.
-        title: what the images are, for people.
+        path: the path that ``images`` were opened from.
+        title: readable description of the images.
         extractor, batch_size, progress: see `compute_reference`.
 
     Raises:
-        UserError: the reference batch lacks its statistics, or they are another extractor's.
+        UserError: the statistics are missing in the reference batch, or were made with another extractor.
     """
     published = load_reference(path, extractor) if find_dataset(name).brings_statistics else None
     made = compute_reference(images, extractor, title, batch_size, progress)

@@ -1,4 +1,4 @@
-"""The data sets that published numbers are measured against: what they are and where to get them."""
+"""The data sets that published numbers are measured against, and where to get them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from qdiff.io.downloads import cache_folder
 
 @dataclass(frozen=True)
 class CropResize:
-    """The centre square of an image, resized by Pillow's bicubic filter (which antialiases), never flipped.
+    """Crops an image to its centre square and resizes it with Pillow's bicubic filter (antialiased); never flips.
 
-    As LDM's loader does it, ``ldm/data/lsun.py`` of CompVis/latent-diffusion: where the long side has an odd number of
-    pixels more than the short one, the odd pixel is cut off at the right or bottom. torchvision's CenterCrop rounds
-    half of them the other way.
+    As in LDM's loader, ``ldm/data/lsun.py`` of CompVis/latent-diffusion: if the difference between the sides is odd,
+    the odd pixel is cut off at the right or bottom. torchvision's CenterCrop rounds half of these cases the other way.
     """
 
     size: int
@@ -34,18 +33,18 @@ class Dataset:
     """One entry of :data:`DATASETS`.
 
     Attributes:
-        title: what the images are, for people: data set and split.
-        count: how many images it has.
+        title: readable description of the images: data set and split.
+        count: number of images.
         sides: height and width of the images after ``prepare``.
-        prepare: done to every image of a folder or an LMDB; None where they are taken as they are.
-        treatment: the same in words; "" for none.
-        options: how it can be named, the usual one first: "images", "lmdb" or "npz".
-        url: where the published file is.
-        size: bytes of that file; None where it is not known.
-        md5, sha256: its sum; at most one. None where nobody has published one.
-        unpacks_to: folder in the .zip that holds the images; None for a file that is read as it is.
-        brings_statistics: the file holds mean and covariance of more images than it holds.
-        known_counts: other numbers of images that people use: number → what they are.
+        prepare: applied to every image of a folder or an LMDB; None uses the images unchanged.
+        treatment: description of ``prepare``; "" for none.
+        options: options that can name it, the usual one first: "images", "lmdb" or "npz".
+        url: address of the published file.
+        size: bytes of that file; None if unknown.
+        md5, sha256: its checksum, at most one of them; None if none was published.
+        unpacks_to: folder in the .zip that holds the images; None for a file that is read without unpacking.
+        brings_statistics: the file holds mean and covariance of more images than it contains.
+        known_counts: other common numbers of images: number → description.
     """
 
     title: str
@@ -64,22 +63,22 @@ class Dataset:
 
     @property
     def file(self) -> Path:
-        """Where the published file goes."""
+        """Path of the downloaded file."""
         return cache_folder() / "datasets" / self.url.rsplit("/", 1)[1]
 
     @property
     def cached(self) -> Path:
-        """Where the images are after a download: the file, or the folder that it was unpacked to."""
+        """Path of the images after a download: the file, or the folder that it was unpacked to."""
         return self.file if self.unpacks_to is None else self.file.parent / self.unpacks_to
 
     def where_to_get(self) -> str:
-        """Return where the file is and how large, for errors."""
+        """Return the file's address and size, for errors."""
         return self.url if self.size is None else f"{self.url} ({self.size / 1e9:.1f} GB)"
 
     def describe(self, count: int, first: bool = False) -> str:
-        """Return the name of statistics of ``count`` of its images (``first``: only so many were taken).
+        """Return the name of statistics of ``count`` images (``first``: only the first images were taken).
 
-        What is no usual number of images can be told from the name.
+        The name shows if the number of images is unusual.
         """
         known = {self.count: "", **dict(self.known_counts)}
         if first:
@@ -99,9 +98,9 @@ def _cropped(size: int) -> dict:
     }
 
 
-# Sums: CIFAR-10 as in torchvision.datasets.CIFAR10.tgz_md5; LSUN and COCO (with the sizes) as in TensorFlow Datasets,
-# tensorflow_datasets/url_checksums/lsun.txt and coco.txt. None was found for the reference batch.
-# LSUN and COCO are published under http; the sum makes up for it.
+# Checksums: CIFAR-10 from torchvision.datasets.CIFAR10.tgz_md5; LSUN and COCO (with the sizes) from TensorFlow
+# Datasets, tensorflow_datasets/url_checksums/lsun.txt and coco.txt. None was found for the reference batch.
+# LSUN and COCO are published under http; the checksum makes up for it.
 DATASETS: dict[str, Dataset] = {
     "cifar10": Dataset(
         title="CIFAR-10 train",
@@ -158,7 +157,7 @@ DATASETS: dict[str, Dataset] = {
 
 
 def find_dataset(name: str) -> Dataset:
-    """Return the entry called ``name``; an unknown one is a UserError that lists the known ones."""
+    """Return the entry called ``name``; an unknown name is a UserError that lists the known ones."""
     if name not in DATASETS:
-        raise UserError(f"There is no data set {name!r}: choose one of {', '.join(DATASETS)}.")
+        raise UserError(f"there is no data set {name!r}; choose from {', '.join(DATASETS)}")
     return DATASETS[name]

@@ -1,7 +1,6 @@
 """Feature extractors: the networks whose features FID, IS, KID and precision/recall are computed from.
 
-torch-fidelity is imported when an extractor is made, not before: some machines that quantize and sample lack
-it.
+torch-fidelity is imported only when an extractor is made, because quantizing and sampling do not need it installed.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ class ExtractorSpec:
     """One entry of :data:`EXTRACTORS`.
 
     Attributes:
-        feature_layer: torch-fidelity's name of the features that FID, KID and precision/recall use.
-        logits_layer: its name of the logits that IS uses.
+        feature_layer: torch-fidelity's name for the features that FID, KID and precision/recall use.
+        logits_layer: its name for the logits that IS uses.
         spatial_module: name of the submodule whose map [N, C, h, w] sFID uses.
         classifier: network class with ``prepare(uint8 [N, 3, H, W])`` and ``forward`` returning (features,
-            logits); None for an extractor that torch-fidelity has itself.
+            logits); None for an extractor that is part of torch-fidelity.
         weights: bundled safetensors file, relative to the repository; None if none is bundled.
-        maker: script that writes it.
-        classes: names of the logits, in order; None where they are not the classes that models are asked for.
+        maker: script that writes that file.
+        classes: names of the logits, in order; None if they are not the classes of conditional models.
     """
 
     feature_layer: str
@@ -48,7 +47,7 @@ class ExtractorSpec:
         return self.logits_layer if metric == "isc" else self.feature_layer
 
 
-# A new classifier (say, of CIFAR-10) is one more entry here.
+# To add a classifier (e.g. of CIFAR-10), add an entry here.
 EXTRACTORS: dict[str, ExtractorSpec] = {
     "digits-classifier": ExtractorSpec(
         feature_layer="64",
@@ -59,8 +58,8 @@ EXTRACTORS: dict[str, ExtractorSpec] = {
         maker="scripts/train_extractor.py",
         classes=tuple("0123456789"),
     ),
-    # Its 1,008 logits are in an order of their own, not ImageNet's 1,000 classes: no class names.
-    # ADM's sFID reads the TF graph's "mixed_6/conv:0": the 1×1 branch of the block that torch calls Mixed_6d.
+    # No class names: its 1,008 logits are not ImageNet's 1,000 classes and have another order.
+    # ADM's sFID reads "mixed_6/conv:0" of the TF graph, which is the 1×1 branch of the block Mixed_6d in torch.
     "inception-v3-compat": ExtractorSpec(
         feature_layer="2048", logits_layer="logits_unbiased", spatial_module="Mixed_6d.branch1x1"
     ),
@@ -68,20 +67,20 @@ EXTRACTORS: dict[str, ExtractorSpec] = {
 
 
 def extractor_spec(name: str) -> ExtractorSpec:
-    """Return the entry called ``name``; an unknown one is a UserError that lists the known ones."""
+    """Return the entry called ``name``; an unknown name is a UserError that lists the known ones."""
     if name not in EXTRACTORS:
-        raise UserError(f"There is no feature extractor {name!r}: choose one of {', '.join(EXTRACTORS)}.")
+        raise UserError(f"there is no feature extractor {name!r}; choose from {', '.join(EXTRACTORS)}")
     return EXTRACTORS[name]
 
 
 @functools.cache
 def extractor_class(name: str) -> type:
-    """Return torch-fidelity's class behind ``name``; ours are registered with torch-fidelity the first time.
+    """Return torch-fidelity's class for ``name``; this project's extractors are registered there on first use.
 
     After this call ``torch_fidelity.calculate_metrics(feature_extractor=name, ...)`` works as well.
 
     Raises:
-        UserError: if the name is unknown, or torch-fidelity is not installed.
+        UserError: the name is unknown, or torch-fidelity is not installed.
     """
     spec = extractor_spec(name)
     try:
@@ -89,14 +88,14 @@ def extractor_class(name: str) -> type:
         from torch_fidelity.feature_extractor_base import FeatureExtractorBase
     except ImportError as error:
         raise UserError(
-            f"Metrics need the package torch-fidelity, which cannot be imported here ({error}): "
-            "install it with 'pip install -c constraints.txt torch-fidelity'."
+            f"metrics need the package torch-fidelity, which cannot be imported here ({error}); "
+            "install it with 'pip install -c constraints.txt torch-fidelity'"
         ) from error
     if spec.classifier is None:
         return torch_fidelity.FeatureExtractorInceptionV3
 
     class ClassifierFeatures(FeatureExtractorBase):
-        """Adapter from a classifier to the interface torch-fidelity expects (uint8 [N, 3, H, W] in)."""
+        """Adapts a classifier to torch-fidelity's interface (uint8 [N, 3, H, W] in)."""
 
         def __init__(self, name, features_list, feature_extractor_weights_path=None, **kwargs):
             super().__init__(name, list(features_list))
@@ -138,16 +137,16 @@ def create_extractor(name: str, weights: str | Path | None = None, device: str |
 
     Args:
         name: a key of :data:`EXTRACTORS`.
-        weights: weights file. By default the bundled one; for ``inception-v3-compat`` the one that an earlier
+        weights: weights file; by default the bundled one, or for ``inception-v3-compat`` the file that an earlier
             torch-fidelity run left in torch hub's cache.
-        device: where the network runs.
+        device: device of the network.
 
     Returns:
         A torch-fidelity feature extractor in eval mode, from uint8 [N, 3, H, W] to the tuple (features
         [N, D], logits [N, classes]).
 
     Raises:
-        UserError: if the name is unknown, torch-fidelity is missing, or the weights are missing or unfit.
+        UserError: the name is unknown, torch-fidelity is missing, or the weights are missing or do not fit.
     """
     spec = extractor_spec(name)
     make = extractor_class(name)
@@ -155,15 +154,15 @@ def create_extractor(name: str, weights: str | Path | None = None, device: str |
     layers = [spec.feature_layer, spec.logits_layer]
     try:
         extractor = make(name, layers, feature_extractor_weights_path=None if path is None else str(path))
-    except RuntimeError as error:  # load_state_dict's word for keys or shapes that do not fit
+    except RuntimeError as error:  # raised by load_state_dict for keys or shapes that do not fit
         raise UserError(
-            f"{path} does not hold the weights of {name}: name another file with --extractor-weights PATH."
+            f"{path} does not hold the weights of {name}; give another file with --extractor-weights PATH"
         ) from error
     return extractor.requires_grad_(False).eval().to(device)
 
 
 def weights_hash(extractor: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and buffers, whatever file or device they come from."""
+    """Return the SHA-256 of all parameters and buffers; it does not depend on their file or device."""
     digest = hashlib.sha256()
     for name, tensor in sorted(extractor.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -179,35 +178,35 @@ def _load_classifier(classifier: nn.Module, path: Path, name: str) -> None:
     maker = EXTRACTORS[name].maker
     if not path.is_file():
         raise UserError(
-            f"The weights of {name} are missing, there is no file {path}: make it with 'python {maker}' or "
-            "name another with --extractor-weights PATH."
+            f"the weights of {name} are missing, there is no file {path}; make it with 'python {maker}' or "
+            "give another with --extractor-weights PATH"
         )
     try:
         classifier.load_state_dict(load_file(path))
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{path} does not hold the weights of {name}: make them anew with 'python {maker}' or name "
-            "another file with --extractor-weights PATH."
+            f"{path} does not hold the weights of {name}; make them again with 'python {maker}' or give "
+            "another file with --extractor-weights PATH"
         ) from error
 
 
 def _inception_weights(weights: str | Path | None) -> Path:
-    """Return the path of Inception's weights, checked, so that torch-fidelity has no reason to download."""
+    """Check Inception's weights and return their path, so that torch-fidelity does not download them."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     cached = Path(torch.hub.get_dir()) / "checkpoints" / URL_INCEPTION_V3.rsplit("/", 1)[1]
     path = cached if weights is None else Path(weights)
     if not path.is_file():
         raise UserError(
-            f"The weights of inception-v3-compat are missing, there is no file {path}: fetch "
-            f"{URL_INCEPTION_V3} and name the file with --extractor-weights PATH."
+            f"the weights of inception-v3-compat are missing, there is no file {path}; download "
+            f"{URL_INCEPTION_V3} and give the file with --extractor-weights PATH"
         )
     try:
-        # torch-fidelity unpickles whatever the file holds; a file that passes here holds tensors and no code.
+        # torch-fidelity would unpickle anything; a file that passes this check holds tensors and no code.
         torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise UserError(
-            f"{path} is not a readable file of PyTorch weights: fetch {URL_INCEPTION_V3} again and name the "
-            "file with --extractor-weights PATH."
+            f"{path} is not a readable file of PyTorch weights; download {URL_INCEPTION_V3} again and give the "
+            "file with --extractor-weights PATH"
         ) from error
     return path

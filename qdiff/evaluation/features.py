@@ -1,4 +1,4 @@
-"""Features of images: one pass of the extractor gives what all of its metrics are computed from."""
+"""Features of images: all metrics of an extractor are computed from one pass of it."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from qdiff.io.files import DAMAGED_NPZ, written_whole
 from qdiff.io.progress import progress_bar
 from qdiff.machine.memory import available_on
 
-# sFID takes the first 7 channels of a map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
+# sFID uses the first 7 channels of a feature map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
 SPATIAL_CHANNELS = 7
 LARGEST_BATCH = 256
-# Of the memory that is free, for what a forward holds; the rest is for features and their covariances.
+# Share of the free memory that a forward may use; the rest is for features and their covariances.
 MEMORY_SHARE = 0.25
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFeatures:
-    """What an extractor says of a set of images.
+    """The features and logits of a set of images.
 
     Attributes:
-        extractor, weights_hash: which network, and the SHA-256 of its weights.
+        extractor, weights_hash: name of the extractor, and the SHA-256 of its weights.
         pixels_hash: SHA-256 of the images' pixels, see `ImageSet.sha256`.
-        features: float32 [n, D], in order; of every image, or of n evenly spaced ones.
+        features: float32 [n, D], in order; of all images, or of n evenly spaced ones.
         logits: float32 [n, classes], of the same images.
         gaussian: mean and covariance of the features of all images.
-        spatial: the same of the spatial features.
+        spatial: mean and covariance of the spatial features of all images.
     """
 
     extractor: str
@@ -65,26 +65,26 @@ def extract_features(
     """Run images through an extractor once.
 
     Args:
-        images: see `open_images`; two or more.
+        images: two or more images, see `open_images`.
         extractor: from `qdiff.evaluation.extractors.create_extractor`.
         batch_size: images per forward; by default as many as fit a quarter of the free memory, at most 256. It
             changes results by rounding only.
         progress: show a bar on stderr.
-        most_kept: keep features of so many images, evenly spaced; by default of all.
+        most_kept: keep features of at most this many images, evenly spaced; None keeps all.
 
     Raises:
-        UserError: on fewer than two images, unusable ones, or a batch size below 1.
+        UserError: there are fewer than two images, images are unusable, or the batch size is below 1.
     """
     images = open_images(images)
     if len(images) < 2:
-        raise UserError("Metrics need two images or more: sample more.")
+        raise UserError("metrics need two images or more; sample more")
     spec = EXTRACTORS[extractor.get_name()]
     kept = _evenly_spaced(len(images), most_kept)
     features, logits = [], []
     gaussian, spatial, pixels = RunningGaussian(), RunningGaussian(), hashlib.sha256()
     batch_size = fitting_batch_size(images, extractor) if batch_size is None else batch_size
     if batch_size < 1:
-        raise UserError(f"The batch size must be 1 or more, not {batch_size}.")
+        raise UserError(f"the batch size is {batch_size}; give 1 or more")
     first = 0
     with progress_bar(len(images), "features", "img", disable=not progress) as bar:
         for batch in images.batches(batch_size):
@@ -117,8 +117,8 @@ def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Ten
     """Run uint8 images [n, 3, H, W] through an extractor.
 
     Returns:
-        Layer name → float32 [n, D], and the spatial features float32 [n, h·w·7], all on the CPU. Their order is
-        that of ADM's statistics files (rows, columns, channels), so that they can be compared with those.
+        Layer name → float32 [n, D], and the spatial features float32 [n, h·w·7], all on the CPU. Spatial features have
+        the order of ADM's statistics files (rows, columns, channels), so that they can be compared with them.
     """
     device = _device_of(extractor)
     module = extractor.get_submodule(EXTRACTORS[extractor.get_name()].spatial_module)
@@ -133,7 +133,7 @@ def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Ten
 
 
 def fitting_batch_size(images: ImageSet, extractor: nn.Module) -> int:
-    """Return how many images a forward may take: what one holds is measured on the first."""
+    """Return how many images fit in a forward, from the memory that the first image takes."""
     first = next(images.batches(1))
     device = _device_of(extractor)
     largest = 1
@@ -148,18 +148,19 @@ def fitting_batch_size(images: ImageSet, extractor: nn.Module) -> int:
             if not list(module.children()):
                 stack.callback(module.register_forward_hook(measure).remove)
         forward(extractor, first)
-    # A convolution's workspace and the branches of a block that wait for each other take as much again, twice.
+    # The workspace of a convolution doubles that, and the parallel branches of a block double it again.
     return max(1, min(LARGEST_BATCH, int(available_on(device) * MEMORY_SHARE) // (4 * largest)))
 
 
 def cached_features(
     images: Images, extractor: nn.Module, folder: Path | None, batch_size: int | None = None, progress: bool = True
 ) -> ImageFeatures:
-    """Return `extract_features`, kept in a folder under a name made of the hashes of images and weights
-    and, but for the CPU, the kind of device.
+    """Return `extract_features`, from a cache if possible.
+
+    The name of the cached file is made of the hashes of images and weights and, except for the CPU, the device type.
 
     Args:
-        folder: of the cache; None computes anew and keeps nothing.
+        folder: folder of the cache; None uses no cache.
     """
     images = open_images(images)
     if folder is None:
@@ -168,7 +169,7 @@ def cached_features(
     device = _device_of(extractor).type
     by = f"{extractor.get_name()}-{weights[:12]}" + ("" if device == "cpu" else f"-{device}")
     path = folder / f"{images.fingerprint()[:20]}-{by}.npz"
-    with contextlib.suppress(*DAMAGED_NPZ):  # absent or damaged: make it
+    with contextlib.suppress(*DAMAGED_NPZ):  # if missing or damaged, extract them
         return _load(path)
     features = extract_features(images, extractor, batch_size, progress)
     _save(features, path)
@@ -201,7 +202,7 @@ def _load(path: Path) -> ImageFeatures:
 
 
 def _evenly_spaced(count: int, most: int | None) -> Tensor:
-    """Return which of ``count`` images are kept, bool [count]."""
+    """Return which of ``count`` images to keep, bool [count]; None keeps all."""
     kept = torch.zeros(count, dtype=torch.bool)
     number = count if most is None else min(most, count)
     kept[torch.from_numpy(np.linspace(0, count - 1, number).round().astype(np.int64))] = True

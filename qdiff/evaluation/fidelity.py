@@ -1,8 +1,8 @@
-"""Fidelity of a run to the float run of the same seeds: PSNR, SSIM and LPIPS of image i against image i.
+"""Fidelity of a run to the float run with the same seeds: PSNR, SSIM and LPIPS of image i against image i.
 
-Set metrics such as FID need thousands of images before a difference stands out of their noise; pairs of images of
-the same seed show what quantization changed from the first image on. torchmetrics computes the three, and is
-imported when they are asked for: some machines that quantize and sample lack it.
+Set metrics such as FID need thousands of images before a difference exceeds their noise; pairs of images with the same
+seed show the changes by quantization from the first image on. torchmetrics computes the three metrics. It is imported
+only when they are requested, because quantizing and sampling do not need it installed.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from qdiff.io.progress import progress_bar
 from qdiff.io.tensor_files import read_float_tensors
 
 PEAK = 255.0
-PSNR_CAP = 100.0  # dB; equal images have infinitely many, and one of them would make the mean infinite
+PSNR_CAP = 100.0  # dB; the PSNR of equal images is infinite, and one such pair would make the mean infinite
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
-PIXELS_AT_A_TIME = 1 << 20  # SSIM holds some twenty float64 maps a channel: about half a GB
+PIXELS_AT_A_TIME = 1 << 20  # SSIM holds about twenty float64 maps per channel: about half a GB
 
-# LPIPS' backbones: torchvision's file, and the least side that leaves a pixel after the last pooling.
+# LPIPS' backbones: torchvision's file, and the smallest side for which a pixel is left after the last pooling.
 LPIPS_NETS = {
     "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 31),
     "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", 16),
@@ -33,7 +33,7 @@ LPIPS_NETS = {
 
 
 def fidelity(subject: Subject) -> dict[str, float]:
-    """Return `compare_runs` of a subject's images and the float run's, or of the first of both."""
+    """Return `compare_runs` of a subject's images (the first ``compared`` ones, if set) and the float run's."""
     sets = (subject.images, subject.float_images)
     if subject.compared is not None:
         sets = tuple(FirstImages(images, subject.compared) for images in sets)
@@ -57,30 +57,30 @@ def compare_runs(
 ) -> dict[str, float]:
     """Compare a run's images with those of the float run, one by one.
 
-    Works from one image on; below some 64 the means say more about the seeds than about the model.
+    One image is enough; below about 64 images, the means say more about the seeds than about the model.
 
     Args:
-        images: of the quantized run.
-        float_images: of the float run, as many, of the same size, in the same order. Both should be read from PNG or
-            arrays: JPEG's own losses would count.
+        images: images of the quantized run.
+        float_images: images of the float run, of the same number, size and order. Both should come from PNG files or
+            arrays, because JPEG's own losses would count.
         lpips_weights: torchvision's weights of the backbone (a file of :data:`LPIPS_NETS`); None leaves LPIPS out.
-        lpips_net: "alex" (what papers report) or "vgg".
-        batch_size: images read at a time.
-        device: where they are compared. It must know float64.
+        lpips_net: "alex" (as in papers) or "vgg".
+        batch_size: images per batch.
+        device: device of the comparison; must support float64.
         progress: show a progress bar.
 
     Returns:
-        ``psnr``: mean of the images' peak signal-to-noise ratios in dB, 10·log10(255² / mean squared error), each of
-        them at most :data:`PSNR_CAP`.
-        ``identical``: how many images are equal in every pixel.
-        ``ssim``: mean of the images' structural similarities (Wang et al. 2004, Gaussian window 11×11 with σ 1.5, K1
-        0.01, K2 0.03), at most 1. As there, windows lie wholly within the image; colours are averaged.
-        ``lpips``: mean perceptual distance (Zhang et al. 2018, version 0.1), 0 for equal images; with
-        ``lpips_weights`` alone.
+        ``psnr``: mean over images of the peak signal-to-noise ratio in dB, 10·log10(255² / mean squared error), each at
+        most :data:`PSNR_CAP`.
+        ``identical``: number of images that are equal in every pixel.
+        ``ssim``: mean over images of the structural similarity (Wang et al. 2004, Gaussian window 11×11 with σ 1.5, K1
+        0.01, K2 0.03), at most 1. As in the paper, windows lie entirely within the image; colours are averaged.
+        ``lpips``: mean perceptual distance (Zhang et al. 2018, version 0.1), 0 for equal images; only with
+        ``lpips_weights``.
 
     Raises:
         UserError: the two sets do not pair up, images are smaller than 11×11 (for LPIPS 31×31 with alex, 16×16 with
-            vgg), weights are missing or unfit, or torchmetrics is not installed.
+            vgg), weights are missing or do not fit, or torchmetrics is not installed.
     """
     _check_pairs(images, float_images)
     ssim_and_psnr = _similarities()
@@ -88,7 +88,7 @@ def compare_runs(
     found: dict[str, list[Tensor]] = {"psnr": [], "identical": [], "ssim": []} | ({"lpips": []} if lpips else {})
     with (
         torch.inference_mode(),
-        # Disable TF32 so results do not depend on the GPU, also where no script has done so.
+        # Disable TF32 so that results do not depend on the GPU, even if no script has done so.
         torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
         progress_bar(len(images), "fidelity", "img", disable=not progress) as bar,
     ):
@@ -116,8 +116,8 @@ def _similarities() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
 
     def measure(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         if all(torch.equal(z[:, :1].expand_as(z), z) for z in (x, y)):
-            x, y = x[:, :1], y[:, :1]  # grey: one channel says the same in a third of the time
-        # Variances are differences of squares up to 65,025: in float32 even equal images lose 0.001 of SSIM.
+            x, y = x[:, :1], y[:, :1]  # grey: one channel gives the same in a third of the time
+        # float64: variances are differences of squares up to 65,025; in float32 even equal images lose 0.001 of SSIM.
         x, y = x.double(), y.double()
         psnr = functions.peak_signal_noise_ratio(x, y, data_range=PEAK, dim=(1, 2, 3), reduction="none")
         _, ssim = functions.structural_similarity_index_measure(
@@ -129,7 +129,7 @@ def _similarities() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
             reduction="none",
             return_full_image=True,
         )
-        # At the border torchmetrics mirrors the image, and its versions differ in whether that counts.
+        # torchmetrics mirrors the image at the border, and its versions differ in whether that part counts.
         inside = ssim[..., border:-border, border:-border]
         return psnr.clamp(max=PSNR_CAP), inside.mean((1, 2, 3))
 
@@ -142,71 +142,70 @@ def require_torchmetrics() -> Any:
         import torchmetrics.functional.image
     except ImportError as error:
         raise UserError(
-            f"Comparing images needs the package torchmetrics, which cannot be imported here ({error}): "
-            "install it with 'pip install -c constraints.txt torchmetrics'."
+            f"comparing images needs the package torchmetrics, which cannot be imported here ({error}); "
+            "install it with 'pip install -c constraints.txt torchmetrics'"
         ) from error
     return torchmetrics
 
 
 def _lpips(path: Path, net: str) -> nn.Module:
-    """Return torchmetrics' LPIPS with the backbone's weights from a file; its linear heads come with torchmetrics."""
+    """Return torchmetrics' LPIPS with the backbone's weights from a file; its linear heads are part of torchmetrics."""
     if net not in LPIPS_NETS:
-        raise UserError(f"There is no LPIPS backbone {net!r}: choose one of {', '.join(LPIPS_NETS)}.")
+        raise UserError(f"there is no LPIPS backbone {net!r}; choose from {', '.join(LPIPS_NETS)}")
     url, _ = LPIPS_NETS[net]
     if not path.is_file():
-        raise UserError(f"The weights of LPIPS are missing, there is no file {path}: fetch {url} and name the file.")
+        raise UserError(f"the weights of LPIPS are missing, there is no file {path}; download {url} and give its path")
     state = read_float_tensors(path)
     require_torchmetrics()
     from torchmetrics.functional.image.lpips import _LPIPS
 
-    with torch.random.fork_rng(devices=[]):  # weights are drawn, only to be replaced
+    with torch.random.fork_rng(devices=[]):  # random weights are drawn and then replaced
         model = _LPIPS(net=net, pnet_rand=True)  # the public class would download the backbone
-    # torchvision's features.3.weight is slice2.3.weight there; classifier.* is not used.
+    # torchvision's features.3.weight is slice2.3.weight in torchmetrics; classifier.* is not used.
     own = {f"features.{name.split('.', 1)[1]}": name for name in model.net.state_dict()}
     shapes = {name: model.net.state_dict()[there].shape for name, there in own.items()}
     unfit = sorted(name for name in own if name not in state or state[name].shape != shapes[name])
     if unfit:
         raise UserError(
             f"{path} does not hold the weights of LPIPS' backbone {net} ({len(unfit)} tensors missing or of another "
-            f"shape, e.g. {unfit[0]}): fetch {url} and name that file."
+            f"shape, e.g. {unfit[0]}); download {url} and give its path"
         )
     model.net.load_state_dict({there: state[name] for name, there in own.items()})
     return model.eval()
 
 
 def _check_pairs(images: ImageSet, float_images: ImageSet) -> None:
-    """Raise a `UserError` where image i of one set is not the partner of image i of the other."""
+    """Raise a `UserError` if image i of one set does not correspond to image i of the other."""
     if len(images) != len(float_images):
         raise UserError(
-            f"A run of {len(images)} images cannot be compared one by one with a float run of {len(float_images)}: "
-            "sample the same seeds with both."
+            f"a run of {len(images)} images cannot be compared one by one with a float run of {len(float_images)}; "
+            "sample the same seeds with both"
         )
     if not isinstance(images, FolderImages) or not isinstance(float_images, FolderImages):
         return
     for ours, theirs in zip(images.paths, float_images.paths, strict=True):
         names = (path.relative_to(s.folder).with_suffix("") for path, s in ((ours, images), (theirs, float_images)))
-        if len(set(names)) > 1:  # one image missing here and another there would shift all between
+        if len(set(names)) > 1:  # different missing images in the two folders would shift the pairs
             raise UserError(
-                f"{ours} would be compared with {theirs}: images of the same seed must have the same name in both "
-                "folders."
+                f"{ours} would be compared with {theirs}; give images with the same seed the same name in both folders"
             )
 
 
 def _check_sizes(ours: Tensor, theirs: Tensor, lpips_net: str | None) -> None:
-    """Raise a `UserError` where batches differ in size, or are too small for what is to be computed."""
+    """Raise a `UserError` if images differ in size, or are too small for SSIM or LPIPS."""
     (height, width), other = ours.shape[-2:], theirs.shape[-2:]
     if (height, width) != other:
         raise UserError(
-            f"Images of {width}×{height} pixels cannot be compared with the float run's of {other[1]}×{other[0]}: "
-            "sample both with the same model."
+            f"images of {width}×{height} pixels cannot be compared with the float run's of {other[1]}×{other[0]}; "
+            "sample both with the same model"
         )
     if min(height, width) < SSIM_WINDOW:
         raise UserError(
-            f"Images of {width}×{height} pixels are too small for SSIM, whose window is {SSIM_WINDOW}×{SSIM_WINDOW}: "
-            "compare larger ones."
+            f"images of {width}×{height} pixels are too small for SSIM, whose window is {SSIM_WINDOW}×{SSIM_WINDOW}; "
+            "compare larger ones"
         )
     if lpips_net is not None and min(height, width) < (least := LPIPS_NETS[lpips_net][1]):
         raise UserError(
-            f"Images of {width}×{height} pixels are too small for LPIPS with {lpips_net}, which needs {least}×{least}: "
-            "leave out its weights."
+            f"images of {width}×{height} pixels are too small for LPIPS with {lpips_net}, which needs {least}×{least}; "
+            "leave out its weights"
         )

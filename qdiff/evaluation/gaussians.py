@@ -14,7 +14,7 @@ class Gaussian:
     Attributes:
         mu: float64 [D].
         sigma: float64 [D, D], with the divisor count−1.
-        count: number of vectors; 0 where a file does not tell.
+        count: number of vectors; 0 if a file does not say.
     """
 
     mu: np.ndarray
@@ -37,17 +37,17 @@ class Gaussian:
 
 
 class RunningGaussian:
-    """Mean and covariance of vectors that come in batches: memory for D² numbers, however many come.
+    """Mean and covariance of vectors that come in batches; the memory is D² numbers for any number of vectors.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), which does not lose digits where the
-    mean is large beside the spread.
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque (1979), which does not lose digits if the mean
+    is large compared with the spread.
     """
 
     def __init__(self) -> None:
         self.count = 0
 
     def add(self, features: np.ndarray) -> None:
-        """Take in features [n, D], any float dtype."""
+        """Add features [n, D] of any float dtype."""
         batch = features.astype(np.float64)
         count, mean = len(batch), batch.mean(axis=0)
         centred = batch - mean
@@ -62,15 +62,15 @@ class RunningGaussian:
         self.count = total
 
     def result(self) -> Gaussian:
-        """Return the Gaussian of all that came, two vectors or more."""
+        """Return the Gaussian of all vectors added, two or more."""
         return Gaussian(self._mean, self._scatter / (self.count - 1), self.count)
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return |μ₁−μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), by torch-fidelity (Heusel et al. 2017, eq. 6).
+    """Return |μ₁−μ₂|² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), computed by torch-fidelity (Heusel et al. 2017, eq. 6).
 
-    The root's trace is summed from eigenvalues, so covariances without full rank need no offset: fewer images than
-    features are valid, if biased, input.
+    The trace of the root is a sum over eigenvalues, so covariances without full rank need no offset: fewer images than
+    features give a valid, though biased, result.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are its images."""
+"""Find the image files of a folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Return the images that lie directly in a folder, by name; hidden files and those of other kinds are none."""
+    """Return the images directly in a folder, sorted by name; hidden files and files of other types are left out."""
     return sorted(folder / name for name in _names(folder) if _is_image(name))
 
 
 def image_files_below(folder: Path) -> list[Path]:
-    """Return the images of a folder and of the folders below it, by path.
+    """Return the images of a folder and its subfolders, sorted by path.
 
     Links to folders are followed, each folder once; hidden folders are left out.
 
@@ -30,7 +30,7 @@ def image_files_below(folder: Path) -> list[Path]:
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         real = os.path.realpath(place)
-        if real in seen:  # a link back up, or a second link to the same folder
+        if real in seen:  # a link to a parent, or a second link to the same folder
             folders.clear()
             continue
         seen.add(real)
@@ -40,14 +40,14 @@ def image_files_below(folder: Path) -> list[Path]:
 
 
 def check_single_run(folder: Path) -> None:
-    """Raise a `UserError` where the images below a folder would be those of runs, or a run's pictures about its images.
+    """Raise a `UserError` for a folder of runs, or of a run without images: other pictures would be taken for images.
 
     Args:
-        folder: one that was named as a set of images, and has no ``img`` in it.
+        folder: a folder without ``img`` that was given as a set of images.
     """
     if (folder / "run.json").is_file():
         raise UserError(
-            f"{folder} is the folder of a run without its images (--skip_save, or none are made yet); repeat its "
+            f"{folder} is a run folder without images (--skip_save, or none are made yet); repeat its "
             "command without --skip_save in another folder"
         )
     if image_files(folder):
@@ -55,7 +55,7 @@ def check_single_run(folder: Path) -> None:
     runs = sorted(p.parent.name for p in folder.glob("*/run.json"))
     if runs:
         raise UserError(
-            f"{folder} holds the folders of {len(runs)} runs, not one set of images; name one, e.g. {runs[0]}"
+            f"{folder} holds {len(runs)} run folders, not one set of images; give one of them, e.g. {runs[0]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Sets of images that metrics are computed from: a folder, an array file, or an array, one batch at a time."""
+"""Sets of images for metrics: a folder, an array file, or an array, read batch by batch."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from qdiff.errors import UserError
 from qdiff.evaluation.image_files import SUFFIXES, image_files, image_files_below
 from qdiff.io.files import DAMAGED_NPZ
 
-ARRAY = "arr_0"  # what NumPy calls an unnamed array; ADM's files and our samples.npz have it
+ARRAY = "arr_0"  # NumPy's name for an unnamed array, as in ADM's files and in samples.npz
 HASHED_AT_A_TIME = 256
 
 Prepare = Callable[[Image.Image], Image.Image]
 
 
 class ImageSet(ABC):
-    """uint8 RGB images of one size, in an order; grey ones stand in all three channels."""
+    """An ordered set of uint8 RGB images of one size; grey images are repeated in all three channels."""
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        """Yield uint8 [n, 3, H, W] on the CPU, n = ``batch_size`` but for the last.
+        """Yield uint8 [n, 3, H, W] on the CPU, n = ``batch_size`` except for the last batch.
 
         Raises:
-            UserError: on an unreadable image, or one of another size than the first.
+            UserError: an image is unreadable, or has another size than the first.
         """
 
     def fingerprint(self) -> str:
-        """Return a hash of what the images are read from, cheaper to have than their pixels where those are files."""
+        """Return a hash that identifies the source of the images; for files, it does not read the pixels."""
         return self.sha256()
 
     def sha256(self) -> str:
-        """Return the SHA-256 of the pixels, in order: a folder and the array behind it have the same."""
+        """Return the SHA-256 of the pixels, in order; the same for a folder and an array of the same images."""
         digest = hashlib.sha256()
         for batch in self.batches(HASHED_AT_A_TIME):
             add_pixels(digest, batch)
@@ -54,7 +54,7 @@ class ImageSet(ABC):
 
 
 def add_pixels(digest: Any, batch: Tensor) -> None:
-    """Feed a batch [n, 3, H, W] to a hash, so that it does not matter how images fell into batches."""
+    """Feed a batch [n, 3, H, W] to a hash, image by image, so that the hash does not depend on the batch size."""
     for image in batch:
         digest.update(f"{list(image.shape)}\n".encode())
         digest.update(image.contiguous().numpy().tobytes())
@@ -64,14 +64,14 @@ Images = str | Path | Tensor | np.ndarray | ImageSet
 
 
 def open_images(images: Images) -> ImageSet:
-    """Return an image set of a folder, of a ``.npz`` file, of an array, or of an image set.
+    """Return the image set of a folder, a ``.npz`` file or an array; an image set is returned unchanged.
 
     Args:
         images: a folder (see `FolderImages`), a .npz file (`NpzImages`), or uint8 [N, H, W, C] or [N, C, H, W]
             with C 1 or 3.
 
     Raises:
-        UserError: it is missing, holds no image, or has another dtype or shape.
+        UserError: the file or folder is missing, holds no image, or has another dtype or shape.
     """
     if isinstance(images, ImageSet):
         return images
@@ -96,7 +96,7 @@ class ArrayImages(ImageSet):
 
 
 class NpzImages(ImageSet):
-    """``arr_0`` of a .npz file, uint8 [N, H, W, C], read a batch at a time: ADM's batches have 10 GB."""
+    """``arr_0`` of a .npz file, uint8 [N, H, W, C], read batch by batch: ADM's files have up to 10 GB."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,16 +113,16 @@ class NpzImages(ImageSet):
                 try:
                     data = bytearray(file.read(size * math.prod(shape)))
                 except DAMAGED_NPZ as error:
-                    raise UserError(f"{self.path} is damaged ({error}); fetch or make it again.") from error
+                    raise UserError(f"{self.path} is damaged ({error}); download or make it again") from error
                 if len(data) != size * math.prod(shape):
-                    raise UserError(f"{self.path} ends in the middle of its images; fetch or make it again.")
+                    raise UserError(f"{self.path} ends in the middle of its images; download or make it again")
                 yield _channels_first(torch.frombuffer(data, dtype=torch.uint8).view(size, *shape)).expand(
                     -1, 3, -1, -1
                 )
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a .npz file has an array of images (it may hold statistics beside them)."""
+    """Whether a .npz file has an array of images (it may also hold statistics)."""
     try:
         with zipfile.ZipFile(path) as archive:
             return f"{ARRAY}.npy" in archive.namelist()
@@ -134,7 +134,7 @@ def holds_images(path: Path) -> bool:
 def _opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """Yield the stream of ``arr_0``'s data, and its shape [N, H, W, C]."""
     if not path.is_file():
-        raise UserError(f"There is no file {path}: name an existing .npz file or a folder of images.")
+        raise UserError(f"there is no file {path}; give an existing .npz file or a folder of images")
     with contextlib.ExitStack() as stack:
         try:
             archive = stack.enter_context(zipfile.ZipFile(path))
@@ -144,12 +144,12 @@ def _opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
             shape, by_columns, dtype = read(file)
         except DAMAGED_NPZ as error:
             raise UserError(
-                f"{path} holds no array {ARRAY} of images ({error}): name a file written by numpy.savez "
-                "with uint8 [N, H, W, 3]."
+                f"{path} holds no array {ARRAY} of images ({error}); give a file written by numpy.savez "
+                "with uint8 [N, H, W, 3]"
             ) from error
         if dtype != np.uint8 or by_columns or len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
             raise UserError(
-                f"{ARRAY} of {path} is {dtype} {list(shape)}: images must be uint8 [N, H, W, C] with C 1 or 3."
+                f"{ARRAY} of {path} is {dtype} {list(shape)}; images must be uint8 [N, H, W, C] with C 1 or 3"
             )
         yield file, shape
 
@@ -157,36 +157,37 @@ def _opened_array(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
 class FolderImages(ImageSet):
     """Image files of a folder, sorted by name.
 
-    Where none lies directly in it, those of the folders below it, sorted by path: ImageNet's have one folder per class.
+    If there is no image directly in the folder, the images of its subfolders are used, sorted by path: ImageNet has one
+    folder per class.
 
     Args:
-        folder: where they lie.
-        prepare: done to every image (a Pillow image in RGB) before it is used, such as a crop.
-        recursive: those in folders below in any case.
+        folder: the folder.
+        prepare: applied to every image (a Pillow image in RGB), e.g. a crop.
+        recursive: always include subfolders.
 
     Attributes:
         folder, prepare: as given.
-        paths: of the images.
-        left_out: how many images lie below and are not in the set.
+        paths: paths of the images.
+        left_out: number of images in subfolders that are not in the set.
 
     Raises:
-        UserError: there is no such folder, or no image in it.
+        UserError: the folder does not exist, or has no image.
     """
 
     def __init__(self, folder: Path, prepare: Prepare | None = None, recursive: bool = False) -> None:
         if not folder.is_dir():
-            raise UserError(f"There is no folder of images at {folder}: name one that holds PNG files.")
+            raise UserError(f"there is no folder of images at {folder}; give one that holds PNG files")
         self.folder, self.prepare = folder, prepare
         try:
             everything = image_files_below(folder)
             self.paths = everything if recursive else image_files(folder) or everything
         except OSError as error:
-            raise UserError(f"The folder {folder} cannot be read ({error.strerror}): check its permissions.") from None
+            raise UserError(f"the folder {folder} cannot be read ({error.strerror}); check its permissions") from None
         self.left_out = len(everything) - len(self.paths)
         if not self.paths:
             raise UserError(
-                f"The folder {folder} and those below it hold no image ({', '.join(s[1:] for s in SUFFIXES)}): name "
-                "the folder of the images."
+                f"the folder {folder} and those below it hold no image ({', '.join(s[1:] for s in SUFFIXES)}); give "
+                "the folder of the images"
             )
 
     def __len__(self) -> int:
@@ -203,8 +204,8 @@ class FolderImages(ImageSet):
                     if image.shape != size:
                         first = self.paths[0].relative_to(self.folder)
                         raise UserError(
-                            f"{path} is {image.shape[1]}×{image.shape[0]} pixels but {first} is {size[1]}×{size[0]}: "
-                            "metrics need images of one size."
+                            f"{path} is {image.shape[1]}×{image.shape[0]} pixels but {first} is {size[1]}×{size[0]}; "
+                            "metrics need images of one size"
                         )
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
@@ -244,32 +245,32 @@ def read_rgb(file: Path | IO[bytes], name: object, prepare: Prepare | None = Non
 
     Args:
         file: a path or an open stream.
-        name: what to call it in errors.
-        prepare: done to the Pillow image in RGB.
+        name: name of the image in errors.
+        prepare: applied to the Pillow image in RGB.
 
     Raises:
-        UserError: it is no image, or has 16 bits per channel.
+        UserError: the file is not an image, or has 16 bits per channel.
     """
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):  # convert("RGB") would clip 16 bits to 8, not scale them
-                raise UserError(f"{name} has 16 bits per channel: metrics need PNG files with 8.")
+                raise UserError(f"{name} has 16 bits per channel; metrics need PNG files with 8")
             image = image.convert("RGB")
             return np.asarray(image if prepare is None else prepare(image))
     except UserError:
         raise
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for a truncated or foreign file
-        raise UserError(f"{name} is no readable image ({error}): sample it again or remove it.") from error
+    except (OSError, SyntaxError, ValueError) as error:  # raised by Pillow for truncated files and other formats
+        raise UserError(f"{name} is not a readable image ({error}); sample it again or remove it") from error
 
 
 def _channels_first(images: Tensor) -> Tensor:
     """Return uint8 [N, C, H, W] of images with channels on either side."""
     if images.dtype != torch.uint8:
-        raise UserError(f"Images for metrics must be uint8, not {images.dtype}: clamp, scale to 0-255 and round first.")
+        raise UserError(f"images for metrics must be uint8, not {images.dtype}; clamp, scale to 0-255 and round first")
     first, last = (images.dim() == 4 and images.shape[side] in (1, 3) for side in (1, -1))
     if first == last or images.numel() == 0:
         raise UserError(
-            "Images for metrics must be [N, H, W, C] or [N, C, H, W] with C 1 or 3, not "
-            f"{list(images.shape)}: bring the axes in one of these orders."
+            "images for metrics must be [N, H, W, C] or [N, C, H, W] with C 1 or 3, not "
+            f"{list(images.shape)}; bring the axes into one of these orders"
         )
     return images if first else images.permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Images of an LMDB as LSUN is published in: key → bytes of one encoded image."""
+"""Images of an LMDB in LSUN's published form: key → bytes of one encoded image."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class LmdbImages(ImageSet):
     """Every entry of an LMDB, in the order of their keys (bytes compared from the left).
 
     Args:
-        path: the folder that ``data.mdb`` lies in, or that file.
-        prepare: done to every image (a Pillow image in RGB) before it is used, such as a crop.
+        path: the folder that contains ``data.mdb``, or that file.
+        prepare: applied to every image (a Pillow image in RGB), e.g. a crop.
 
     Raises:
-        UserError: the package lmdb is missing, or there is no LMDB, or it is empty.
+        UserError: the package lmdb is missing, there is no LMDB, or it is empty.
     """
 
     def __init__(self, path: Path, prepare: Prepare | None = None) -> None:
@@ -35,34 +35,34 @@ class LmdbImages(ImageSet):
             import lmdb
         except ImportError as error:
             raise UserError(
-                f"Reading {path} needs the package lmdb, which cannot be imported here ({error}): "
-                "install it with 'pip install \".[lmdb]\"'."
+                f"reading {path} needs the package lmdb, which cannot be imported here ({error}); "
+                "install it with 'pip install \".[lmdb]\"'"
             ) from error
         self.path, self.prepare = path, prepare
         self.file = path / "data.mdb" if path.is_dir() else path
         if not self.file.is_file():
-            raise UserError(f"There is no LMDB at {path}: name the folder that holds its data.mdb (unzip it first).")
+            raise UserError(f"there is no LMDB at {path}; give the folder that holds its data.mdb (unzip it first)")
         try:
-            # One environment for this object's life: a process must not open a file twice. No lock file is
-            # written, since data sets often lie on read-only disks.
+            # One environment for this object's lifetime, because a process must not open a file twice. No lock file is
+            # written, because data sets are often on read-only disks.
             self.environment = lmdb.open(str(self.file), subdir=False, readonly=True, lock=False)
             self.count = self.environment.stat()["entries"]
             whole = (self.environment.info()["last_pgno"] + 1) * self.environment.stat()["psize"]
         except lmdb.Error as error:
             raise UserError(
-                f"{self.file} cannot be opened as an LMDB ({error}): fetch it again, or unpack it whole."
+                f"{self.file} cannot be opened as an LMDB ({error}); download it again, or unpack it completely"
             ) from error
-        if self.file.stat().st_size < whole:  # reading beyond the end would kill the process, not raise
-            raise UserError(f"The LMDB {self.file} is truncated: fetch it again, or unpack it whole.")
+        if self.file.stat().st_size < whole:  # reading beyond the end would kill the process
+            raise UserError(f"the LMDB {self.file} is truncated; download it again, or unpack it completely")
         if self.count == 0:
-            raise UserError(f"The LMDB {self.file} is empty: name one that holds images.")
+            raise UserError(f"the LMDB {self.file} is empty; give one that holds images")
 
     def __len__(self) -> int:
         return self.count
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         size = None
-        # A generator that is dropped half-way ends its transaction here as well.
+        # This also ends the transaction of a generator that is not exhausted.
         with self.environment.begin() as transaction, transaction.cursor() as cursor, ThreadPoolExecutor() as pool:
             entries = self._entries(cursor)
             while some := list(itertools.islice(entries, batch_size)):
@@ -72,7 +72,7 @@ class LmdbImages(ImageSet):
                     if image.shape != size:
                         raise UserError(
                             f"{self._name(key)} is {image.shape[1]}×{image.shape[0]} pixels but those before it are "
-                            f"{size[1]}×{size[0]}: metrics need images of one size."
+                            f"{size[1]}×{size[0]}; metrics need images of one size"
                         )
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
@@ -82,7 +82,7 @@ class LmdbImages(ImageSet):
         try:
             yield from cursor
         except lmdb.Error as error:
-            raise UserError(f"{self.file} cannot be read to its end ({error}): fetch it again.") from error
+            raise UserError(f"{self.file} cannot be read to its end ({error}); download it again") from error
 
     def _read(self, entry: tuple[bytes, bytes]) -> np.ndarray:
         key, data = entry
@@ -94,8 +94,8 @@ class LmdbImages(ImageSet):
     def fingerprint(self) -> str:
         """Return a hash of the number of entries, the file's size, and the first and last few entries.
 
-        LSUN bedroom has 43 GB, too much to read for a name; a file that was cut, extended or swapped for another
-        category is noticed, one changed in the middle is not.
+        LSUN bedroom has 43 GB, too much to read for a hash. A file that was cut, extended or replaced by another
+        category gets another hash; a file changed in the middle does not.
         """
         about = (self.prepare, self.count, self.file.stat().st_size)
         digest = hashlib.sha256(repr(about).encode())

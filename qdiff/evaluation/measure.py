@@ -1,6 +1,6 @@
-"""Measure a set of images: the metrics asked for, by the registry, over one pass of each network.
+"""Measure a set of images: compute the requested metrics of the registry, with one pass of each network.
 
-What metrics need is checked first: what cannot give a number is an error before any feature is computed.
+The inputs of all metrics are checked first, so that a metric that cannot be computed fails before any feature is.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from qdiff.errors import UserError
 from qdiff.evaluation.registry import METRICS, Metric
 from qdiff.evaluation.subject import Subject
 
-# What a subject's attributes are called where one is missing.
+# Descriptions of missing attributes of a subject.
 _INPUTS = {
     "extractor": "no feature network",
     "clip": "no CLIP model",
@@ -33,21 +33,19 @@ def measure(subject: Subject, metrics: Sequence[str]) -> dict[str, Any]:
 
     Args:
         subject: the images, and what they are compared with.
-        metrics: names out of `qdiff.evaluation.registry.METRICS`; numbers come in their order.
+        metrics: names in `qdiff.evaluation.registry.METRICS`; the results come in this order.
 
     Returns:
-        The metrics' numbers by key. Those of features: ``num_images``, ``num_reference`` (with a reference; None where
-        its file does not tell), ``fid`` | ``sfid`` | ``isc``, ``isc_std`` (over the parts) | ``kid``, ``kid_std`` (over
+        The metrics' numbers by key. Metrics of features: ``num_images``, ``num_reference`` (with a reference; None if
+        its file does not say), ``fid`` | ``sfid`` | ``isc``, ``isc_std`` (over the parts) | ``kid``, ``kid_std`` (over
         100 subsets), ``kid_subset_size`` (1,000, or the smaller of the two image counts) | ``precision``, ``recall``,
-        ``f_score`` (3 neighbours). Of "fidelity": see `compare_runs`; of "clip": see `clip_scores`; of "asked":
-        ``asked_share``.
+        ``f_score`` (3 neighbours). "fidelity": see `compare_runs`; "clip": see `clip_scores`; "asked": ``asked_share``.
 
-        KID is an unbiased estimate for independent sets only: images that are in the reference too pull it
-        below zero.
+        KID is an unbiased estimate only for independent sets: images that are also in the reference pull it below zero.
 
     Raises:
-        UserError: on an unknown metric, too few images, unusable images, a reference of another extractor or without
-            what a metric needs, or another input that is missing.
+        UserError: a metric is unknown, there are too few images, images are unusable, the reference was made with
+            another extractor or does not have what a metric needs, or another input is missing.
     """
     check(subject, metrics)
     found: dict[str, Any] = {}
@@ -57,10 +55,10 @@ def measure(subject: Subject, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def check(subject: Subject, metrics: Sequence[str]) -> None:
-    """Raise a `UserError` for what cannot give a number, before any feature is computed."""
+    """Raise a `UserError` for a metric that cannot be computed, before any feature is computed."""
     unknown = [name for name in metrics if name not in METRICS]
     if unknown or isinstance(metrics, str) or not metrics:
-        raise UserError(f"Metrics must be a list out of {', '.join(METRICS)}, not {metrics!r}.")
+        raise UserError(f"metrics are {metrics!r}; give a list of names among {', '.join(METRICS)}")
     wanted = [METRICS[name] for name in metrics]
     for metric in wanted:
         if (sentence := _missing_images(subject, metric)) is not None:
@@ -73,7 +71,7 @@ def check(subject: Subject, metrics: Sequence[str]) -> None:
 
 
 def possible(subject: Subject, metrics: Sequence[str]) -> list[str]:
-    """Return those of the metrics that the subject has all inputs and enough images for."""
+    """Return the metrics for which the subject has all inputs and enough images."""
 
     def misses(metric: Metric) -> bool:
         return any(missing(subject, metric) is not None for missing in (_missing_images, _missing_input))
@@ -82,17 +80,17 @@ def possible(subject: Subject, metrics: Sequence[str]) -> list[str]:
 
 
 def _missing_images(subject: Subject, metric: Metric) -> str | None:
-    """Return a sentence where there are too few images for a metric."""
+    """Return a sentence if there are too few images for a metric, else None."""
     if subject.count >= metric.least_images:
         return None
     return (
-        f"{metric.name} needs {metric.least_images} or more images, here are {subject.count}: sample more, or leave "
-        f"{metric.name} out of the metrics."
+        f"{metric.name} needs {metric.least_images} or more images, here are {subject.count}; sample more, or leave "
+        f"{metric.name} out of the metrics"
     )
 
 
 def _missing_input(subject: Subject, metric: Metric) -> str | None:
-    """Return a sentence about what a metric is to be computed from and is not there."""
+    """Return a sentence if an input of a metric is missing, else None."""
     for name in metric.inputs:
         if getattr(subject, name) is None:
             missing = _INPUTS.get(name, f"no {name.replace('_', ' ')}")
@@ -101,15 +99,15 @@ def _missing_input(subject: Subject, metric: Metric) -> str | None:
     if part is None:
         return None
     if reference is None:
-        return f"{metric.name} compares with real images: name the reference statistics."
+        return f"{metric.name} compares with real images; name the reference statistics"
     if getattr(reference, part) is None:
         return (
-            f"{metric.name} needs {_PARTS[part]}, which the reference statistics {reference.name!r} do not hold: make "
-            f"them anew with scripts/prepare_reference.py, or leave {metric.name} out of the metrics."
+            f"{metric.name} needs {_PARTS[part]}, which the reference statistics {reference.name!r} do not hold; make "
+            f"them again with scripts/prepare_reference.py, or leave {metric.name} out of the metrics"
         )
     if part == "features" and len(reference.features) < metric.least_images:
         return (
             f"{metric.name} needs features of {metric.least_images} or more images, and the reference statistics "
-            f"{reference.name!r} hold {len(reference.features)}: make them of more images."
+            f"{reference.name!r} hold {len(reference.features)}; make them from more images"
         )
     return None

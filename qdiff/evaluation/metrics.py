@@ -1,7 +1,7 @@
 """FID, sFID, IS, KID and precision/recall of a set of images, computed by torch-fidelity's own functions.
 
-What makes such numbers disagree is settled here: statistics are computed in float64, subsets are drawn with
-torch-fidelity's default seed, and images arrive as uint8 (rounding is the writer's business).
+The usual causes of disagreement are fixed: statistics are computed in float64, subsets are drawn with torch-fidelity's
+default seed, and images are given as uint8 (already rounded by their writer).
 
 Sources: Heusel et al. 2017 (FID), Nash et al. 2021 (sFID), Salimans et al. 2016 (IS), Bińkowski et al. 2018 (KID),
 Kynkäänniemi et al. 2019 (precision/recall); definitions and constants of torch-fidelity.
@@ -18,11 +18,11 @@ from torch import Tensor
 from qdiff.evaluation.gaussians import frechet_distance
 from qdiff.evaluation.subject import Subject
 
-# torch-fidelity's defaults, named here because the image count has to be checked against them.
+# torch-fidelity's defaults, given names here because the image count is checked against them.
 ISC_SPLITS = 10
 KID_SUBSET_SIZE = 1000
 PRC_NEIGHBORHOOD = 3
-ADM_ISC_SPLIT = 5000  # images; guided-diffusion's evaluator.py
+ADM_ISC_SPLIT = 5000  # images per part, as in guided-diffusion's evaluator.py
 
 
 def fid(subject: Subject) -> dict[str, Any]:
@@ -66,17 +66,17 @@ def kid(subject: Subject) -> dict[str, Any]:
 
     ours, real = subject.features.features, torch.from_numpy(subject.reference.features)
     size = min(KID_SUBSET_SIZE, len(ours), len(real))
-    # float64: an unbiased estimate near zero is a small difference of large sums.
+    # float64, because an unbiased estimate near zero is a small difference of large sums.
     scores = kid_features_to_metric(ours.double(), real.double(), kid_subset_size=size, verbose=False)
     found = {"kid": scores[KEY_METRIC_KID_MEAN], "kid_std": scores[KEY_METRIC_KID_STD], "kid_subset_size": size}
     return {**_counts(subject), **found}
 
 
 def prc(subject: Subject) -> dict[str, Any]:
-    """Return precision, recall and their harmonic mean, by 3 neighbours."""
+    """Return precision, recall and their harmonic mean, with 3 neighbours."""
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    # save_cpu_ram: the other path holds three N×N distance matrices, 30 GB for 50,000 images.
+    # save_cpu_ram, because otherwise three N×N distance matrices are held: 30 GB for 50,000 images.
     ours, real = subject.features.features, torch.from_numpy(subject.reference.features).float()
     found = prc_features_to_metric(ours, real, prc_neighborhood=PRC_NEIGHBORHOOD, save_cpu_ram=True, verbose=False)
     return {**_counts(subject), **found}

@@ -1,4 +1,4 @@
-"""How far the ε of a quantized network is from that of the float network."""
+"""Error of a quantized network's ε against the float network's."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def measure_noise_error(
     release: bool = False,
     precision: Precision = contextlib.nullcontext,
 ) -> dict[str, float]:
-    """Return how far the ε that is sampled with is from the float ε on held-out network inputs.
+    """Return the error of ε, as computed in sampling, against the float ε on held-out network inputs.
 
     Args:
-        held_out: inputs that calibration did not see.
-        precision: what the quantized network runs in, as sampling does (autocast, or nothing). The float network
-            runs in its own: an overflow of half precision is then an error of ε, not of the yardstick.
-        release: give up the float weights once their output is known (`QuantModel.release_float_weights`).
+        held_out: inputs that are not in the calibration set.
+        precision: context in which the quantized network runs, as in sampling (autocast, or none). The float network
+            runs without it, so that an overflow of half precision counts as an error of the quantized network.
+        release: release the float weights after their output is computed (`QuantModel.release_float_weights`).
 
     Returns:
-        ``mse``, the mean squared difference over all elements; ``float_mean_square``, the same of ε itself; and the
-        number of ``samples``.
+        ``mse``, the mean squared difference over all elements; ``float_mean_square``, the mean square of the float ε;
+        and the number of ``samples``.
     """
     batches = list(zip(*(i.split(batch_size) for i in held_out.inputs), strict=True))
     errors, squares = _squares(qnn, batches, release, precision)
@@ -49,7 +49,7 @@ def measure_trajectory_error(
     release: bool = False,
     precision: Precision = contextlib.nullcontext,
 ) -> dict[str, Any]:
-    """Return the same for a network that modulates: it is run along a trajectory of the float model.
+    """Return the error of ε for a network that modulates, which runs along a trajectory of the float model.
 
     Args:
         calls: the network's inputs at every call of a sampling run, in order; each [N, …].
@@ -57,7 +57,7 @@ def measure_trajectory_error(
         release, precision: as in `measure_noise_error`.
 
     Returns:
-        The same, and ``by_call``, the mean squared difference at every call.
+        As `measure_noise_error`, plus ``by_call``, the mean squared difference at every call.
     """
     errors, squares = _squares(qnn, calls, release, precision)
     elements = calls[0][0].numel()
@@ -77,6 +77,6 @@ def _squares(
     wanted = [qnn(*batch).double() for batch in batches]
     if release:
         qnn.release_float_weights()
-    with precision(), qnn.quantized(), qnn.trajectory():  # once: entering dequantizes every weight
+    with precision(), qnn.quantized(), qnn.trajectory():  # entered once, because entering dequantizes all weights
         errors = [float((qnn(*b).double() - w).square().sum()) for b, w in zip(batches, wanted, strict=True)]
     return errors, [float(w.square().sum()) for w in wanted]

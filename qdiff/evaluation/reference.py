@@ -1,7 +1,7 @@
-"""Reference statistics: what is kept of the real images that generated ones are compared with, in one .npz.
+"""Reference statistics: the statistics of real images that generated ones are compared with, in one .npz file.
 
 The file holds mean and covariance of all images, for FID and sFID, and features of up to 50,000 of them, for KID and
-precision/recall. ADM's and pytorch-fid's files are read as well.
+precision/recall. Files of ADM and pytorch-fid can be read, too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from qdiff.io.repository import REPOSITORY
 
 FORMAT = "qdiff reference statistics 2"
 MOST_FEATURES = 50_000
-# Files of others do not say which network made them: these two projects' use Inception.
+# Files of other projects do not say which network made them; those of ADM and pytorch-fid use Inception.
 FOREIGN_EXTRACTOR = "inception-v3-compat"
-FOREIGN_SIZES = {"": 2048, "_s": 2023}  # pytorch-fid has smaller features too, of other layers
+FOREIGN_SIZES = {"": 2048, "_s": 2023}  # pytorch-fid also has smaller features, of other layers
 BUNDLED = {"digits": "models/digits_reference.npz", "digits32": "models/digits32_reference.npz"}
 
 
@@ -37,13 +37,13 @@ class ReferenceStatistics:
     """Statistics of a reference set, and what they were made from.
 
     Attributes:
-        name: what the images are, for people: data set, split, size and resize filter.
+        name: readable description of the images: data set, split, size and resize filter.
         extractor: a key of ``EXTRACTORS``.
-        weights_hash: SHA-256 of the extractor's weights, see ``extractors.weights_hash``; None where a file of others
-            does not tell.
+        weights_hash: SHA-256 of the extractor's weights, see ``extractors.weights_hash``; None if a file of another
+            project does not say.
         images_hash: SHA-256 of the images' pixels, see ``ImageSet.sha256``; None likewise.
-        gaussian: of the features of all images.
-        spatial: of the spatial features of all images; None where a file of others has none.
+        gaussian: mean and covariance of the features of all images.
+        spatial: mean and covariance of the spatial features of all images; None if a file of another project has none.
         features: float32 [n, D] of all images, or of 50,000 evenly spaced ones; None likewise.
     """
 
@@ -57,42 +57,42 @@ class ReferenceStatistics:
 
     @property
     def count(self) -> int:
-        """Number of images; 0 where a file of others does not tell."""
+        """Number of images; 0 if a file of another project does not say."""
         return self.gaussian.count
 
     def require_extractor(self, extractor: nn.Module) -> None:
-        """Raise a UserError unless ``extractor`` is the one, with the weights, that made these statistics."""
+        """Raise a UserError unless these statistics were made with ``extractor`` and its weights."""
         used = extractor.get_name()
         if used != self.extractor:
             raise UserError(
-                f"The reference statistics {self.name!r} were made with the extractor {self.extractor}, not "
-                f"{used}: choose that extractor, or make statistics with {used}."
+                f"the reference statistics {self.name!r} were made with the extractor {self.extractor}, not "
+                f"{used}; choose that extractor, or make statistics with {used}"
             )
         used_hash = weights_hash(extractor)
         if self.weights_hash is not None and used_hash != self.weights_hash:
             raise UserError(
-                f"The reference statistics {self.name!r} were made with other weights of {self.extractor} "
-                f"({self.weights_hash[:12]}, now {used_hash[:12]}): use those weights, or make the "
-                "statistics anew."
+                f"the reference statistics {self.name!r} were made with other weights of {self.extractor} "
+                f"({self.weights_hash[:12]}, now {used_hash[:12]}); use those weights, or make the "
+                "statistics again"
             )
 
 
 def compute_reference(
     images: Images, extractor: nn.Module, name: str, batch_size: int | None = None, progress: bool = True
 ) -> ReferenceStatistics:
-    """Make the reference statistics of real images, to be kept with `save_reference`.
+    """Make the reference statistics of real images; `save_reference` writes them.
 
     Args:
         images: see `qdiff.evaluation.image_sets.open_images`.
         extractor: from `qdiff.evaluation.extractors.create_extractor`.
-        name: what the images are: data set, split, size and resize filter.
+        name: readable description of the images: data set, split, size and resize filter.
         batch_size, progress: see `extract_features`.
     """
     return reference_of(extract_features(images, extractor, batch_size, progress, most_kept=MOST_FEATURES), name)
 
 
 def reference_of(found: ImageFeatures, name: str) -> ReferenceStatistics:
-    """Return features that were extracted already as reference statistics."""
+    """Return reference statistics made from extracted features."""
     return ReferenceStatistics(
         name=name,
         extractor=found.extractor,
@@ -124,7 +124,7 @@ def save_reference(reference: ReferenceStatistics, path: str | Path) -> None:
 
 
 def holds_statistics(path: str | Path) -> bool:
-    """Whether a .npz file holds statistics (ours, ADM's or pytorch-fid's), not images alone."""
+    """Whether a .npz file holds statistics (of this project, ADM or pytorch-fid), and not only images."""
     try:
         with zipfile.ZipFile(path) as archive:
             return {"mu.npy", "sigma.npy"} <= set(archive.namelist())
@@ -133,28 +133,28 @@ def holds_statistics(path: str | Path) -> bool:
 
 
 def load_reference(path: str | Path, extractor: nn.Module | None = None) -> ReferenceStatistics:
-    """Read what `save_reference` wrote, or ``mu``, ``sigma`` (``mu_s``, ``sigma_s``) of ADM's or pytorch-fid's files.
+    """Read a file of `save_reference`, or ``mu``, ``sigma`` (``mu_s``, ``sigma_s``) of ADM's or pytorch-fid's files.
 
     Args:
         path: the .npz file.
         extractor: if given, the statistics must have been made with it.
 
     Raises:
-        UserError: if the file is missing, is no such file, or was made with another extractor or weights.
+        UserError: the file is missing, is not such a file, or was made with another extractor or weights.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"There are no reference statistics at {path}: name an existing .npz file, or make it from the images."
+            f"there are no reference statistics at {path}; give an existing .npz file, or make it from the images"
         )
     try:
         with np.load(path, allow_pickle=False) as archive:
             reference = _read(archive, path)
-    # np.load gives an array, not an archive, for a .npy file: hence AttributeError.
+    # AttributeError, because np.load returns an array, not an archive, for a .npy file.
     except DAMAGED_NPZ as error:
         raise UserError(
-            f"{path} does not hold reference statistics ({error}): name a file that scripts/prepare_reference.py "
-            "wrote, or make it anew from the images."
+            f"{path} does not hold reference statistics ({error}); give a file that scripts/prepare_reference.py "
+            "wrote, or make it again from the images"
         ) from error
     if extractor is not None:
         reference.require_extractor(extractor)
@@ -195,25 +195,25 @@ def _gaussian(archive: Any, suffix: str, count: int = 0) -> Gaussian:
 
 
 def cached_reference_path(name: str, extractor: nn.Module) -> Path:
-    """Return where the statistics called ``name`` are kept: the weights that made them are part of the file's name."""
+    """Return the path of the statistics called ``name``; the file name contains the hash of the extractor's weights."""
     file = f"{name}-{extractor.get_name()}-{weights_hash(extractor)[:8]}.npz"
     return cache_folder() / "references" / file
 
 
 def statistics_file(name: str | Path) -> Path | None:
-    """Return the file that a reference's path (from here or from the repository) or bundled name stands for.
+    """Return the file for a reference's path (relative to here or to the repository) or bundled name.
 
-    None where it stands for no file that is there: for prepared statistics the extractor must be known as well.
+    None if there is no such file; for prepared statistics, the extractor must be known, too.
     """
     path = next((p for p in (Path(name), REPOSITORY / name) if p.is_file()), None)
     return REPOSITORY / BUNDLED[str(name)] if path is None and str(name) in BUNDLED else path
 
 
 def find_reference(name: str | Path, extractor: nn.Module) -> ReferenceStatistics:
-    """Load statistics by name (bundled, or prepared before) or by a file's path (from here or from the repository).
+    """Load statistics by name (bundled or prepared) or by a file's path (relative to here or to the repository).
 
     Raises:
-        UserError: as `load_reference`, or no such name is known here.
+        UserError: as `load_reference`, or the name is unknown.
     """
     path = statistics_file(name)
     if path is None and Path(name).suffix == ".npz":
@@ -222,8 +222,8 @@ def find_reference(name: str | Path, extractor: nn.Module) -> ReferenceStatistic
         path = cached_reference_path(str(name), extractor)
         if not path.is_file():
             raise UserError(
-                f"There are no reference statistics {str(name)!r} for {extractor.get_name()} (they would be {path}): "
-                f"make them with 'python scripts/prepare_reference.py {name} …', or name a .npz file, or one of "
-                f"{', '.join(BUNDLED)}."
+                f"there are no reference statistics {str(name)!r} for {extractor.get_name()} (they would be {path}); "
+                f"make them with 'python scripts/prepare_reference.py {name} …', or give a .npz file, or one of "
+                f"{', '.join(BUNDLED)}"
             )
     return load_reference(path, extractor)

@@ -1,4 +1,4 @@
-"""What samples are compared with, as a user names it: images, statistics of images, or a file of both."""
+"""A reference that samples are compared with, given by a user: images, statistics of images, or a file with both."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from qdiff.evaluation.run_images import images_at
 
 
 class ReferenceSet:
-    """A reference by its path or name. This is where "images or statistics?" is answered.
+    """A reference given by path or name; decides whether it means images or statistics.
 
-    Folders are images; a .npz file without statistics is, too. Any other file, and a name that `find_reference` knows,
-    stand for statistics. ADM's files hold images beside the statistics of the whole set: FID and sFID are of the
-    statistics, and what needs features of single images has them of the images.
+    Folders, and .npz files without statistics, are images. Any other file, and a name that `find_reference` knows, are
+    statistics. ADM's files hold statistics of the whole set and some images: FID and sFID use the statistics, and
+    metrics that need features of single images use the images.
 
     Args:
         name: the path or name.
 
     Attributes:
         name: as given.
-        images: the images; None where there are statistics alone.
+        images: the images; None if there are only statistics.
         has_statistics: whether there are statistics.
 
     Raises:
-        UserError: it stands for images, and these are missing or unusable.
+        UserError: the reference means images, and these are missing or unusable.
     """
 
     def __init__(self, name: str | Path) -> None:
@@ -54,12 +54,12 @@ class ReferenceSet:
 
     @property
     def extractor(self) -> str:
-        """The feature network to compare by: the one that made the statistics, where their file is known without it."""
+        """Name of the feature network: the one that made the statistics, if their file can be found without it."""
         file = statistics_file(self.name) if self.has_statistics else None
         return FOREIGN_EXTRACTOR if file is None else load_reference(file).extractor
 
     def statistics(self, extractor: nn.Module) -> ReferenceStatistics | None:
-        """Return the statistics that were named; None where images were.
+        """Return the statistics that the name stands for; None if it stands for images.
 
         Raises:
             UserError: as `find_reference`.
@@ -74,11 +74,11 @@ class ReferenceSet:
         cache: Path | None = None,
         batch_size: int | None = None,
     ) -> ReferenceStatistics:
-        """Return the statistics with what is missing made of the images.
+        """Return the statistics, with missing parts computed from the images.
 
         Args:
-            statistics: what `statistics` returned.
-            needs_features: features of single images are wanted, where there are images to have them of.
+            statistics: the result of `statistics`.
+            needs_features: also compute features of single images, if there are images.
             cache, batch_size: see `cached_features`.
         """
         if statistics is not None and (self.images is None or statistics.features is not None or not needs_features):

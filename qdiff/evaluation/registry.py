@@ -1,4 +1,4 @@
-"""The metrics by name. A new one is a file beside this with a function of a `Subject`, and a row below.
+"""Registry of metrics. To add one, write a file here with a function of a `Subject`, and add a row below, e.g.
 
     def contrast(subject: Subject) -> dict[str, Any]:
         pixels = torch.cat([batch.double().flatten(1) for batch in subject.images.batches(64)])
@@ -6,8 +6,8 @@
 
     Metric("contrast", contrast, (Column("contrast", "contrast", HIGHER, "{:.1f}".format),))
 
-``scripts/evaluate.py --metrics contrast`` and ``metrics: [contrast]`` in a table's file then measure it; tables have a
-column of it, and plots an axis.
+``scripts/evaluate.py --metrics contrast`` and ``metrics: [contrast]`` in a table's file then measure it; tables get a
+column for it, and plots an axis.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Metric:
     """One way to judge a set of images.
 
     Attributes:
-        name: what it is asked for by.
-        measure: returns its numbers by key; each is computed from what the subject holds, and nothing else is read.
-        columns: of its numbers, those that tables and plots show, in order. The first tells whether it was measured.
-        least_images: with fewer there is no number.
-        inputs: attributes of the `Subject` that it cannot do without.
+        name: the name used to request it.
+        measure: returns its numbers by key, computed only from what the subject holds.
+        columns: the numbers that tables and plots show, in order. The first shows whether it was measured.
+        least_images: the smallest number of images for which it can be computed.
+        inputs: attributes of the `Subject` that it needs.
         reference_part: the attribute of `ReferenceStatistics` that it compares with.
-        option: the option of ``scripts/evaluate.py`` that asks for it by naming what it needs; None leaves it to
-            ``--metrics``.
-        implied: measured wherever the subject has what it needs; nobody asks for it by name.
+        option: the option of ``scripts/evaluate.py`` that requests it by giving its input; None if ``--metrics``
+            requests it.
+        implied: measured whenever the subject has its inputs, without being requested by name.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Metric:
 
 
 _ROWS = (
-    # An IS split without an image is a mean over nothing; FID and KID divide by N-1; a k-th neighbour must exist.
+    # Smallest numbers of images: an IS part needs one; FID and KID divide by N-1; a k-th neighbour must exist.
     Metric("fid", fid, (Column("fid", "FID", LOWER, "{:.2f}".format),), 2, ("extractor",), "gaussian"),
     Metric("sfid", sfid, (Column("sfid", "sFID", LOWER, "{:.2f}".format),), 2, ("extractor",), "spatial"),
     Metric("isc", isc, (Column("isc", "IS", HIGHER, "{:.2f}".format, spread=True),), ISC_SPLITS, ("extractor",)),
-    # Its spread is of its subsets, not of its mean, and would be mistaken for it.
+    # KID's spread is over subsets and would be mistaken for the spread of the mean, so it is not shown.
     Metric("kid", kid, (Column("kid", "KID", LOWER, "{:.4f}".format),), 2, ("extractor",), "features"),
     Metric(
         "prc",
@@ -99,17 +99,17 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in _ROWS}
 
 
 def named_metrics() -> list[str]:
-    """Return the names that a table's file may ask for."""
+    """Return the names that a table's file may list."""
     return [metric.name for metric in METRICS.values() if not metric.implied]
 
 
 def optional_metrics() -> list[str]:
-    """Return the names that ``scripts/evaluate.py --metrics`` takes: of metrics that no other option asks for."""
+    """Return the names that ``scripts/evaluate.py --metrics`` takes: metrics that no other option requests."""
     return [name for name in named_metrics() if METRICS[name].option is None]
 
 
 def implied_metrics() -> list[str]:
-    """Return the names of metrics that are measured wherever they can be."""
+    """Return the names of metrics that are measured whenever possible."""
     return [metric.name for metric in METRICS.values() if metric.implied]
 
 

@@ -1,4 +1,4 @@
-"""What metrics are computed of: a set of images, what it is compared with, and features that all metrics share."""
+"""The subject of metrics: a set of images, what it is compared with, and the features that all metrics share."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Subject:
-    """A set of images with all that a metric may want to know of it; only what the metrics asked for need is needed.
+    """A set of images with everything that metrics use; only the inputs of the requested metrics must be given.
 
     Attributes:
-        images: see `open_images`; image i is the one of number i.
+        images: see `open_images`; image i has the number i.
         reference: statistics of real images.
         extractor: feature network, from `create_extractor`.
-        float_images: of the float run with the same seeds, in the same order.
-        prompts, labels: what was asked for: a text, or a class by its number, per image.
-        name: of the images, for errors.
-        clip: what `load_clip` returned.
+        float_images: images of the float run with the same seeds, in the same order.
+        prompts, labels: the request per image: a text, or the number of a class.
+        name: name of the images, for errors.
+        clip: the result of `load_clip`.
         lpips_weights, lpips_net: see `compare_runs`.
-        compared: images that are compared with the float run's, the first so many; None compares all.
+        compared: number of images, from the first, to compare with the float run's; None compares all.
         adm_protocol: inception score over parts of 5,000 images in order, as guided-diffusion's evaluator computes it,
             not over ten parts of shuffled images, as torch-fidelity does.
-        device: where images are compared, and where CLIP runs.
-        batch_size: images per forward of the extractor; None takes what fits the memory. It changes results by rounding
-            only.
-        cache: folder where features are kept; None keeps none.
+        device: device for comparing images and for CLIP.
+        batch_size: images per forward of the extractor; None takes as many as fit the memory. It changes results by
+            rounding only.
+        cache: folder for cached features; None uses no cache.
         progress: show bars on stderr.
     """
 
@@ -69,10 +69,10 @@ class Subject:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The classes that the extractor tells apart; None where they are not those that models are asked for."""
+        """Names of the extractor's classes; None if they are not the classes of conditional models."""
         return None if self.extractor is None else extractor_spec(self.extractor.get_name()).classes
 
     @functools.cached_property
     def features(self) -> ImageFeatures:
-        """What the extractor says of the images: one pass, when the first metric asks for it."""
+        """Features of the images, extracted in one pass when the first metric needs them."""
         return cached_features(self.images, self.extractor, self.cache, self.batch_size, self.progress)

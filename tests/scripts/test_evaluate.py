@@ -287,4 +287,4 @@ def test_class_folders_are_one_set_and_what_is_left_out_is_said(evaluate, call, 
     write_folder(flat / "grids", REAL)
     outcome = call("evaluate", "digits32", flat, "--json", "-")
     assert json.loads(outcome.out)["metrics"] == alone["metrics"]
-    assert "30 images directly in it; not the 40 in folders below" in outcome.err
+    assert "using the 30 images directly in it, not the 40 in folders below" in outcome.err

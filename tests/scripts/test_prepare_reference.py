@@ -166,7 +166,7 @@ def test_download_then_statistics(pixels, call, tmp_path, cache, monkeypatch):
         (["mnist"], "no data set 'mnist'"),
         ([], "NAME"),
         (["cifar10", "--lmdb", "x"], "cannot be read from --lmdb"),
-        (["imagenet256", "--images", "x"], "name it with --npz"),
+        (["imagenet256", "--images", "x"], "give it with --npz"),
         (["cifar10", "--images", "x", "--npz", "y"], "not allowed with"),
         (["cifar10", "--images", "x", "--download"], "not allowed with"),
         (["cifar10", "--images", "none"], "no folder"),
@@ -180,7 +180,7 @@ def test_download_then_statistics(pixels, call, tmp_path, cache, monkeypatch):
         (["cifar10", "--images", "FOLDER", "--extractor", "vgg"], "no feature extractor 'vgg'"),
         (["cifar10", "--images", "FOLDER", "--extractor-weights", "none"], "none"),
         (["cifar10", "--images", "FOLDER", "--device", "tpu"], "--device tpu"),
-        (["lsun_church", "--images", "WRONG"], "no readable image"),
+        (["lsun_church", "--images", "WRONG"], "not a readable image"),
         (["cifar10", "--images", "SMALL"], "those of cifar10 are 32×32"),
     ],
 )

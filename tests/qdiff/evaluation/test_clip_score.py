@@ -249,7 +249,7 @@ def test_missing_models_are_told(tmp_path):
 )
 def test_missing_files_are_told(folder, name, what):
     (folder / name).unlink()
-    assert f"The {what} of the CLIP model" in says_where_to_get_it(folder)
+    assert f"the {what} of the CLIP model" in says_where_to_get_it(folder)
 
 
 def test_weights_with_gaps_are_told(folder, capfd):
@@ -259,7 +259,7 @@ def test_weights_with_gaps_are_told(folder, capfd):
     kept = {n: v for n, v in state.items() if n != name}
     save_file(kept, path, metadata={"format": "pt"})
     message = says_where_to_get_it(folder)
-    assert "lack 1 tensors" in message and name in message
+    assert "1 tensors are missing" in message and name in message
     save_file(kept | {name: torch.zeros(6, 5)}, path, metadata={"format": "pt"})
     says_where_to_get_it(folder)
     path.write_bytes(path.read_bytes()[:100])

@@ -80,8 +80,8 @@ def test_an_extractor_without_class_names_is_refused(digits, found):
     [
         ([1] * (COUNT - 1), f"{COUNT - 1} labels for the {COUNT} images"),
         ([], "list of integers"),
-        ([1] * (COUNT - 1) + [10], "The label 10 is no class of digits-classifier: its classes are 0 to 9"),
-        ([-1] + [1] * (COUNT - 1), "The label -1 is no class"),
+        ([1] * (COUNT - 1) + [10], "the label 10 is not a class of digits-classifier; give one of 0 to 9"),
+        ([-1] + [1] * (COUNT - 1), "the label -1 is not a class"),
         ([1.0] * COUNT, "list of integers"),
         (["1"] * COUNT, "list of integers"),
         ([[1]] * COUNT, "list of integers"),

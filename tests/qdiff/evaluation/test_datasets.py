@@ -179,7 +179,7 @@ def test_nothing_is_fetched_without_being_asked(offline, cache):
 
 def test_option_names_the_source(offline, tmp_path):
     assert locate("cifar10", "images", tmp_path) == ("images", tmp_path)
-    with pytest.raises(UserError, match="cifar10 cannot be read from --lmdb: name it with --images or --npz"):
+    with pytest.raises(UserError, match="cifar10 cannot be read from --lmdb; give it with --images or --npz"):
         locate("cifar10", "lmdb", tmp_path)
 
 
@@ -336,7 +336,7 @@ def test_changed_cifar10_is_refused_before_it_is_unpickled(cifar, tmp_path, monk
 def test_incomplete_or_damaged_cifar10_is_one_sentence(cifar, tmp_path):
     batches, _ = cifar
     path = write_tar(tmp_path / "cifar.tar.gz", dict(list(batches.items())[:4]))
-    with pytest.raises(UserError, match="lacks CIFAR-10's data_batch_5"):
+    with pytest.raises(UserError, match="has no file data_batch_5 of CIFAR-10"):
         open_dataset("cifar10", "images", path)
     whole = write_tar(tmp_path / "whole.tar.gz", batches).read_bytes()
     tar = gzip.decompress(whole)

@@ -134,7 +134,7 @@ def test_too_few_images_and_batches_of_none_are_refused(digits, extractor):
     with pytest.raises(UserError, match="two images or more"):
         extract_features(digits[:1], extractor, progress=False)
     for batch_size in (0, -1):
-        with pytest.raises(UserError, match=f"batch size must be 1 or more, not {batch_size}"):
+        with pytest.raises(UserError, match=f"batch size is {batch_size}; give 1 or more"):
             extract_features(digits, extractor, batch_size, progress=False)
 
 

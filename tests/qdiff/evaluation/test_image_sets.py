@@ -160,7 +160,12 @@ def test_fingerprint_tells_changed_files(pixels, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(b"", "no readable image"), (b"nonsense", "no readable image"), (None, "no readable image"), ("16", "16 bits")],
+    [
+        (b"", "not a readable image"),
+        (b"nonsense", "not a readable image"),
+        (None, "not a readable image"),
+        ("16", "16 bits"),
+    ],
 )
 def test_bad_image_files_are_named(content, says, pixels, tmp_path):
     folder = write(pixels, tmp_path / "png")

@@ -295,7 +295,7 @@ def test_pytorch_fids_statistics_give_fid_and_nothing_else(network, images, ours
 def test_what_such_files_lack_is_one_sentence(file, metric, says, network, images, folder, monkeypatch):
     reference = load_reference(folder / file, network)
     monkeypatch.setattr(subject, "cached_features", lambda *_: pytest.fail("worked"))
-    with pytest.raises(UserError, match=f"^{says}, which the reference statistics '{file}' do not hold: .*{metric}"):
+    with pytest.raises(UserError, match=f"^{says}, which the reference statistics '{file}' do not hold; .*{metric}"):
         measure(Subject(images, reference, network, progress=False), ["fid", metric])
 
 

@@ -111,7 +111,7 @@ def test_fingerprint_tells_ends_counts_and_preparation_and_not_the_middle(pixels
 
 def test_undecodable_entry_is_named(pixels, tmp_path):
     path = make(tmp_path / "lmdb", {b"a": encoded(pixels[0]), b"length": b"7"})
-    with pytest.raises(UserError, match=r"the entry 'length' of .*lmdb is no readable image"):
+    with pytest.raises(UserError, match=r"the entry 'length' of .*lmdb is not a readable image"):
         list(LmdbImages(path).batches(2))
 
 

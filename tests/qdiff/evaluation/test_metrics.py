@@ -338,16 +338,16 @@ def test_a_reference_without_single_images_gives_the_same_fid(extractor, referen
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"metrics": ("fid", "ssim")}, "list out of fid, sfid, isc, kid, prc"),
-        ({"metrics": "fid"}, "list out of"),
-        ({"metrics": ()}, "list out of"),
+        ({"metrics": ("fid", "ssim")}, "list of names among fid, sfid, isc, kid, prc"),
+        ({"metrics": "fid"}, "list of names among"),
+        ({"metrics": ()}, "list of names among"),
         ({"reference": None}, "name the reference statistics"),
         ({"reference": None, "metrics": ("isc", "sfid")}, "name the reference statistics"),
-        ({"batch_size": 0}, "batch size must be 1 or more"),
+        ({"batch_size": 0}, "batch size is 0; give 1 or more"),
         ({"images": np.zeros((20, 16, 16, 1), np.float32)}, "must be uint8, not torch.float32"),
         ({"images": np.zeros((20, 16, 16), np.uint8)}, r"\[N, H, W, C\] or \[N, C, H, W\]"),
-        ({"images": np.zeros((20, 3, 16, 3), np.uint8)}, "axes in one of these orders"),
-        ({"images": np.zeros((0, 3, 16, 16), np.uint8)}, "axes in one of these orders"),
+        ({"images": np.zeros((20, 3, 16, 3), np.uint8)}, "axes into one of these orders"),
+        ({"images": np.zeros((0, 3, 16, 16), np.uint8)}, "axes into one of these orders"),
         ({"images": np.zeros((9, 16, 16, 1), np.uint8)}, "isc needs 10 or more images, here are 9"),
     ],
 )

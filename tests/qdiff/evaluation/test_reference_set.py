@@ -58,7 +58,7 @@ def test_files_are_found_from_the_repository_too(tmp_path, monkeypatch, extracto
     found = ReferenceSet("models/digits32_reference.npz")
     assert found.extractor == DIGITS
     assert found.statistics(extractor).images_hash == find_reference("digits32", extractor).images_hash
-    with pytest.raises(UserError, match=r"There is no file none\.npz"):
+    with pytest.raises(UserError, match=r"there is no file none\.npz"):
         ReferenceSet("none.npz")
 
 
