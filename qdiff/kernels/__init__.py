@@ -1,1 +1,4 @@
-"""Kernels of our own for CUDA, each one operation of PyTorch beside the plain composition that it equals to the bit."""
+"""The project's compute kernels: fused CUDA operations, integer products and packed weights.
+
+A fused CUDA kernel is registered as one PyTorch operation, and equals its composition of PyTorch operations to the bit.
+"""

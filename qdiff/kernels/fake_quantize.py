@@ -1,6 +1,6 @@
-"""``torch.ops.qdiff.fake_quantize``: quantize and dequantize as one operation, which `torch.compile` keeps whole.
+"""``torch.ops.qdiff.fake_quantize``: quantize and dequantize as one operation, which `torch.compile` does not split.
 
-It has no gradient: `qdiff.functional.fake_quantize` has one, and calls this in its forward.
+It has no gradient; `qdiff.functional.fake_quantize` has one, and calls this in its forward.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _library.define(
 
 
 def composed(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Compute it by PyTorch's operations, whatever the device."""
+    """Compute it with PyTorch's operations, on any device."""
     with fused(False):
         return fake_quantize_inference(x, delta, zero_point, bits)
 
 
 def on_cuda(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Compute it by one kernel where that takes the tensors' layout and dtypes, otherwise by PyTorch's operations."""
-    from qdiff.kernels import fake_quantize_triton  # needs Triton, which not every build of PyTorch brings
+    """Compute it with one kernel if that supports the tensors' layout and dtypes, else with PyTorch's operations."""
+    from qdiff.kernels import fake_quantize_triton  # needs Triton, which not every build of PyTorch includes
 
     out = torch.empty_like(x)
     layout = fake_quantize_triton.layout_of(x, delta, zero_point, out)

@@ -1,7 +1,7 @@
 """The kernel of `qdiff.kernels.fake_quantize`.
 
-It computes y = (clamp(round(x/δ) + z, 0, 2^b − 1) − z)·δ in float32, each step rounded as PyTorch's own kernels round
-it: the division is IEEE's (`/` in Triton is approximate on CUDA), halves go to the even neighbour, and no
+It computes y = (clamp(round(x/δ) + z, 0, 2^b − 1) − z)·δ in float32, with each step rounded as in PyTorch's own
+kernels: the division is IEEE's (`/` in Triton is approximate on CUDA), halves are rounded to even, and no
 multiplication is followed by an addition, so nothing can be contracted into a fused multiply-add.
 """
 
@@ -16,16 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_BITS = 16  # far below 2^22, from where the kernel stops to round
+MAX_BITS = 16  # levels far below 2^22, from which the kernel does not round correctly
 BLOCK = 1024
 
 
 class Layout(NamedTuple):
-    """Where the kernel finds what belongs to the p-th value of the output, which lies in memory without gaps.
+    """Where the kernel finds the inputs for the p-th value of the output, which is stored in memory without gaps.
 
     Attributes:
-        row, row_stride: x[(p div row)·row_stride + p mod row]; equal where x has no gaps either.
-        step, count: of δ and z the (p div step) mod count-th; of what has one value, the first.
+        row, row_stride: x is at (p div row)·row_stride + p mod row; both are equal if x has no gaps either.
+        step, count: δ and z are at (p div step) mod count; a single value is at 0.
     """
 
     row: int
@@ -35,11 +35,11 @@ class Layout(NamedTuple):
 
 
 def layout_of(x: Tensor, delta: Tensor, zero_point: Tensor, out: Tensor) -> Layout | None:
-    """Return the layout, or None where the kernel does not take the tensors.
+    """Return the layout, or None if the kernel does not support the tensors.
 
-    It takes float32, float16 and bfloat16; δ and z that are one for all or differ along one dimension of x; and x
-    whose memory has no gaps, whatever the order of its dimensions, or gaps of equal size between rows of equal size
-    (a slice of one dimension).
+    It supports float32, float16 and bfloat16; one δ and z for all, or different ones along one dimension of x; and an x
+    whose memory has no gaps, with any order of dimensions, or gaps of equal size between rows of equal size (a slice of
+    one dimension).
     """
     ours = x.dtype in DTYPES and delta.dtype in DTYPES and zero_point.dtype != torch.float64
     return _layout(x.shape, x.stride(), out.stride(), delta.shape, zero_point.shape) if ours else None
@@ -54,7 +54,7 @@ def _layout(
 ) -> Layout | None:
     if 0 in shape:
         return Layout(1, 1, 1, 1)
-    # Dimensions from the innermost of the output, those that lie together in x as one: [size, x's stride].
+    # Dimensions from the output's innermost on, as [size, x's stride]; those contiguous in x are merged into one.
     merged: list[list[int]] = []
     size = 1
     for dim in sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: out_strides[d]):
@@ -80,7 +80,7 @@ def _layout(
 
 
 def _range_dim(shape: tuple[int, ...], ranges: tuple[int, ...]) -> int | None:
-    """Return the dimension of x along which ranges differ, None where they do not, −1 where the kernel cannot."""
+    """Return the dimension of x along which ranges differ; None for one range, −1 if the kernel cannot handle it."""
     offset = len(shape) - len(ranges)
     dims = [d for d, size in enumerate(ranges) if size != 1]
     if offset < 0 or len(dims) > 1 or any(ranges[d] != shape[d + offset] for d in dims):
@@ -92,10 +92,10 @@ def launch(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int, out: Tensor,
     """Run the kernel.
 
     Args:
-        x, delta, zero_point: as `layout_of` takes them; all on one device.
+        x, delta, zero_point: supported by `layout_of`; all on one device.
         bits: width b, at most `MAX_BITS`.
-        out: of x's shape, without gaps in memory, of any floating dtype; it is written.
-        layout: by `layout_of`.
+        out: the output, which is written: x's shape, no gaps in memory, any floating dtype.
+        layout: the result of `layout_of`.
     """
     if bits > MAX_BITS:
         raise ValueError(f"the kernel rounds levels of up to {MAX_BITS} bits, not {bits}")
@@ -138,7 +138,7 @@ def kernel(
     IS_WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """See the module; the arguments are those of `Layout`, ``top`` is 2^b − 1, ``IS_WIDE`` counts in 64 bits."""
+    """See the module. Arguments as in `Layout`; ``top`` is 2^b − 1; ``IS_WIDE`` uses 64-bit indices."""
     block = tl.program_id(0)
     if IS_WIDE:
         block = block.to(tl.int64)
@@ -157,8 +157,8 @@ def kernel(
     else:
         zero = tl.load(zero_ptr + place // step % count, mask=inside, other=0).to(tl.float32)
     scaled = tl.div_rn(x, delta)
-    # Added to 1.5·2^23 a number has no place for its fraction: it is rounded, halves to even. The sign of a zero is
-    # lost, as it is where z is added. What is 2^22 and more is clamped whatever its fraction.
+    # Adding 1.5·2^23 leaves no bits for the fraction, so the sum is rounded, halves to even. The sign of a zero is
+    # lost, as it is when z is added. Values of 2^22 and more are clamped regardless of their fraction.
     rounded = tl.where(tl.abs(scaled) < 4194304.0, (scaled + 12582912.0) - 12582912.0, scaled)
     q = tl.clamp(rounded + zero, 0.0, top, propagate_nan=tl.PropagateNan.ALL)
     tl.store(out_ptr + place, ((q - zero) * delta).to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,12 +1,12 @@
-"""Products of quantized tensors in whole numbers: Σ (q_x − z_x)·(q_w − z_w) summed exactly, then scaled once.
+"""Integer products of quantized tensors: Σ (q_x − z_x)·(q_w − z_w) is summed exactly, then scaled once.
 
 Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference" (CVPR
-2018), section 2.2. Up to 8 bits the sum is one of int8 products in int32. With q' = q − c and z' = z − c, where
-c = 2^(b−1) makes int8 of every unsigned b-bit integer,
+2018), section 2.2. Up to 8 bits, int8 products are summed in int32. With q' = q − c and z' = z − c, where c = 2^(b−1)
+turns every unsigned b-bit integer into int8,
 
     Σ (q_x − z_x)(q_w − z_w) = Σ q'_x·q'_w − z'_w·Σ q'_x − z'_x·Σ q'_w + K·z'_x·z'_w   over K terms.
 
-Wider activations, and devices whose int8 products are not exact or slower, take float64, which holds every such sum
+Wider activations, and devices whose int8 products are inexact or slower, use float64, which holds every such sum
 exactly: the result is the same to the bit.
 """
 
@@ -25,20 +25,20 @@ from qdiff.config import QuantConfig, ScalePer
 from qdiff.errors import UserError
 from qdiff.functional import dequantize, max_level
 
-ROWS_BYTES = 1 << 26  # of unfolded patches at a time
-# What CUDA's `torch._int_mm` asks for (`_int_mm_out_cuda` in PyTorch's aten/src/ATen/native/cuda/Blas.cpp).
+ROWS_BYTES = 1 << 26  # bytes of patches that are unfolded at a time
+# Requirements of CUDA's `torch._int_mm` (`_int_mm_out_cuda` in PyTorch's aten/src/ATen/native/cuda/Blas.cpp).
 CUDA_ROWS = 32  # more than 16
 CUDA_MULTIPLE = 8  # of K and N
 
 
 @dataclass(frozen=True)
 class Levels:
-    """A quantized tensor as its integers: δ·(q − z).
+    """A quantized tensor δ·(q − z), stored as integers.
 
     Attributes:
-        integers: whole numbers from 0 to 2^b − 1, of any dtype.
-        delta, zero_point: broadcast against ``integers``; of an activation one for all or one a sample, of a weight one
-            an output channel.
+        integers: levels from 0 to 2^b − 1, of any dtype.
+        delta, zero_point: broadcast against ``integers``: one for all or one per sample for an activation, one per
+            output channel for a weight.
         bits: width b.
     """
 
@@ -48,25 +48,25 @@ class Levels:
     bits: int
 
     def values(self) -> Tensor:
-        """Return what they stand for, as `qdiff.functional.fake_quantize_inference` returns it."""
+        """Return the dequantized values, as `qdiff.functional.fake_quantize_inference` returns them."""
         return dequantize(self.integers, self.delta, self.zero_point)
 
     @property
     def exact(self) -> Tensor:
-        """q − z, float64."""
+        """Return q − z as float64."""
         return self.integers.double() - self.zero_point
 
     @property
     def centre(self) -> int:
-        """What is subtracted to fit int8."""
+        """The number to subtract from the levels to fit int8."""
         return 2 ** (self.bits - 1)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where a convolution applies its kernel: one number a spatial dimension, as PyTorch's layers hold them.
+    """Where a convolution applies its kernel: one number per spatial dimension, as in PyTorch's layers.
 
-    Only 1 group and padding in numbers, not in a word, can be computed here.
+    Integer products support only 1 group and numeric padding (not a word such as "same").
     """
 
     stride: tuple[int, ...]
@@ -76,17 +76,17 @@ class Geometry:
 
 
 def check_integer_products(config: QuantConfig) -> None:
-    """Raise a `UserError` where the products of a network cannot be integer ones."""
+    """Raise a `UserError` if the products of a network cannot be computed with integers."""
     if config.act_bits is None:
-        raise UserError("integer products are of quantized activations, which have no width; add --quant_act")
+        raise UserError("integer products need quantized activations, which have no width; add --quant_act")
     check_one_scale(config)
 
 
 def check_one_scale(config: QuantConfig) -> None:
-    """Raise a `UserError` where a sum over channels could not be scaled at once."""
+    """Raise a `UserError` if activations have ranges per channel: a sum over channels cannot be scaled at once."""
     if config.act_dynamic and config.act_scale_per is ScalePer.CHANNEL:
         raise UserError(
-            "one range per channel has no place in integer products: a sum over channels is scaled once; give "
+            "integer products cannot use one range per channel (a sum over channels is scaled once); give "
             "--act_scale_per tensor or sample"
         )
 
@@ -97,10 +97,10 @@ def integer_product(x: Levels, weight: Levels, geometry: Geometry | None) -> Ten
     Args:
         x: [N, …, in] for a linear layer, [N, in, …] for a convolution.
         weight: [out, in] or [out, in, …].
-        geometry: of the convolution; None for a linear layer.
+        geometry: geometry of the convolution; None for a linear layer.
 
     Returns:
-        The layer's output without bias, in δ's dtype. Only the last multiplication, by the step sizes, rounds.
+        The layer's output without bias, in δ's dtype. Only the last multiplication, by the step sizes, is rounded.
     """
     terms = weight.integers[0].numel()
     fits = terms * max_level(x.bits) * max_level(weight.bits) < 2**31
@@ -122,14 +122,14 @@ def _float64_sums(x: Levels, weight: Levels, geometry: Geometry | None) -> Tenso
 
 def _int8_sums(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:
     q, z = _int8(x.integers, x.centre), (x.zero_point - x.centre).to(torch.int32)
-    if geometry is not None:  # channels last: what lies together is copied together
+    if geometry is not None:  # channels last, so that copies are contiguous
         q, z = q.movedim(1, -1), z.movedim(1, -1) if z.dim() else z
     kernel = _int8(weight.integers, weight.centre).movedim(1, -1)
     matrix = kernel.flatten(1)
     weight_z = (weight.zero_point - weight.centre).flatten().to(torch.int32)
-    # z'_x belongs to a sample: [N or 1, 1].
+    # z'_x is per sample: [N or 1, 1].
     constant = z.reshape(-1, 1) * (matrix.shape[1] * weight_z - matrix.sum(dim=1, dtype=torch.int32))
-    # A row of ones beside the weights gives Σ q'_x with the same product.
+    # A row of ones next to the weights returns Σ q'_x with the same product.
     factor = torch.cat([matrix, torch.ones_like(matrix[:1])]).t()
 
     positions = q[0].numel() if geometry is None else q[0, ..., 0].numel() * kernel[0, ..., 0].numel() * q.shape[-1]
@@ -140,7 +140,7 @@ def _int8_sums(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:
         rows = part if geometry is None else _patches(part, fill, kernel.shape[1:-1], geometry)
         product = int8_matmul(rows.reshape(-1, matrix.shape[1]), factor)
         out = product[:, :-1] - product[:, -1:] * weight_z
-        # All spatial positions of a sample have its constant.
+        # All spatial positions of a sample share its constant.
         sums.append(out.view(*rows.shape[:-1], -1) + rest.view(len(part), *[1] * (rows.dim() - 2), -1))
     total = torch.cat(sums)
     return total if geometry is None else total.movedim(-1, 1)
@@ -151,7 +151,7 @@ def _int8(integers: Tensor, centre: int) -> Tensor:
 
 
 def _patches(x: Tensor, fill: Tensor, kernel: tuple[int, ...], geometry: Geometry) -> Tensor:
-    """Unfold x [N, …, in] into the inputs of every output: [N, …, in · kernel]; ``fill`` is the integer of 0."""
+    """Unfold x [N, …, in] into the inputs of every output, [N, …, in · kernel]; ``fill`` is the integer for 0."""
     if any(geometry.padding):
         sizes = [size + 2 * pad for size, pad in zip(x.shape[1:-1], geometry.padding, strict=True)]
         padded = fill.to(torch.int8).expand(len(x), *sizes, x.shape[-1]).contiguous()
@@ -165,15 +165,15 @@ def _patches(x: Tensor, fill: Tensor, kernel: tuple[int, ...], geometry: Geometr
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a·b in int32 for int8 a [M, K] and b [K, N] on the CPU or on CUDA; see `int8_is_exact`."""
+    """Return a·b as int32 for int8 a [M, K] and b [K, N], on the CPU or on CUDA; see `int8_is_exact`."""
     return _padded_int_mm(a, b) if a.device.type == "cuda" else torch._int_mm(a, b)
 
 
 def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply in the sizes and the memory layout that CUDA's kernel takes; zeros add nothing to a sum.
+    """Multiply with the sizes and memory layout that CUDA's kernel supports; padding with zeros changes no sum.
 
-    It refuses less than 17 rows, and K and N that are no multiples of 8. Integer tensor cores read both factors along
-    K, so b lies by columns.
+    The kernel refuses fewer than 17 rows, and K and N that are not multiples of 8. Integer tensor cores read both
+    factors along K, so b is stored by columns.
     """
     (rows, terms), columns = a.shape, b.shape[1]
     more_terms = -terms % CUDA_MULTIPLE
@@ -186,26 +186,26 @@ def _padded_int_mm(a: Tensor, b: Tensor) -> Tensor:
 def int8_is_exact(device: torch.device) -> bool:
     """Whether `int8_matmul` is exact on a device: a CPU, or a CUDA device that multiplies integers.
 
-    CPUs without VNNI may add pairs of products in 16 bits and saturate there, which no rounding error explains. The
+    CPUs without VNNI may add pairs of products in 16 bits and saturate, which causes errors far beyond rounding. The
     first call for a device waits for it.
     """
     if device.type not in ("cpu", "cuda"):
         return False
     pairs = torch.tensor([[-128, -128], [-128, 127], [127, -128], [127, 127]], dtype=torch.int8)
-    a = pairs.repeat(8, 32)  # [32, 64]: every pair of extremes meets every other
-    # On the CPU: CUDA has no product of wider integers.
+    a = pairs.repeat(8, 32)  # [32, 64]: every pair of extremes is multiplied with every other pair
+    # The expected product is computed on the CPU, because CUDA does not multiply matrices of wider integers.
     expected = a.long() @ a.t().long()
     there = a.to(device)
     try:
         found = int8_matmul(there, there.t().contiguous())
-    except (RuntimeError, AttributeError):  # not there on this device
+    except (RuntimeError, AttributeError):  # not available on this device
         return False
     return torch.equal(found.cpu().long(), expected)
 
 
 @functools.cache
 def int8_is_fast(device: torch.device) -> bool:
-    """Whether `int8_matmul` takes less time on a CPU than the product in float64, by measurement; elsewhere True.
+    """Whether `int8_matmul` is measured to be faster on a CPU than the product in float64; elsewhere True.
 
     Without VNNI, PyTorch (2.12) multiplies int8 in a plain loop: exact, and 10 to 20 times slower than float64.
     """
@@ -216,7 +216,7 @@ def int8_is_fast(device: torch.device) -> bool:
 
 
 def _seconds(compute: Callable[[], Tensor]) -> float:
-    """Return the least of three times: the first pays for what is set up once, others for what else runs here."""
+    """Return the least of three times: the first includes one-time setup, and other programs may slow any of them."""
     times = []
     for _ in range(3):
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Weights that stay packed while a network runs: a layer's integers at their width, and a cache beside them."""
+"""Weights that stay packed while a network runs: a layer's integers packed at their width, and a cache."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ PACKED = "this network is packed (QuantModel.pack_weights) and holds no float we
 
 
 class WeightCache:
-    """Dequantized weights of the layers that share it, up to a limit; the least recently used go first.
+    """Dequantized weights of the layers that share it, up to a limit; the least recently used are dropped first.
 
-    A sampler calls the layers in turn, again and again. Each would then drive out the one that is needed soonest, and
-    nothing would ever be found: a weight therefore stays until a whole round went by without it.
+    A sampler calls the layers in turn, again and again. Plain LRU would always drop the weight that is needed next, and
+    nothing would ever be found. Therefore a weight stays until a whole round of calls has passed without it.
 
     Args:
         limit: bytes; 0 keeps nothing.
@@ -30,11 +30,11 @@ class WeightCache:
         self.limit = limit
         self.held = self.hits = self.misses = 0
         self._weights: OrderedDict[int, Tensor] = OrderedDict()  # least recently used first
-        self._last_use: dict[int, int] = {}  # of every layer that ever asked
+        self._last_use: dict[int, int] = {}  # of every layer that ever used the cache
         self._now = 0
 
     def get(self, owner: object, make: Callable[[], Tensor]) -> Tensor:
-        """Return a layer's weight, from the cache or made now."""
+        """Return a layer's weight, from the cache or from ``make``."""
         if self.limit == 0:
             return make()
         key = id(owner)
@@ -53,7 +53,7 @@ class WeightCache:
         return weight
 
     def _makes_room(self, size: int, before: int) -> bool:
-        """Give up what nobody used since ``before``, as far as needed; nothing where that is not enough."""
+        """Drop weights that were not used since ``before``, as many as needed; none if dropping all is not enough."""
         leaving, free = [], self.limit - self.held
         for key, weight in self._weights.items():
             if free >= size or self._last_use[key] > before:
@@ -67,16 +67,16 @@ class WeightCache:
         return True
 
     def clear(self) -> None:
-        """Give up everything, e.g. when the layers move to another device."""
+        """Drop all weights, e.g. when the layers move to another device."""
         self._weights.clear()
         self.held = 0
 
     def __deepcopy__(self, memo: dict) -> WeightCache:
-        """Return an empty one: it belongs to other layers."""
+        """Return an empty cache, because the copy belongs to other layers."""
         return WeightCache(self.limit)
 
     def __reduce__(self) -> tuple:
-        """Pickle an empty one: what it holds is known by objects of this process."""
+        """Pickle an empty cache: its keys identify objects of this process."""
         return WeightCache, (self.limit,)
 
 
@@ -90,7 +90,7 @@ class PackedWeight(nn.Module):
     Args:
         stream: uint8 [⌈numel·bits/8⌉].
         bits: width of the integers.
-        shape: of the weight.
+        shape: shape of the weight.
     """
 
     def __init__(self, stream: Tensor, bits: int, shape: torch.Size) -> None:
@@ -103,11 +103,11 @@ class PackedWeight(nn.Module):
         self.register_buffer("stream", stream, persistent=False)
 
     def integers(self) -> Tensor:
-        """Return them as uint8, in the weight's shape; at 8 bits without a copy."""
+        """Return the integers as uint8, in the weight's shape; at 8 bits without a copy."""
         return unpack(self.stream, self.bits, self.shape.numel()).view(self.shape)
 
     def cached(self, make: Callable[[], Tensor]) -> Tensor:
-        """Return the dequantized weight that ``make`` makes, from the shared cache where it is there."""
+        """Return the dequantized weight that ``make`` computes, from the shared cache if possible."""
         return self.cache.get(self, make)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> PackedWeight:

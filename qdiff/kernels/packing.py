@@ -1,4 +1,4 @@
-"""Store b-bit integers at b bits each, for any b from 1 to 8, and floats deflated."""
+"""Pack b-bit integers at b bits each, for any b from 1 to 8, and compress floats without loss."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import zlib
 import torch
 from torch import Tensor
 
-# Widths that divide a byte: all values of one byte are spread over one word of this type.
+# For widths that divide a byte, all values of one byte are spread over one word of this type.
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 _FLOAT_BYTES = 4
-_AT_A_TIME = 1 << 18  # groups of eight values: what is held in passing fits a cache
+_AT_A_TIME = 1 << 18  # groups of eight values, so that temporary tensors fit the cache
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Return how many bytes ``count`` integers of ``bits`` bits take."""
+    """Return the number of bytes for ``count`` integers of ``bits`` bits."""
     return (count * bits + 7) // 8
 
 
@@ -32,7 +32,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     flat = values.detach().reshape(-1)
     if bits == 8:
         return flat.clone()
-    # Eight values fill exactly `bits` bytes: work on such groups, as 64-bit words.
+    # Eight values fill exactly `bits` bytes, so such groups are processed as 64-bit words.
     count, groups = flat.numel(), (flat.numel() + 7) // 8
     padded = flat.new_zeros(groups * 8)
     padded[:count] = flat
@@ -68,7 +68,7 @@ def unpack(stream: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _joined(rows: Tensor, bits: int) -> Tensor:
-    """Return one 64-bit word a row: its values [n, k], ``bits`` apart, first in the lowest bits."""
+    """Return one 64-bit word per row of [n, k]: the row's values ``bits`` bits apart, the first in the lowest bits."""
     word = rows[:, 0].long()
     for i in range(1, rows.shape[1]):
         word |= rows[:, i].long() << (bits * i)
@@ -76,13 +76,13 @@ def _joined(rows: Tensor, bits: int) -> Tensor:
 
 
 def _spread(stream: Tensor, bits: int) -> Tensor:
-    """Unpack widths that divide a byte: its values go to the lowest bits of one byte of a word each.
+    """Unpack widths that divide a byte: each value of a byte goes to the lowest bits of its own byte of a word.
 
-    Doubling does it: the upper half of the values moves to the upper half of the word, then likewise in each half.
-    More than ten times as fast as groups of eight at 4 bits.
+    By doubling: the upper half of the values moves to the upper half of the word, then likewise within each half. At
+    4 bits, this is more than ten times as fast as groups of eight values.
     """
     word = stream.to(_WORDS[bits])
-    width = 8  # bits that still hold several values, at the bottom of each field
+    width = 8  # bits at the bottom of each field that still hold several values
     field = 8 * word.element_size()
     while width > bits:
         field, width = field // 2, width // 2
@@ -92,9 +92,9 @@ def _spread(stream: Tensor, bits: int) -> Tensor:
 
 
 def deflate_floats(values: Tensor) -> Tensor:
-    """Store float32 values in fewer bytes, without loss.
+    """Compress float32 values without loss.
 
-    Bytes of one significance stand together: in those of sign and exponent zlib finds much to save.
+    Bytes of equal significance are stored together, because zlib compresses the bytes with sign and exponent well.
 
     Args:
         values: float32 [n], on the CPU.
@@ -110,8 +110,8 @@ def inflate_floats(stream: Tensor, count: int) -> Tensor:
     """Inverse of `deflate_floats`: float32 [count]. A stream of more values is not inflated beyond ``count``.
 
     Raises:
-        ValueError: not ``count`` values.
-        zlib.error: no zlib stream.
+        ValueError: the stream does not hold ``count`` values.
+        zlib.error: it is not a zlib stream.
     """
     inflater = zlib.decompressobj()
     content = bytearray(inflater.decompress(stream.numpy().tobytes(), count * _FLOAT_BYTES + 1))

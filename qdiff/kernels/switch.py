@@ -1,4 +1,4 @@
-"""Whether the project's own CUDA kernels run. They are off by default: none of them was timed on a GPU yet."""
+"""Switch for the project's own CUDA kernels. They are off by default: none of them was timed on a GPU yet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _enabled = False
 
 @contextlib.contextmanager
 def fused(enabled: bool = True) -> Iterator[None]:
-    """Compute on CUDA with the kernels of `qdiff.kernels` inside the block, or not. Results are the same to the bit.
+    """Turn the kernels of `qdiff.kernels` for CUDA on or off inside the block. Results are the same to the bit.
 
     Raises:
-        UserError: asked for where there is no CUDA device or no Triton.
+        UserError: they are turned on without a CUDA device or without Triton.
     """
     global _enabled
     if enabled:
@@ -33,19 +33,21 @@ def fused(enabled: bool = True) -> Iterator[None]:
 
 
 def check_available(device: torch.device | None = None) -> None:
-    """Raise a `UserError` where the kernels cannot run.
+    """Raise a `UserError` if the kernels cannot run.
 
     Args:
-        device: on which; by default any CUDA device will do.
+        device: the device to run on; None accepts any CUDA device.
     """
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
-        raise UserError("--fused_kernels are for CUDA, and this run is not on a CUDA device; leave --fused_kernels out")
+        raise UserError("--fused_kernels needs CUDA, and this run is not on a CUDA device; leave --fused_kernels out")
     if importlib.util.find_spec("triton") is None:
-        raise UserError("--fused_kernels need Triton, which is not installed; pip install triton, or leave them out")
+        raise UserError(
+            "--fused_kernels needs Triton, which is not installed; pip install triton, or leave --fused_kernels out"
+        )
 
 
 def runs_fused(*tensors: Tensor) -> bool:
-    """Whether an operation on these tensors is computed by a kernel of `qdiff.kernels`: they have no gradients."""
+    """Whether a kernel of `qdiff.kernels` computes an operation on these tensors; not if gradients are needed."""
     if not _enabled or tensors[0].device.type != "cuda":
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))

@@ -1,1 +1,1 @@
-"""The machine that a program runs on."""
+"""Memory of the machine, and checks of networks on the meta device."""

@@ -1,4 +1,4 @@
-"""How much memory is free, and how much this process holds, in bytes."""
+"""Free memory of the machine and memory use of this process, in bytes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _STATUS = Path("/proc/self/status")
 
 
 def resident_memory() -> int:
-    """Return the RAM that this process holds now."""
+    """Return the RAM that this process uses now."""
     return _of_process("VmRSS")
 
 
 def peak_resident_memory() -> int:
-    """Return the most RAM that this process held, since `forget_peak` or since it began."""
+    """Return the peak RAM of this process since `forget_peak`, or since it started."""
     return _of_process("VmHWM")
 
 
 def forget_peak() -> None:
-    """Begin anew with `peak_resident_memory`, where the system can."""
+    """Reset `peak_resident_memory`, if the system supports it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -34,7 +34,7 @@ def available_memory() -> int:
 
 
 def available_on(device: torch.device) -> int:
-    """Return a device's memory that is free now; on a GPU with what torch keeps for reuse."""
+    """Return a device's memory that is free now; on a GPU, this includes memory that torch keeps for reuse."""
     if device.type != "cuda":
         return available_memory()
     free, _ = torch.cuda.mem_get_info(device)
@@ -42,7 +42,7 @@ def available_on(device: torch.device) -> int:
 
 
 def _of_process(field: str) -> int:
-    if _STATUS.is_file():  # of this process alone: what getrusage says begins with the process that started it
+    if _STATUS.is_file():  # preferred: getrusage starts with the peak of the parent process
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Try a network without weights, on the meta device: sizes that do not fit are found before any work."""
+"""Run a network without weights on the meta device, to find sizes that do not fit before any work."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from qdiff.errors import UserError, first_line
 
 @contextlib.contextmanager
 def check_runs(origin: str, what: str) -> Iterator[None]:
-    """Turn what torch says about sizes while a network is built and run on meta tensors into one sentence.
+    """Turn torch's errors about sizes, while a network is built and run on meta tensors, into one sentence.
 
     Args:
-        origin: what the config is called in the error.
-        what: the keys to look at.
+        origin: name of the config in the error.
+        what: the keys to correct.
     """
     try:
         with torch.no_grad(), NormsKeepShapes():
@@ -33,10 +33,10 @@ def check_runs(origin: str, what: str) -> Iterator[None]:
 
 
 class NormsKeepShapes(TorchFunctionMode):
-    """A norm on the meta device returns an empty tensor of its input's shape inside the block.
+    """Inside the block, a norm on the meta device returns an empty tensor of its input's shape.
 
-    PyTorch works out the shapes of norms there in Python, operation by operation, which takes most of the time of a
-    network's forward. Sizes that do not fit raise what they raise without this.
+    PyTorch computes the shapes of norms there in Python, operation by operation, which takes most of the time of a
+    network's forward. Sizes that do not fit raise the same errors as without this.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -50,7 +50,7 @@ def _groups_fit(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0
 ) -> bool:
     given = [p.shape for p in (weight, bias) if p is not None]
-    # More than one value in a group, and all of a channel's own.
+    # More than one value per group, and one weight and bias per channel.
     return (
         x.dim() > 2
         and num_groups > 0

@@ -1,1 +1,1 @@
-"""How first ranges of quantizers are found."""
+"""Range estimators: they choose the initial ranges of quantizers."""

@@ -1,4 +1,4 @@
-"""Which of many ranges loses least, and how much of it is computed at a time on which device."""
+"""Find the range with the least error among many, in chunks that fit the device."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from qdiff.functional import dequantize, quantize
 
 ERROR_NORM = 2.4  # p
-CACHED_VALUES = 1 << 16  # stay in a core's cache
-# Away from the CPU a launch costs more than what it computes on few values: chunks are as large as memory allows, 1 GiB
-# in all. A step of the arithmetic holds at most 4 tensors of its size.
+CACHED_VALUES = 1 << 16  # values that stay in a core's cache
+# On other devices than the CPU, a kernel launch takes longer than computing a few values, so chunks are as large as
+# 1 GiB in all allows. A step of the arithmetic holds at most 4 tensors of a chunk's size.
 DEVICE_BYTES = 1 << 30
 DEVICE_VALUES = DEVICE_BYTES // 2 // (4 * torch.float32.itemsize)
 
 
 def values_at_a_time(device: torch.device) -> int:
-    """Return how many values a tensor should have that only lives for a step; results do not depend on it."""
+    """Return how many values a temporary tensor should have; results do not depend on it."""
     return CACHED_VALUES if device.type == "cpu" else DEVICE_VALUES
 
 
@@ -29,7 +29,7 @@ def first_least(rows: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> T
         bits: width b.
 
     Returns:
-        [C] int64; 0 where no error is a finite number.
+        [C] int64; 0 for rows without a finite error.
     """
     values, n = values_at_a_time(rows.device), rows.shape[1]
     some = max(1, values // n)
@@ -42,13 +42,13 @@ def _first_least(rows: Tensor, delta: Tensor, zero_point: Tensor, bits: int, at_
     errors = torch.cat([_errors(rows[:, None], d[..., None], z[..., None], bits) for d, z in some], dim=1)
     errors = torch.where(errors.isnan(), torch.inf, errors)
     count = errors.shape[1]
-    # `argmin` leaves open which of equals it returns.
+    # `argmin` does not specify which of several equal minima it returns.
     places = torch.where(errors == errors.amin(dim=1, keepdim=True), torch.arange(count, device=rows.device), count)
     return places.amin(dim=1)
 
 
 def pick(index: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """Return each row's value [C] of values [C, K]."""
+    """Return for each of ``values`` [C, K] the element of each row at ``index`` [C], [C]."""
     return tuple(v.gather(1, index[:, None])[:, 0] for v in values)
 
 

@@ -1,4 +1,4 @@
-"""The range estimators by name. A new one is a file beside this with a class, and a row below.
+"""Registry of range estimators. To add one, write a file here with a class, and add a row below.
 
 estimate(weight, bits=4, method="mse", symmetric=False, per_channel=True)
 """
@@ -14,7 +14,7 @@ from qdiff.ranges.range_estimator import RangeEstimator
 
 
 class RangeMethod:
-    """Names of the estimators that the papers' recipes ask for."""
+    """Names of the estimators that the papers' recipes use."""
 
     MIN_MAX = "max"
     MSE = "mse"
@@ -26,7 +26,7 @@ ESTIMATORS: dict[str, type[RangeEstimator]] = {
     RangeMethod.MSE: LeastError,
     RangeMethod.SEARCH: GridSearch,
 }
-"""By the names that ``--w_range``, ``--a_range``, `QuantConfig` and checkpoints have for them."""
+"""The estimators by their name in ``--w_range``, ``--a_range``, `QuantConfig` and checkpoints."""
 
 
 def estimate(
@@ -40,7 +40,7 @@ def estimate(
     """Choose δ and z for a tensor.
 
     Args:
-        x: the values; with ``per_channel`` every index of dimension 0 gets a range of its own.
+        x: the values; with ``per_channel`` every index of dimension 0 gets its own range.
         bits, symmetric, unsigned: see `qdiff.ranges.qparams.qparams`.
         method: a name in `ESTIMATORS`.
 

@@ -1,4 +1,4 @@
-"""EDA-DM's ranges: those of `qdiff.ranges.search`."""
+"""EDA-DM's ranges, found by `qdiff.ranges.search`."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from qdiff.ranges.qparams import affine
 from qdiff.ranges.range_estimator import RangeEstimator, stride
 from qdiff.ranges.search import Side, search_range
 
-SEARCH_MOMENTUM = 0.9  # EDA-DM averages the ranges of batches, whatever --running_stat says
+SEARCH_MOMENTUM = 0.9  # EDA-DM averages the ranges of batches, regardless of --running_stat
 
 
 class GridSearch(RangeEstimator):
     """Tries widths and zero points in 100 steps of 1 % and takes the range with the least mean |error|^2.4.
 
-    Of batches, a sample of each is searched, and the ranges found are averaged with a momentum of 0.9 whatever
-    ``running_momentum`` is; all are on the side of 0 where the first batch lies.
+    For activations, a sample of each batch is searched, and the ranges are averaged with a momentum of 0.9, regardless
+    of ``running_momentum``; all ranges are on the same side of 0 as the first batch.
     """
 
-    BATCH_SAMPLE = 1 << 15  # values of a batch, up to twice as many where a stride would halve them
+    BATCH_SAMPLE = 1 << 15  # values per batch; up to twice as many, because the stride between values is a whole number
     one_sided = True
 
     @classmethod
@@ -39,7 +39,7 @@ class GridSearch(RangeEstimator):
         average = None
         for kept in self.kept:
             found = search_range(kept[None].float(), bits, symmetric, side)
-            # The first is averaged with itself: that moves a last bit, and 2^b/2 − ½ then rounds as published.
+            # The first range is averaged with itself: that changes a last bit, and 2^b/2 − ½ then rounds as published.
             old = found if average is None else average
             average = [SEARCH_MOMENTUM * a + (1 - SEARCH_MOMENTUM) * b for a, b in zip(old, found, strict=True)]
         delta, zero_point = affine(*average, bits)

@@ -1,4 +1,4 @@
-"""Q-Diffusion's and BRECQ's ranges: the shrunken extremes that lose least."""
+"""Q-Diffusion's and BRECQ's ranges: the shrunken extremes with the least error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qdiff.ranges.errors import first_least, pick
 from qdiff.ranges.qparams import qparams
 from qdiff.ranges.range_estimator import RangeEstimator
 
-SHRINK_STEPS = 80  # by 1 % at a time, down to 20 %
+SHRINK_STEPS = 80  # of 1 % each, down to 20 %
 
 
 class LeastError(RangeEstimator):

@@ -1,4 +1,4 @@
-"""Ranges from extreme to extreme."""
+"""Ranges from minimum to maximum."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every range estimator does."""
+"""The interface of range estimators."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from qdiff.functional import at_least_single
 class RangeEstimator(ABC):
     """Chooses δ and z of a quantizer from the values that it will see.
 
-    A weight is there as a whole: its δ and z are `choose`n at once. Of what an activation quantizer sees, an object of
-    this class takes in batch after batch (`update`) and settles on δ and z at the end (`qparams`). A new estimator is a
-    file with a class, and a row in `qdiff.ranges.estimators`; the least of it is
+    For a weight, all values are known, and `choose` returns δ and z at once. For activations, an instance collects
+    batch after batch (`update`) and returns δ and z at the end (`qparams`). A new estimator is a file with a class and
+    a row in `qdiff.ranges.estimators`; the minimum is
 
         class MiddleNinety(RangeEstimator):
             @classmethod
@@ -26,16 +26,16 @@ class RangeEstimator(ABC):
 
     Args:
         running_momentum: with a number m, the extremes are an exponential average, new = m·old + (1 − m)·batch (the
-            papers' ``--running_stat``, m = 0.95); None takes those of everything seen.
+            papers' ``--running_stat``, m = 0.95); None takes the extremes over all batches.
 
     Attributes:
         low, high: extremes so far, of shape (); None before the first batch.
-        kept: values that are kept of the batches.
+        kept: values kept from the batches.
     """
 
-    SAMPLE = 1 << 18  # values looked at in the end: enough for a 16-bit tail, small enough for any layer
+    SAMPLE = 1 << 18  # values used in the end: enough for the tails at 16 bits, few enough for any layer
     one_sided: ClassVar[bool] = False
-    """Whether the symmetric range of values on one side of 0 has all its levels on that side."""
+    """Whether the symmetric range of values on one side of 0 puts all its levels on that side."""
 
     def __init__(self, running_momentum: float | None = None) -> None:
         self.momentum = running_momentum
@@ -60,8 +60,8 @@ class RangeEstimator(ABC):
         """
 
     def update(self, x: Tensor) -> None:
-        """Take in one batch [N, …]."""
-        # In float32 at least: δ and 1/δ of 16 bits are hardly float16 numbers.
+        """Collect one batch [N, …]."""
+        # At least float32: at 16 bits, float16 can hardly represent δ and 1/δ.
         low, high = (at_least_single(end) for end in torch.aminmax(x.detach()))
         if self.low is None:
             self.low, self.high = low, high
@@ -73,19 +73,19 @@ class RangeEstimator(ABC):
         self.keep(x.detach().reshape(-1), low, high)
 
     def keep(self, values: Tensor, low: Tensor, high: Tensor) -> None:
-        """Keep what `qparams` needs of a batch; by default a quarter of `SAMPLE` values, evenly spaced.
+        """Keep what `qparams` needs from a batch; by default a quarter of `SAMPLE` values, evenly spaced.
 
         Args:
-            values: [n], of the batch.
-            low, high: its extremes.
+            values: [n], the values of the batch.
+            low, high: extremes of the batch.
         """
         self.kept.append(values[:: stride(values.numel() * 4, self.SAMPLE)].clone())
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
-        """Return δ and z, both of shape (); by default as chosen for the values kept and the extremes."""
+        """Return δ and z, both of shape (); by default chosen for the kept values and the extremes."""
         kept = torch.cat(self.kept)
         kept = kept[:: stride(kept.numel(), self.SAMPLE)]
-        # With the extremes, also those that the sample missed.
+        # Add the extremes, which the sample may have missed.
         rows = torch.cat([kept.clamp(self.low, self.high), self.low[None], self.high[None]])[None].float()
         delta, zero_point = self.choose(rows, self.low[None], self.high[None], bits, symmetric, unsigned)
         return delta[0], zero_point[0]
@@ -94,6 +94,6 @@ class RangeEstimator(ABC):
 def stride(count: int, wanted: int) -> int:
     """Return the step between about ``wanted`` of ``count`` values.
 
-    It is odd, so that sampling an image whose sides are powers of two meets every column and channel.
+    It is odd, so that a sample of an image whose sides are powers of two includes every column and channel.
     """
     return max(1, count // wanted) | 1

@@ -1,13 +1,14 @@
-"""The range search of EDA-DM: thresholds where one number decides, else every width with every zero point.
+"""The range search of EDA-DM: over thresholds if one number defines the range, else over all widths and zero points.
 
-The plain two-dimensional search quantizes the tensor 100·2^b times. Here a score of every pair comes from tables, and
-only the pairs with the best scores are tried on the tensor. For a step size δ the error of a window [lo, hi] =
-[−zδ, (2^b−1−z)δ] is a sum of three parts, because where x falls on the grid of δ does not depend on z:
+The plain two-dimensional search quantizes the tensor 100·2^b times. Here a score for every pair of width and zero point
+is computed from tables, and only the pairs with the best scores are tried on the tensor. For a step size δ, the error
+of a window [lo, hi] = [−zδ, (2^b−1−z)δ] is a sum of three parts, because the position of x on the grid of δ does not
+depend on z:
 
     Σ_{x<lo} (lo − x)^p  +  Σ_{x>hi} (x − hi)^p  +  Σ_{lo≤x≤hi} |x − δ·round(x/δ)|^p
 
-The first two are functions of one number, tabulated once a row (a histogram convolved with d^p); the third is a
-difference of two prefix sums over the sorted values, one array a step size.
+The first two are functions of one number, tabulated once per row (a histogram convolved with d^p); the third is a
+difference of two prefix sums over the sorted values, with one array per step size.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from qdiff.ranges.errors import CACHED_VALUES, DEVICE_BYTES, ERROR_NORM, first_l
 from qdiff.ranges.qparams import TINY, affine
 
 STEPS = 100
-SHORTLIST = 32  # pairs tried on the tensor; tests compare the outcome with trying them all
-CELLS = 4096  # of the tables over a row's range: 16 a step of an 8-bit quantizer
-BLOCK = 8  # sorted values that share an entry of the prefix sums, where there are many
-CACHED_ROWS = 32  # each has a score for every pair
-# What a row takes for each pair that is scored, each cell of its tables, and each value with its 100 prefix sums.
+SHORTLIST = 32  # pairs tried on the tensor; tests compare the result with trying all pairs
+CELLS = 4096  # cells of the tables over a row's range: 16 per step of an 8-bit quantizer
+BLOCK = 8  # sorted values that share an entry of the prefix sums, if there are many values
+CACHED_ROWS = 32  # most rows searched together; each has a score for every pair
+# Memory per row: for each scored pair, for each cell of its tables, and for each value with its 100 prefix sums.
 PAIR_BYTES, CELL_BYTES, VALUE_BYTES = 56, 128, 128
 DENSE_BITS = 8  # up to here every zero point is scored
 
 
 class Side(Enum):
-    """On which side of 0 the data lie: the factors of a threshold that give its range."""
+    """The side of 0 on which the data lie: factors that turn a threshold into a range."""
 
     POSITIVE = (0.0, 1.0)
     NEGATIVE = (-1.0, 0.0)
@@ -41,7 +42,7 @@ class Side(Enum):
 
     @classmethod
     def of(cls, x: Tensor) -> Side:
-        """Return the side of a tensor's values, 0 belonging to either."""
+        """Return the side of a tensor's values; 0 belongs to both sides."""
         low, high = torch.aminmax(x)
         return cls.POSITIVE if low >= 0 else cls.NEGATIVE if high <= 0 else cls.BOTH
 
@@ -49,24 +50,25 @@ class Side(Enum):
 def search_range(rows: Tensor, bits: int, symmetric: bool, side: Side) -> tuple[Tensor, Tensor]:
     """Find the range with the least mean |error|^2.4 of each row (EDA-DM; the first of equals).
 
-    Where data lie on one side of 0, or ``symmetric``: thresholds t = max|x|·i/100 and ranges [0, t], [−t, 0] or
-    [−t, t]. Otherwise widths (max − min)·i/100 with every zero point, i = 1 … 100. min and max are widened to include
-    0, so that a channel whose values are far from 0 is not clipped away. `affine` turns ranges into δ and z.
+    If the data lie on one side of 0, or with ``symmetric``, the candidates are thresholds t = max|x|·i/100 with ranges
+    [0, t], [−t, 0] or [−t, t]. Otherwise they are widths (max − min)·i/100 with all zero points, i = 1 … 100. min and
+    max are widened to include 0, so that a channel whose values are far from 0 is not clipped away. `affine` turns
+    ranges into δ and z.
 
-    Beyond 8 bits zero points are searched from coarse to fine: 256 of them and those that align an end of the range
-    with an extreme, then ever finer around the best one at its width.
+    Beyond 8 bits, zero points are searched from coarse to fine: first 256 of them, plus those that align an end of the
+    range with an extreme; then in ever finer steps around the best one at its width.
 
     Args:
         rows: [C, n] float32.
         bits: width b.
         symmetric: keep the middle of the levels at 0.
-        side: of the whole tensor that the rows belong to.
+        side: side of the whole tensor that the rows belong to.
 
     Returns:
         low [C] ≤ 0 and high [C] ≥ 0.
 
     Raises:
-        UserError: values that are not finite.
+        UserError: a value is not finite.
     """
     if not torch.isfinite(rows).all():
         raise UserError("values to quantize are NaN or infinite; check the weights and the calibration data")
@@ -86,20 +88,20 @@ def _rows_at_a_time(n: int, bits: int, device: torch.device) -> int:
 
 
 def _best(rows: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return which of the ranges [C, K] fits each row best, the first of equals: [C]."""
+    """Return the index [C] of the range in [C, K] that fits each row best, the first of equals."""
     return first_least(rows, *affine(low, high, bits), bits)
 
 
 def _best_threshold(rows: Tensor, bits: int, side: Side) -> tuple[Tensor, Tensor]:
     steps = torch.arange(1, STEPS + 1, device=rows.device)
-    # Divided first: the golden values are these, to the bit.
+    # Divide first, to match the golden values to the bit.
     thresholds = rows.abs().amax(dim=1)[:, None] / STEPS * steps
     low, high = (thresholds * factor for factor in side.value)
     return pick(_best(rows, low, high, bits), low, high)
 
 
 def _window(width: Tensor, step: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return the ranges of widths width·step/100 whose zero points are ``zero``."""
+    """Return the ranges with widths width·step/100 and zero points ``zero``."""
     scaled = width / STEPS * step
     delta = scaled / max_level(bits)
     return -zero * delta, scaled - zero * delta
@@ -110,7 +112,7 @@ def _best_pair(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     width = high - low
     zeros = _zero_points(low, high, bits)
     scores = _scores(rows, low, width, zeros, bits).flatten(1)
-    # In the order of the plain search, so that the first of equals is the same.
+    # Sorted as in the plain search, so that the first of equals is the same.
     chosen = scores.topk(min(SHORTLIST, scores.shape[1]), largest=False).indices.sort(dim=1).values
     step = chosen // zeros.shape[2] + 1
     zero = zeros.expand(len(rows), STEPS, -1).flatten(1).gather(1, chosen)
@@ -127,7 +129,7 @@ def _best_pair(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def _zero_points(low: Tensor, high: Tensor, bits: int) -> Tensor:
-    """Return the zero points to score: [1, 1, Z], or [C, STEPS, Z] where not all can be."""
+    """Return the zero points to score: all as [1, 1, Z], or a choice as [C, STEPS, Z] if there are too many."""
     zeros = torch.arange(0, 2**bits, 2 ** max(0, bits - DENSE_BITS), device=low.device)[None, None]
     if bits <= DENSE_BITS:
         return zeros
@@ -153,7 +155,7 @@ def _scores(rows: Tensor, low: Tensor, width: Tensor, zeros: Tensor, bits: int) 
     clipped = _read(below, start) + _read(above, end)
 
     block = max(1, min(BLOCK, n // 512))
-    # Padding lies on the grid of every δ: it adds nothing.
+    # The padding lies on the grid of every δ, so it adds no error.
     blocks = torch.nn.functional.pad(ordered - origin, (0, -n % block)).reshape(count, -1, block).mT.contiguous()
     prefix = blocks.new_zeros(count, STEPS, blocks.shape[2] + 1)
     at_a_time = max(1, values_at_a_time(rows.device) // blocks.numel())
@@ -166,7 +168,11 @@ def _scores(rows: Tensor, low: Tensor, width: Tensor, zeros: Tensor, bits: int) 
 
 
 def _tables(ordered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_{x<g} (g−x)^p, Σ_{x>g} (x−g)^p and the number of x < g at CELLS + 1 places g of [0, 1], each [C, CELLS + 1]."""
+    """Tabulate Σ_{x<g} (g−x)^p, Σ_{x>g} (x−g)^p and the number of x < g at CELLS + 1 points g of [0, 1].
+
+    Returns:
+        The three tables, each [C, CELLS + 1].
+    """
     place = ordered.double() * CELLS
     cell = place.floor().clamp(max=CELLS - 1)
     share = place - cell

@@ -186,7 +186,7 @@ def test_the_table():
         (
             ("--ptq", *DYNAMIC, "--act_scale_per", "channel"),
             {"runtimes": "torch-int8"},
-            "one range per channel has no place",
+            "integer products cannot use one range per channel",
         ),
         (
             ("--ptq", *DYNAMIC, "--modulate", "--modulate_ablation", "cleared-state"),
