@@ -1,1 +1,1 @@
-"""Measure float, simulated and real runtimes of one network side by side: scripts/benchmark.py."""
+"""Benchmarks: float, simulated and real runtimes of one network (scripts/benchmark.py), and the GPU check."""

@@ -1,4 +1,4 @@
-"""The files that the variants of a benchmark load: written first, by processes that then end."""
+"""The files that a benchmark's variants load. They are written first, by processes that then end."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ FLOAT, NATIVE, FLOAT_ONNX, ONNX = "float.safetensors", "quantized.safetensors", 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured, as every process of a benchmark gets it.
+    """Description of a benchmark, passed to each of its processes.
 
     Attributes:
-        script: whose model it is.
+        script: the sampling script of the model.
         args: the options of scripts/benchmark.py.
-        plan: what they say of quantization.
-        folder: where files are written.
+        plan: the plan that the options ask for.
+        folder: folder of the files.
     """
 
     script: Script
@@ -56,26 +56,26 @@ class Job:
         return self.plan.checkpoint is not None and not is_pickle(Path(self.plan.checkpoint))
 
     def path(self, name: str) -> Path:
-        """Return where one of the files lies."""
+        """Return the path of one of the files."""
         return Path(self.plan.checkpoint) if name == NATIVE and self.takes_checkpoint else self.folder / name
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """(x, t) or (x, t, context) of one call."""
+        """Inputs of one call: (x, t) or (x, t, context)."""
         return self._given["inputs"]
 
     @property
     def conditions(self) -> tuple[Tensor | None, Tensor | None]:
-        """Conditions of one batch, as `Pipeline.conditions` gives them."""
+        """Conditions of one batch, as `Pipeline.conditions` returns them."""
         return self._given["conditions"]
 
     def outputs(self, name: str) -> list[Tensor]:
-        """Return what `checked_calls` give in float (`FLOAT`), simulated (`NATIVE`) or with `LAST_BITS` moved."""
+        """Return the outputs of `checked_calls` in float (`FLOAT`), simulated (`NATIVE`) or with `LAST_BITS` moved."""
         return self._given["outputs"][name]
 
     @property
     def checked_calls(self) -> list[tuple[Tensor, ...]]:
-        """Inputs of one call; of a modulated network of three in a trajectory, whose later steps run other weights."""
+        """Inputs of one call; for a modulated network, of three in a trajectory: later steps use another model."""
         return _checked_calls(self.inputs, self.plan.quant)
 
     @functools.cached_property
@@ -83,7 +83,7 @@ class Job:
         return torch.load(self.folder / "inputs.pt", weights_only=True)
 
     def float_network(self, copied: bool = False) -> nn.Module:
-        """Return the float network, its weights where the file is mapped, or in memory of its own."""
+        """Return the float network; its weights are mapped from the file, or with ``copied`` in memory of their own."""
         network, _ = self.pipeline().build_network()
         state = read_safetensors(self.path(FLOAT))
         if copied:
@@ -92,7 +92,7 @@ class Job:
         return network.eval().requires_grad_(False)
 
     def simulated(self) -> QuantModel:
-        """Return the quantized network in float32; its float weights are there as well."""
+        """Return the quantized network in float32; it still holds its float weights."""
         qnn = QuantModel(self.float_network(copied=True), self.plan.quant)
         load_checkpoint(qnn, self.path(NATIVE))
         return qnn
@@ -100,7 +100,7 @@ class Job:
 
 @torch.no_grad()
 def write_checkpoints(job: Job) -> list[str]:
-    """Write the float32 file, the quantized one and the inputs; return the model's notes."""
+    """Write the float32 file, the quantized file and the inputs; return the model's notes."""
     from safetensors.torch import save_file
 
     pipeline, is_random = job.pipeline(), job.args.random
@@ -141,12 +141,12 @@ def write_onnx(job: Job, name: str) -> None:
         export_onnx(qnn, job.path(name), tuple(x.shape[1:]), tuple(context[0].shape[1:]) if context else None)
     except UserError:
         raise
-    except Exception as error:  # of the exporter: the other variants can be measured all the same
+    except Exception as error:  # any error of the exporter; the other variants can still be measured
         raise UserError(f"the export failed ({type(error).__name__}: {str(error).splitlines()[:1]})"[:160]) from None
 
 
 def file_bytes(job: Job, name: str) -> int:
-    """Return the bytes of a file; of a modulated ONNX model those of both its files."""
+    """Return the bytes of a file; for a modulated ONNX model, of both its files together."""
     files = [job.path(name)]
     if name == ONNX and job.plan.quant.modulate:
         from qdiff.deploy.onnx_export import first_step_path
@@ -167,7 +167,7 @@ def _checked_calls(inputs: tuple[Tensor, ...], quant: QuantConfig) -> list[tuple
 
 
 def _with_biases(network: nn.Module) -> nn.Module:
-    """Give random biases to a random network: a runtime may drop those that are 0, which trained ones are not."""
+    """Give random biases to a random network: trained biases are not 0, and a runtime may drop biases of 0."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in network.named_parameters():
         if name.endswith("bias"):
@@ -176,7 +176,7 @@ def _with_biases(network: nn.Module) -> nn.Module:
 
 
 def _calibrate_on_noise(qnn: QuantModel, plan: PtqPlan, inputs: tuple[Tensor, ...]) -> None:
-    """Take the ranges that random inputs give: as good as any for time and memory."""
+    """Set ranges from random inputs: time and memory do not depend on them."""
     run = CalibrationRun(show_progress=False)
     linear.calibrate(qnn, CalibrationSet(inputs), None, run)
     if plan.changes is not None:

@@ -1,4 +1,4 @@
-"""What tasks take of the machine's memory, measured in a fresh process: nothing of before is in the way."""
+"""Measure the memory use of tasks in a fresh process, where earlier work has no effect."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ProcessMemory:
     """Resident memory of a process in bytes.
 
     Attributes:
-        before: when the task began.
-        after: when the task was done, with what it returned still alive.
-        peak: the most since the task began; on systems that cannot tell since the process began.
+        before: when the task started.
+        after: when the task was done, with its result still alive.
+        peak: the peak since the task started; on systems that cannot tell, since the process started.
     """
 
     before: int
@@ -29,23 +29,23 @@ class ProcessMemory:
 
     @property
     def kept(self) -> int:
-        """What the task left behind."""
+        """Memory that the task's result keeps in use."""
         return self.after - self.before
 
     @property
     def taken(self) -> int:
-        """What the task took at most."""
+        """Peak memory of the task."""
         return self.peak - self.before
 
 
 class FreshProcess:
-    """A process that runs tasks one after the other, from its first task to `close` or the end of the block.
+    """A process that runs tasks one after another, from its first task to `close` or the end of the block.
 
-    Tasks are functions of a module's top level; they and their arguments can be pickled.
+    Tasks are functions at the top level of a module; they and their arguments must be picklable.
     """
 
     def __init__(self) -> None:
-        # Not a Pool: that waits for ever for a worker that was killed, and lets none start processes of its own.
+        # Not a Pool, which waits forever for a killed worker and does not let workers start processes.
         self._executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
     def __enter__(self) -> FreshProcess:
@@ -59,30 +59,30 @@ class FreshProcess:
         self._executor.shutdown()
 
     def run(self, task: Callable[..., Any], *args: Any) -> Any:
-        """Return what a task returns there, or raise what it raises.
+        """Run a task in the process; return its result, or raise its exception.
 
         Raises:
-            UserError: the process was killed meanwhile.
+            UserError: the process was killed during the task.
         """
         try:
             return self._executor.submit(task, *args).result()
         except BrokenProcessPool:
             raise UserError(
-                f"the process of {task.__name__.strip('_')} was killed, most likely for want of memory; free some, or "
-                "ask for less"
+                f"the process of {task.__name__.strip('_')} was killed, most likely because memory ran out; free some, "
+                "or choose smaller sizes"
             ) from None
 
     def measured(self, task: Callable[..., Any], *args: Any) -> ProcessMemory:
-        """Run a task and return what it took; what it returned is kept there for `on_kept`."""
+        """Run a task and return its memory use; its result is kept in the process for `on_kept`."""
         return self.run(_measure, task, args)
 
     def on_kept(self, task: Callable[..., Any], *args: Any) -> Any:
-        """Run a task on what the one measured last returned, ``task(kept, *args)``."""
+        """Run a task on the result of the last measured task, ``task(kept, *args)``."""
         return self.run(_on_kept, task, args)
 
 
 _kept: Any = None
-"""In the fresh process: what the task measured last returned."""
+"""In the fresh process: the result of the last measured task."""
 
 
 def _measure(task: Callable[..., Any], args: tuple[Any, ...]) -> ProcessMemory:

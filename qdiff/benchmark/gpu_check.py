@@ -1,4 +1,4 @@
-"""The parts of scripts/gpu_check.py: each in a process of its own, within a time of its own; and their table."""
+"""The parts of scripts/gpu_check.py, each in its own process with its own time limit, and their table."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from qdiff.io.files import check_writable, written_whole
 from qdiff.io.repository import REPOSITORY
 
 PACKAGES = REPOSITORY / ".gpu-packages"
-"""Pure-Python packages that were prepared elsewhere, for a machine that can install none: ``make gpu-packages``."""
+"""Pure-Python packages prepared with ``make gpu-packages``, for a machine that cannot install packages."""
 AT_MOST = 470.0
-"""Seconds of all parts together, on a GPU."""
+"""Time limit of all parts together on a GPU, in seconds."""
 CPU_PATIENCE = 6.0
-"""Times these that a trial on the CPU may take."""
+"""Factor on all time limits for a trial on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Line:
     """One line of the table.
 
     Attributes:
-        what: was looked at.
-        found: the result, as a reader would write it.
-        wanted: what it is compared with; "" where nothing is.
-        good: whether it is as it should be; None where nothing is compared.
-        values: the numbers of ``found``.
+        what: what was checked.
+        found: the result as text.
+        wanted: the expected result as text; "" if there is none.
+        good: whether the result is as expected; None if nothing is compared.
+        values: the numbers in ``found``.
     """
 
     what: str
@@ -54,10 +54,10 @@ class Part:
     """One part of the check.
 
     Attributes:
-        title: in the table.
-        seconds: that it may take.
+        title: title in the table.
+        seconds: time limit.
         function: ``module:name`` of ``function(args, scripts) → lines``, run in the part's own process.
-        needs: packages, by the names they are imported by.
+        needs: required packages, by the names under which they are imported.
     """
 
     title: str
@@ -82,12 +82,12 @@ PARTS: dict[str, Part] = {
 
 @dataclass
 class Result:
-    """What became of a part.
+    """The outcome of a part.
 
     Attributes:
-        lines: those that it came to.
-        seconds: that it took.
-        trouble: why it ended early, or did not start; "" where it did not.
+        lines: the lines that it completed.
+        seconds: the time that it took.
+        trouble: why it ended early or did not start; "" if it finished.
         skipped: it did not start.
     """
 
@@ -99,10 +99,10 @@ class Result:
 
 
 def run_check(args: Namespace) -> bool:
-    """Run the parts, print the table and write it; return whether all is as it should be.
+    """Run the parts, print the table and write it; return whether everything is as expected.
 
     Raises:
-        UserError: a part that there is not, or a folder that cannot be written.
+        UserError: a part is unknown, or the folder cannot be written.
     """
     names = _chosen(args.parts)
     out = Path(args.out)
@@ -120,14 +120,14 @@ def run_check(args: Namespace) -> bool:
             continue
         print(f"{PARTS[name].title} …", file=sys.stderr, flush=True)
         results.append(_run(name, args, out, min(patience * PARTS[name].seconds, deadline - time.monotonic())))
-        _write(results, args, out)  # whoever interrupts keeps what is done
+        _write(results, args, out)  # after every part, so that an interruption keeps the finished ones
     _write(results, args, out)
     print(table(results))
     return not any((r.trouble and not r.skipped) or any(line.good is False for line in r.lines) for r in results)
 
 
 def run_part(name: str, args: Namespace, scripts: Scripts) -> None:
-    """In the process of a part: write its lines to the part's file, one as soon as it is there."""
+    """In the process of a part: write its lines to the part's file, each as soon as it is available."""
     module, function = PARTS[name].function.split(":")
     with _lines_file(Path(args.out), name).open("w") as file:
         for line in getattr(importlib.import_module(module), function)(args, scripts):
@@ -136,12 +136,12 @@ def run_part(name: str, args: Namespace, scripts: Scripts) -> None:
 
 
 def missing_packages(names: Sequence[str]) -> list[str]:
-    """Return a sentence for every package that parts need and this Python lacks."""
+    """Return a sentence for every package that parts need and that is missing."""
     without: dict[str, list[str]] = {}
     for name in names:
         for package in _lacking(PARTS[name]):
             without.setdefault(package, []).append(PARTS[name].title)
-    advice = "prepare it with make gpu-packages where there is a network"
+    advice = "prepare it with make gpu-packages on a machine with a network"
     return [f"{package} is not installed, so these parts are skipped: {', '.join(titles)}; {advice}"
             for package, titles in without.items()]  # fmt: skip
 
@@ -178,7 +178,7 @@ def _lines_file(out: Path, name: str) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a part: it imports this repository, and prepared packages that the machine lacks."""
+    """Return the environment of a part: it imports this repository, and prepared packages that are not installed."""
     paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")]), str(PACKAGES)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -199,7 +199,7 @@ def _run(name: str, args: Namespace, out: Path, seconds: float) -> Result:
         except subprocess.TimeoutExpired:
             trouble = f"stopped after {seconds:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):  # its own processes too
+            with contextlib.suppress(ProcessLookupError):  # kill the part's own processes, too
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if not trouble and code:

@@ -1,4 +1,4 @@
-"""The lines of scripts/gpu_check.py about the demo: a GPU's numbers beside those that the README has from a CPU."""
+"""The lines of scripts/gpu_check.py about the demo: a GPU's results next to the README's, which are from a CPU."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_table
 
 TABLE = REPOSITORY / "configs" / "tables" / "digits-demo.yaml"
-# The table of the README: FID and the error of ε, rows by label.
+# The README's table: FID and the error of ε, by row label.
 CPU_NUMBERS: dict[str, dict[str, float]] = {
     "float": {"fid": 0.78},
     "linear W4A8": {"fid": 1.93, "noise_mse": 4.54e-03},
     "Q-Diffusion W4A8": {"fid": 0.87, "noise_mse": 1.04e-03},
 }
-# Relative. Float sums in another order move no pixel by more than a grey level; values on rounding edges fall to the
-# other side, and what is learned from them goes another way.
+# Relative tolerances. In float, another summation order changes no pixel by more than a grey level. In quantized rows,
+# values on rounding boundaries flip, and reconstruction then takes another course.
 TOLERANCES = {"float": 0.03, "linear W4A8": 0.1, "Q-Diffusion W4A8": 0.2}
 TITLES = {"fid": "FID", "noise_mse": "ε error"}
 SMALL = {
@@ -37,7 +37,7 @@ def demo_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
     """Run the demo's table on the device and compare it.
 
     Raises:
-        UserError: it failed; its own message is in the log.
+        UserError: the demo failed; its own message is in the log.
     """
     out = Path(args.out) / "demo"
     table = _small_table(Path(args.out)) if args.small else TABLE
@@ -50,7 +50,11 @@ def demo_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
 
 
 def compared(row: dict, compare: bool = True) -> Line:
-    """Return the line of a row of the demo's results."""
+    """Return the line for a row of the demo's results.
+
+    Args:
+        compare: compare the numbers with the README's.
+    """
     label = row["label"]
     wanted, tolerance = CPU_NUMBERS[label], TOLERANCES[label]
     found = {key: row[key] for key in wanted}

@@ -17,10 +17,10 @@ from qdiff.cli.script import Scripts
 
 
 def machine_lines(args: Namespace, scripts: Scripts) -> Iterator[Line]:
-    """Yield what the device is, and in which precision float32 is computed.
+    """Yield lines about the device, and about the precision of float32 products.
 
     Raises:
-        UserError: there is no such device.
+        UserError: the device does not exist.
     """
     device = choose_device(args.device)
     if device.type == "cuda":

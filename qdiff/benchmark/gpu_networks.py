@@ -1,4 +1,4 @@
-"""The lines of scripts/gpu_check.py about networks with random weights: time and memory, calls and calibration."""
+"""The lines of scripts/gpu_check.py about networks with random weights: time and memory of calls and calibration."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ WARM_UP, CALLS = 3, 10
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured of a network.
+    """A network and the sizes of its measurements.
 
     Attributes:
-        like: the sampling script whose model it is.
-        words: options of that script that name the model.
-        batch: samples in a call.
-        samples: of the calibration.
-        iterations: of every unit, of weights and of activations.
+        like: the sampling script of the model.
+        words: options of that script that select the model.
+        batch: samples per call.
+        samples: samples of the calibration.
+        iterations: iterations per unit, for weights and for activations each.
     """
 
     like: str
@@ -115,7 +115,7 @@ def _pipeline_and_plan(size: Size, scripts: Scripts) -> tuple[Pipeline, PtqPlan]
 
 
 def _inputs(count: int, shapes: tuple[tuple[int, ...], tuple[int, ...] | None], device: torch.device) -> tuple:
-    """Return (x, t) or (x, t, context) of random values."""
+    """Return random inputs (x, t) or (x, t, context)."""
     generator = torch.Generator().manual_seed(0)
     image, context = shapes
     x, t = torch.randn(count, *image, generator=generator), torch.linspace(1, 990, count).round()
@@ -130,7 +130,7 @@ def _called(
     inputs: tuple[Tensor, ...],
     precision: contextlib.AbstractContextManager | None = None,
 ) -> Line:
-    """Return the line of one call's time, the mean of `CALLS`, and its peak memory."""
+    """Return the line with the time per call, a mean over `CALLS`, and the peak memory."""
     device = inputs[0].device
     with precision or contextlib.nullcontext():
         for _ in range(WARM_UP):
@@ -149,7 +149,7 @@ def _called(
 
 
 def _measured(device: torch.device, work: Callable[[], object]) -> tuple[float, int | None]:
-    """Return the seconds of some work, and on CUDA the most bytes that it had allocated."""
+    """Return the seconds that ``work`` takes, and on CUDA its peak of allocated bytes."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(device)

@@ -19,7 +19,7 @@ OUTCOMES = ("passed", "failed", "error", "skipped", "xfailed", "xpassed")
 
 
 def marked_tests(args: Namespace, scripts: Scripts) -> Iterator[Line]:
-    """Run the tests that are marked ``gpu``; only the files that have one are collected."""
+    """Run the tests that are marked ``gpu``; only files with such tests are collected."""
     tests = REPOSITORY / "tests"
     files = [p for p in sorted(tests.rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text()]
     yield _tested("pytest -m gpu", [*map(str, files), "-m", "gpu"], args.device)
@@ -43,7 +43,7 @@ def _tested(what: str, words: Sequence[str], device: str) -> Line:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-rfE", *words]
     surroundings = {**os.environ, "QDIFF_TEST_DEVICE": device}
     done = subprocess.run(command, cwd=REPOSITORY, env=surroundings, capture_output=True, text=True, check=False)
-    print(done.stdout, done.stderr, sep="\n")  # into the part's log
+    print(done.stdout, done.stderr, sep="\n")  # goes to the part's log
     counts = counted(done.stdout)
     failures = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR "))]
     found = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or f"exit code {done.returncode}"

@@ -1,4 +1,4 @@
-"""Where a benchmark ran."""
+"""Describe the machine of a benchmark."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 from qdiff.cli.run_folder import installed_versions
 
-# Of the CPU: those that float and integer kernels choose by.
+# CPU flags that decide which float and integer kernels are used.
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino")
 
 
 def cpu_name_and_flags() -> tuple[str, set[str]]:
-    """Return the CPU's name and the instruction sets that Linux says it has; none elsewhere."""
+    """Return the CPU's name and its instruction sets as Linux reports them; no instruction sets on other systems."""
     name, flags = platform.processor() or platform.machine(), set()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -29,7 +29,7 @@ def cpu_name_and_flags() -> tuple[str, set[str]]:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    """Return CPU, its flags, cores, memory, load of now, threads and versions."""
+    """Return CPU, its flags, cores, memory, present load, threads and package versions."""
     name, flags = cpu_name_and_flags()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
@@ -45,7 +45,7 @@ def describe_machine(threads: int) -> dict[str, Any]:
 
 
 def machine_text(machine: dict[str, Any]) -> str:
-    """Return the same in a line."""
+    """Return the description of a machine in one line."""
     cores = f"{machine['cores']} cores"
     if machine["usable_cores"] != machine["cores"]:
         cores += f", of which {machine['usable_cores']} may be used"

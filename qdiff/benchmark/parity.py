@@ -1,4 +1,4 @@
-"""What a network becomes in each runtime: ε and images against the simulated network's."""
+"""Parity of runtimes: ε and images of each runtime against the simulated network's."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
     from qdiff.deploy.onnx_network import OnnxNetwork
 
 FLOAT, LAST_BITS = "float", "simulated, last bits moved"
-LAST_BIT = 2.0**-23  # of a float32's mantissa
+LAST_BIT = 2.0**-23  # last bit of float32's mantissa
 
 Trajectory = Callable[[], contextlib.AbstractContextManager]
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """One batch as the simulated network samples it.
+    """One batch sampled by the simulated network.
 
     Attributes:
         rows: numbers of its images.
-        calls: what the network was fed at every call, in order (guidance has doubled it).
-        eps: what it gave.
+        calls: the network's inputs at every call, in order (guidance doubles the batch).
+        eps: the network's outputs.
         images: uint8 [N, H, W, C].
     """
 
@@ -56,15 +56,15 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a network is from the simulated one.
+    """Difference of a network from the simulated one.
 
     Attributes:
-        by_call: ‖ε − ε_simulated‖ / ‖ε_simulated‖ at every call of the sampler, both fed what the simulated network was
-            fed there.
-        mean, largest: over the calls.
-        psnr: of the images that it samples by itself against the simulated ones: the mean over the images in dB, each
-            at most `PSNR_CAP`.
-        identical: how many images are equal in every pixel.
+        by_call: ‖ε − ε_simulated‖ / ‖ε_simulated‖ at every call of the sampler, both for the inputs of the simulated
+            network at that call.
+        mean, largest: mean and maximum over the calls.
+        psnr: PSNR of the images that it samples by itself against the simulated ones: the mean over the images in dB,
+            each at most `PSNR_CAP`.
+        identical: number of images that are equal in every pixel.
     """
 
     by_call: list[float]
@@ -75,7 +75,7 @@ class Parity:
 
 
 def compared_runtimes() -> list[str]:
-    """Return the names of all runtimes but simulation itself."""
+    """Return the names of all runtimes except simulation."""
     return [name for name in RUNTIMES if name != SIMULATED.name]
 
 
@@ -83,12 +83,12 @@ def resolve(args: Namespace, pipeline: Pipeline) -> tuple[PtqPlan, list[str], di
     """Return the plan of a command's options, the runtimes to compare, and why each of the others is left out.
 
     Raises:
-        UserError: no finished checkpoint is named, or a runtime is named that is none, is not installed or cannot run
-            such a network; or ``--onnx`` does not fit.
+        UserError: no finished checkpoint is given; a requested runtime is unknown, is not installed or cannot run such
+            a network; or ``--onnx`` does not fit.
     """
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or plan.action != "load":
-        raise UserError("a calibrated network is what is compared; give --ptq and --cali_ckpt PATH")
+        raise UserError("this compares a calibrated network; give --ptq and --cali_ckpt PATH")
     if args.images < 1:
         raise UserError(f"--images is {args.images}; give at least 1")
     chosen, skipped = compared_runtimes(), {}
@@ -105,7 +105,7 @@ def resolve(args: Namespace, pipeline: Pipeline) -> tuple[PtqPlan, list[str], di
     if args.onnx is not None:
         if not set(chosen) & set(onnx_runtimes()):
             named = " and ".join(onnx_runtimes())
-            raise UserError(f"--onnx is for the runtimes {named}; name one, or leave --onnx out")
+            raise UserError(f"--onnx needs one of the runtimes {named}; add one, or leave --onnx out")
         check_onnx_file(Path(args.onnx), plan.quant)
     return plan, chosen, skipped
 
@@ -122,18 +122,19 @@ def compare(
     """Sample with the simulated network, then compare float and every runtime with it.
 
     Args:
-        runtimes: of `compared_runtimes`.
-        images: the first so many of the sampler's.
+        runtimes: names among `compared_runtimes`.
+        images: number of images, from the first.
         onnx: the exported model; None exports into a temporary folder.
 
     Returns:
-        ``timesteps`` of the sampler's calls; ``rows``, by network the values of a `Parity`: `FLOAT` and `LAST_BITS` for
-        scale (the simulated network with `last_bits_moved`: what another order of summation does), then the runtimes.
+        ``timesteps`` of the sampler's calls; ``rows``, per network the values of a `Parity`: first `FLOAT` and
+        `LAST_BITS` for scale (the simulated network with `last_bits_moved`, the effect of another summation order),
+        then the runtimes.
     """
     pipeline.load(choose_device(device))
     qnn = QuantModel(pipeline.network, plan.quant)
     load_checkpoint(qnn, plan.checkpoint, probe=pipeline.probe)
-    # Before anything is packed, and before the long work: a file may not fit.
+    # First, before packing and the long work, because the file may not fit.
     networks = _exported(pipeline, qnn, [name for name in runtimes if name in onnx_runtimes()], onnx)
     batches = list(_simulated(pipeline, qnn, images))
     found = {FLOAT: measure(pipeline, qnn, batches, qnn.trajectory)}
@@ -143,7 +144,7 @@ def compare(
         if name in networks:
             found[name] = measure(pipeline, networks[name], batches, networks[name].trajectory)
             continue
-        RUNTIMES[name].prepare(qnn)  # for good
+        RUNTIMES[name].prepare(qnn)  # permanently
         with qnn.quantized():
             found[name] = measure(pipeline, qnn, batches, qnn.trajectory)
     return {
@@ -155,7 +156,7 @@ def compare(
 def _exported(
     pipeline: Pipeline, qnn: QuantModel, names: Sequence[str], given: str | Path | None
 ) -> dict[str, OnnxNetwork]:
-    """Return the network in ONNX runtimes, from a file or exported for them."""
+    """Return the network in each ONNX runtime, from a file or exported for it."""
     if not names:
         return {}
     from qdiff.deploy.onnx_export import export_onnx
@@ -171,7 +172,7 @@ def _exported(
 
 
 def _simulated(pipeline: Pipeline, qnn: QuantModel, images: int) -> Iterator[Sampled]:
-    with qnn.quantized():  # once: entering dequantizes every weight
+    with qnn.quantized():  # entered once, because entering dequantizes all weights
         for first in range(0, images, pipeline.batch_size):
             rows, calls, eps = range(first, min(first + pipeline.batch_size, images)), [], []
 
@@ -186,7 +187,7 @@ def _simulated(pipeline: Pipeline, qnn: QuantModel, images: int) -> Iterator[Sam
 
 @contextlib.contextmanager
 def last_bits_moved(qnn: QuantModel) -> Iterator[None]:
-    """Move every value that comes to a quantized layer by its last bit, up or down, inside the block."""
+    """Inside the block, move every input value of quantized layers by its last bit, up or down."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(leaf: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -208,11 +209,11 @@ def _images(pipeline: Pipeline, network: Network, rows: Sequence[int], trajector
 
 @torch.no_grad()
 def measure(pipeline: Pipeline, network: Network, batches: Sequence[Sampled], trajectory: Trajectory) -> Parity:
-    """Compare a network with what the simulated one sampled.
+    """Compare a network with the results of the simulated one.
 
     Args:
         network: ε(x, t[, context]).
-        trajectory: opens what a batch is sampled in; modulated networks remember the call before inside.
+        trajectory: opens the context for sampling one batch, in which modulated networks remember the previous call.
     """
     errors, squares = np.zeros((2, len(batches[0].calls)))
     psnr: list[np.ndarray] = []
@@ -230,7 +231,7 @@ def measure(pipeline: Pipeline, network: Network, batches: Sequence[Sampled], tr
 
 
 def image_psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Return 10·log10(255² / mean squared error) in dB of every pair of images uint8 [N, H, W, C]; ∞ for equal ones."""
+    """Return 10·log10(255² / mean squared error) in dB per pair of uint8 images [N, H, W, C]; ∞ for equal images."""
     error = np.square(images.astype(float) - others.astype(float)).mean(axis=(1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(PEAK**2 / error)

@@ -1,4 +1,4 @@
-"""From the options of scripts/benchmark.py to its table."""
+"""Run scripts/benchmark.py: from its options to its table."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ WRITES = ("--out", "--document", "--table")
 
 
 def run_benchmark(args: Namespace, arguments: Sequence[str], scripts: Scripts) -> None:
-    """Measure, print the table, and write what was asked for.
+    """Measure, print the table, and write the requested files.
 
     Args:
-        arguments: what ``args`` was parsed from.
-        scripts: that ``--like`` names.
+        arguments: the command line that ``args`` was parsed from.
+        scripts: the sampling scripts for ``--like``.
 
     Raises:
-        UserError: options that contradict each other, or files that cannot be read or written.
+        UserError: options contradict each other, or files cannot be read or written.
     """
     variants, block = chosen_variants(args.runtimes), None
     if args.document is not None:
@@ -75,7 +75,7 @@ def run_benchmark(args: Namespace, arguments: Sequence[str], scripts: Scripts) -
 
 
 def _resolved(args: Namespace, scripts: Scripts) -> tuple[Pipeline, PtqPlan]:
-    """Check the options, fill in what they imply, and return what is measured."""
+    """Check the options, fill in implied values, and return the pipeline and plan to measure."""
     for option, least in (("batch", 1), ("repeats", 0), ("threads", 1)):
         value = getattr(args, option)
         if value is not None and value < least:
@@ -88,15 +88,15 @@ def _resolved(args: Namespace, scripts: Scripts) -> tuple[Pipeline, PtqPlan]:
     pipeline = scripts[args.like].pipeline_of(args)
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or (plan.action != "load" and not args.random):
-        raise UserError("a calibrated network is what is measured; give --ptq and --cali_ckpt PATH, or --random")
+        raise UserError("this measures a calibrated network; give --ptq and --cali_ckpt PATH, or --random")
     if plan.checkpoint is not None:
         check_readable(plan.checkpoint)
     if plan.quant.modulate and args.measure != SAMPLING:
-        raise UserError("--modulate is about changes from step to step, which one call has not; add --measure sampling")
+        raise UserError("--modulate needs several steps, but one call is measured; add --measure sampling")
     pipeline.check_modulation(plan.quant)
     if args.random and pipeline.conditional and args.measure == SAMPLING:
         raise UserError(
-            f"--like {args.like} samples with conditions, which need an encoder's file; leave out --random and give "
+            f"--like {args.like} samples with conditions, which need an encoder's weights; leave out --random and give "
             "--ckpt, or leave out --measure sampling"
         )
     return pipeline, plan
@@ -105,7 +105,7 @@ def _resolved(args: Namespace, scripts: Scripts) -> tuple[Pipeline, PtqPlan]:
 def _imply_random(args: Namespace) -> None:
     for option in ("cali_ckpt", "ckpt"):
         if getattr(args, option, None):
-            raise UserError(f"--random takes random weights and contradicts --{option}; leave one of them out")
+            raise UserError(f"--random uses random weights and contradicts --{option}; leave one of them out")
     linear = next(name for name, method in METHODS.items() if not method.learns)
     if args.method not in (None, linear, "modiff"):
         raise UserError(f"--random rounds to nearest and contradicts --method {args.method}; leave one of them out")
@@ -113,14 +113,14 @@ def _imply_random(args: Namespace) -> None:
     args.method = linear
     if not args.ptq:
         args.ptq = args.quant_act = True
-    args.use_pretrained = True  # of which only the shapes are taken
+    args.use_pretrained = True  # only for the weights' shapes
 
 
 def measure(job: Job, variants: Sequence[str]) -> list[Row]:
-    """Write the files, then measure each variant in a process of its own; what cannot run is noted in its row.
+    """Write the files, then measure each variant in its own process; if one cannot run, its row says why.
 
-    The processes take turns, and wait while it is not theirs. Without turns they come one after the other: then the
-    machine holds one variant at a time.
+    The processes take turns, and wait between their turns. Without turns they run one after another, so that the
+    machine holds only one variant at a time.
     """
     rows = {name: Row(name) for name in variants}
     _write_files(job, rows)
@@ -156,13 +156,13 @@ def _write_files(job: Job, rows: dict[str, Row]) -> None:
         try:
             with FreshProcess() as process:
                 process.run(write_onnx, job, name)
-        except UserError as error:  # the others can be measured all the same
+        except UserError as error:  # the other variants can still be measured
             for row in readers:
                 row.note = str(error)
 
 
 def _opened(job: Job, row: Row, process: FreshProcess) -> bool:
-    """Open a variant in a process, note its memory and its file, and tell whether that worked."""
+    """Open a variant in a process, store its memory and file size in the row, and return whether that worked."""
     if row.note:
         return False
     try:
@@ -177,7 +177,7 @@ def _opened(job: Job, row: Row, process: FreshProcess) -> bool:
 
 
 def compared(rows: dict[str, Row], taken: dict[str, Turns]) -> Iterator[Row]:
-    """Fill in times and ratios from all turns of each variant, and yield the rows that have them."""
+    """Fill in times and ratios from the turns of all variants, and yield the rows that have any."""
     for name, turns in taken.items():
         row, own_float = rows[name], VARIANTS[name].own_float
         row.seconds, row.calls = Spread.of(turns.seconds), turns.calls
@@ -189,14 +189,14 @@ def compared(rows: dict[str, Row], taken: dict[str, Turns]) -> Iterator[Row]:
 
 
 def widths(quant: QuantConfig) -> str:
-    """Return what a table says of the widths."""
+    """Return the widths as shown in a table."""
     flags = {"split": quant.split_shortcut, "w_sym": quant.weight_symmetric, "a_sym": quant.act_symmetric}
     flags |= {"dynamic": quant.act_dynamic, "modulated": quant.modulate}
     return " ".join([f"W{quant.weight_bits}A{quant.act_bits or 32}", *(flag for flag, on in flags.items() if on)])
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """Return the command without what says where its table goes."""
+    """Return the command without the options that say where its table is written."""
     kept, words = [], iter(arguments)
     for word in words:
         if word in WRITES:

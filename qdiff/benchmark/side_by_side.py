@@ -1,4 +1,4 @@
-"""What runs on one machine cost each other: a command by itself, and several times side by side."""
+"""How much runs on one machine slow each other down: a command by itself, and several times side by side."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from qdiff.io.repository import REPOSITORY
 SCRIPTS = REPOSITORY / "scripts"
 
 Together = Callable[[Sequence[str], Sequence[Path], int], None]
-"""Runs a command once for every run folder, all at the same time, with so many threads each."""
+"""Runs a command once per run folder, all at the same time, each with the given number of threads."""
 
 
 def check_command(command: Sequence[str], scripts: Collection[str]) -> list[str]:
-    """Return the command of a sampling script without the ``--`` before it.
+    """Return the command of a sampling script without the leading ``--``.
 
     Args:
         scripts: the names of all sampling scripts.
 
     Raises:
-        UserError: it names no sampling script, or a run folder of its own.
+        UserError: the command names no sampling script, or has an option for the run folder.
     """
     words = list(command[1:] if command[:1] == ["--"] else command)
     if not words or words[0] not in scripts:
         named = words[0] if words else "nothing"
-        raise UserError(f"the command begins with {named}; name a sampling script first, one of {', '.join(scripts)}")
+        raise UserError(f"the command begins with {named}; give a sampling script first, one of {', '.join(scripts)}")
     for folder in ("-l", "--logdir", "--outdir"):
         if folder in words:
             raise UserError(f"the command has {folder}; leave it out, every run gets a folder of its own")
@@ -44,10 +44,10 @@ def check_command(command: Sequence[str], scripts: Collection[str]) -> list[str]
 
 
 def run_together(command: Sequence[str], folders: Sequence[Path], threads: int) -> None:
-    """Run a sampling script once for every folder, all at the same time.
+    """Run a sampling script once per folder, all at the same time.
 
     Raises:
-        UserError: one of them failed; its error is on stderr.
+        UserError: a run failed; its error is on stderr.
     """
     script, *options = command
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -74,8 +74,8 @@ class Phase:
     """A part of a run, e.g. ``calibration``.
 
     Attributes:
-        alone, together: its seconds, of every run.
-        slowdown: of the runs side by side against the one before them, repeat by repeat.
+        alone, together: seconds of the runs by themselves, and of the runs side by side.
+        slowdown: seconds of the runs side by side divided by those of the preceding run by itself, per repeat.
     """
 
     name: str
@@ -91,13 +91,13 @@ def measure_side_by_side(
 
     Args:
         command: see `check_command`.
-        folder: of the run folders.
-        runs: how many side by side.
-        repeats: how often both.
-        threads: of every run.
+        folder: parent folder of the run folders.
+        runs: number of runs side by side.
+        repeats: how often both are repeated.
+        threads: threads per run.
 
     Returns:
-        Every phase that the runs' manifests have the seconds of.
+        Every phase for which the runs' manifests have seconds.
     """
     alone: list[dict[str, float]] = []
     beside: list[list[dict[str, float]]] = []
@@ -125,7 +125,7 @@ def _seconds(folder: Path) -> dict[str, float]:
 
 
 def markdown(phases: Sequence[Phase], command: Sequence[str], runs: int, repeats: int, machine: dict) -> str:
-    """Return the table and a line that says what was measured, and where."""
+    """Return the table and a line about the command and the machine."""
     lines = [f"| phase | alone ↓ | {runs} side by side, each ↓ | × alone ↓ |", "| --- | --- | --- | --- |"]
     for phase in phases:
         cells = [_text(phase.alone, " s"), _text(phase.together, " s"), _text(phase.slowdown)]

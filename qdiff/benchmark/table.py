@@ -17,18 +17,18 @@ NONE = "–"
 
 @dataclass
 class Row:
-    """What was measured of a variant; None is what was not.
+    """The measurements of a variant; None if not measured.
 
     Attributes:
-        seconds: of a turn.
-        calls: of the network in a turn.
-        images_per_s: of whole samplings.
+        seconds: seconds per turn.
+        calls: network calls per turn.
+        images_per_s: images per second of whole samplings.
         ratio: seconds of `qdiff.benchmark.variants.BASE` divided by these, turn by turn.
-        own_ratio: the same for the runtime's own float variant.
-        kept, peak: resident bytes of a fresh process beyond those after its imports, ``imports``: after its first
-            turn, and at most.
-        file_bytes: of what it loads.
-        note: why there are no numbers, where there are none.
+        own_ratio: seconds of the runtime's own float variant divided by these, turn by turn.
+        kept, peak: resident bytes of a fresh process after its first turn, and their peak; both without ``imports``.
+        imports: resident bytes of the process after its imports.
+        file_bytes: bytes of the file that it loads.
+        note: why there are no numbers; "" if there are.
     """
 
     variant: str
@@ -45,7 +45,7 @@ class Row:
 
 
 def _digits(value: float) -> str:
-    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"  # no 1.23e+03
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"  # avoids 1.23e+03
 
 
 def _turn(row: Row) -> str:
@@ -74,15 +74,15 @@ def _megabytes(value: int | None, digits: int) -> str:
 
 def _columns(measure: str, timed: bool) -> dict[str, Callable[[Row], str]]:
     times = {
-        "a batch ↓": _turn,
-        "a call ↓": _call,
+        "time per batch ↓": _turn,
+        "time per call ↓": _call,
         "images/s ↑": lambda row: NONE if row.images_per_s is None else _digits(row.images_per_s),
         "× float ↑": lambda row: _ratio(row.ratio),
         "× own float ↑": lambda row: _ratio(row.own_ratio),
     }
-    if measure != "sampling":  # one call says nothing of images
-        times["a call ↓"] = _turn
-        del times["a batch ↓"], times["images/s ↑"]
+    if measure != "sampling":  # one call samples no images
+        times["time per call ↓"] = _turn
+        del times["time per batch ↓"], times["images/s ↑"]
     sizes = {
         "memory kept ↓": lambda row: _megabytes(row.kept, 0),
         "memory peak ↓": lambda row: _megabytes(row.peak, 0),
@@ -92,7 +92,7 @@ def _columns(measure: str, timed: bool) -> dict[str, Callable[[Row], str]]:
 
 
 def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
-    """Return the table and a line that says what was measured, where, and by which command."""
+    """Return the table and a line about the measurement, the machine and the command."""
     columns = _columns(about["measure"], about["repeats"] > 0)
     lines = [f"| variant | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for row in rows:
@@ -119,6 +119,6 @@ def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
 
 
 def write_json(path: str | Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """Write what was measured, whole."""
+    """Write the measurements as JSON (an atomic write)."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Turns in alternation, and what their seconds say."""
+"""Run variants in alternating turns, and summarize their times."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Return that of one value or more."""
+        """Return the median and quartiles of one or more values."""
         if len(values) == 1:
             return cls(values[0], values[0], values[0])
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
     @classmethod
     def of_ratio(cls, base: Sequence[float], own: Sequence[float]) -> Spread:
-        """Return that of base / own turn by turn: above 1 is faster than the base."""
+        """Return the median and quartiles of base / own, turn by turn; above 1 is faster than the base."""
         return cls.of([b / o for b, o in zip(base, own, strict=True)])
 
 
@@ -37,8 +37,8 @@ class Turns:
     """All turns of a variant.
 
     Attributes:
-        seconds: one a turn.
-        calls: of the network in every turn.
+        seconds: seconds of every turn.
+        calls: network calls per turn.
     """
 
     seconds: list[float]
@@ -46,13 +46,13 @@ class Turns:
 
 
 def alternated(turns: dict[str, Turn], repeats: int) -> tuple[dict[str, Turns], dict[str, str]]:
-    """Let variants take turns (A B C A B C …): whatever else the machine does meets them all alike.
+    """Run variants in turns (A B C A B C …), so that other load of the machine affects all of them alike.
 
     Args:
-        turns: by variant; each returns the seconds it took and the network calls in it.
+        turns: one function per variant, which runs a turn and returns its seconds and its network calls.
 
     Returns:
-        The turns of each, and why others fell out.
+        The turns of each variant, and the errors of variants that failed.
     """
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     calls, failures = {}, {}

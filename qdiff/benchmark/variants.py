@@ -1,4 +1,4 @@
-"""The variants that a benchmark can measure: each opens its own file in a process of its own."""
+"""The variants that a benchmark can measure; each opens its own file in its own process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from qdiff.errors import UserError
 from qdiff.pipeline import Network, Pipeline, trajectory_of
 
 BASE = "float"
-# Relative L2 error of a call. Float variants differ by summation order only; quantized ones also
-# flip values on rounding boundaries (hundredths, more where they modulate: measured by moving the last bits of inputs).
+# Limits of the relative L2 error of a call. Float variants differ by summation order only; quantized ones also flip
+# values on rounding boundaries (some hundredths; more with modulation, measured by moving the last bits of inputs).
 FLOAT_ERROR, QUANTIZED_ERROR, LAST_BITS_ERRORS = 1e-3, 0.06, 1.5
 
 
@@ -59,10 +59,10 @@ def _packed(runtime: Runtime) -> Callable[[Job], Network]:
 
 
 def _for_good(qnn: Network) -> Network:
-    """Enter the quantized mode until the process ends: a call then costs what a step of sampling costs."""
+    """Enter the quantized mode until the process ends, so that a call takes as long as a sampling step."""
     stack = contextlib.ExitStack()
     stack.enter_context(qnn.quantized())
-    qnn.mode = stack  # or it would be collected, and the mode left
+    qnn.mode = stack  # otherwise garbage collection would end the mode
     return qnn
 
 
@@ -80,11 +80,11 @@ class Variant:
     """One way to compute the network.
 
     Attributes:
-        file: what it loads.
-        open: from that file.
-        is_simulation: it computes what is simulated to the bit.
-        own_float: the same runtime's float variant, where it is not the base.
-        imports: packages that are no business of the memory measured.
+        file: name of the file that it loads.
+        open: opens the network from that file.
+        is_simulation: its results equal the simulation's to the bit.
+        own_float: float variant of the same runtime; None for the base.
+        imports: packages that are imported before memory is measured.
     """
 
     file: str
@@ -95,7 +95,7 @@ class Variant:
 
 
 def variants_of(runtime: Runtime) -> dict[str, Variant]:
-    """Return a runtime's variants: of one that runs exported models, the float model too."""
+    """Return a runtime's variants; for a runtime of exported models, these include the float model."""
     name = runtime.name
     if not isinstance(runtime, OnnxRuntime):
         opened = _packed(runtime) if runtime.packs else _simulated
@@ -119,18 +119,19 @@ def chosen_variants(text: str | None) -> list[str]:
     """Return the variants of ``--runtimes``, names separated by commas; all for None.
 
     Raises:
-        UserError: a name that is none.
+        UserError: a name is unknown.
     """
     return list(VARIANTS) if text is None else chosen_runtimes(text, VARIANTS)
 
 
 class Opened:
-    """A variant that was loaded and has had its first turn.
+    """A variant that is loaded and has run its first turn.
 
     Args:
-        model: whose sampler a turn runs; None makes it one call.
-        inputs: of that call.
-        batch: images of a sampling.
+        network: the variant's network.
+        pipeline: the pipeline whose sampler a turn runs; None makes a turn one network call.
+        inputs: inputs of that call.
+        batch: images per sampling.
     """
 
     def __init__(self, network: Network, pipeline: Pipeline | None, inputs: tuple[Tensor, ...], batch: int) -> None:
@@ -164,24 +165,24 @@ def _check(network: Network, job: Job, name: str) -> None:
         error = _largest_error([network(*given) for given in job.checked_calls], expected)
     if not error < limit:
         other = "float" if reference == FLOAT else "the simulation"
-        raise UserError(f"it computes something else (relative error {error:.2g} against {other})")
+        raise UserError(f"its results are wrong (relative error {error:.2g} against {other})")
 
 
 def _largest_error(outputs: list[Tensor], expected: list[Tensor]) -> float:
     errors = [(a - b).norm() / b.norm() for a, b in zip(outputs, expected, strict=True)]
-    return float(torch.stack(errors).max())  # NaN where any is
+    return float(torch.stack(errors).max())  # NaN if any error is NaN
 
 
 def take_turn(opened: Opened) -> tuple[float, int]:
-    """What a benchmark asks the process of a variant for."""
+    """Run a turn; the task that a benchmark gives to the process of a variant."""
     return opened.turn()
 
 
 def prepare(job: Job, name: str) -> None:
-    """Import what a variant needs, and let PyTorch set up what it sets up once."""
+    """Import the packages of a variant, and trigger PyTorch's one-time setup."""
     torch.set_num_threads(job.args.threads)
     for package in ("safetensors.torch", *VARIANTS[name].imports):
-        with contextlib.suppress(ImportError):  # said when it is opened
+        with contextlib.suppress(ImportError):  # reported when the variant is opened
             importlib.import_module(package)
     job.pipeline().build_network()
     _ = job.inputs
@@ -192,10 +193,10 @@ def prepare(job: Job, name: str) -> None:
 
 @torch.no_grad()
 def open_variant(job: Job, name: str) -> Opened:
-    """Load a variant, check what it computes and give it its first turn, both of which warm it up.
+    """Load a variant, check its results and run its first turn; both warm it up.
 
     Raises:
-        UserError: it cannot run, or computes something else; the message says why.
+        UserError: it cannot run, or its results are wrong; the message says why.
     """
     try:
         network, pipeline = VARIANTS[name].open(job), None
@@ -206,6 +207,6 @@ def open_variant(job: Job, name: str) -> Opened:
         return Opened(network, pipeline, job.inputs, job.args.batch)
     except UserError:
         raise
-    except Exception as error:  # whatever a compiler or a kernel raises, which may not survive another process
+    except Exception as error:  # an error of a compiler or a kernel, which may not be picklable
         first = next(iter(str(error).splitlines()), "")
         raise UserError(f"{type(error).__name__}: {first}"[:160]) from None

@@ -286,7 +286,7 @@ def test_a_variant_that_computes_something_else(measured, monkeypatch):
     monkeypatch.setitem(VARIANTS, "simulated", variants.Variant(variants.NATIVE, planted(2.0)))
     monkeypatch.setitem(VARIANTS, "float", variants.Variant(variants.FLOAT, planted(float("nan"))))
     rows, *_ = measured("--random", *names("float", "simulated", "torch"))
-    assert "it computes something else (relative error nan against float)" in rows["float"]["note"]
+    assert "its results are wrong (relative error nan against float)" in rows["float"]["note"]
     assert "against the simulation)" in rows["simulated"]["note"] and rows["simulated"]["file_bytes"] is None
     assert rows["torch"]["seconds"] and rows["torch"]["ratio"] is None
 

@@ -24,12 +24,12 @@ REFUSED = {
     "threads": (("--random", "--threads", 0), "--threads is 0; give at least 1"),
     "cache": (("--random", "--weight_cache", -1), "--weight_cache is -1.0; give 0 or more MiB"),
     "names": (("--random", "--runtimes", "torch,cuda"), "--runtimes has no 'cuda'; choose from float, "),
-    "weights": (("--random", "--ckpt", "x"), "--random takes random weights and contradicts --ckpt; leave one of"),
+    "weights": (("--random", "--ckpt", "x"), "--random uses random weights and contradicts --ckpt; leave one of"),
     "checkpoint": (("--random", "--ptq", "--cali_ckpt", "x"), "contradicts --cali_ckpt; leave one of them out"),
     "method": (("--random", "--method", "eda-dm"), "--random rounds to nearest and contradicts --method eda-dm"),
     "float": (("--use_pretrained",), "give --ptq and --cali_ckpt PATH, or --random"),
     "calibrate": (("--use_pretrained", "--ptq"), "give --ptq and --cali_ckpt PATH, or --random"),
-    "modulated": (("--random", "--modulate"), "which one call has not; add --measure sampling"),
+    "modulated": (("--random", "--modulate"), "but one call is measured; add --measure sampling"),
     "one step": (
         ("--random", "--modulate", "--measure", "sampling", "--timesteps", 1),
         "this sampler has one step; give more",
@@ -49,4 +49,4 @@ def test_refused(case, call, tiny, here):
 def test_conditions_need_an_encoder(call, latent, here):
     words = ("--like", "txt2img", "--config", latent("text").config, "--random", "--ddim_steps", STEPS, *QUICK)
     line = call(SCRIPT, *words, "--measure", "sampling").error_line()
-    assert "--like txt2img samples with conditions, which need an encoder's file" in line and here.tasks == []
+    assert "--like txt2img samples with conditions, which need an encoder's weights" in line and here.tasks == []

@@ -155,7 +155,7 @@ def test_one_sentence_each(call, given, tiny, tmp_path):
     line = call(COMMAND, *options, "--runtimes", "torch,tensorrt").error_line()
     assert "--runtimes has no 'tensorrt'" in line
     line = call(COMMAND, *options, "--runtimes", "torch", "--onnx", onnx).error_line()
-    assert "--onnx is for the runtimes onnxruntime and openvino" in line
+    assert "--onnx needs one of the runtimes onnxruntime and openvino" in line
     line = call(COMMAND, *options, "--out", tmp_path).error_line()
     assert "cannot be written" in line
     page = tmp_path / "page.md"

@@ -34,7 +34,7 @@ def cells(line: str) -> list[str]:
 def test_of_sampling():
     lines = markdown([FLOAT, BROKEN, INTEGERS], ABOUT).splitlines()
     assert cells(lines[0]) == [
-        "variant", "a batch ↓", "a call ↓", "images/s ↑", "× float ↑", "× own float ↑", "memory kept ↓",
+        "variant", "time per batch ↓", "time per call ↓", "images/s ↑", "× float ↑", "× own float ↑", "memory kept ↓",
         "memory peak ↓", "file ↓",
     ]  # fmt: skip
     assert lines[1].count("---") == 9
@@ -56,7 +56,7 @@ def test_of_sampling():
 
 def test_of_calls_says_nothing_of_images():
     text = markdown([Row("float", Spread(0.1, 0.2, 0.3), 1)], {**ABOUT, "measure": "call"})
-    assert "a batch" not in text and "images" not in text and "sampling" not in text
+    assert "per batch" not in text and "images" not in text and "sampling" not in text
     assert cells(text.splitlines()[2])[:2] == ["float", "200 (100–300) ms"]
 
 

@@ -177,7 +177,7 @@ def test_the_table():
 @pytest.mark.parametrize(
     ("words", "others", "message"),
     [
-        ((), {"checkpoint": None}, "a calibrated network is what is compared; give --ptq and --cali_ckpt PATH"),
+        ((), {"checkpoint": None}, "this compares a calibrated network; give --ptq and --cali_ckpt PATH"),
         (("--ptq", *W4A8), {"checkpoint": None}, "give --ptq and --cali_ckpt PATH"),
         (("--ptq", *W4A8), {"images": 0}, "--images is 0; give at least 1"),
         (("--ptq", *W4A8), {"runtimes": "torch,tensorrt"}, "--runtimes has no 'tensorrt'; choose from torch, "),
@@ -193,7 +193,7 @@ def test_the_table():
             {"runtimes": "torch,openvino"},
             "--modulate_ablation cannot be written as ONNX",
         ),
-        (("--ptq", *W4A8), {"runtimes": "torch", "onnx": "m.onnx"}, "--onnx is for the runtimes onnxruntime and"),
+        (("--ptq", *W4A8), {"runtimes": "torch", "onnx": "m.onnx"}, "--onnx needs one of the runtimes onnxruntime and"),
         (("--ptq", *W4A8), {"onnx": "none.onnx"}, "ONNX file none.onnx does not exist; write it with scripts/export"),
     ],
 )

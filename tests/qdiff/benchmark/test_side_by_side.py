@@ -57,7 +57,7 @@ def test_commands():
     assert check_command(["--", *COMMAND]) == check_command(COMMAND) == COMMAND
     with pytest.raises(UserError, match="begins with nothing"):
         check_command(["--"])
-    with pytest.raises(UserError, match="begins with evaluate; name a sampling script"):
+    with pytest.raises(UserError, match="begins with evaluate; give a sampling script"):
         check_command(["evaluate"])
     with pytest.raises(UserError, match="has -l; leave it out"):
         check_command([*COMMAND, "-l", "runs/a"])
