@@ -45,7 +45,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    try:  # submodules are found by ``import qdiff`` alone, as if it imported them
+    try:  # ``import qdiff`` alone makes its submodules available, too
         return importlib.import_module(f"qdiff.{name}")
     except ModuleNotFoundError as error:
         if error.name != f"qdiff.{name}":

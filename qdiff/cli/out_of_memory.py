@@ -29,7 +29,7 @@ ANY_PHASE = "free some, or let the command use less at a time, e.g. with a small
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error means that RAM or GPU memory ran out; the latter is a RuntimeError, too."""
+    """Return whether an error means that RAM or GPU memory ran out."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError) and any(message in str(error) for message in MESSAGES)

@@ -145,7 +145,7 @@ def _session(model: onnx.ModelProto, threads: int, fast: bool) -> Run:
     options.intra_op_num_threads = threads
     # Otherwise it would quantize float activations that are multiplied by quantized weights, with its own ranges.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    if not fast:  # choose kernels that never add pairs of products in 16 bits; they take twice the time without VNNI
+    if not fast:  # kernels that never add pairs of products in 16 bits take twice the time; VNNI needs no such choice
         options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(
         model.SerializeToString(),

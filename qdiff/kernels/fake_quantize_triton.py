@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-MAX_BITS = 16  # levels far below 2^22, from which the kernel does not round correctly
+MAX_BITS = 16  # levels stay far below 2^22, from which on the kernel does not round
 BLOCK = 1024
 
 
