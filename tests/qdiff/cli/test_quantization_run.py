@@ -78,7 +78,7 @@ def test_construction_writes_nothing_and_keeps_float(method, tiny_network, tmp_p
         wanted = tiny_network(x, t)
         quantization = prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--method", method)
         torch.testing.assert_close(quantization.qnn(x, t), wanted, rtol=0, atol=0)
-    assert not quantization.is_complete
+    assert not quantization.is_calibrated
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,7 +92,7 @@ def test_calibrates_once_and_comes_back_from_the_checkpoint(method, tiny_network
     assert {CHECKPOINT, RECORDING, "run.json"} <= names and JOURNAL not in names
 
     again = prepared(tiny_network, tmp_path / "run", *words)
-    assert again.is_complete
+    assert again.is_calibrated
     torch.testing.assert_close(outputs(completed(again, record)), wanted, rtol=0, atol=0)
     assert record.asked == [(2, 3)]
     assert set(again.run.manifest["files"]) == {"calibrated checkpoint", "calibration data"}
@@ -205,7 +205,7 @@ def test_load_reads_a_checkpoint_made_elsewhere(tiny_network, tmp_path):
     save_checkpoint(source, tmp_path / "published.pth", format="published")
     for file in (tmp_path / "source" / CHECKPOINT, tmp_path / "published.pth"):
         made = prepared(tiny_network, tmp_path / f"run-{file.name}", *W4A8, "--cali_ckpt", file)
-        assert made.is_complete
+        assert made.is_calibrated
         record = Recorder()
         torch.testing.assert_close(outputs(completed(made, record)), outputs(source), rtol=0, atol=0)
         assert record.asked == []
