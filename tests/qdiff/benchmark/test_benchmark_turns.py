@@ -97,10 +97,10 @@ class Sampler:
     def __init__(self, steps: int, clock: Clock) -> None:
         self.steps, self.clock, self.batches = steps, clock, []
 
-    def trajectory(self, network, indices) -> None:
-        self.batches.append(list(indices))
+    def sample(self, network, rows) -> None:
+        self.batches.append(list(rows))
         for _ in range(self.steps):
-            network(torch.zeros(len(indices)), torch.zeros(len(indices)))
+            network(torch.zeros(len(rows)), torch.zeros(len(rows)))
             self.clock.now += 2
 
 

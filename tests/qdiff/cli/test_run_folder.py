@@ -107,10 +107,10 @@ def test_long_values_are_named_by_their_beginning(tmp_path):
 
 def test_same_config_continues_and_keeps_what_was_measured(tmp_path):
     run = opened(tmp_path / "run")
-    run.manifest["seconds"]["sampling"] = 5.0
+    run.manifest.seconds["sampling"] = 5.0
     run.save_manifest()
     again = RunFolder(tmp_path / "run", json.loads(json.dumps(CONFIG)), 3)
-    assert again.manifest["seconds"] == {"sampling": 5.0}
+    assert again.manifest.seconds == {"sampling": 5.0}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_files_are_hashed_and_must_not_change(tmp_path):
     run = opened(tmp_path / "run")
     run.add_file("float weights", file)
     run.save_manifest()
-    assert run.manifest["files"] == {"float weights": {"path": str(file), "sha256": sha256(file)}}
+    assert run.manifest.files == {"float weights": {"path": str(file), "sha256": sha256(file)}}
     again = RunFolder(tmp_path / "run", CONFIG, 3)
     again.add_file("float weights", file)
     file.write_bytes(b"second")
@@ -178,10 +178,10 @@ def test_times_add_up_over_continuations_and_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     with run.timed("work"):
         pass
-    assert run.manifest["seconds"] == {"work": 2.5}
+    assert run.manifest.seconds == {"work": 2.5}
     with pytest.raises(RuntimeError), run.timed("work"):
         raise RuntimeError
-    assert run.manifest["seconds"] == {"work": 3.75}
+    assert run.manifest.seconds == {"work": 3.75}
 
 
 def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
