@@ -55,7 +55,7 @@ def load_config(path: str | Path) -> Any:
     if "pretrained" in config:
         check_section(config.pretrained, PRETRAINED, "pretrained", origin)
     conditional = params.get("cond_stage_config", NOTHING) != NOTHING
-    # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless told otherwise.
+    # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless concat_mode is false.
     if conditional and params.get("conditioning_key") is None and params.get("concat_mode", True):
         raise UserError(f"{origin} has no model.params.conditioning_key; add conditioning_key: crossattn")
     return config

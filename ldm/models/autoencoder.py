@@ -143,6 +143,6 @@ class AutoencoderKL(FirstStage):
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def reconstruct_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of a sampled latent, and the KL divergence per latent value, in nats."""
+        """Return the reconstruction from a sampled latent, and the KL divergence per latent value in nats."""
         posterior = self.encode(x)
         return self.decode(posterior.sample()), posterior.kl().mean() / posterior.mean[0].numel()
