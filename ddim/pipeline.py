@@ -14,9 +14,9 @@ from ddim.datasets.transform import from_network_range
 from ddim.models.diffusion import Model
 from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sizes import check_sizes
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError, require_at_least
 from qdiff.pipeline import Pipeline
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Sampler, SamplerOptions
 from qdiff.sampling.registry import find_sampler, sample_types
 

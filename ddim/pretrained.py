@@ -10,9 +10,8 @@ from torch import nn
 from qdiff.errors import UserError
 from qdiff.io import files
 from qdiff.io.downloads import cache_folder, download
+from qdiff.io.repository import REPOSITORY
 from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pretrained_path(config: Any, folder: str | Path | None = None) -> Path:

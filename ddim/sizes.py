@@ -8,7 +8,7 @@ import torch
 
 from ddim.models.diffusion import Model
 from qdiff.errors import UserError
-from qdiff.interface import check_runs
+from qdiff.machine.meta_device import check_runs
 
 
 def check_sizes(config: Any, origin: str) -> None:

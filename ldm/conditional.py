@@ -15,8 +15,9 @@ from ldm.locate import ImageSize, big_or_bundled
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.options import CLASS_CKPT, CLASS_CONFIG, TEXT_CKPT, TEXT_CONFIG, chosen_sampler
 from ldm.pipeline import BUNDLED, LatentPipeline, latent_options
-from ldm.prompts import asked_classes, read_prompts
+from ldm.prompts import asked_classes
 from qdiff.errors import UserError, require_at_least
+from qdiff.io.prompt_lines import read_prompts
 from qdiff.sampling import SamplerOptions
 from qdiff.sampling.registry import find_sampler
 

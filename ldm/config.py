@@ -9,9 +9,10 @@ from typing import Any
 from ldm.keys import MODEL, PARAMS, PRETRAINED, STAGE, TOP
 from qdiff.errors import UserError
 from qdiff.io.config_schema import check_section
+from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_config
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+MISSING = "see configs/latent-diffusion and configs/stable-diffusion"  # where the file is none
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"
 TARGETS = {
     "unet_config": ("ldm.modules.diffusionmodules.openaimodel.UNetModel",),
@@ -35,9 +36,9 @@ def load_config(path: str | Path) -> Any:
     """
     from omegaconf import OmegaConf
 
-    config = _read(Path(path))
+    config = read_config(Path(path), MISSING)
     if "base" in config:
-        config = OmegaConf.merge(_read(REPOSITORY / str(config.base)), config)
+        config = OmegaConf.merge(read_config(REPOSITORY / str(config.base), MISSING), config)
     model = config.get("model")
     if not OmegaConf.is_dict(model) or model.get("target") != HOLDER:
         named = model.get("target") if OmegaConf.is_dict(model) else None
@@ -75,12 +76,3 @@ def _check_part(stage: Any, part: str, origin: str) -> None:
         raise UserError(
             f"{origin} has {where}.target {stage.target}, which is not allowed; choose {' or '.join(TARGETS[part])}"
         )
-
-
-def _read(path: Path) -> Any:
-    from omegaconf import OmegaConf
-
-    config = read_config(path, missing="see configs/latent-diffusion and configs/stable-diffusion")
-    if not OmegaConf.is_dict(config):
-        raise UserError(f"config file {path} is not a YAML mapping; correct it")
-    return config

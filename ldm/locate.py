@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from qdiff.errors import UserError
+from qdiff.io.repository import REPOSITORY
 
 CHECKPOINTS = ("model.ckpt", "model.safetensors")
 

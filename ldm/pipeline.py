@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import load_latent_diffusion
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from ldm.locate import ImageSize, find_checkpoint, how_to_get, latent_shape
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.modules.diffusionmodules.util import Checkpointed
@@ -20,10 +20,11 @@ from ldm.options import chosen_sampler
 from ldm.schedule import build_schedule, parameterization
 from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
+from qdiff.io.repository import REPOSITORY
 from qdiff.pipeline import Pipeline
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Sampler, SamplerOptions
 from qdiff.sampling.registry import find_sampler
 
@@ -171,7 +172,7 @@ class UnconditionalPipeline(LatentPipeline):
         weights = find_checkpoint(args.resume_base) if args.resume_base else BUNDLED["vq"] / "model.safetensors"
         kind = chosen_sampler(args, {"dpm": "dpm_solver", "vanilla_sample": "ancestral"})
         asked = getattr(args, "a_range", None)  # only commands that quantize have it
-        if args.a_min_max and asked not in (None, RangeMethod.MIN_MAX.value):
+        if args.a_min_max and asked not in (None, RangeMethod.MIN_MAX):
             raise UserError(f"--a_min_max and --a_range {asked} contradict each other; leave one of them out")
         require_at_least(1, {"--n_samples": args.n_samples, "--batch_size": args.batch_size})
         require_at_least(0, {"--seed": args.seed})

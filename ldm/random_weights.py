@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ldm.checkpoint import build_without_weights
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from qdiff.io.files import check_writable, written_whole
-from qdiff.random_weights import random_values
+from qdiff.io.random_weights import random_values
+from qdiff.io.repository import REPOSITORY
 
 TOKENIZER = REPOSITORY / "models" / "ldm" / "digits_text" / "text_encoder"
 

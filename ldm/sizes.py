@@ -8,7 +8,7 @@ import torch
 
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
-from qdiff.interface import check_runs
+from qdiff.machine.meta_device import check_runs
 
 
 def check_sizes(config: Any, origin: str, latent: tuple[int, int, int] | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ddim.training import DenoisingTask, OptimisedTask
@@ -48,7 +49,7 @@ class FirstStageTask(OptimisedTask):
         idle = [i for i in range(len(codes)) if i not in self.used]
         self.log("idle_codes", float(len(idle)), prog_bar=True)
         if idle and self.global_step < self.total_steps // 2:
-            vectors = self.latent.permute(0, 2, 3, 1).reshape(-1, codes.shape[1])
+            vectors = rearrange(self.latent, "n d h w -> (n h w) d")
             codes[idle] = vectors[torch.randint(len(vectors), (len(idle),), device=vectors.device)]
         self.used.clear()
 

@@ -22,7 +22,7 @@ class LearnedRounding:
 
     def __init__(self, layer: QuantModule) -> None:
         self.layer = layer
-        weight = layer.weight.detach().float()
+        weight = layer.float_weight().detach().float()
         quantizers = list(layer.weight_quantizers)
         self.top = max_level(quantizers[0].bits)
         self.delta = self._per_weight([q.delta.detach() for q in quantizers])
@@ -56,11 +56,11 @@ class LearnedRounding:
         return (1 - (2 * self.h() - 1).abs().pow(beta)).sum()
 
     def __enter__(self) -> LearnedRounding:
-        self.layer.soft_weight = self.soft_weight
+        self.layer.begin_soft_rounding(self.soft_weight)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.layer.soft_weight = None
+        self.layer.end_soft_rounding()
 
     @torch.no_grad()
     def harden(self) -> None:

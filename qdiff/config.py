@@ -7,18 +7,11 @@ from enum import Enum
 from typing import Any
 
 from qdiff.errors import UserError
+from qdiff.ranges.estimators import ESTIMATORS, RangeMethod
 
 END_BITS = 8
 _OF_MODULATION = ("modulate", "rest_bits", "ablation")
 _LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION)
-
-
-class RangeMethod(str, Enum):
-    """How a quantizer's range is chosen from data."""
-
-    MIN_MAX = "max"  # the extremes
-    MSE = "mse"  # the shrunken extremes with the least L2.4 error, 80 steps of 1 %
-    SEARCH = "search"  # EDA-DM's: the width and zero point with the least L2.4 error, 100 steps of 1 %
 
 
 class ScalePer(str, Enum):
@@ -47,7 +40,7 @@ class QuantConfig:
         softmax_bits: width of the softmax output in attention, 2 to 16.
         split_shortcut: layers that consume a concatenation get quantizers for each part (``--split``).
         weight_symmetric: likewise for weights.
-        weight_range, act_range: range methods.
+        weight_range, act_range: how ranges are chosen from data, names in `qdiff.ranges.estimators.ESTIMATORS`.
         keep_ends: the first and the last layer's weights get 8 bits whatever ``weight_bits`` says, and the last layer's
             input stays in float (EDA-DM).
         act_dynamic: activation ranges are dynamic, computed at every call, so there is nothing to calibrate.
@@ -69,8 +62,8 @@ class QuantConfig:
     softmax_bits: int = 8
     split_shortcut: bool = False
     weight_symmetric: bool = False
-    weight_range: RangeMethod = RangeMethod.MIN_MAX
-    act_range: RangeMethod = RangeMethod.MIN_MAX
+    weight_range: str = RangeMethod.MIN_MAX
+    act_range: str = RangeMethod.MIN_MAX
     keep_ends: bool = False
     act_dynamic: bool = False
     act_scale_per: ScalePer = ScalePer.TENSOR
@@ -91,7 +84,8 @@ class QuantConfig:
             if not (isinstance(bits, int) and low <= bits <= high):
                 raise UserError(f"{name} is {bits}; give {option} a whole number from {low} to {high}")
         for name in ("weight_range", "act_range"):
-            self._make_enum(name, RangeMethod)
+            if getattr(self, name) not in tuple(ESTIMATORS):
+                raise UserError(f"{name} is {getattr(self, name)}; give it one of {', '.join(ESTIMATORS)}")
         self._make_enum("act_scale_per", ScalePer)
         if self.ablation is not None:
             self._make_enum("ablation", Ablation)

@@ -7,17 +7,13 @@ A family (a folder such as ``ddim/``) builds its network from ``nn.Conv1d/2d``, 
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from qdiff.errors import UserError, first_line
 
 State = dict[str, Any]
 """What a network carries from one step to the next: tensors (batch first) and lists of tensors."""
@@ -132,22 +128,3 @@ def family_of(network: nn.Module) -> Family:
         if isinstance(network, family.network):
             return family
     return Family(network=type(network))
-
-
-@contextlib.contextmanager
-def check_runs(origin: str, what: str) -> Iterator[None]:
-    """Turn what torch says about sizes while a network is built and run on meta tensors into one sentence.
-
-    Args:
-        origin: what the config is called in the error.
-        what: the keys to look at.
-    """
-    try:
-        with torch.no_grad():
-            yield
-    except UserError:
-        raise
-    except (RuntimeError, ValueError, TypeError, IndexError, ZeroDivisionError, OverflowError) as error:
-        raise UserError(
-            f"{origin} describes a network that cannot run ({first_line(error)}); correct {what}"
-        ) from error

@@ -10,6 +10,7 @@ from torch import nn
 
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.weight_forms import WeightForm
 
 LEAVES = (QuantModule, QuantAttention)
 
@@ -33,8 +34,8 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
             if isinstance(leaf, QuantModule):
                 leaf.acts_quantized = activations and len(leaf.act_quantizers) > 0
                 leaf.weights_quantized = weights and len(leaf.weight_quantizers) > 0
-                if leaf.weights_quantized and leaf.soft_weight is None:
-                    leaf.bake()
+                if leaf.weights_quantized:
+                    leaf.hold_dequantized()
             else:
                 leaf.acts_quantized = activations and hasattr(leaf, "act_quantizer_q")
         yield
@@ -44,7 +45,7 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
             if isinstance(leaf, QuantModule):
                 leaf.weights_quantized = weights_before
                 if not weights_before:
-                    leaf.baked = None
+                    leaf.drop_dequantized()
 
 
 @torch.no_grad()
@@ -64,7 +65,7 @@ def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(module, (*QUANTIZABLE, QuantModule)):
             continue
         if isinstance(module, QuantModule) and len(module.weight_quantizers) > 0:
-            assert module.released or module.packed is not None, "its float weight is still needed"
+            assert module.form in (WeightForm.RELEASED, WeightForm.PACKED), "its float weight is still needed"
         for name in ("weight", "bias"):
             parameter = getattr(module, name)
             if parameter is not None:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
+from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Network, OnCall, OnStep, Sampler, find_sampler
 
 

@@ -13,11 +13,12 @@ from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
 from qdiff.interface import family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
-from qdiff.kernels.packed_weight import PACKED, WeightCache
+from qdiff.kernels.packed_weight import WeightCache
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
+from qdiff.weight_forms import WeightForm
 from qdiff.wrapping import replace_leaves
 
 
@@ -188,7 +189,7 @@ class QuantModel(nn.Module):
     @property
     def is_packed(self) -> bool:
         """Whether `pack_weights` was called."""
-        return any(layer.packed is not None for layer in self.layers().values())
+        return any(layer.form is WeightForm.PACKED for layer in self.layers().values())
 
     def reset_fired(self) -> None:
         """Start counting anew how often each activation quantizer fires."""
@@ -200,13 +201,9 @@ class QuantModel(nn.Module):
         return [name for name, quantizer in self.act_quantizers().items() if quantizer.fired == 0]
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
-        if any(layer.released for layer in self.layers().values()):
-            raise RuntimeError("the float weights of this network were released; build it anew to load a state dict")
-        if self.is_packed:  # before anything is loaded
-            raise UserError(f"{PACKED} to overwrite; build it anew to load a state dict")
+        for layer in self.layers().values():  # before anything is loaded
+            layer.assert_loads_state_dict()
         super()._load_from_state_dict(*args, **kwargs)
-        for layer in self.layers().values():  # dequantized weights of before are stale
-            layer.baked = None
 
     @property
     def device(self) -> torch.device:

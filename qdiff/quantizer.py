@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from qdiff.config import QuantConfig, ScalePer
 from qdiff.functional import fake_quantize, fake_quantize_inference, quantize
 from qdiff.kernels.integer_matmul import Levels
-from qdiff.ranges.estimators import RangeObserver, qparams
+from qdiff.ranges.qparams import qparams
+from qdiff.ranges.range_estimator import RangeEstimator
 
 
 class Quantizer(nn.Module):
@@ -68,7 +69,7 @@ class ActQuantizer(Quantizer):
     def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
         super().__init__(bits, symmetric, unsigned)
         self.fired = 0
-        self.observer: RangeObserver | None = None
+        self.observer: RangeEstimator | None = None
         self.dropping: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -24,14 +24,15 @@ from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
+    from qdiff.benchmark.parity import compared_runtimes
+
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
     parser.add_argument("--images", type=int, default=64, help="images per network")
     parser.add_argument("--batch_size", type=int, help="images per batch")
     parser.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
     parser.add_argument(
-        "--runtimes",
-        help="names separated by commas: torch, torch-int8, onnxruntime, openvino (default: all available)",
+        "--runtimes", help=f"names separated by commas: {', '.join(compared_runtimes())} (default: all that can)"
     )
     parser.add_argument("--onnx", help="the exported model (default: exported into a temporary folder)")
     parser.add_argument("--out", help="JSON file to write, with the error at every step")
@@ -43,8 +44,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    from qdiff.benchmark.parity import compare, markdown, resolve
     from qdiff.cli.document import DocumentBlock
-    from qdiff.cli.parity import compare, markdown, resolve
     from qdiff.io.files import check_writable, written_whole
 
     pipeline = SCRIPTS[args.like].pipeline_of(args)

@@ -29,7 +29,7 @@ from qdiff.errors import UserError
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="+", metavar="[REFERENCE] SAMPLES", help="see above")
-    parser.add_argument("--metrics", help="any of fid,sfid,isc,kid,prc (default: all that are possible)")
+    parser.add_argument("--metrics", help="e.g. fid,kid; an unknown name lists all (default: all possible)")
     parser.add_argument("--extractor", help="feature network (default: that of the statistics, else Inception)")
     parser.add_argument("--extractor-weights", help="weights file of the extractor")
     parser.add_argument(
@@ -42,8 +42,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--lpips-weights", type=Path, help="torchvision's AlexNet or VGG16 weights, for LPIPS")
     group.add_argument("--lpips-net", choices=["alex", "vgg"], default="alex", help="network of these weights")
     group = parser.add_argument_group("CLIP score")
-    group.add_argument("--clip", action="store_true", help="compute it with the run's prompts")
-    group.add_argument("--prompts", help="text file with one prompt per line and image")
+    group.add_argument("--clip", action="store_true", help="with the prompts of the run")
+    group.add_argument("--prompts", help="text file, one prompt per line, or COCO captions (.json); one per image")
     group.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="folder or name of a CLIP model")
     group = parser.add_argument_group("run")
     group.add_argument("--json", metavar="FILE", help="also write everything as JSON; - prints it instead of the table")

@@ -31,10 +31,11 @@ from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import IMAGE_SIZE, DigitClassifier
-from qdiff.evaluation.extractors import REPOSITORY, create_extractor
+from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.reference import compute_reference, save_reference
 from qdiff.io.files import written_whole
 from qdiff.io.progress import tracked
+from qdiff.io.repository import REPOSITORY
 
 NAME = "digits-classifier"
 TEST_SIZE, SPLIT_SEED = 360, 0  # independent of --seed, so that accuracies can be compared

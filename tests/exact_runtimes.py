@@ -7,7 +7,7 @@ import pytest
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_lowering import ProductLimits
 from qdiff.deploy.onnx_rewriting import HALF
-from qdiff.deploy.runtimes import RUNTIMES
+from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes
 from qdiff.errors import UserError
 
 SPLIT = ProductLimits(HALF, activations=False)  # what OpenVINO's integers hold without VNNI
@@ -16,7 +16,7 @@ SPLIT = ProductLimits(HALF, activations=False)  # what OpenVINO's integers hold 
 def refusal(runtime: str) -> str | None:
     """Return why a runtime is refused on this machine, or None."""
     try:
-        check_exact(runtime, RUNTIMES[runtime])
+        check_exact(RUNTIMES[runtime])
     except UserError as error:
         return str(error)
     return None
@@ -31,6 +31,6 @@ def require_packages() -> None:
 def require_runtimes() -> None:
     """Skip the calling module where a package is missing or a runtime is refused, with that reason."""
     require_packages()
-    for runtime in RUNTIMES:
+    for runtime in onnx_runtimes():
         if (reason := refusal(runtime)) is not None:
             pytest.skip(reason, allow_module_level=True)

@@ -21,7 +21,7 @@ sys.path[0] = str(REPOSITORY)  # this folder holds tests/qdiff, which would be t
 
 from qdiff.benchmark.machine import cpu_name_and_flags  # noqa: E402
 
-NUMERIC = ("tests/qdiff", "tests/ddim", "tests/ldm", "tests/evaluation")
+NUMERIC = ("tests/qdiff", "tests/ddim", "tests/ldm")
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,12 @@ LAYERS = (
     ("ldm",),
     ("ddim",),
     ("qdiff.pipeline",),
-    ("qdiff.sampling", "qdiff.ranges", "qdiff.kernels"),
+    ("qdiff.sampling", "qdiff.kernels"),
+    ("qdiff.config",),
+    ("qdiff.ranges",),  # whose estimators a config names
     ("qdiff.functional",),
-    ("qdiff.io", "qdiff.random_weights"),
-    ("qdiff.config", "qdiff.interface"),
+    ("qdiff.io", "qdiff.machine"),
+    ("qdiff.interface",),
     ("qdiff.errors",),
 )
 ALLOWED = {

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-NUM_IMAGES = 1797
 NUM_CLASSES = 10
 
 

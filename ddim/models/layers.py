@@ -6,6 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from qdiff.interface import AttentionCore, split_input
@@ -89,11 +90,11 @@ class AttnBlock(nn.Module):
         """[N, C, H, W] → [N, C, H, W]."""
         normed = self.norm(x)
         q, k, v = (
-            # [N, C, H, W] → [N, 1 head, H·W positions, C]
-            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)
+            # The one head has all channels.
+            rearrange(projection(normed), "n c h w -> n 1 (h w) c")
             for projection in (self.q, self.k, self.v)
         )
-        out = self.core(q, k, v).squeeze(1).transpose(1, 2).reshape(x.shape)
+        out = rearrange(self.core(q, k, v), "n 1 (h w) c -> n c h w", h=x.shape[2])
         return x + self.proj_out(out)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.model import Decoder, Encoder
@@ -47,9 +48,9 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / n_embed, 1.0 / n_embed)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the index of the nearest entry at every position of z [N, D, h, w], int64 [N, h, w]."""
-        n, d, h, w = z.shape
-        flat = z.permute(0, 2, 3, 1).reshape(-1, d)
+        """Return the nearest entry's number at every position of z [N, D, h, w], int64 [N, h, w]."""
+        n, _, h, w = z.shape
+        flat = rearrange(z, "n d h w -> (n h w) d")
         codes = self.embedding.weight
         # |z − e|² without |z|², which is the same for all entries
         distances = codes.square().sum(dim=1) - 2.0 * flat @ codes.t()
@@ -57,7 +58,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """[N, D, h, w] → [N, D, h, w]."""
-        return self.embedding(self.indices(z)).permute(0, 3, 1, 2).contiguous()
+        return rearrange(self.embedding(self.indices(z)), "n h w d -> n d h w").contiguous()
 
 
 class FirstStage(nn.Module):

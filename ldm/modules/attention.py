@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import Checkpointed, zero_module
@@ -60,11 +61,10 @@ class CrossAttention(nn.Module):
         """x [N, L, query_dim], context [N, S, context_dim] → [N, L, query_dim]."""
         context = x if context is None else context
         q, k, v = (
-            # [N, L, heads·d] → [N, heads, L, d]
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            rearrange(part, "n l (heads d) -> n heads l d", heads=self.heads)
             for part in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out(self.core(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(rearrange(self.core(q, k, v), "n heads l d -> n l (heads d)"))
 
 
 class BasicTransformerBlock(Checkpointed):
@@ -126,7 +126,7 @@ class SpatialTransformer(nn.Module):
 
 
 def _to_tokens(state: State, out: Tensor) -> None:
-    state["tokens"] = out.flatten(2).transpose(1, 2)
+    state["tokens"] = rearrange(out, "n c h w -> n (h w) c")
 
 
 def _tokens_and_context(state: State) -> tuple[Tensor, ...]:
@@ -139,8 +139,9 @@ def _set_tokens(state: State, out: Tensor) -> None:
 
 
 def _to_map(state: State) -> tuple[Tensor, ...]:
-    # Contiguous, because the CPU's GroupNorm backward has crashed on channels-last memory from here (torch 2.12).
-    return (state["tokens"].transpose(1, 2).unflatten(2, state["h"].shape[2:]).contiguous(),)
+    # Contiguous: the CPU's GroupNorm backward has crashed on channels-last memory coming from here (torch 2.12).
+    h, w = state["h"].shape[2:]
+    return (rearrange(state["tokens"], "n (h w) c -> n c h w", h=h, w=w).contiguous(),)
 
 
 def _add_to_h(state: State, out: Tensor) -> None:

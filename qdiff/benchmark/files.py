@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qdiff.benchmark.parity import LAST_BITS, last_bits_moved
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.options.ptq import PtqPlan
-from qdiff.cli.parity import LAST_BITS, last_bits_moved
 from qdiff.cli.runtime import wrapped
 from qdiff.cli.script import Script
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.io.random_weights import randomised
 from qdiff.io.tensor_files import is_pickle, read_safetensors
 from qdiff.methods import linear, modiff
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
-from qdiff.random_weights import randomised
 
 RANDOM_SAMPLES = 4
 FLOAT, NATIVE, FLOAT_ONNX, ONNX = "float.safetensors", "quantized.safetensors", "float.onnx", "quantized.onnx"

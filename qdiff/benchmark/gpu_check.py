@@ -20,8 +20,8 @@ from typing import Any
 from qdiff.cli.script import Scripts
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable, written_whole
+from qdiff.io.repository import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = REPOSITORY / ".gpu-packages"
 """Pure-Python packages that were prepared elsewhere, for a machine that can install none: ``make gpu-packages``."""
 AT_MOST = 470.0

@@ -9,10 +9,11 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
-from qdiff.benchmark.gpu_check import REPOSITORY, Line
+from qdiff.benchmark.gpu_check import Line
 from qdiff.cli.script import Scripts
-from qdiff.cli.table_file import read_yaml
 from qdiff.errors import UserError
+from qdiff.io.repository import REPOSITORY
+from qdiff.io.yaml_files import read_table
 
 TABLE = REPOSITORY / "configs" / "tables" / "digits-demo.yaml"
 # The table of the README: FID and the error of ε, rows by label.
@@ -64,7 +65,7 @@ def compared(row: dict, compare: bool = True) -> Line:
 
 
 def _small_table(folder: Path) -> Path:
-    spec = read_yaml(TABLE)
+    spec = read_table(TABLE)
     spec["options"] += SMALL["options"]
     spec["calibration"]["options"] += SMALL["calibration"]
     for row in spec["rows"]:

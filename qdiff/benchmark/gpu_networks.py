@@ -17,10 +17,10 @@ from qdiff.calibration.samples import CalibrationSet
 from qdiff.cli.options.ptq import PtqPlan, add_ptq_options, resolve_ptq
 from qdiff.cli.processes import choose_device
 from qdiff.cli.script import Scripts, parser_like
+from qdiff.io.random_weights import randomised
 from qdiff.methods import qdiffusion
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
-from qdiff.random_weights import randomised
 
 WARM_UP, CALLS = 3, 10
 

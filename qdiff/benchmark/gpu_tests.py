@@ -9,8 +9,9 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 
-from qdiff.benchmark.gpu_check import REPOSITORY, Line
+from qdiff.benchmark.gpu_check import Line
 from qdiff.cli.script import Scripts
+from qdiff.io.repository import REPOSITORY
 
 SCRIPT_TESTS = ("test_sample_diffusion_ddim", "test_sample_ldm_imagenet", "test_txt2img")
 SMALL_TESTS = ("-k", "test_sequence_writes_every_step")

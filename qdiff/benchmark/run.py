@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from qdiff.benchmark.files import FLOAT_ONNX, ONNX, Job, file_bytes, write_checkpoints, write_onnx
+from qdiff.benchmark.fresh_process import FreshProcess
 from qdiff.benchmark.machine import describe_machine
 from qdiff.benchmark.table import Row, markdown, write_json
 from qdiff.benchmark.timing import Spread, Turns, alternated
@@ -29,7 +30,6 @@ from qdiff.io.files import check_writable
 from qdiff.io.tensor_files import check_readable
 from qdiff.methods.registry import METHODS
 from qdiff.pipeline import Pipeline
-from qdiff.process_memory import FreshProcess
 
 SAMPLING = "sampling"
 WRITES = ("--out", "--document", "--table")

@@ -16,8 +16,9 @@ from pathlib import Path
 from qdiff.benchmark.machine import machine_text
 from qdiff.benchmark.timing import Spread
 from qdiff.errors import UserError
+from qdiff.io.repository import REPOSITORY
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPTS = REPOSITORY / "scripts"
 
 Together = Callable[[Sequence[str], Sequence[Path], int], None]
 """Runs a command once for every run folder, all at the same time, with so many threads each."""

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from qdiff.benchmark.files import FLOAT, FLOAT_ONNX, NATIVE, ONNX, Job
+from qdiff.benchmark.parity import LAST_BITS
 from qdiff.checkpoint import load_packed
 from qdiff.cli.options.parser import chosen_runtimes
-from qdiff.cli.parity import LAST_BITS
+from qdiff.deploy.runtime import OnnxRuntime, Runtime
+from qdiff.deploy.runtimes import RUNTIMES
 from qdiff.errors import UserError
 from qdiff.pipeline import Network, Pipeline, trajectory_of
 
@@ -43,10 +45,12 @@ def _simulated(job: Job) -> Network:
     return _for_good(qnn)
 
 
-def _packed(integer: bool) -> Callable[[Job], Network]:
+def _packed(runtime: Runtime) -> Callable[[Job], Network]:
     def opened(job: Job) -> Network:
         network, _ = job.pipeline().build_network()
-        cache = 0 if integer else int(job.args.weight_cache * 2**20)
+        cache, integer = 0, runtime.multiplies_integers
+        if runtime.takes_weight_cache:
+            cache = int(job.args.weight_cache * 2**20)
         return _for_good(
             load_packed(network.eval(), job.path(NATIVE), job.plan.quant, cache_bytes=cache, integer=integer)
         )
@@ -64,7 +68,7 @@ def _for_good(qnn: Network) -> Network:
 
 def _onnx(runtime: str, file: str) -> Callable[[Job], Network]:
     def opened(job: Job) -> Network:
-        from qdiff.deploy.runtimes import OnnxNetwork
+        from qdiff.deploy.onnx_network import OnnxNetwork
 
         return OnnxNetwork(job.path(file), runtime, job.args.threads)
 
@@ -90,18 +94,25 @@ class Variant:
     imports: tuple[str, ...] = ()
 
 
+def variants_of(runtime: Runtime) -> dict[str, Variant]:
+    """Return a runtime's variants: of one that runs exported models, the float model too."""
+    name = runtime.name
+    if not isinstance(runtime, OnnxRuntime):
+        opened = _packed(runtime) if runtime.packs else _simulated
+        return {name: Variant(NATIVE, opened, is_simulation=not runtime.multiplies_integers)}
+    own_float, packages = f"{name}-float", ("onnx", runtime.package)
+    return {
+        own_float: Variant(FLOAT_ONNX, _onnx(name, FLOAT_ONNX), imports=packages),
+        name: Variant(ONNX, _onnx(name, ONNX), own_float=own_float, imports=packages),
+    }
+
+
 VARIANTS: dict[str, Variant] = {
     BASE: Variant(FLOAT, _float),
     "float-channels-last": Variant(FLOAT, _channels_last),
     "float-compile": Variant(FLOAT, _compiled, imports=("torch._dynamo", "torch._inductor.compile_fx")),
-    "simulated": Variant(NATIVE, _simulated, is_simulation=True),
-    "torch": Variant(NATIVE, _packed(integer=False), is_simulation=True),
-    "torch-int8": Variant(NATIVE, _packed(integer=True)),
+    **{name: variant for runtime in RUNTIMES.values() for name, variant in variants_of(runtime).items()},
 }
-for _runtime in ("onnxruntime", "openvino"):
-    _own_float, _packages = f"{_runtime}-float", ("onnx", _runtime)
-    VARIANTS[_own_float] = Variant(FLOAT_ONNX, _onnx(_runtime, FLOAT_ONNX), imports=_packages)
-    VARIANTS[_runtime] = Variant(ONNX, _onnx(_runtime, ONNX), own_float=_own_float, imports=_packages)
 
 
 def chosen_variants(text: str | None) -> list[str]:

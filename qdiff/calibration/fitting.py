@@ -17,7 +17,7 @@ from qdiff.calibration.walk import Walker, leaf_inputs_and_output, leaves_in_exe
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.ranges.estimators import TINY
+from qdiff.ranges.qparams import TINY
 
 # Adam moves a step size by about its learning rate per iteration, however small the step size is. The learning rate is
 # therefore capped at this share of the step size; otherwise batch noise decides where small ones (softmax outputs) end.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from qdiff.calibration.footprint import FLOAT, GRADIENT_COPIES, Footprint
 from qdiff.calibration.walk import Walker
 from qdiff.errors import UserError
+from qdiff.machine.memory import available_memory, available_on, resident_memory
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
@@ -25,23 +25,6 @@ GPU_SHARE = 0.85
 # Activations are stored on a GPU only if this many times their size would fit: Fisher weights and captured layer
 # activations come on top, and a GPU cannot spill to disk.
 STORED_MARGIN = 1.3
-
-
-def resident_memory() -> int:
-    """Return the bytes of RAM that this process uses now."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_memory() -> int:
-    """Return the bytes of RAM that are free now."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def available_on(device: torch.device) -> int:
-    """Return the bytes of GPU memory that are free now, including those that torch has cached for reuse."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ from torch import Tensor
 
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker
-from qdiff.config import RangeMethod
 from qdiff.modes import leaf_modes
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.ranges.estimators import RangeObserver
+from qdiff.ranges.estimators import ESTIMATORS
 
 
 def observe_unit(
     unit: Unit,
     walker: Walker,
-    method: RangeMethod,
+    method: str,
     rows: Tensor | None = None,
     momentum: float | None = None,
     softmax_only: bool = False,
@@ -26,6 +25,7 @@ def observe_unit(
     While observing, weights are quantized and the observed activations are not.
 
     Args:
+        method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
         rows: the samples to observe, in this order; None takes all.
         momentum: momentum of a running average over batches; None takes the extremes over all samples.
         softmax_only: observe only softmax outputs; the other quantizers keep the ranges they have.
@@ -37,7 +37,7 @@ def observe_unit(
         return
     rows = (torch.arange(len(unit.target)) if rows is None else rows).to(unit.target.device)
     for quantizer in quantizers:
-        quantizer.observer = RangeObserver(method, momentum)
+        quantizer.observer = ESTIMATORS[method](momentum)
     try:
         with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
             for part in walker.slices(len(rows)):

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.ranges.estimators import RangeMethod
 
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
 CHECKSUM, TEXTS = "checksum", "metadata"

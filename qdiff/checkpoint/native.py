@@ -255,21 +255,3 @@ def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
 def _separated(values: Tensor, like: list[Tensor]) -> list[Tensor]:
     parts = _split(values, [t.numel() for t in like])
     return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]
-
-
-def counted_bytes(qnn: QuantModel) -> int:
-    """Return the bytes that `save_native` stores: every value at its width, before deflating and without the header."""
-    value = FLOAT_BYTES if qnn.config.weight_bits is None else 1
-    floats = sum(t.numel() * FLOAT_BYTES for t in _float_tensors(qnn).values())
-    zero_points = sum(packed_bytes(q.zero_point.numel(), q.bits) for q in _weight_quantizers(qnn).values())
-    return sum(_weight_sizes(qnn)) * value + floats + zero_points + 8 * len(qnn.calibrated_act_quantizers())
-
-
-def content_bytes(path: Path) -> int:
-    """Return the bytes of a file's tensors, with the float part inflated. The file itself is smaller."""
-    tensors = read_safetensors(path)
-    floats = tensors.pop("float")
-    size = floats.numel() * floats.element_size()
-    if read_metadata(path)["format"] != FIRST_FORMAT:
-        size = len(zlib.decompress(floats.numpy().tobytes()))
-    return size + sum(t.numel() * t.element_size() for t in tensors.values())

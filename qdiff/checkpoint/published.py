@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from qdiff.checkpoint.published_widths import check_softmax_ranges
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.io.tensor_files import check_finite, unwrapped
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
+from qdiff.ranges.estimators import ESTIMATORS
+from qdiff.weight_forms import WeightForm
 
 _ACT_KEY = re.compile(r"\.act_quantizer(_\w+)?\.")
 _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
@@ -152,8 +153,7 @@ def _check_symmetry(qnn: QuantModel, state: dict[str, Tensor], quantizers: dict[
     ]
     if not zeros:
         return
-    # EDA-DM's symmetric search puts all levels on one side of 0 if all values lie there.
-    if qnn.config.act_symmetric and qnn.config.act_range is not RangeMethod.SEARCH and max(zeros) > 0:
+    if qnn.config.act_symmetric and not ESTIMATORS[qnn.config.act_range].one_sided and max(zeros) > 0:
         raise UserError(f"checkpoint {path} was calibrated without --a_sym; leave --a_sym out")
     if not qnn.config.act_symmetric and max(zeros) == 0:
         raise UserError(f"checkpoint {path} was calibrated with --a_sym; add --a_sym")
@@ -202,7 +202,7 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
-    if any(layer.released for layer in qnn.layers().values()):
+    if any(layer.form is WeightForm.RELEASED for layer in qnn.layers().values()):
         raise UserError(
             "the published format needs the float weights, which this network has released; save it before "
             "release_float_weights, or save the native format"

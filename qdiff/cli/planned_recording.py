@@ -40,7 +40,7 @@ def record_planned(pipeline: Pipeline, plan: PtqPlan, run: RunFolder, seed: int)
         from qdiff.report.allocation_plot import allocation_picture  # matplotlib, which sampling does not need
 
         values = {f.name: getattr(allocation, f.name).tolist() for f in fields(allocation)}
-        run.manifest["allocation"] = {"timesteps": timesteps, **values}
+        run.manifest.allocation = {"timesteps": timesteps, **values}
         allocation_picture(allocation, run.path / "allocation.png", timesteps)
         run.save_manifest()  # whoever continues a killed calibration does not record again
     return recording

@@ -181,11 +181,11 @@ class Quantization:
                 calibrate(self.qnn, self.data, plan.method, plan.recipe, run=calibration)
             if plan.changes is not None:
                 modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
-        run.manifest["estimated_peak_bytes"] = memory.peak
+        run.manifest.estimated_peak_bytes = memory.peak
         if memory.gpu is not None:
-            run.manifest["estimated_gpu_peak_bytes"] = memory.gpu_peak
-        run.manifest["reconstruction_errors"] = calibration.errors
-        run.manifest["stored_activations_peak_bytes"] = calibration.storage.peak
+            run.manifest.estimated_gpu_peak_bytes = memory.gpu_peak
+        run.manifest.reconstruction_errors = calibration.errors
+        run.manifest.stored_activations_peak_bytes = calibration.storage.peak
         notes = {"method": plan.name, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}
         save_checkpoint(self.qnn, self.finished, notes=notes)
         journal.discard()
@@ -198,5 +198,5 @@ def add_checkpoint(run: RunFolder, role: str, path: str | Path) -> None:
     run.add_file(role, path)
     made_by = {} if is_pickle(Path(path)) else {k: v for k, v in read_notes(Path(path)).items() if k != "plan"}
     if made_by:
-        run.manifest["checkpoint_notes"] = made_by
+        run.manifest.checkpoint_notes = made_by
     log.info("loaded %s%s", path, f", calibrated by {made_by['method']}" if "method" in made_by else "")

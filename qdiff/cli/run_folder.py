@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qdiff.cli.run_config import CYCLED, differences
-from qdiff.cli.run_manifest import read_manifest
+from qdiff.cli.run_manifest import Manifest
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable, sha256, written_whole
 from qdiff.io.images import grid, load_png, png_shape, save_png
@@ -43,7 +43,7 @@ class RunFolder:
     Attributes:
         path, count, config: as given.
         images: the folder of the images.
-        manifest: what ``run.json`` holds.
+        manifest: ``run.json``.
         is_complete: the run is finished, and its images were deleted as asked.
         image_shape: (H, W, C) of its images; None until one was made.
 
@@ -56,52 +56,45 @@ class RunFolder:
         self.images = self.path / "img"
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
-        self.manifest: dict[str, Any] = self._previous()
+        self.manifest = self._previous() or Manifest(self.config)
         # Finished, and its images deleted as asked; any other run is seen by its images.
-        self.is_complete = self.manifest.get("status") == "finished" and not self.manifest.get("images_kept", True)
-        if self.is_complete and self.manifest.get("num_images", count) != count:
+        self.is_complete = self.manifest.status == "finished" and self.manifest.images_kept is False
+        if self.is_complete and self.manifest.num_images not in (None, count):
             raise UserError(
-                f"{self.path} holds a finished run whose {self.manifest['num_images']} images were deleted; choose "
+                f"{self.path} holds a finished run whose {self.manifest.num_images} images were deleted; choose "
                 "another --logdir to make more"
             )
-        self.manifest |= {
-            "config": self.config,
-            "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-            "num_images": count,
-            "status": "running",
-            "packages": installed_versions(PACKAGES),
-            "machine": {
-                "platform": platform.platform(),
-                "python": platform.python_version(),
-                "cpus": os.cpu_count(),
-            },
+        self.manifest.config, self.manifest.num_images, self.manifest.status = self.config, count, "running"
+        self.manifest.command = shlex.join([Path(sys.executable).name, *sys.argv])
+        self.manifest.packages = installed_versions(PACKAGES)
+        self.manifest.machine = {
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "cpus": os.cpu_count(),
         }
-        self.manifest.setdefault("files", {})
-        self.manifest.setdefault("seconds", {})
-        self.image_shape: tuple[int, ...] | None = None
-        if "image_shape" in self.manifest:
-            self.image_shape = tuple(self.manifest["image_shape"])
+        shape = self.manifest.image_shape
+        self.image_shape: tuple[int, ...] | None = None if shape is None else tuple(shape)
 
-    def _previous(self) -> dict[str, Any]:
+    def _previous(self) -> Manifest | None:
         file = self.path / "run.json"
         if not file.is_file():
             if self.images.is_dir() and any(self.images.iterdir()):
                 raise UserError(f"{self.path} holds images but no run.json; choose another --logdir")
-            return {}
+            return None
         try:
-            previous = read_manifest(file)
+            previous = Manifest.read(file)
         except ValueError as error:
             raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
         # The calibration prompts serve the calibration and the error of ε, which is measured after it.
-        is_calibrated = self.config.get("ptq") is None or "noise_error" in previous
-        differing = differences(previous["config"], self.config, is_calibrated)
+        is_calibrated = self.config.get("ptq") is None or previous.noise_error is not None
+        differing = differences(previous.config, self.config, is_calibrated)
         if differing:
             raise UserError(
                 f"{self.path} holds a run with other options ({', '.join(differing)}); repeat its command to "
                 "continue it, or choose another --logdir"
             )
-        if CYCLED in previous["config"]:  # what it was calibrated with
-            self.config[CYCLED] = previous["config"][CYCLED]
+        if CYCLED in previous.config:  # what it was calibrated with
+            self.config[CYCLED] = previous.config[CYCLED]
         return previous
 
     def open(self) -> None:
@@ -127,8 +120,7 @@ class RunFolder:
             handler.close()
 
     def save_manifest(self) -> None:
-        with written_whole(self.path / "run.json") as temporary:
-            temporary.write_text(json.dumps(self.manifest, indent=1) + "\n")
+        self.manifest.write(self.path / "run.json")
 
     def add_file(self, role: str, path: str | Path) -> None:
         """Note the hash of a file that was read.
@@ -137,12 +129,12 @@ class RunFolder:
             UserError: the images so far were made with a file of other content.
         """
         entry = {"path": str(path), "sha256": sha256(path)}
-        if self.manifest["files"].get(role, entry)["sha256"] != entry["sha256"]:
+        if self.manifest.files.get(role, entry)["sha256"] != entry["sha256"]:
             raise UserError(
                 f"{path} ({role}) has changed since the run in {self.path} began; put the file back, or choose another "
                 "--logdir"
             )
-        self.manifest["files"][role] = entry
+        self.manifest.files[role] = entry
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -151,8 +143,7 @@ class RunFolder:
         try:
             yield
         finally:
-            seconds = self.manifest["seconds"]
-            seconds[what] = round(seconds.get(what, 0.0) + time.perf_counter() - started, 3)
+            self.manifest.add_seconds(what, time.perf_counter() - started)
 
     def image_path(self, index: int) -> Path:
         return self.images / f"{index:05d}.png"
@@ -176,7 +167,7 @@ class RunFolder:
     def save_images(self, indices: list[int], images: np.ndarray) -> None:
         """Write uint8 [N, H, W, C] under their numbers."""
         self.image_shape = tuple(images.shape[1:])
-        self.manifest["image_shape"] = list(self.image_shape)
+        self.manifest.image_shape = list(self.image_shape)
         for index, image in zip(indices, images, strict=True):
             save_png(image, self.image_path(index))
 
@@ -200,8 +191,8 @@ class RunFolder:
         if save_npz or (self.path / "samples.npz").is_file():  # one of a run that got more images would be out of date
             with written_whole(self.path / "samples.npz") as temporary, open(temporary, "wb") as file:
                 np.savez(file, arr_0=self.load_images())
-        self.manifest["status"] = "finished"
-        self.manifest["images_kept"] = keep_images
+        self.manifest.status = "finished"
+        self.manifest.images_kept = keep_images
         self.save_manifest()
         if not keep_images:
             self.discard_images()

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from torch import nn
 
-from qdiff.cli.options.parser import ONNX_RUNTIMES, SIMULATED, TORCH_RUNTIMES
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.processes import Processes
 from qdiff.config import QuantConfig
+from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes
 from qdiff.errors import UserError
 from qdiff.io.tensor_files import is_pickle
-from qdiff.kernels.integer_matmul import check_integer_products
 from qdiff.pipeline import Network, Pipeline
 from qdiff.quant_model import QuantModel
 
@@ -31,14 +30,16 @@ def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
     Args:
         quant: None for a float network.
     """
-    if args.onnx is not None and args.runtime not in ONNX_RUNTIMES:
-        raise UserError(f"--onnx is for --runtime {' or '.join(ONNX_RUNTIMES)}; add it, or leave --onnx out")
-    if args.weight_cache and args.runtime != "torch":
-        raise UserError("--weight_cache is for --runtime torch; add it, or leave --weight_cache out")
-    if args.fused_kernels and args.runtime in ONNX_RUNTIMES:
+    runtime, exported = RUNTIMES[args.runtime], onnx_runtimes()
+    if args.onnx is not None and args.runtime not in exported:
+        raise UserError(f"--onnx is for --runtime {' or '.join(exported)}; add it, or leave --onnx out")
+    if args.weight_cache and not runtime.takes_weight_cache:
+        named = " or ".join(name for name, other in RUNTIMES.items() if other.takes_weight_cache)
+        raise UserError(f"--weight_cache is for --runtime {named}; add it, or leave --weight_cache out")
+    if args.fused_kernels and args.runtime in exported:
         raise UserError(f"--fused_kernels are for CUDA, and {args.runtime} is on the CPU; leave one of them out")
     check_weight_cache(args)
-    check_can_run(args.runtime, quant)
+    runtime.check(quant)
     if args.onnx is not None:
         check_onnx_file(Path(args.onnx), quant)
 
@@ -49,7 +50,7 @@ def check_onnx_file(path: Path, quant: QuantConfig | None) -> None:
     Args:
         quant: None for a float network.
     """
-    from qdiff.deploy.runtimes import check_config, read_model
+    from qdiff.deploy.onnx_network import check_config, read_model
 
     check_config(path, read_model(path), FLOAT if quant is None else quant)
 
@@ -60,27 +61,6 @@ def check_weight_cache(args: Namespace) -> None:
         raise UserError(f"--weight_cache is {args.weight_cache}; give 0 or more MiB")
 
 
-def check_can_run(runtime: str, quant: QuantConfig | None) -> None:
-    """Raise a `UserError` where a runtime is not installed, or cannot run such a network."""
-    if runtime in TORCH_RUNTIMES and quant is None:
-        raise UserError(f"--runtime {runtime} is for quantized weights; add --ptq, or leave --runtime out")
-    if runtime == "torch-int8":
-        check_integer_products(quant)
-    if runtime not in ONNX_RUNTIMES:
-        return
-    from qdiff.deploy.onnx_export import check_exportable, import_extra, import_onnx
-
-    import_onnx()
-    import_extra(runtime)
-    if quant is None:
-        return
-    check_exportable(quant)
-    if quant.act_bits is not None:
-        from qdiff.deploy.runtimes import RUNTIMES, check_exact
-
-        check_exact(runtime, RUNTIMES[runtime])
-
-
 def wrapped(network: nn.Module) -> QuantModel:
     """Return a float network as a `QuantModel` without quantizers."""
     return QuantModel(network, FLOAT)
@@ -88,15 +68,14 @@ def wrapped(network: nn.Module) -> QuantModel:
 
 def starts_packed(args: Namespace, plan: PtqPlan | None) -> bool:
     """Whether the float network need not be loaded: a native file has all that the runtime runs."""
-    if args.runtime == SIMULATED or plan is None or plan.action != "load" or plan.quant.weight_bits is None:
+    if not RUNTIMES[args.runtime].packs or plan is None or plan.action != "load" or plan.quant.weight_bits is None:
         return False
     return not is_pickle(Path(plan.checkpoint))
 
 
 def pack(args: Namespace, qnn: QuantModel) -> None:
-    """Keep the weights packed from now on, where another runtime than simulation is asked for and they have a width."""
-    if args.runtime != SIMULATED and qnn.config.weight_bits is not None:
-        qnn.pack_weights(int(args.weight_cache * 2**20), integer=args.runtime == "torch-int8")
+    """Bring a network's weights into the form that the runtime computes with, for good."""
+    RUNTIMES[args.runtime].prepare(qnn, int(args.weight_cache * 2**20))
 
 
 def onnx_network(args: Namespace, pipeline: Pipeline, qnn: QuantModel, folder: Path, processes: Processes) -> Network:
@@ -112,7 +91,7 @@ def onnx_network(args: Namespace, pipeline: Pipeline, qnn: QuantModel, folder: P
         UserError: the file is damaged, or of another network or other widths; or the network cannot be exported.
     """
     from qdiff.deploy.onnx_export import export_onnx
-    from qdiff.deploy.runtimes import OnnxNetwork
+    from qdiff.deploy.onnx_network import OnnxNetwork
 
     path = Path(args.onnx) if args.onnx is not None else folder / EXPORTED
     shapes = (pipeline.input_shape, pipeline.context_shape)

@@ -22,7 +22,6 @@ from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
 from qdiff.cli.held_out import held_out_error
 from qdiff.cli.options.eda_dm import of_width
-from qdiff.cli.options.parser import ONNX_RUNTIMES, SIMULATED
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.pending import sample_pending
@@ -33,9 +32,12 @@ from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import check_runtime, onnx_network, pack, starts_packed, wrapped
 from qdiff.config import Ablation
 from qdiff.cost.account import account
+from qdiff.deploy.runtimes import onnx_runtimes
+from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable
 from qdiff.io.images import save_png, to_uint8
+from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_config
 from qdiff.kernels.switch import check_available, fused
 from qdiff.modes import halve_weights
@@ -44,7 +46,6 @@ from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SEQUENCE_IMAGES = 8
 
 
@@ -83,7 +84,7 @@ class SampleCommand:
         if self.args.generate is not None:
             self.config["generate"] = self._recording_asked_for()
         check_runtime(self.args, None if self.plan is None else self.plan.quant)
-        if self.args.runtime != SIMULATED:
+        if self.args.runtime != SIMULATED.name:
             self.config["runtime"] = self.args.runtime
         if self.args.tf32:
             self.config["tf32"] = True
@@ -171,15 +172,15 @@ class SampleCommand:
                     run.add_file("float weights", pipeline.weights)
                 if packed is not None:
                     add_checkpoint(run, "quantized checkpoint", self.plan.checkpoint)
-                run.manifest["fused_kernels"] = args.fused_kernels
-                run.manifest["network_calls"] = pipeline.calls  # of one image
-                run.manifest["network_bytes"] = sum(p.numel() * 4 for p in pipeline.network.parameters())
+                run.manifest.fused_kernels = args.fused_kernels
+                run.manifest.network_calls = pipeline.calls  # of one image
+                run.manifest.network_bytes = sum(p.numel() * 4 for p in pipeline.network.parameters())
                 if pipeline.labels is not None:
-                    run.manifest["labels"] = pipeline.labels
+                    run.manifest.labels = pipeline.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
                 counted = packed or (pipeline.network if prepared is None else prepared.qnn)
                 cost = account(counted, pipeline.input_shape, pipeline.context_shape)
-                run.manifest["cost"] = cost.summary(pipeline.calls)
+                run.manifest.cost = cost.summary(pipeline.calls)
                 self._complete(prepared, run)
             processes.wait()
             if packed is None and prepared is None and (prepared := self._prepare(run)) is not None:
@@ -191,7 +192,7 @@ class SampleCommand:
         denoiser = pipeline.network if qnn is None else qnn
         if qnn is not None:
             pack(self.args, qnn)
-        if self.args.runtime in ONNX_RUNTIMES:
+        if self.args.runtime in onnx_runtimes():
             denoiser = onnx_network(self.args, pipeline, wrapped(denoiser) if qnn is None else qnn, run.path, processes)
             # What is simulated in torch does not run.
             qnn = None
@@ -230,10 +231,10 @@ class SampleCommand:
             return
         seed = self.args.seed if self.plan.seed is None else self.plan.seed
         qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
-        if "noise_error" not in run.manifest:
+        if run.manifest.noise_error is None:
             halves = self.pipeline.precision_name not in (None, "full")
-            run.manifest["noise_error"] = held_out_error(self.pipeline, qnn, halves)
-            log.info("mean squared error of ε against float: %.3e", run.manifest["noise_error"]["mse"])
+            run.manifest.noise_error = held_out_error(self.pipeline, qnn, halves)
+            log.info("mean squared error of ε against float: %.3e", run.manifest.noise_error["mse"])
             run.save_manifest()
         qnn.release_float_weights()  # sampling needs one copy of the weights, not two
         qnn.reset_fired()
@@ -256,14 +257,14 @@ class SampleCommand:
             return
         manifest = run.manifest
         if any(r["made"] for r in results):
-            manifest["device"] = str(device)
-            manifest["gpu"] = describe_gpu(device, self.pipeline.precision_name)
-            manifest["processes"] = processes.count
-            manifest["torch_threads"] = torch.get_num_threads()
-            manifest["peak_memory_bytes"] = [r["peak"] for r in results]
-            manifest["seconds"]["sampling"] = round(manifest["seconds"].get("sampling", 0.0) + seconds, 3)
+            manifest.device = str(device)
+            manifest.gpu = describe_gpu(device, self.pipeline.precision_name)
+            manifest.processes = processes.count
+            manifest.torch_threads = torch.get_num_threads()
+            manifest.peak_memory_bytes = [r["peak"] for r in results]
+            manifest.add_seconds("sampling", seconds)
             if qnn is not None:
-                manifest["activation_quantizers"] = {
+                manifest.activation_quantizers = {
                     "total": len(qnn.act_quantizers()),
                     "silent": sorted({name for r in results for name in r["silent"]}),
                 }

@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.table_file import REPOSITORY, Row, TableFile, without
+from qdiff.cli.run_manifest import Manifest
+from qdiff.cli.table_file import Row, TableFile, without
 from qdiff.config import ScalePer
 from qdiff.errors import UserError
+from qdiff.evaluation.registry import metric_columns
 from qdiff.io.files import written_whole
-from qdiff.report.columns import METRICS, markdown
+from qdiff.io.repository import REPOSITORY
+from qdiff.report.columns import markdown
 from qdiff.report.comparison import comparison_picture
 
 TOLERANCE = 0.05  # how far the float model may be from its published number
@@ -158,50 +161,50 @@ class TableRun:
         folder, base = self.table.folder(row.label), self.table.base(row)
         try:
             manifest = self._manifest(row)
-            made = shlex.split(manifest["command"])[2:]  # past the interpreter and the script
+            made = shlex.split(manifest.command)[2:]  # past the interpreter and the script
             images = len(list((folder / "img").glob("*.png")))
-            complete = manifest["status"] == "finished" and images == manifest["num_images"]
-        except (OSError, ValueError, KeyError, TypeError):
+            complete = manifest.status == "finished" and images == manifest.num_images
+        except ValueError:
             return False
         device = ["--device"]
         current = without(made, device) == without(self.table.command(row, self.device)[1:], device)
         return complete and current and (base is None or self._is_finished(base))
 
-    def _manifest(self, row: Row) -> dict[str, Any]:
-        return json.loads((self.table.folder(row.label) / "run.json").read_text())
+    def _manifest(self, row: Row) -> Manifest:
+        return Manifest.read(self.table.folder(row.label) / "run.json")
 
     def _measured(self, row: Row) -> dict[str, Any]:
         """Return a row of results, see `qdiff.report.columns`."""
         table, folder, manifest = self.table, self.table.folder(row.label), self._manifest(row)
         float_folder = None if row is table.float_row else table.folder(table.float_row.label)
         metrics = self._measuring.run(folder, manifest, float_folder)
-        calibration = manifest["seconds"].get("calibration", 0.0)
+        calibration = manifest.seconds.get("calibration", 0.0)
         base = table.base(row)
         if base is not None:  # the time of its weights counts too
-            calibration += self._manifest(base)["seconds"].get("calibration", 0.0)
-        quant = (manifest["config"].get("ptq") or {}).get("quant", {})
-        cost = manifest.get("cost", {})
-        keys = [column.key for column in METRICS]
+            calibration += self._manifest(base).seconds.get("calibration", 0.0)
+        quant = (manifest.config.get("ptq") or {}).get("quant", {})
+        cost = manifest.cost or {}
+        keys = [column.key for column in metric_columns()]
         result = {
             "label": row.label,
-            "method": manifest["config"].get("method", "float"),
+            "method": manifest.config.get("method", "float"),
             "weight_bits": quant.get("weight_bits") or FLOAT_BITS,
             "act_bits": quant.get("act_bits") or FLOAT_BITS,
             "split": quant.get("split_shortcut", False),
             "modulate": quant.get("modulate", False),
-            "ranges": _ranges(manifest["config"].get("ptq") or {}),
+            "ranges": _ranges(manifest.config.get("ptq") or {}),
             "ablation": quant.get("ablation"),
-            "images": manifest["num_images"],
+            "images": manifest.num_images,
             **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
             "published": dict(row.published),
-            "noise_mse": manifest.get("noise_error", {}).get("mse"),
+            "noise_mse": (manifest.noise_error or {}).get("mse"),
             "bytes": _file_bytes(folder, manifest),
             "counted_bytes": cost.get("size_bytes"),
             "gbops": cost["bops"] / 1e9 if cost else None,
             "state_bytes": cost.get("state_bytes"),
             "additions": cost.get("additions"),
             "calibration_s": calibration,
-            "sampling_s": manifest["seconds"]["sampling"],
+            "sampling_s": manifest.seconds["sampling"],
             "command": shlex.join(["python", *table.command(row, self.device)]),
         }
         return {**result, "flags": [] if row.quantizes else misses(result)}
@@ -212,19 +215,19 @@ class TableRun:
         counts = sorted({row["images"] for row in results})
         protocol = [
             ("images per row", " or ".join(f"{count:,}" for count in counts)),
-            ("seed", str(manifest["config"]["seed"])),
-            ("sampler", _shown(manifest["config"]["sampler"])),
+            ("seed", str(manifest.config["seed"])),
+            ("sampler", _shown(manifest.config["sampler"])),
             ("pixels", "clamped, scaled to 0–255, rounded"),
             ("features", f"{self.extractor} ({(reference.weights_hash or 'weights not known')[:12]})"),
             ("reference", f"{reference.name} ({reference.count:,} images)" if reference.count else reference.name),
-            ("float weights", manifest["files"].get("float weights", {}).get("sha256", "")[:12]),
+            ("float weights", manifest.files.get("float weights", {}).get("sha256", "")[:12]),
             ("PSNR, SSIM", f"against the float row, image by image, first {self._measuring.compared} images"),
             ("ε error", "mean squared difference from the float network on held-out inputs"),
             ("file", "bytes of the quantized checkpoint; float: the denoising network in float32"),
             ("counted, GBops", "parameters and bit operations by qdiff/cost/account.py; one sample, one network call"),
             ("calibration", "without the recording of the calibration set, which all rows share"),
-            ("machine", f"{manifest['machine']['cpus']} CPUs, {manifest.get('torch_threads')} thread(s), device "
-                        f"{manifest.get('device')}, torch {manifest['packages'].get('torch')}"),
+            ("machine", f"{manifest.machine['cpus']} CPUs, {manifest.torch_threads} thread(s), device "
+                        f"{manifest.device}, torch {manifest.packages.get('torch')}"),
             ("date", time.strftime("%Y-%m-%d")),
         ]  # fmt: skip
         if any(row["state_bytes"] for row in results):
@@ -243,7 +246,7 @@ class TableRun:
 def misses(row: dict[str, Any]) -> list[str]:
     """Return a sentence for every published number that the row is more than 5 % away from."""
     sentences = []
-    for column in METRICS:
+    for column in metric_columns():
         wanted, found = row["published"].get(column.key), row.get(column.key)
         if wanted and found is not None and abs(found - wanted) > TOLERANCE * abs(wanted):
             off = abs(found - wanted) / abs(wanted)
@@ -265,15 +268,15 @@ def _ranges(ptq: dict[str, Any]) -> str | None:
     return f"{ranges}, rest {quant['rest_bits']}" if quant.get("rest_bits") else ranges
 
 
-def _file_bytes(folder: Path, manifest: dict[str, Any]) -> int:
+def _file_bytes(folder: Path, manifest: Manifest) -> int:
     """Return the bytes of the quantized checkpoint, or what float weights of the network take in float32."""
-    calibrated, files = folder / "quantized.safetensors", manifest["files"]
+    calibrated, files = folder / "quantized.safetensors", manifest.files
     if calibrated.is_file():
         return calibrated.stat().st_size
     if "quantized checkpoint" in files:
         return Path(files["quantized checkpoint"]["path"]).stat().st_size
     # A float latent model's file also holds an autoencoder: what counts is the quantized network alone.
-    return manifest.get("network_bytes") or Path(files["float weights"]["path"]).stat().st_size
+    return manifest.network_bytes or Path(files["float weights"]["path"]).stat().st_size
 
 
 def _shown(sampler: Any) -> str:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.table_grid import expand
-from qdiff.errors import UserError, first_line
-from qdiff.evaluation.metrics import LEAST_IMAGES
+from qdiff.errors import UserError
+from qdiff.evaluation.registry import metric_columns, named_metrics
+from qdiff.io.repository import REPOSITORY
+from qdiff.io.yaml_files import read_table
 from qdiff.methods.registry import METHODS
-from qdiff.report.columns import METRICS
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLE = "see configs/tables/digits-demo.yaml"
-# What a table may ask for: the metrics of features, CLIP score, and the distance from the float row's images.
-MEASURABLE = (*LEAST_IMAGES, "clip", "fidelity")
 DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")
 
 
@@ -31,7 +29,7 @@ class Row:
         label: its name; the folder of its run is made of it.
         options: what it adds to the common options.
         weights_from: label of the row whose calibrated weights it starts from.
-        published: what a paper reports, by metric (keys of `qdiff.report.columns.METRICS`).
+        published: what a paper reports, by metric (keys of `qdiff.evaluation.registry.metric_columns`).
         own_recording: it records a calibration set of its own (with another ``--cali_seed``), not the shared one.
         unverified: the published numbers were quoted from memory of the paper.
     """
@@ -47,7 +45,7 @@ class Row:
         _check_words(self.options)
         for value in (self.label, self.weights_from or ""):
             _check_text(value)
-        known = [column.key for column in METRICS]
+        known = [column.key for column in metric_columns()]
         bad = [f"{k}: {v}" for k, v in self.published.items() if k not in known or not _is_number(v)]
         if bad:
             raise UserError(f"row {self.label}: published {bad[0]} is no number of {', '.join(known)}; correct it")
@@ -104,7 +102,7 @@ class TableFile:
         title, source: of the table; the source is the paper whose numbers are the published ones.
         rows: float rows first in meaning and place: the first row is one. Those of a grid are here one by one (see
             `qdiff.cli.table_grid.expand`).
-        metrics: what is measured, out of `MEASURABLE`.
+        metrics: what is measured, out of `named_metrics`.
         extractor, reference: feature network and reference statistics, as `pretrained` of the model's config or the
             table itself names them.
         clip_model: for "clip"; None takes the usual one.
@@ -116,7 +114,7 @@ class TableFile:
 
     def __init__(self, file: str | Path, out: str | Path | None = None) -> None:
         path = self.path = Path(file)
-        spec = read_yaml(path)
+        spec = read_table(path)
         try:
             rows = itertools.chain.from_iterable(expand(row) for row in spec["rows"])
             self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in rows]
@@ -131,7 +129,7 @@ class TableFile:
             for key in ("extractor", "reference", "clip_model", "source"):
                 if spec.get(key) is not None:
                     _check_text(spec[key])
-            config = read_yaml(REPOSITORY / self.config)
+            config = read_table(REPOSITORY / self.config)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"table {path} is incomplete ({error}); {EXAMPLE}") from None
         pretrained = config.get("pretrained")
@@ -143,9 +141,10 @@ class TableFile:
         self._check()
 
     def _check(self) -> None:
-        unknown = [m for m in self.metrics if m not in MEASURABLE]
+        unknown = [m for m in self.metrics if m not in named_metrics()]
         if unknown:
-            raise UserError(f"table {self.path}: metrics {unknown[0]!r} is none of {', '.join(MEASURABLE)}; correct it")
+            known = ", ".join(named_metrics())
+            raise UserError(f"table {self.path}: metrics {unknown[0]!r} is none of {known}; correct it")
         if not self.rows:
             raise UserError(f"table {self.path} has no rows; {EXAMPLE}")
         above: dict[str, Path] = {}
@@ -260,18 +259,3 @@ def without(words: list[str], options: Collection[str]) -> list[str]:
         elif not equals:
             next(rest, None)
     return kept
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; anything else is a `UserError`."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"table or config {path} does not exist; see configs/tables") from None
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:  # a date that is none is a ValueError
-        raise UserError(f"{path} is not readable YAML ({first_line(error)}); correct it") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a YAML mapping; correct it")
-    return value

@@ -9,6 +9,7 @@ adds to.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,6 +22,7 @@ from qdiff.config import Ablation
 from qdiff.cost.count import FLOAT_BITS, Account, LayerCost
 from qdiff.interface import AttentionCore
 from qdiff.kernels.packing import packed_bytes
+from qdiff.machine.meta_device import NormsKeepShapes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
@@ -62,11 +64,6 @@ def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tup
     return Account(tuple(costs), image_shape, context_shape)
 
 
-def stored_bytes(module: nn.Module) -> int:
-    """Return the stored bytes of any module's parameters, e.g. of a first stage, float or in a `QuantModel`."""
-    return sum(cost.size_bytes for cost in _costs(_unwrapped(module), {}))
-
-
 def _unwrapped(network: nn.Module) -> nn.Module:
     return network.model if isinstance(network, QuantModel) else network
 
@@ -97,13 +94,14 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
 
     for name, module in shadow.named_modules():
         if isinstance(module, QuantModule):
-            module.acts_quantized = module.weights_quantized = module.released = False
-            module.packed = None
+            # In whatever form its weight is, the shapes of its products are those of the float layer.
+            module.forward = functools.partial(module.apply_weight, weight=module.weight, bias=module.bias)
         elif isinstance(module, QuantAttention):
             module.acts_quantized = False
         if isinstance(module, (*_LAYERS, *_ATTENTION)):
             module.register_forward_hook(counting(name))
-    shadow.eval()(*inputs)
+    with NormsKeepShapes():
+        shadow.eval()(*inputs)
     return counts
 
 

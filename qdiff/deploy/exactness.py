@@ -7,69 +7,70 @@ saturate, a layer's output is off by up to a half, and nothing is said. Two of 2
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qdiff.deploy.onnx_lowering import ProductLimits, lower
-from qdiff.deploy.onnx_rewriting import HALF, MIDDLE
+from qdiff.deploy.onnx_rewriting import HALF, MIDDLE, Change
 from qdiff.errors import UserError
 
 if TYPE_CHECKING:
     import onnx
 
+    from qdiff.deploy.runtime import OnnxRuntime
+
 TERMS, CHANNELS, COLUMNS, LARGEST = 64, 16, 4, 255
 EXACT = 1e-5
 
+Changes = Callable[[ProductLimits], Mapping[str, Change]]
 Open = Callable[[Any, int], Callable[[dict], list[np.ndarray]]]
 
 
-def check_exact(runtime: str, open_runtime: Open) -> ProductLimits:
+def check_exact(runtime: OnnxRuntime) -> ProductLimits:
     """Return how models must be lowered for a runtime's products to be exact here.
-
-    Args:
-        open_runtime: opens a lowered model with a number of threads.
 
     Raises:
         UserError: they are not, however models are lowered.
     """
-    limits = _exact_lowering(runtime, open_runtime)
+    limits = _exact_lowering(runtime.changes, runtime.open)
     if limits is None:
         raise UserError(
-            f"the integer products of {runtime} saturate on this CPU, which has no VNNI; give --runtime torch-int8 or "
-            "simulated"
+            f"the integer products of {runtime.name} saturate on this CPU, which has no VNNI; give --runtime "
+            "torch-int8 or simulated"
         )
     return limits
 
 
 @functools.cache
-def _exact_lowering(runtime: str, open_runtime: Open) -> ProductLimits | None:
-    limits = limits_of(runtime, open_runtime)
+def _exact_lowering(changes: Changes, open_runtime: Open) -> ProductLimits | None:
+    limits = limits_of(changes, open_runtime)
     if limits is None or limits == ProductLimits():
         return limits
     # What was lowered to keep within the limits is run as well.
-    return limits if all(_exact_products(runtime, open_runtime, MIDDLE, limits)) else None
+    return limits if all(_exact_products(changes, open_runtime, MIDDLE, limits)) else None
 
 
 @functools.cache
-def limits_of(runtime: str, open_runtime: Open) -> ProductLimits | None:
+def limits_of(changes: Changes, open_runtime: Open) -> ProductLimits | None:
     """Return which products of a runtime are exact as they are, or None: not even those of half the range.
 
     Args:
+        changes: how the runtime's models are lowered (`qdiff.deploy.runtime.OnnxRuntime`).
         open_runtime: opens a lowered model with a number of threads.
     """
     for largest in (MIDDLE, HALF):
-        *weights, activations = _exact_products(runtime, open_runtime, largest, ProductLimits())
+        *weights, activations = _exact_products(changes, open_runtime, largest, ProductLimits())
         if all(weights):
             return ProductLimits(largest, activations)
     return None
 
 
-def _exact_products(runtime: str, open_runtime: Open, largest: int, limits: ProductLimits) -> list[bool]:
+def _exact_products(changes: Changes, open_runtime: Open, largest: int, limits: ProductLimits) -> list[bool]:
     """Return which outputs of `_extremes` come out right: those of weights, then that of two activations."""
     model = _extremes(largest)
-    lower(model, runtime, limits)
+    lower(model, changes(limits))
     signed = np.where(np.arange(COLUMNS) % 2 == 0, MIDDLE - 1, -MIDDLE).astype(np.float32)
     feed = {
         "bytes": np.full((1, TERMS, 3, 3), LARGEST, np.float32),

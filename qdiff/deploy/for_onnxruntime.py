@@ -1,4 +1,4 @@
-"""What ONNX Runtime's integer kernels take: matrix products.
+"""ONNX Runtime, and what its integer kernels take: matrix products.
 
 Its integer convolution wants its output quantized too, but its integer matrix product gives float32, and takes zero
 points: a convolution becomes a product of the windows of its input.
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qdiff.deploy.exactness import limits_of
+from qdiff.deploy.onnx_export import import_extra
 from qdiff.deploy.onnx_rewriting import Change, Rewriting, Weight, of_integers
+from qdiff.deploy.runtime import OnnxRuntime, Run
 
 if TYPE_CHECKING:
     import onnx
@@ -117,3 +120,32 @@ def largest_weight(model: onnx.ModelProto) -> int:
     weights = [node.input[1] for node in model.graph.node if node.op_type == "MatMulIntegerToFloat"]
     arrays = (to_array(stored[name]).astype(np.int16) for name in weights)
     return max((int(np.abs(values).max()) for values in arrays), default=0)
+
+
+def _open(model: onnx.ModelProto, threads: int) -> Run:
+    fast = limits_of(changes, _fast_session)
+    return _session(model, threads, fast is not None and fast.activations and largest_weight(model) <= fast.weight)
+
+
+def _fast_session(model: onnx.ModelProto, threads: int) -> Run:
+    return _session(model, threads, fast=True)
+
+
+def _session(model: onnx.ModelProto, threads: int, fast: bool) -> Run:
+    onnxruntime = import_extra("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Or it would quantize float activations that meet quantized weights, by ranges of its own.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not fast:  # kernels that never add pairs of products in 16 bits, and take twice the time; with VNNI none does
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["WeightBiasQuantization"],  # which rounds biases
+    )
+    return lambda feed: session.run(None, feed)
+
+
+ONNXRUNTIME = OnnxRuntime(name="onnxruntime", package="onnxruntime", changes=changes, open=_open)

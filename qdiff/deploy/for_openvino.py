@@ -1,4 +1,4 @@
-"""What OpenVINO's integer kernels take: weights whose zero points are 0.
+"""OpenVINO, and what its integer kernels take: weights whose zero points are 0.
 
 Up to 7 bits q − z fits int8. Of 8 bits q − 128 is taken, and the missing δ·(128 − z)·Σx is added.
 
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from qdiff.deploy.onnx_export import import_extra
 from qdiff.deploy.onnx_rewriting import Change, Rewriting, Weight, of_integers
+from qdiff.deploy.runtime import OnnxRuntime, Run
 from qdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,3 +114,18 @@ def _add_bias(graph: Rewriting, conv: onnx.NodeProto, channels: int) -> None:
     """
     del conv.input[2:]
     conv.input.append(graph.constant(f"qdiff.bias.{channels}", np.full(channels, NO_BIAS, np.float32)))
+
+
+def _open(model: onnx.ModelProto, threads: int) -> Run:
+    openvino = import_extra("openvino")
+    core = openvino.Core()
+    # Elsewhere it may choose bfloat16 for what is not quantized, or quantize it by ranges of its own.
+    core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0})
+    core.set_property("CPU", {"INFERENCE_NUM_THREADS": threads})
+    compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
+    # By place: an input that is also an output (the state of the first layer) loses its name.
+    names = [each.name for each in model.graph.input]
+    return lambda feed: [value.copy() for value in compiled([feed[name] for name in names]).values()]
+
+
+OPENVINO = OnnxRuntime(name="openvino", package="openvino", changes=changes, open=_open)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.deploy.onnx_leaves import OnnxAttention, OnnxLayer
+from qdiff.deploy.onnx_program import capture
 from qdiff.deploy.onnx_ranges import OPSET
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
@@ -70,6 +71,7 @@ def trace(
         # Clones: the first layer's state is x itself, and the exporter would take the two for one input.
         names, sample = names + states, sample + [tensor.clone() for tensor in denoiser(*sample)[1:]]
     batch = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    dynamic_shapes = (tuple({0: batch} for _ in sample),)
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -77,12 +79,11 @@ def trace(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of versions of its own parts
             program = torch.onnx.export(
-                denoiser,
-                tuple(sample),
+                capture(denoiser, tuple(sample), dynamic_shapes),
                 dynamo=True,
+                dynamic_shapes=dynamic_shapes,  # names the free axis
                 input_names=names,
                 output_names=[OUTPUT, *(f"next.{state}" for state in states)],
-                dynamic_shapes=(tuple({0: batch} for _ in sample),),
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,

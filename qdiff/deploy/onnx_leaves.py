@@ -45,7 +45,7 @@ class OnnxLayer(nn.Module):
     def __init__(self, layer: QuantModule, name: str) -> None:
         super().__init__()
         self.memory = LayerMemory(name) if layer.modulates else None
-        self.operation, self.sizes, self.channel_dim = layer._operation, layer.slices, layer._channel_dim
+        self.operation, self.sizes, self.channel_dim = layer.apply_weight, layer.slices, layer.channel_dim
         self.bias, self.geometry = layer.bias, layer.geometry
         if any(isinstance(q, DynamicActQuantizer) for q in (*layer.act_quantizers, *layer.first_quantizers)):
             layer.assert_multiplies_integers(name)
@@ -60,7 +60,7 @@ class OnnxLayer(nn.Module):
             for part, q in zip(parts, layer.weight_quantizers, strict=True):
                 self.slices.append(_WeightSlice(part, q.delta, q.zero_point))
         else:
-            self.weight = layer.weight
+            self.weight = layer.float_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.memory is None:

@@ -5,11 +5,11 @@ The file says it the plain way: a product of dequantized operands, each with zer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qdiff.deploy import for_onnxruntime, for_openvino
-from qdiff.deploy.onnx_rewriting import MIDDLE, Rewriting
+from qdiff.deploy.onnx_rewriting import MIDDLE, Change, Rewriting
 from qdiff.deploy.onnx_weights import expand
 
 if TYPE_CHECKING:
@@ -29,15 +29,12 @@ class ProductLimits:
     activations: bool = True
 
 
-CHANGES = {"onnxruntime": for_onnxruntime.changes, "openvino": for_openvino.changes}
-
-
-def lower(model: onnx.ModelProto, runtime: str, limits: ProductLimits) -> None:
+def lower(model: onnx.ModelProto, changes: Mapping[str, Change]) -> None:
     """Rewrite a model of `qdiff.deploy.onnx_export` for a runtime, in place.
 
     Args:
-        runtime: one of `CHANGES`.
-        limits: of its products. Those of ONNX Runtime are kept by its choice of kernels, not by rewriting.
+        changes: a runtime's (`qdiff.deploy.runtime.OnnxRuntime`), for the limits of its products. Those of ONNX Runtime
+            are kept by its choice of kernels, not by rewriting.
     """
     expand(model)
-    Rewriting(model).rewrite(CHANGES[runtime](limits))
+    Rewriting(model).rewrite(changes)

@@ -85,6 +85,9 @@ class OnnxDynamicRange(nn.Module):
         self.quantizer, self.in_bytes = quantizer, in_bytes and quantizer.bits <= BYTE
         self.register_buffer("one", torch.ones(()))
         self.register_buffer("middle", torch.tensor(MIDDLE, dtype=torch.uint8))
+        # Tensors, or a number minus a tensor would be an operation that the exporter has to decompose.
+        self.register_buffer("middle_level", torch.tensor(float(MIDDLE)))
+        self.register_buffer("top_level", torch.tensor(float(max_level(quantizer.bits))))
 
     def forward(self, x: Tensor) -> Quantized:
         bits = self.quantizer.bits
@@ -92,11 +95,11 @@ class OnnxDynamicRange(nn.Module):
         if not self.in_bytes:
             return Quantized(fake_quantize_inference(x, delta, zero_point, bits))
         zero = zero_point.to(delta.dtype)
-        levels = torch.minimum(torch.maximum(x / delta, -zero), max_level(bits) - zero)
+        levels = torch.minimum(torch.maximum(x / delta, -zero), self.top_level - zero)
         if bits < BYTE:
             return Quantized(_rounded(levels, self.one, self.middle), delta)
         # Rounded before it is shifted, or the sum would round once more.
-        shift = MIDDLE - zero
+        shift = self.middle_level - zero
         return Quantized(_rounded(torch.round(levels) - shift, self.one, self.middle), delta, shift)
 
 

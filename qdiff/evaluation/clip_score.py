@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from qdiff.errors import UserError, first_line
 from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.image_sets import ImageSet
+from qdiff.evaluation.subject import Subject
 from qdiff.io.progress import progress_bar, tracked
+from qdiff.io.tokenizer_files import require_tokenizer_files
 
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 _LEGACY_EOS = 2  # in OpenAI's configs; transformers then takes the highest token number for the end of a text
@@ -33,6 +35,11 @@ class Clip:
     processor: Any
     max_tokens: int  # of a text, start and end included
     hash: str
+
+
+def clip_score(subject: Subject) -> dict[str, Any]:
+    """Return `clip_scores` of a subject's images and prompts. It takes long enough on a CPU to show its bars always."""
+    return clip_scores(subject.images, subject.prompts, subject.clip, device=subject.device)
 
 
 def clip_scores(
@@ -152,9 +159,10 @@ def load_clip(model: str | Path = CLIP_VIT_L_14, download: bool = False) -> Clip
     """
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    source = {"pretrained_model_name_or_path": _locate(model, download), "local_files_only": not download}
+    place = _locate(model, download)
+    source = {"pretrained_model_name_or_path": place, "local_files_only": not download}
     # Small parts first: what is missing should show before gigabytes are read or fetched.
-    _part(model, "tokenizer", lambda: _require_tokenizer_files(**source))
+    _part(model, "tokenizer", lambda: require_tokenizer_files(place, local_files_only=not download))
     tokenizer = _part(model, "tokenizer", lambda: CLIPTokenizer.from_pretrained(**source))
     processor = _part(model, "image processor", lambda: CLIPImageProcessor.from_pretrained(**source))
     network, loading = _part(
@@ -195,17 +203,6 @@ def _part(model: str | Path, what: str, load: Callable[[], Any], download: bool 
         raise UserError(
             f"The {what} of the CLIP model {model} cannot be loaded ({first_line(error)}): {_REMEDY}."
         ) from error
-
-
-def _require_tokenizer_files(pretrained_model_name_or_path: str, local_files_only: bool) -> None:
-    """Raise an OSError where there are none: transformers 5 would make a tokenizer that knows no word."""
-    from transformers.utils import cached_file
-
-    try:
-        cached_file(pretrained_model_name_or_path, "tokenizer.json", local_files_only=local_files_only)
-    except OSError:
-        for name in ("vocab.json", "merges.txt"):
-            cached_file(pretrained_model_name_or_path, name, local_files_only=local_files_only)
 
 
 def _check_fit(model: str | Path, network: nn.Module, tokenizer: Any, processor: Any) -> None:

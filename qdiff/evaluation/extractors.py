@@ -17,8 +17,7 @@ from torch import nn
 
 from qdiff.errors import UserError
 from qdiff.evaluation.classifier import DigitClassifier
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from qdiff.io.repository import REPOSITORY
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class ExtractorSpec:
         classifier: network class with ``prepare(uint8 [N, 3, H, W])`` and ``forward`` returning (features,
             logits); None for an extractor that torch-fidelity has itself.
         weights: bundled safetensors file, relative to the repository; None if none is bundled.
-        reference: bundled reference statistics, relative to the repository; None if none are bundled.
-        maker: script that writes both files.
+        maker: script that writes it.
         classes: names of the logits, in order; None where they are not the classes that models are asked for.
     """
 
@@ -42,7 +40,6 @@ class ExtractorSpec:
     spatial_module: str
     classifier: type[nn.Module] | None = None
     weights: str | None = None
-    reference: str | None = None
     maker: str | None = None
     classes: tuple[str, ...] | None = None
 
@@ -59,7 +56,6 @@ EXTRACTORS: dict[str, ExtractorSpec] = {
         spatial_module="classifier.convolutions",
         classifier=DigitClassifier,
         weights="models/digits_classifier.safetensors",
-        reference="models/digits_reference.npz",
         maker="scripts/train_extractor.py",
         classes=tuple("0123456789"),
     ),
@@ -135,13 +131,6 @@ def extractor_class(name: str) -> type:
 
     torch_fidelity.register_feature_extractor(name, ClassifierFeatures)
     return ClassifierFeatures
-
-
-def __getattr__(attribute: str) -> type:
-    # A class statement at module level would import torch-fidelity with this module.
-    if attribute == "DigitFeatures":
-        return extractor_class("digits-classifier")
-    raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
 
 
 def create_extractor(name: str, weights: str | Path | None = None, device: str | torch.device = "cpu") -> nn.Module:

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
-from qdiff.calibration.memory_plan import available_memory
 from qdiff.errors import UserError
 from qdiff.evaluation.extractors import EXTRACTORS, weights_hash
 from qdiff.evaluation.gaussians import Gaussian, RunningGaussian
 from qdiff.evaluation.image_sets import Images, ImageSet, add_pixels, open_images
 from qdiff.io.files import DAMAGED_NPZ, written_whole
 from qdiff.io.progress import progress_bar
+from qdiff.machine.memory import available_on
 
 # sFID takes the first 7 channels of a map in the middle of the network (Nash et al. 2021): 17×17×7 of Inception.
 SPATIAL_CHANNELS = 7
@@ -127,7 +128,7 @@ def forward(extractor: nn.Module, batch: Tensor) -> tuple[dict[str, Tensor], Ten
         outputs = extractor.convert_features_tuple_to_dict(extractor(batch.to(device)))
     finally:
         handle.remove()
-    spatial = maps[0].permute(0, 2, 3, 1).flatten(1)
+    spatial = rearrange(maps[0], "n c h w -> n (h w c)")
     return {layer: output.float().cpu() for layer, output in outputs.items()}, spatial.float().cpu()
 
 
@@ -147,9 +148,8 @@ def fitting_batch_size(images: ImageSet, extractor: nn.Module) -> int:
             if not list(module.children()):
                 stack.callback(module.register_forward_hook(measure).remove)
         forward(extractor, first)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     # A convolution's workspace and the branches of a block that wait for each other take as much again, twice.
-    return max(1, min(LARGEST_BATCH, int(free * MEMORY_SHARE) // (4 * largest)))
+    return max(1, min(LARGEST_BATCH, int(available_on(device) * MEMORY_SHARE) // (4 * largest)))
 
 
 def cached_features(

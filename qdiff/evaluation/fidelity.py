@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import UserError
-from qdiff.evaluation.image_sets import FolderImages, ImageSet
+from qdiff.evaluation.image_sets import FirstImages, FolderImages, ImageSet
+from qdiff.evaluation.subject import Subject
 from qdiff.io.progress import progress_bar
 from qdiff.io.tensor_files import read_float_tensors
 
@@ -29,6 +30,20 @@ LPIPS_NETS = {
     "alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", 31),
     "vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", 16),
 }
+
+
+def fidelity(subject: Subject) -> dict[str, float]:
+    """Return `compare_runs` of a subject's images and the float run's, or of the first of both."""
+    sets = (subject.images, subject.float_images)
+    if subject.compared is not None:
+        sets = tuple(FirstImages(images, subject.compared) for images in sets)
+    return compare_runs(
+        *sets,
+        lpips_weights=subject.lpips_weights,
+        lpips_net=subject.lpips_net,
+        device=subject.device,
+        progress=subject.progress,
+    )
 
 
 def compare_runs(

@@ -16,12 +16,13 @@ import numpy as np
 from torch import nn
 
 from qdiff.errors import UserError
-from qdiff.evaluation.extractors import REPOSITORY, extractor_spec, weights_hash
+from qdiff.evaluation.extractors import weights_hash
 from qdiff.evaluation.features import ImageFeatures, extract_features
 from qdiff.evaluation.gaussians import Gaussian
 from qdiff.evaluation.image_sets import Images
 from qdiff.io.downloads import cache_folder
 from qdiff.io.files import DAMAGED_NPZ, written_whole
+from qdiff.io.repository import REPOSITORY
 
 FORMAT = "qdiff reference statistics 2"
 MOST_FEATURES = 50_000
@@ -199,15 +200,22 @@ def cached_reference_path(name: str, extractor: nn.Module) -> Path:
     return cache_folder() / "references" / file
 
 
+def statistics_file(name: str | Path) -> Path | None:
+    """Return the file that a reference's path (from here or from the repository) or bundled name stands for.
+
+    None where it stands for no file that is there: for prepared statistics the extractor must be known as well.
+    """
+    path = next((p for p in (Path(name), REPOSITORY / name) if p.is_file()), None)
+    return REPOSITORY / BUNDLED[str(name)] if path is None and str(name) in BUNDLED else path
+
+
 def find_reference(name: str | Path, extractor: nn.Module) -> ReferenceStatistics:
     """Load statistics by name (bundled, or prepared before) or by a file's path (from here or from the repository).
 
     Raises:
         UserError: as `load_reference`, or no such name is known here.
     """
-    path = next((p for p in (Path(name), REPOSITORY / name) if p.is_file()), None)
-    if path is None and str(name) in BUNDLED:
-        path = REPOSITORY / BUNDLED[str(name)]
+    path = statistics_file(name)
     if path is None and Path(name).suffix == ".npz":
         path = Path(name)
     if path is None:
@@ -219,17 +227,3 @@ def find_reference(name: str | Path, extractor: nn.Module) -> ReferenceStatistic
                 f"{', '.join(BUNDLED)}."
             )
     return load_reference(path, extractor)
-
-
-def bundled_reference(name: str, extractor: nn.Module | None = None) -> ReferenceStatistics:
-    """Load the reference statistics that come with the extractor called ``name``.
-
-    Raises:
-        UserError: as `load_reference`, or if that extractor comes with none.
-    """
-    spec = extractor_spec(name)
-    if spec.reference is None:
-        raise UserError(
-            f"No reference statistics come with the extractor {name}: make them from the real images first."
-        )
-    return load_reference(REPOSITORY / spec.reference, extractor)

@@ -1,7 +1,8 @@
-"""Read a model family's YAML file."""
+"""Read YAML files: configs of model families as attribute-style trees, tables as plain mappings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +10,43 @@ from qdiff.errors import UserError, first_line
 
 
 def read_config(path: Path, missing: str) -> Any:
-    """Return the YAML file as an attribute-style tree (OmegaConf).
+    """Return a YAML file as an attribute-style tree (OmegaConf).
 
     Args:
         missing: what to do if the file does not exist, for the error message.
 
     Raises:
-        UserError: the file is missing or is not YAML.
+        UserError: the file is missing, is not YAML, or is not a mapping.
+    """
+    from omegaconf import OmegaConf
+
+    return _read(path, OmegaConf.load, "config file", missing)
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """Return a YAML file of a table, or a config that it names, as a plain mapping.
+
+    Values are PyYAML's, which takes ``1e-3`` for a text and ``2024-01-01`` for a date; OmegaConf does not.
+
+    Raises:
+        UserError: as `read_config`.
     """
     import yaml
-    from omegaconf import OmegaConf
+
+    return _read(path, lambda file: yaml.safe_load(file.read_text()), "table or config", "see configs/tables")
+
+
+def _read(path: Path, load: Callable[[Path], Any], what: str, missing: str) -> Any:
+    import yaml
     from omegaconf.errors import OmegaConfBaseException
 
-    if not path.is_file():
-        raise UserError(f"config file {path} does not exist; {missing}")
+    if not path.exists() or path.is_dir():
+        raise UserError(f"{what} {path} does not exist; {missing}")
     try:
-        return OmegaConf.load(path)
+        value = load(path)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
-        raise UserError(f"config file {path} is not readable YAML ({first_line(error)}); correct it") from error
+        # A date that is none is a ValueError.
+        raise UserError(f"{what} {path} is not readable YAML ({first_line(error)}); correct it") from error
+    if not isinstance(value, Mapping):
+        raise UserError(f"{what} {path} is not a YAML mapping; correct it")
+    return value

@@ -14,10 +14,10 @@ from typing import Any
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods import eda_dm, linear, ptq4dm, qdiffusion
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 
 class Scripts(Enum):
@@ -49,7 +49,7 @@ class Method:
     config: type | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     scripts: Scripts = Scripts.Q_DIFFUSION
-    ranges: RangeMethod | None = None
+    ranges: str | None = None
     draws: Schedule | None = None
 
     @property

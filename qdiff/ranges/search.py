@@ -20,8 +20,8 @@ from torch import Tensor
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.ranges.errors import CACHED_VALUES, DEVICE_BYTES, ERROR_NORM, first_least, pick, values_at_a_time
+from qdiff.ranges.qparams import TINY, affine
 
-TINY = 1e-8  # smallest step size: a constant 0 input has no range
 STEPS = 100
 SHORTLIST = 32  # pairs tried on the tensor; tests compare the outcome with trying them all
 CELLS = 4096  # of the tables over a row's range: 16 a step of an 8-bit quantizer
@@ -44,12 +44,6 @@ class Side(Enum):
         """Return the side of a tensor's values, 0 belonging to either."""
         low, high = torch.aminmax(x)
         return cls.POSITIVE if low >= 0 else cls.NEGATIVE if high <= 0 else cls.BOTH
-
-
-def affine(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Return δ = (high − low)/(2^b − 1) and z = round(−low/δ) as int32, of ranges that include 0."""
-    delta = ((high - low) / max_level(bits)).clamp(min=TINY)
-    return delta, torch.round(-low / delta).clamp(0, max_level(bits)).to(torch.int32)
 
 
 def search_range(rows: Tensor, bits: int, symmetric: bool, side: Side) -> tuple[Tensor, Tensor]:

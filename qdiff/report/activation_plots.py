@@ -10,12 +10,11 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from qdiff.report.columns import HIGHER, Column, Row
+from qdiff.evaluation.column import HIGHER, Column, Row
 from qdiff.report.figures import our_style, svg
 from qdiff.report.metric_axes import (
     FLOAT_COLOUR,
     FULL_BITS,
-    PLOTTED,
     Series,
     bits,
     draw_series,
@@ -23,6 +22,7 @@ from qdiff.report.metric_axes import (
     is_float,
     method_name,
     metric_figure,
+    plotted,
     published,
 )
 
@@ -114,12 +114,12 @@ def _pale(colour: str) -> str:
 def activation_plots(rows: Sequence[Row]) -> dict[str, str]:
     """Return plots as SVG, by key, of the metrics that were measured at `LEAST_WIDTHS` or more activation widths."""
     with our_style():
-        return {column.key: _plot(column, rows) for column in PLOTTED if _widths(column, rows) >= LEAST_WIDTHS}
+        return {column.key: _plot(column, rows) for column in plotted() if _widths(column, rows) >= LEAST_WIDTHS}
 
 
 def pictured(rows: Sequence[Row]) -> Column | None:
-    """Return the metric for a table's picture: FID, or the first with a plot; None if no metric has one."""
-    return next((column for column in PLOTTED if _widths(column, rows) >= LEAST_WIDTHS), None)
+    """Return the metric that a table's picture shows: FID, or the first that has a plot; None where none has."""
+    return next((column for column in plotted() if _widths(column, rows) >= LEAST_WIDTHS), None)
 
 
 def activation_picture(column: Column, rows: Sequence[Row], path: Path) -> None:

@@ -10,16 +10,17 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from qdiff.evaluation.column import Column, Row
+from qdiff.evaluation.registry import metric_columns
 from qdiff.methods.registry import METHODS
-from qdiff.report.columns import COSTS, METRICS, Column, Row
+from qdiff.report.columns import COSTS
 from qdiff.report.figures import plain_log
 
 _NAMES = {**{name: method.title for name, method in METHODS.items()}, "modiff": "MoDiff"}
 FLOAT_COLOUR = "#555555"
 FULL_BITS = 32
-DECADE = 10  # values that span more get a logarithmic axis
-_MARGIN = 0.12  # share of the values' span, on both sides, as room for a label
-PLOTTED = (*METRICS, *(column for column in COSTS if column.key == "noise_mse"))
+DECADE = 10  # what spans more is drawn on a logarithmic axis
+_MARGIN = 0.12  # of the values' span, on both sides: room for a label
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Series:
             "markeredgecolor": "white",
             "markeredgewidth": 0.6,
         }
+
+
+def plotted() -> list[Column]:
+    """Return what has an axis: every metric, and the error of ε."""
+    return [*metric_columns(), *(column for column in COSTS if column.key == "noise_mse")]
 
 
 def is_float(row: Row) -> bool:
@@ -82,11 +88,6 @@ def drawn(column: Column, row: Row) -> float | None:
     return None if value is None or math.isinf(value) else value
 
 
-def spread_of(column: Column, row: Row) -> float:
-    """Return the half-length of the error bar at the row's point; only IS has one, as in the table."""
-    return row.get("isc_std") or 0.0 if column.key == "isc" and not column.published else 0.0
-
-
 def published(column: Column) -> Column:
     """Return the column of the papers' numbers for the same metric."""
     return replace(column, published=True)
@@ -119,7 +120,7 @@ def draw_series(
             look = {**series.look, **(hollow if source.published else {}), "linestyle": ""}
             axis.plot([places[i]], [value], markersize=6.5, zorder=3, gid=point, **look)
             if source is column:
-                ends = [value + side * spread_of(column, rows[i]) for side in (-1, 1)]
+                ends = [value + side * column.spread_in(rows[i]) for side in (-1, 1)]
                 axis.vlines(places[i], *ends, color=series.colour, linewidth=1, alpha=0.5, zorder=1.5)
                 pick = min if column.better == "lower" else max
                 best[places[i]] = pick(best.get(places[i], value), value)
@@ -153,7 +154,7 @@ def metric_figure(column: Column, rows: Sequence[Row], size: tuple[float, float]
     paper = published(column)
     values = [v for row in rows for v in (drawn(column, row), drawn(paper, row)) if v is not None]
     values += [
-        drawn(column, row) + side * spread_of(column, row)
+        drawn(column, row) + side * column.spread_in(row)
         for row in rows
         if drawn(column, row) is not None
         for side in (-1, 1)
@@ -166,10 +167,10 @@ def metric_figure(column: Column, rows: Sequence[Row], size: tuple[float, float]
         axis.set_ylim(low / margin, high * margin)
     else:
         margin = _MARGIN * (high - low) or 0.1 * abs(high) or 1
-        # A share above 1 makes no sense, so the axis ends just above it.
-        axis.set_ylim(low - margin, min(high + margin, 1.01) if column.key == "asked_share" else high + margin)
+        # No plot shows more than all images.
+        axis.set_ylim(low - margin, min(high + margin, 1.01) if column.share else high + margin)
         axis.locator_params(axis="y", nbins=6)
-        if column.key == "asked_share":
+        if column.share:
             axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         else:
             axis.ticklabel_format(axis="y", useOffset=False)

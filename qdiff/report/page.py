@@ -15,10 +15,11 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from qdiff.evaluation.column import LOWER, NOTHING, Row
 from qdiff.io.files import written_whole
 from qdiff.io.images import grid, load_png
 from qdiff.report.activation_plots import activation_plots
-from qdiff.report.columns import LOWER, NOTHING, Row, columns_of
+from qdiff.report.columns import columns_of
 from qdiff.report.metric_axes import bits, is_float, method_name, number, width
 from qdiff.report.plots import legend, metric_plots
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from qdiff.report.columns import Column, Row
+from qdiff.evaluation.column import Column, Row
 from qdiff.report.figures import our_style, plain_log, svg, write_labels
 from qdiff.report.metric_axes import (
     DECADE,
     FLOAT_COLOUR,
-    PLOTTED,
     Series,
     bits,
     draw_series,
@@ -20,8 +19,8 @@ from qdiff.report.metric_axes import (
     is_float,
     method_name,
     metric_figure,
+    plotted,
     published,
-    spread_of,
     title_of,
     width,
 )
@@ -82,10 +81,10 @@ def metric_plots(rows: Sequence[Row]) -> list[MetricPlots]:
     quantized = [row for row in rows if not is_float(row)]
     plots = []
     with our_style():
-        for column in PLOTTED:
+        for column in plotted():
             measured = [row for row in quantized if drawn(column, row) is not None]
             if measured:
-                spread = any(spread_of(column, row) for row in measured)
+                spread = any(column.spread_in(row) for row in measured)
                 sized = any(row.get("bytes") for row in measured)
                 against_size = _against_size(column, rows) if sized else None
                 plots.append(MetricPlots(column, spread, _against_bits(column, rows), against_size))
@@ -97,7 +96,7 @@ def legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
     entries = [(s.name, s.look) for s in series_of(rows)]
     if any(is_float(row) for row in rows):
         entries.append(("float", {"color": FLOAT_COLOUR, "linestyle": (0, (5, 2)), "marker": ""}))
-    if any(drawn(published(column), row) is not None for column in PLOTTED for row in rows):
+    if any(drawn(published(column), row) is not None for column in plotted() for row in rows):
         hollow = {"color": FLOAT_COLOUR, "linestyle": "", "marker": "o", "markerfacecolor": "white"}
         entries.append(("hollow, dotted: as published", hollow))
     swatches = []

@@ -5,9 +5,8 @@ SAMPLERS["ddim"].sample(eps, x_T, SamplingRun(schedule, timesteps, SamplerOption
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from torch import Tensor
 
@@ -164,7 +163,7 @@ _ROWS = (
     SamplerRow("plms", "PLMS", _plms, calls=lambda _, timesteps: plms_calls(timesteps)),
     SamplerRow("ancestral", "DDPM over all training steps", _ancestral, timesteps=_all, places_steps=True),
 )
-SAMPLERS: Mapping[str, SamplerRow] = MappingProxyType({row.name: row for row in _ROWS})
+SAMPLERS: dict[str, SamplerRow] = {row.name: row for row in _ROWS}
 
 
 def find_sampler(name: str) -> SamplerRow:

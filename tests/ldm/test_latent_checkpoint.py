@@ -13,9 +13,10 @@ from ldm.checkpoint import SCHEDULE, build_without_weights, load_latent_diffusio
 from ldm.data.captions import all_captions, write_tokenizer
 from ldm.util import instantiate_from_config
 from qdiff.checkpoint import save_checkpoint
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 UNET = "model.diffusion_model."
 CLASSES = {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"embed_dim": 12, "n_classes": 5}}

@@ -7,13 +7,14 @@ import torch
 from omegaconf import OmegaConf
 
 import ldm.config
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from ldm.keys import WITHOUT_EFFECT
 from ldm.models.diffusion.ddpm import LatentDiffusion
 from ldm.schedule import build_schedule
 from ldm.sizes import check_sizes
 from ldm.util import ALLOWED_TARGETS, instantiate_from_config
 from qdiff.errors import UserError
+from qdiff.io.repository import REPOSITORY
 from qdiff.sampling import make_beta_schedule
 
 # Relative, of ᾱ: published code rounds betas to float32.

@@ -11,9 +11,10 @@ from golden_cases import GOLDEN
 
 from ldm import checkpoint
 from ldm.checkpoint import build_without_weights
-from ldm.config import REPOSITORY, load_config
+from ldm.config import load_config
 from ldm.modules.encoders import modules as encoders
 from ldm.util import instantiate_from_config
+from qdiff.io.repository import REPOSITORY
 
 UNET = "ldm.modules.diffusionmodules.openaimodel.UNetModel"
 MODELS = ["lsun_bedrooms_ldm4", "lsun_churches_ldm8", "imagenet_cin256v2", "sd_v1"]

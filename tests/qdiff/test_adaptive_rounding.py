@@ -7,10 +7,12 @@ import torch
 from torch import nn
 
 from qdiff.adaptive_rounding import LearnedRounding
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.interface import split_input
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
+from qdiff.ranges.estimators import RangeMethod
+from qdiff.weight_forms import WeightForm
 
 # Absolute, in units of a step: the fraction of w/δ through a logarithm and a sigmoid in float32.
 FRACTION_TOLERANCE = 1e-5
@@ -90,19 +92,19 @@ def test_the_layer_uses_it_only_inside_the_block():
     hard = layer.dequantized_weight()
     with LearnedRounding(layer) as rounding, leaf_modes([layer], weights=True, activations=False):
         out = layer(x)
-        assert torch.equal(out, layer._operation(x, rounding.soft_weight(), layer.bias))
+        assert torch.equal(out, layer.apply_weight(x, rounding.soft_weight(), layer.bias))
         out.sum().backward()
         assert rounding.alpha.grad is not None and rounding.alpha.grad.abs().sum() > 0
-    assert layer.soft_weight is None
+    assert layer.form is WeightForm.FLOAT
     with leaf_modes([layer], weights=True, activations=False):
-        assert torch.equal(layer(x), layer._operation(x, hard, layer.bias))
+        assert torch.equal(layer(x), layer.apply_weight(x, hard, layer.bias))
 
 
 def test_the_block_ends_on_an_exception_too():
     layer = make_layer()
     with pytest.raises(ZeroDivisionError), LearnedRounding(layer):
         raise ZeroDivisionError
-    assert layer.soft_weight is None
+    assert layer.form is WeightForm.FLOAT
 
 
 def test_nothing_of_it_enters_the_state():

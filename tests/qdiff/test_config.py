@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from qdiff.config import Ablation, QuantConfig, RangeMethod, ScalePer
+from qdiff.config import Ablation, QuantConfig, ScalePer
 from qdiff.errors import UserError
+from qdiff.ranges.estimators import RangeMethod
 
 
 @pytest.mark.parametrize(
@@ -54,7 +55,7 @@ def test_frozen():
 
 def test_json_round_trip():
     config = QuantConfig(weight_bits=3, act_bits=None, act_symmetric=True, split_shortcut=True, weight_range="mse")
-    assert config.weight_range is RangeMethod.MSE
+    assert config.weight_range == RangeMethod.MSE
     assert QuantConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert QuantConfig.from_dict(config.to_dict()) != QuantConfig()
 

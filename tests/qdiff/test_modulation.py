@@ -64,7 +64,7 @@ def test_equations(scale_per, split):
         assert (ours - theirs).abs().max() < 1e-4
     # Planted: quantizing the input itself is far away.
     with torch.no_grad(), qnn.quantized():
-        plain = module._operation(module._quantized(xs[-1], module.act_quantizers), module.weight, module.bias)
+        plain = module.apply_weight(module._quantized(xs[-1], module.act_quantizers), module.weight, module.bias)
     assert (plain - wanted[-1]).abs().max() > 1e-2
 
 

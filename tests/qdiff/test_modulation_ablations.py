@@ -13,7 +13,7 @@ from qdiff.functional import fake_quantize_inference
 from qdiff.interface import AttentionCore
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import DynamicActQuantizer
-from qdiff.ranges.estimators import qparams
+from qdiff.ranges.qparams import qparams
 
 ATTENTION = ("act_quantizer_q", "act_quantizer_k", "act_quantizer_v", "act_quantizer_w")
 # Absolute, of outputs around 1: the same sums in float64.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff import quant_layer
+from qdiff import weight_forms
 from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration import fitting
 from qdiff.calibration.fisher import output_gradients
@@ -19,14 +19,16 @@ from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.calibration.walk import Walker, walk
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.functional import fake_quantize_inference
 from qdiff.interface import Step, SteppedNetwork, split_input
 from qdiff.methods import linear, qdiffusion
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.ranges.estimators import SHRINK_STEPS, estimate, qparams
+from qdiff.ranges.estimators import RangeMethod, estimate
+from qdiff.ranges.least_error import SHRINK_STEPS
+from qdiff.ranges.qparams import qparams
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
 # Relative L2 of gradients: one backward pass at two batch sizes.
@@ -235,8 +237,8 @@ def test_the_memory_budget_decides_where_attention_goes(data, calibrated):
 
 def test_weights_are_dequantized_once_not_every_step(calibrated, held_out, monkeypatch):
     qnn, calls = calibrated(weight_bits=4, split_shortcut=True), []
-    dequantize = quant_layer.dequantize
-    monkeypatch.setattr(quant_layer, "dequantize", lambda *a: calls.append(1) or dequantize(*a))
+    dequantize = weight_forms.dequantize
+    monkeypatch.setattr(weight_forms, "dequantize", lambda *a: calls.append(1) or dequantize(*a))
     with qnn.quantized(), torch.no_grad():
         for _ in range(3):
             qnn(*held_out)

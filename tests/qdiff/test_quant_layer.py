@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.functional import fake_quantize_inference
 from qdiff.interface import split_input
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
+from qdiff.ranges.estimators import RangeMethod
 
 # Relative L2: convolutions of the same numbers, possibly in another order of summation.
 OUTPUT_TOLERANCE = 1e-6

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from qdiff import quant_layer, quantizer
+from qdiff import quantizer, weight_forms
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.modes import leaves
 from qdiff.quant_model import QuantModel
+from qdiff.weight_forms import WeightForm
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
 
@@ -32,8 +33,8 @@ def modes(qnn):
     return [(leaf.acts_quantized, getattr(leaf, "weights_quantized", None)) for leaf in leaves(qnn)]
 
 
-def is_baked(qnn):
-    return [layer.baked is not None for layer in qnn.layers().values()]
+def holds_dequantized(qnn):
+    return [layer.form is WeightForm.DEQUANTIZED for layer in qnn.layers().values()]
 
 
 @torch.no_grad()
@@ -80,9 +81,9 @@ def test_modes_nest_and_are_restored(calibrated):
         with qnn.quantized(weights=False, activations=True):
             assert all(a and not w for a, w in modes(qnn))
         assert modes(qnn) == outer
-        assert all(is_baked(qnn))
+        assert all(holds_dequantized(qnn))
     assert modes(qnn) == before
-    assert not any(is_baked(qnn)), "dequantized weights take memory after the block"
+    assert not any(holds_dequantized(qnn)), "dequantized weights take memory after the block"
 
 
 def test_modes_are_restored_after_an_exception(calibrated, held_out):
@@ -97,7 +98,7 @@ def test_modes_are_restored_after_an_exception(calibrated, held_out):
 def test_modes_are_restored_when_entering_fails(calibrated, monkeypatch):
     qnn = calibrated(**W4A8)
     last = list(qnn.layers().values())[-1]
-    monkeypatch.setattr(last, "bake", lambda: 1 / 0)
+    monkeypatch.setattr(last, "hold_dequantized", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError), qnn.quantized():
         pass
     assert not any(a or w for a, w in modes(qnn))
@@ -197,8 +198,8 @@ def test_weight_only_sampling_costs_what_float_costs(calibrated, held_out, monke
     qnn = calibrated(**W4A8)
     work = []
     for module, name in (
-        (quant_layer, "dequantize"),
-        (quant_layer, "quantize"),
+        (weight_forms, "dequantize"),
+        (weight_forms, "quantize"),
         (quantizer, "fake_quantize_inference"),
     ):
         original = getattr(module, name)

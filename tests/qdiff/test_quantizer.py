@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from qdiff.config import RangeMethod
 from qdiff.functional import fake_quantize_inference
 from qdiff.quantizer import ActQuantizer, Quantizer, WeightQuantizer
-from qdiff.ranges.estimators import RangeObserver
+from qdiff.ranges.min_max import MinMax
 
 
 def test_all_state_is_there_from_construction():
@@ -36,7 +35,7 @@ def test_weight_quantizer_has_one_scale_a_row():
 
 def test_observing_passes_values_unchanged_and_does_not_count():
     quantizer, x = ActQuantizer(4), torch.randn(20, generator=torch.Generator().manual_seed(0))
-    quantizer.observer = RangeObserver(RangeMethod.MIN_MAX)
+    quantizer.observer = MinMax()
     assert quantizer(x) is x
     assert quantizer.fired == 0 and not quantizer.initialised
     quantizer.settle()

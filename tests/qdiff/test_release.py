@@ -10,12 +10,13 @@ from safetensors.torch import load_file
 
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.errors import UserError
+from qdiff.weight_forms import WeightForm
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
 
 
 def float_bytes(qnn):
-    """Bytes of everything of floating point that the network holds, baked weights included."""
+    """Bytes of everything of floating point that the network holds, dequantized weights included."""
     tensors = [*qnn.parameters(), *qnn.buffers()]
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.is_floating_point()}
     return sum(held.values())
@@ -49,7 +50,7 @@ def test_one_float_copy_of_the_weights_is_held(calibrated, held_out):
     with qnn.quantized(), torch.no_grad():
         qnn(*held_out)
         assert float_bytes(qnn) == before
-        assert all(layer.bake() is layer.weight for layer in qnn.layers().values()), "no copies in passing"
+        assert all(layer.quantized_weight() is layer.weight for layer in qnn.layers().values()), "no copies in passing"
     with qnn.quantized(activations=False):
         assert float_bytes(qnn) == before
 
@@ -103,7 +104,7 @@ def test_published_files_would_hold_wrong_float_weights(calibrated, tmp_path):
         save_checkpoint(qnn, tmp_path / "after.pth", format="published")
     assert not (tmp_path / "after.pth").exists()
     for layer in qnn.layers().values():
-        layer.released = False
+        layer._form = WeightForm.FLOAT
     save_checkpoint(qnn, tmp_path / "after.pth", format="published")  # planted: without the flag
     before, after = (torch.load(tmp_path / f"{n}.pth", weights_only=True) for n in ("before", "after"))
     assert not torch.equal(before["model.conv_in.weight"], after["model.conv_in.weight"])

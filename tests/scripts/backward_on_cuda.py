@@ -27,7 +27,7 @@ STEPS = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
 
 
 @pytest.fixture(scope="module")
-def learned(call, tiny, tmp_path_factory):
+def learned(call, one_level, tmp_path_factory):
     """``learned(name)``: the folder of a run on the device and what was counted, run once."""
     from virtual_cuda import virtual_cuda
 
@@ -37,7 +37,7 @@ def learned(call, tiny, tmp_path_factory):
         if name not in known:
             folder = tmp_path_factory.mktemp("learned")
             with virtual_cuda() as device:
-                succeeded(call(SCRIPT, *tiny.options, *STEPS, *RUNS[name], "--device", "cuda", "-l", folder))
+                succeeded(call(SCRIPT, *one_level.options, *STEPS, *RUNS[name], "--device", "cuda", "-l", folder))
             known[name] = folder, device.counts
         return known[name]
 
@@ -62,7 +62,7 @@ def test_an_iteration_copies_nothing_from_pageable_memory(name, learned):
     assert len(pageable_copies_while_learning(counts)) <= TENSORS * units < ITERATIONS * units
 
 
-def test_planted_a_number_read_in_every_iteration(call, tiny, tmp_path, cuda, monkeypatch):
+def test_planted_a_number_read_in_every_iteration(call, one_level, tmp_path, cuda, monkeypatch):
     from qdiff.adaptive_rounding import LearnedRounding
 
     regulariser = LearnedRounding.regulariser
@@ -73,16 +73,16 @@ def test_planted_a_number_read_in_every_iteration(call, tiny, tmp_path, cuda, mo
         return made
 
     monkeypatch.setattr(LearnedRounding, "regulariser", reads)
-    succeeded(call(SCRIPT, *tiny.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path))
+    succeeded(call(SCRIPT, *one_level.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path))
     units = len(manifest(tmp_path)["reconstruction_errors"])
     with pytest.raises(AssertionError, match=r"item at .*reads.*reconstruction.py"):
         assert_learning_never_waits(cuda.counts, units)
 
 
-def test_an_interrupted_calibration_continues(call, tiny, learned, tmp_path, cuda, monkeypatch):
+def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path, cuda, monkeypatch):
     from qdiff.calibration.journal import CalibrationJournal
 
-    words = (*tiny.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path)
+    words = (*one_level.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path)
     finished, record = [], CalibrationJournal.record
 
     def killed(self, *given):

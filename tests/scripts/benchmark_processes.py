@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any, ClassVar
 
-from qdiff.process_memory import ProcessMemory
+from qdiff.benchmark.fresh_process import ProcessMemory
 
 # One level, 6 blocks: exporting takes seconds where the tiny model of the other tests takes ten.
 SMALL = """
@@ -18,7 +18,7 @@ diffusion: {beta_schedule: linear, beta_start: 0.0001, beta_end: 0.0005, num_dif
 
 
 class HereProcess:
-    """Behaves as `qdiff.process_memory.FreshProcess` and runs its tasks here: a real one takes seconds to start.
+    """Behaves as `FreshProcess` and runs its tasks here: a real one takes seconds to start.
 
     Attributes:
         tasks: names of all tasks so far, of all processes.

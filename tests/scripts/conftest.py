@@ -19,7 +19,6 @@ from latent_models import LatentModelFiles, write_latent_model
 from run_checks import succeeded
 from safetensors.torch import save_file
 from script_device import IS_VIRTUAL, ON_DEVICE
-from virtual_cuda import virtual_cuda
 
 from qdiff.cli import held_out
 
@@ -37,6 +36,8 @@ training: {batch_size: 600, n_epochs: 10}
 sampling: {batch_size: 4}
 optim: {lr: 0.001, warmup_steps: 2, weight_decay: 0.0, beta1: 0.9, eps: 1.0e-08, grad_clip: 1.0}
 """
+# The fewest layers: where every operation has its price, on the virtual GPU and in what is traced.
+ONE_LEVEL = CONFIG.replace("ch_mult: [1, 2]", "ch_mult: [1]").replace("attn_resolutions: [4]", "attn_resolutions: []")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,12 @@ def load_script(name: str):
 @pytest.fixture(scope="session", autouse=True)
 def device_of_the_scripts():
     """Where ``QDIFF_TEST_DEVICE=virtual``, all script tests run on the virtual GPU."""
-    with virtual_cuda() if IS_VIRTUAL else contextlib.nullcontext():
+    if not IS_VIRTUAL:
+        yield
+        return
+    from virtual_cuda import virtual_cuda  # takes seconds
+
+    with virtual_cuda():
         yield
 
 
@@ -114,18 +120,28 @@ class TinyModel:
         return "--config", self.config, "--ckpt", self.weights, *ON_DEVICE
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> TinyModel:
-    """A config file and safetensors weights of a network with fixed random weights."""
+def write_tiny_model(folder: Path, config: str) -> TinyModel:
+    """Write a config file and safetensors weights of a network with fixed random weights."""
     from ddim.config import load_config
     from ddim.models.diffusion import Model
 
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "tiny.yml").write_text(CONFIG)
+    (folder / "tiny.yml").write_text(config)
     torch.manual_seed(0)
     network = Model(load_config(folder / "tiny.yml"))
     save_file(network.state_dict(), folder / "tiny.safetensors")
     return TinyModel(folder / "tiny.yml", folder / "tiny.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyModel:
+    """The network of `CONFIG`."""
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), CONFIG)
+
+
+@pytest.fixture(scope="session")
+def one_level(tmp_path_factory) -> TinyModel:
+    """The network of `ONE_LEVEL`."""
+    return write_tiny_model(tmp_path_factory.mktemp("one-level"), ONE_LEVEL)
 
 
 @pytest.fixture(scope="session")

@@ -129,7 +129,7 @@ def test_memory_and_files_alone_need_one_process_at_a_time(measured, here):
 
 
 def test_a_calibrated_checkpoint_by_real_processes(measured, monkeypatch, calibrated, checkpoint, tmp_path):
-    from qdiff.process_memory import FreshProcess
+    from qdiff.benchmark.fresh_process import FreshProcess
 
     monkeypatch.setattr(run, "FreshProcess", FreshProcess)
     document = tmp_path / "doc.md"

@@ -17,8 +17,8 @@ from script_device import ON_DEVICE
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
-from qdiff.cli import parity
-from qdiff.deploy import runtimes
+from qdiff.benchmark import parity
+from qdiff.deploy import onnx_network
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -135,7 +135,7 @@ def planted_after(owner: object, function: str, plant: Callable[[QuantModule], N
     ],
 )
 def test_one_level_of_a_scale_is_seen(plant, layer, rows, monkeypatch):
-    monkeypatch.setattr(runtimes, "_check_content", lambda *_: None)  # which sees other weights before
+    monkeypatch.setattr(onnx_network, "_check_content", lambda *_: None)  # which sees other weights before
     with planted_after(parity, "load_checkpoint", plant, layer):  # in what is simulated; the exported file is right
         found = rows(*ONNX)
     for name in ONNX:

@@ -15,6 +15,7 @@ from script_device import ON_DEVICE
 from qdiff.cli import held_out
 
 ON_CUDA = ("--device", "cuda")
+TWO_IMAGES = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
 # The virtual device computes on the CPU, but attention by another composition.
 GREY_LEVELS = 1
 # dB: in half precision, and where a value falls to the other side of a rounding edge. The tiny models gave 31 dB and
@@ -84,7 +85,7 @@ def of_script(tiny, latent):
 
     def options(script):
         if script == SCRIPT:
-            return *tiny.options, "--timesteps", 4, "--max_images", 2, "--seed", 7
+            return *tiny.options, *TWO_IMAGES
         if script.startswith("sample_diffusion_ldm") and "imagenet" not in script:
             return "-r", latent("unconditional").weights, "-n", 2, "--seed", 7, *ON_DEVICE
         if "imagenet" in script:
@@ -122,9 +123,9 @@ def test_pictures_of_every_step(run_on_cuda, of_script, tmp_path):
 
 
 @pytest.mark.parametrize("name", QUANTIZED_RUNS)
-def test_quantized(name, run_on_cuda, of_script, tmp_path):
+def test_quantized(name, run_on_cuda, one_level, tmp_path):
     """Recorded, calibrated, measured and sampled; the same command from the file that it wrote, and packed."""
-    words = (*of_script(SCRIPT), *QUANTIZED_RUNS[name], "-l", tmp_path)
+    words = (*one_level.options, *TWO_IMAGES, *QUANTIZED_RUNS[name], "-l", tmp_path)
     run_on_cuda(SCRIPT, *words)
     assert manifest(tmp_path)["activation_quantizers"]["silent"] == []
     wanted = image_bytes(tmp_path)

@@ -11,13 +11,14 @@ from digit_sets import PROMPTS, classes, digits, write_clip, write_folder, write
 from threadpoolctl import threadpool_limits
 
 from qdiff.cli import evaluate as module
-from qdiff.evaluation import features, reference
+from qdiff.evaluation import features, reference, reference_set
 from qdiff.evaluation.clip_score import clip_scores
 from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.features import extract_features
 from qdiff.evaluation.image_sets import open_images
-from qdiff.evaluation.metrics import compute_metrics
-from qdiff.evaluation.reference import bundled_reference, compute_reference, save_reference
+from qdiff.evaluation.measure import measure
+from qdiff.evaluation.reference import compute_reference, find_reference, save_reference
+from qdiff.evaluation.subject import Subject
 
 NAME = "digits-classifier"
 SAME = 1e-9  # relative: the same arithmetic on the same features
@@ -65,7 +66,7 @@ def extracted(monkeypatch):
 
 def expected(made, real, extractor, metrics=ALL, **options) -> dict[str, float]:
     statistics = compute_reference(real, extractor, "real", progress=False)
-    return compute_metrics(made, statistics, extractor, metrics, progress=False, **options)
+    return measure(Subject(made, statistics, extractor, progress=False, **options), metrics)
 
 
 def assert_same(found: dict, wanted: dict, keys=KEYS) -> None:
@@ -131,10 +132,8 @@ def test_run_folder_against_a_name(evaluate, call, tmp_path, extractor, monkeypa
     run = write_run(tmp_path / "run", MADE, labels=classes(40, 70))
     monkeypatch.chdir(tmp_path)  # names do not depend on where one stands
     found = evaluate("digits32", run)
-    wanted = compute_metrics(
-        MADE, reference.load_reference(reference.REPOSITORY / "models/digits32_reference.npz"), extractor, ALL,
-        progress=False,
-    )  # fmt: skip
+    statistics = reference.load_reference(reference.REPOSITORY / "models/digits32_reference.npz")
+    wanted = measure(Subject(MADE, statistics, extractor, progress=False), ALL)
     assert_same(found, wanted)
     assert found["samples"]["run"] == {"script": "s", "method": "linear", "seed": 3}
     assert found["reference"]["name"].startswith("scikit-learn digits") and found["metrics"]["asked_share"] == 1
@@ -166,10 +165,10 @@ def test_statistics_file_of_ours(evaluate, tmp_path, extractor):
 @pytest.fixture
 def adm_files(tmp_path, monkeypatch, extractor):
     """Statistics as ADM writes them, of a network that is quicker than Inception: with images, and without."""
-    for owner in (reference, module):
+    for owner in (reference, reference_set, module):
         monkeypatch.setattr(owner, "FOREIGN_EXTRACTOR", NAME)
     monkeypatch.setattr(reference, "FOREIGN_SIZES", {"": 64, "_s": 112})
-    whole = bundled_reference(NAME)
+    whole = find_reference("digits", extractor)
     arrays = {"mu": whole.gaussian.mu, "sigma": whole.gaussian.sigma}
     arrays |= {"mu_s": whole.spatial.mu, "sigma_s": whole.spatial.sigma}
     np.savez(tmp_path / "bare.npz", **arrays)
@@ -181,7 +180,7 @@ def test_adms_statistics_with_images(evaluate, adm_files, tmp_path, extractor, e
     made = write_npz(tmp_path / "made.npz", MADE)
     found = evaluate(adm, made)
     # FID and sFID by the statistics in the file, of the whole set; the rest by its images.
-    whole_set = compute_metrics(MADE, whole, extractor, ("fid", "sfid"), progress=False)
+    whole_set = measure(Subject(MADE, whole, extractor, progress=False), ("fid", "sfid"))
     of_images = expected(MADE, REAL, extractor, adm_protocol=True)
     assert_same(found, whole_set, {"fid", "sfid"})
     assert_same(found, of_images, {"kid", "precision", "recall", "isc"})

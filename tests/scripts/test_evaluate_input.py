@@ -12,6 +12,7 @@ from digit_sets import PROMPTS, digits, write_folder, write_npz, write_run
 from safetensors.torch import save_file
 
 from qdiff.cli import evaluate as module
+from qdiff.evaluation import reference_set, subject
 from qdiff.evaluation.extractors import create_extractor
 from qdiff.evaluation.reference import compute_reference, save_reference
 
@@ -43,8 +44,9 @@ def refused(call, tmp_path, monkeypatch):
     def run(*words) -> str:
         before = state()
         with monkeypatch.context() as patch:
-            for name in ("cached_features", "compute_metrics", "clip_scores", "compare_runs"):
-                patch.setattr(module, name, work)
+            for owner in (subject, reference_set):
+                patch.setattr(owner, "cached_features", work)
+            patch.setattr(module, "measure", work)
             line = call("evaluate", *words).error_line()
         assert state() == before
         return line
@@ -98,7 +100,7 @@ BAD_WORDS = {
     ),
     "a float run and no reference": (("none", "run", "--against", "run", "--extractor", NAME), "statistics 'none'"),
     "prompts of no run": (("made", "--clip"), "no prompts in a run.json"),
-    "prompts that are not there": (("made", "--prompts", "none.txt"), "--prompts none.txt cannot be read"),
+    "prompts that are not there": (("made", "--prompts", "none.txt"), "none.txt does not exist; check --prompts"),
     "too few prompts": (("made", "--prompts", "prompts.txt"), "5 prompts for the 12 images"),
     "too many prompts": (("few", "--prompts", "prompts.txt"), "5 prompts for the 3 images"),
     "CLIP that is not there": (("five", "--prompts", "prompts.txt"), "no CLIP model openai/clip-vit-large-patch14"),

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from ddim_runs import SAMPLER, SCRIPT
+from ddim_runs import DATA, SAMPLER, SCRIPT
 from exact_runtimes import require_runtimes
 from run_checks import largest_difference, sha256, succeeded
 
@@ -31,17 +31,28 @@ def test_the_float_network(call, tiny, float_run, tmp_path):
     assert largest_difference(tmp_path / "run", float_run) <= GREY_LEVELS
 
 
-def test_a_calibrated_network(call, tiny, linear_run, tmp_path):
-    checkpoint, path = linear_run / "quantized.safetensors", tmp_path / "w4a8.onnx"
+def test_a_calibrated_network(call, one_level, tmp_path):
     quant = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 8, "--split", "--quant_mode", "linear")
-    words = (*tiny.options[:4], "--timesteps", 4, *quant, "--cali_ckpt", checkpoint)
+    succeeded(call(SCRIPT, *one_level.options, *SAMPLER, *quant, *DATA, "-l", tmp_path / "simulated"))
+    checkpoint, path = tmp_path / "simulated" / "quantized.safetensors", tmp_path / "w4a8.onnx"
+    words = (*one_level.options[:4], "--timesteps", 4, *quant, "--cali_ckpt", checkpoint)
     succeeded(call("export", *words, "--out", path))
     assert notes(path) == {"checkpoint": sha256(checkpoint)}
-    assert path.stat().st_size < 0.6 * tiny.weights.stat().st_size  # the graph weighs more than so few weights
+    assert path.stat().st_size < 0.6 * one_level.weights.stat().st_size  # the graph weighs more than so few weights
     kinds = [node.op_type for node in onnx.load(str(path)).graph.node]
     assert kinds.count("QuantizeLinear") > 20
     # Runs, and is not the float network.
-    words = (*tiny.options, *SAMPLER, *quant, "--cali_ckpt", checkpoint, "--runtime", "onnxruntime", "--onnx", path)
+    words = (
+        *one_level.options,
+        *SAMPLER,
+        *quant,
+        "--cali_ckpt",
+        checkpoint,
+        "--runtime",
+        "onnxruntime",
+        "--onnx",
+        path,
+    )
     succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
 
 
@@ -66,10 +77,12 @@ def test_one_range_a_channel_is_refused(call, tiny, weights_only_run, tmp_path):
     assert "one range per channel has no place in integer products" in line and not any(tmp_path.iterdir())
 
 
-def test_both_files_of_a_network_that_modulates_are_named(call, tiny, weights_only_run, tmp_path):
-    checkpoint, path = weights_only_run / "quantized.safetensors", tmp_path / "w4.a4.onnx"
+def test_both_files_of_a_network_that_modulates_are_named(call, one_level, tmp_path):
+    weights = ("--ptq", "--weight_bit", 4, "--split", "--quant_mode", "linear")
+    succeeded(call(SCRIPT, *one_level.options, *SAMPLER, *weights, *DATA, "-l", tmp_path / "weights"))
+    checkpoint, path = tmp_path / "weights" / "quantized.safetensors", tmp_path / "w4.a4.onnx"
     quant = ("--ptq", "--weight_bit", 4, "--split", "--quant_act", "--act_bit", 4, "--quant_mode", "dynamic")
-    words = (*tiny.options[:4], "--timesteps", 4, *quant, "--modulate", "--cali_ckpt", checkpoint)
+    words = (*one_level.options[:4], "--timesteps", 4, *quant, "--modulate", "--cali_ckpt", checkpoint)
     outcome = succeeded(call("export", *words, "--out", path))
     both = (tmp_path / "w4.a4.first.onnx", path)
     assert outcome.out == "".join(f"{each}: {each.stat().st_size} bytes\n" for each in both)

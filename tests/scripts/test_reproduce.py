@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shlex
@@ -56,6 +57,7 @@ def stood_in(call, monkeypatch):
     """Replaces subprocesses by calls and metrics by numbers; returns the commands and the measured folders."""
     from qdiff.cli import measure, table
     from qdiff.errors import UserError
+    from qdiff.evaluation.registry import METRICS
 
     commands, measured = [], []
 
@@ -70,25 +72,28 @@ def stood_in(call, monkeypatch):
     def mean(folder):
         return float(np.mean([np.asarray(Image.open(p)) for p in sorted(Path(folder).glob("*.png"))]))
 
-    def metrics(folder, reference, extractor, names, **_):
-        measured.append(Path(folder).parent.name)
+    def of_subject(subject, names):
+        folder = subject.images.folder
+        if "fid" in names:
+            measured.append(folder.parent.name)
         values = {"fid": mean(folder), "isc": 2.0, "isc_std": 0.5, "kid": 0.125, "kid_std": 0.0, "sfid": 7.0}
-        return {"num_images": 3} | {k: v for k, v in values.items() if k.removesuffix("_std") in names}
+        found = {"num_images": 3} | {k: v for k, v in values.items() if k.removesuffix("_std") in names}
+        return found | (fidelity(folder, subject.float_images.folder) if "fidelity" in names else {})
 
-    def fidelity(ours, theirs, **_):  # these images are too small for SSIM
-        paths = [images.images.folder for images in (ours, theirs)]
-        assert paths[1].parent.name == "float" != paths[0].parent.name
-        return {"psnr": 50 - abs(mean(paths[0]) - mean(paths[1])), "ssim": 0.5, "identical": 0}
+    def fidelity(ours, theirs):  # these images are too small for SSIM
+        assert theirs.parent.name == "float" != ours.parent.name
+        return {"psnr": 50 - abs(mean(ours) - mean(theirs)), "ssim": 0.5, "identical": 0}
 
     monkeypatch.setattr(table, "_call", in_process)
     monkeypatch.setattr(measure, "create_extractor", lambda name, weights, device: name)
     monkeypatch.setattr(measure, "weights_hash", lambda extractor: "w")
-    monkeypatch.setattr(measure, "extractor_spec", lambda name: SimpleNamespace(classes=None))
-    statistics = SimpleNamespace(weights_hash="w", images_hash="i", name="stand-in", count=9)
+    whole = dict.fromkeys(("gaussian", "spatial", "features"), True)
+    statistics = SimpleNamespace(weights_hash="w", images_hash="i", name="stand-in", count=9, **whole)
     monkeypatch.setattr(measure, "find_reference", lambda name, extractor: statistics)
-    monkeypatch.setattr(measure, "possible_metrics", lambda count, reference: ["fid", "sfid", "isc", "kid", "prc"])
-    monkeypatch.setattr(measure, "compute_metrics", metrics)
-    monkeypatch.setattr(measure, "compare_runs", fidelity)
+    monkeypatch.setattr(measure, "implied_metrics", list)
+    # Three images are too few for the inception score of ten parts.
+    monkeypatch.setitem(METRICS, "isc", dataclasses.replace(METRICS["isc"], least_images=1))
+    monkeypatch.setattr(measure, "measure", of_subject)
     return commands, measured
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from families import SCRIPTS
 
-from qdiff.cli.table import REPOSITORY
 from qdiff.cli.table_file import TableFile
+from qdiff.io.repository import REPOSITORY
 
 TABLES = sorted((REPOSITORY / "configs" / "tables").glob("*.yaml"))
 CAPTIONS = "annotations/captions_val2014.json"

@@ -11,8 +11,9 @@ from threadpoolctl import threadpool_limits
 
 from ddim.datasets.digits import load_digit_images
 from qdiff.evaluation.extractors import create_extractor
-from qdiff.evaluation.metrics import compute_metrics
+from qdiff.evaluation.measure import measure
 from qdiff.evaluation.reference import compute_reference, load_reference
+from qdiff.evaluation.subject import Subject
 
 MODELS = Path(__file__).parents[2] / "models"
 WEIGHTS = "digits_classifier.safetensors"
@@ -69,7 +70,7 @@ def test_reference_of_32_is_of_rgb_digits_of_32_and_not_of_16():
     # A reference of the wrong size has a distance of its own.
     other = load_reference(MODELS / "digits_reference.npz", extractor)
     both = ("fid", "sfid")
-    near, far = (compute_metrics(rgb, real, extractor, both, progress=False) for real in (bundled, other))
+    near, far = (measure(Subject(rgb, real, extractor, progress=False), both) for real in (bundled, other))
     for metric in both:
         assert near[metric] == pytest.approx(0, abs=SELF_FID) and far[metric] > 100 * SELF_FID, (near, far)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from virtual_cuda.operands import name_of, written_arguments
 from virtual_cuda.tensor import VirtualTensor, generator_device
 
 aten = torch.ops.aten
@@ -37,8 +38,10 @@ class DeviceMismatch(RuntimeError):
 
 def check_devices(func, args: tuple, tensors: list[Tensor]) -> None:
     """Raise `DeviceMismatch` where CUDA's kernels would not take the tensors together; one at least is virtual."""
-    virtual = [t for t in tensors if isinstance(t, VirtualTensor)]
     if func in COPIES:
+        return
+    virtual = [t for t in tensors if isinstance(t, VirtualTensor)]
+    if len(virtual) == len(tensors) and all(t.device == virtual[0].device for t in virtual[1:]):
         return
     if len({t.device for t in virtual}) > 1:
         _refuse(func, tensors)
@@ -49,9 +52,9 @@ def check_devices(func, args: tuple, tensors: list[Tensor]) -> None:
     takes_numbers = torch.Tag.pointwise in func.tags or func in _TAKE_NUMBERS
     if any(not takes_numbers or t.dim() > 0 for t in others):
         _refuse(func, tensors)
-    for value, argument in zip(args, func._schema.arguments, strict=False):
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, Tensor) and not isinstance(value, VirtualTensor):
+    for place in written_arguments(func):
+        value = args[place] if place < len(args) else None
+        if isinstance(value, Tensor) and not isinstance(value, VirtualTensor):
             _refuse(func, tensors)
 
 
@@ -85,7 +88,7 @@ def check_products(func, tensors: list[Tensor]) -> None:
     """Raise where CUDA has no kernel for a product: integers, and shapes that `torch._int_mm` does not take."""
     if func in PRODUCTS and not (tensors[0].is_floating_point() or tensors[0].is_complex()):
         kind = str(tensors[0].dtype).removeprefix("torch.")
-        raise NotImplementedError(f"\"{func._schema.name.split('::')[1]}_cuda\" not implemented for '{kind}'")
+        raise NotImplementedError(f"\"{name_of(func)}_cuda\" not implemented for '{kind}'")
     if func is aten._int_mm.default:
         (rows, inner), columns = tensors[0].shape, tensors[1].shape[1]
         if rows <= 16:

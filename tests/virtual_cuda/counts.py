@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from types import FrameType
 
@@ -161,7 +162,15 @@ def stack() -> tuple[Frame, ...]:
 def _frames() -> Iterator[Frame]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if name.startswith(REPOSITORY) and not name.startswith(_OWN) and "/.venv/" not in name:
-            yield Frame(name[len(REPOSITORY) + 1 :], frame.f_code.co_name, frame.f_lineno)
+        file = _file_of_the_project(frame.f_code.co_filename)
+        if file is not None:
+            yield Frame(file, frame.f_code.co_name, frame.f_lineno)
         frame = frame.f_back
+
+
+@cache
+def _file_of_the_project(name: str) -> str | None:
+    """Return a source file's path inside the repository, or None where it is not of the project."""
+    if name.startswith(REPOSITORY) and not name.startswith(_OWN) and "/.venv/" not in name:
+        return name[len(REPOSITORY) + 1 :]
+    return None

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from virtual_cuda.checks import INDEXING, PRODUCTS, check_devices, check_generator, check_products
 from virtual_cuda.counts import Direction, Recorder
+from virtual_cuda.operands import (
+    inner_of,
+    name_of,
+    on_device,
+    returns_what_it_writes,
+    tensors_of,
+    written_arguments,
+)
 from virtual_cuda.tensor import CPU, VirtualTensor, pinned
 
 aten = torch.ops.aten
@@ -28,6 +35,7 @@ _WAITING = {
     aten.repeat_interleave.Tensor: "repeat_interleave",
     aten.bincount.default: "bincount",
 }
+_CLAMPS = {aten.clamp.default, aten.clamp_.default}
 # Operations that launch no kernel: views, and memory that is not written.
 _NO_KERNEL = {
     *("detach", "alias", "view", "_unsafe_view", "expand", "permute", "transpose", "t", "unsqueeze", "squeeze"),
@@ -50,7 +58,7 @@ class VirtualMode(TorchDispatchMode):
 
 def run(func, args: tuple, kwargs: dict):
     """Carry out an operation as CUDA would, or raise what it raises."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_of(args, kwargs)
     virtual = [t for t in tensors if isinstance(t, VirtualTensor)]
     asked = kwargs.get("device")
     asked = None if asked is None else _indexed(torch.device(asked))
@@ -67,21 +75,19 @@ def run(func, args: tuple, kwargs: dict):
     target = asked if asked is not None else virtual[0].device
     check_generator(kwargs, target)
     _count(func, args)
-    inner_args, inner_kwargs = tree_map_only(VirtualTensor, lambda t: t.inner, (args, kwargs))
+    inner_args = tuple(inner_of(value) for value in args)
+    inner_kwargs = {name: inner_of(value) for name, value in kwargs.items()}
     if to_device:
         inner_kwargs["device"] = CPU
     result = _compute(func, inner_args, inner_kwargs)
-    written = [
-        value
-        for value, argument in zip((*args, *kwargs.values()), func._schema.arguments, strict=False)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    ]
-    returns = func._schema.returns
-    if written and returns and returns[0].alias_info is not None and returns[0].alias_info.is_write:
-        return written[0] if len(returns) == 1 else tuple(written)
+    if returns_what_it_writes(func):
+        given = (*args, *kwargs.values())
+        written = tuple(given[place] for place in written_arguments(func) if place < len(given))
+        if written:
+            return written[0] if len(func._schema.returns) == 1 else written
     if target.type != "cuda":
         return result
-    return tree_map_only(Tensor, lambda t: VirtualTensor(t, target), result)
+    return on_device(result, target)
 
 
 def _on_the_host(func, args: tuple, kwargs: dict):
@@ -112,7 +118,7 @@ def _count(func, args: tuple) -> None:
                 _count_transfer(index, CPU, args[0].device, non_blocking=False)
         if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
             recorder.wait("index by a mask")
-    name = func._schema.name.split("::")[1]
+    name = name_of(func)
     if name not in _NO_KERNEL:
         recorder.kernel(name)
 
@@ -124,13 +130,14 @@ def _compute(func, args: tuple, kwargs: dict):
         return *aten.native_batch_norm.default(*args), torch.empty(0, dtype=torch.uint8)
     if func in (aten._softmax.default, aten._log_softmax.default) and args[2]:  # half_to_float
         return func(args[0].float(), args[1], False)
-    half = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.float16]
+    special = func in _CLAMPS or func in PRODUCTS
+    half = special and any(t.dtype == torch.float16 for t in tensors_of(args, {}))
     # CUDA takes the bounds in float32; the CPU's kernel refuses those that half precision cannot hold.
-    if half and func in (aten.clamp.default, aten.clamp_.default):
+    if half and func in _CLAMPS:
         found = args[0].float().clamp(*args[1:], **kwargs).half()
         return args[0].copy_(found) if func is aten.clamp_.default else found
-    if half and func in PRODUCTS:  # CUDA sums in float32; CPUs without half precision take ten times as long
-        args = tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.float16 else t, args)
+    if half:  # CUDA sums products in float32; CPUs without half precision take ten times as long
+        args = tuple(a.float() if isinstance(a, Tensor) and a.dtype == torch.float16 else a for a in args)
         return func(*args, **kwargs).half()
     return func(*args, **kwargs)
 
@@ -175,7 +182,7 @@ def _copy_into(own: Tensor, source: Tensor, non_blocking: bool = False) -> Tenso
     plain = own.dtype == source.dtype and own.shape == source.shape and own.is_contiguous()
     to_pinned = not isinstance(own, VirtualTensor) and own in pinned
     _count_transfer(source, source.device, own.device, bool(non_blocking), not plain, to_pinned)
-    aten.copy_.default(*tree_map_only(VirtualTensor, lambda t: t.inner, (own, source)))
+    aten.copy_.default(inner_of(own), inner_of(source))
     return own
 
 

@@ -27,12 +27,12 @@ def modules_are_checked() -> Iterator[None]:
 
     def before(module: nn.Module, args: Any) -> None:
         nonlocal depth
-        on_device = any(isinstance(a, VirtualTensor) for a in tree_leaves(args))
-        # Inside another module's call: looked at already.
-        if depth == 0 and on_device and (names := left_behind(module)):
-            raise DeviceMismatch(
-                f"{type(module).__name__} runs on the device, but {', '.join(names[:3])} is on the CPU"
-            )
+        if depth == 0:  # inside another module's call it was looked at already
+            on_device = any(isinstance(a, VirtualTensor) for a in tree_leaves(args))
+            if on_device and (names := left_behind(module)):
+                raise DeviceMismatch(
+                    f"{type(module).__name__} runs on the device, but {', '.join(names[:3])} is on the CPU"
+                )
         depth += 1
 
     def after(module: nn.Module, args: Any, output: Any) -> None:

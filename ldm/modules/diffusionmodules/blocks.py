@@ -6,6 +6,7 @@ Source: Dhariwal & Nichol 2021, "Diffusion Models Beat GANs", whose architecture
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.modules.diffusionmodules.util import Checkpointed, normalization, zero_module
@@ -117,15 +118,9 @@ class AttentionBlock(Checkpointed):
 
     def compute(self, x: Tensor) -> Tensor:
         """[N, C, H, W] → [N, C, H, W]."""
-        n, c, *sides = x.shape
-        x = x.reshape(n, c, -1)
-        qkv = self.qkv(self.norm(x))
-        d = c // self.heads
-        if self.new_order:
-            q, k, v = qkv.view(n, 3, self.heads, d, -1).unbind(1)
-        else:
-            q, k, v = qkv.view(n, self.heads, 3, d, -1).unbind(2)
-        # [N, heads, d, positions] → [N, heads, positions, d] for the core, and back
-        out = self.attention(*(part.transpose(-1, -2) for part in (q, k, v)))
-        out = out.transpose(-1, -2).reshape(n, c, -1)
-        return (x + self.proj_out(out)).reshape(n, c, *sides)
+        shape, x = x.shape, x.flatten(2)
+        order = "qkv heads d" if self.new_order else "heads qkv d"
+        # Each [N, heads, positions, d], as the core takes it.
+        q, k, v = rearrange(self.qkv(self.norm(x)), f"n ({order}) l -> qkv n heads l d", qkv=3, heads=self.heads)
+        out = rearrange(self.attention(q, k, v), "n heads l d -> n (heads d) l")
+        return (x + self.proj_out(out)).reshape(shape)

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import UserError
+from qdiff.io.repository import REPOSITORY
+from qdiff.io.tokenizer_files import require_tokenizer_files
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 CLIP_VIT_L_14 = "openai/clip-vit-large-patch14"
 # Architecture of CLIP ViT-L/14's text encoder. Stable Diffusion checkpoints hold its weights, so no file is needed.
 _CLIP_VIT_L_14_TEXT = {
@@ -118,7 +119,7 @@ class FrozenCLIPEmbedder(nn.Module):
         from transformers import CLIPTokenizer
 
         if self._tokenizer is None:
-            self._tokenizer = self._from_hub(CLIPTokenizer, check=_require_tokenizer_files)
+            self._tokenizer = self._from_hub(CLIPTokenizer, check=require_tokenizer_files)
         return self._tokenizer
 
     def cut(self, text: str) -> str:
@@ -134,17 +135,6 @@ class FrozenCLIPEmbedder(nn.Module):
         )["input_ids"]
         encoder = self.transformer.text_model
         return encoder(input_ids=tokens.to(next(encoder.parameters()).device)).last_hidden_state
-
-
-def _require_tokenizer_files(version: str) -> None:
-    """Raise an OSError if there are none, because transformers 5 would make a tokenizer without any words."""
-    from transformers.utils import cached_file
-
-    try:
-        cached_file(version, "tokenizer.json")
-    except OSError:
-        for name in ("vocab.json", "merges.txt"):
-            cached_file(version, name)
 
 
 def _local(version: str) -> str:

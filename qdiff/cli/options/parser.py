@@ -8,9 +8,9 @@ from typing import NoReturn
 
 from qdiff.cli.options.paper_options import check_paper_options, refused_values
 from qdiff.errors import UserError
+from qdiff.ranges.estimators import ESTIMATORS
 
 BITS = 8
-SIMULATED, TORCH_RUNTIMES, ONNX_RUNTIMES = "simulated", ("torch", "torch-int8"), ("onnxruntime", "openvino")
 
 
 def chosen_runtimes(text: str, known: Collection[str]) -> list[str]:
@@ -71,8 +71,8 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="8-bit weights in the first and last layer, float input of the last (default with EDA-DM)",
     )
-    group.add_argument("--w_range", choices=["max", "mse", "search"], help="how weight ranges are chosen")
-    group.add_argument("--a_range", choices=["max", "mse", "search"], help="how activation ranges are chosen")
+    group.add_argument("--w_range", choices=list(ESTIMATORS), help="how weight ranges are chosen")
+    group.add_argument("--a_range", choices=list(ESTIMATORS), help="how activation ranges are chosen")
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:
@@ -135,13 +135,16 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
     group.add_argument("--save-npz", action="store_true", help="also write samples.npz (arr_0, uint8 NHWC)")
     group.add_argument("--dry-run", action="store_true", help="print the resolved config as JSON and stop")
     group.add_argument("--verbose", action="store_true", help="more log lines")
+    from qdiff.deploy.runtimes import RUNTIMES
+    from qdiff.deploy.torch_runtimes import SIMULATED
+
     group = parser.add_argument_group("runtime")
+    described = "; ".join(f"{name}: {runtime.help}" for name, runtime in RUNTIMES.items() if runtime.help)
     group.add_argument(
         "--runtime",
-        choices=[SIMULATED, *TORCH_RUNTIMES, *ONNX_RUNTIMES],
-        default=SIMULATED,
-        help="simulated: weights dequantized once (default); torch: weights stay packed; torch-int8: and layers "
-        "multiply integers; the others run an exported ONNX model in integers on the CPU",
+        choices=list(RUNTIMES),
+        default=SIMULATED.name,
+        help=f"{described}; the others run an exported ONNX model in integers on the CPU",
     )
     group.add_argument("--weight_cache", type=float, default=0.0, help="MiB of dequantized weights to keep, packed")
     group.add_argument(

@@ -11,10 +11,11 @@ from typing import Any, Literal
 from qdiff.calibration.timesteps import Draw
 from qdiff.cli.options import eda_dm, modiff
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
+from qdiff.ranges.estimators import RangeMethod
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def ignored_options(args: Namespace) -> list[str]:
 
 
 def resolve_ptq(
-    args: Namespace, weight_range: RangeMethod, act_range: RangeMethod, preset: dict[str, Any] | None = None
+    args: Namespace, weight_range: str, act_range: str, preset: dict[str, Any] | None = None
 ) -> PtqPlan | None:
     """Return the plan of the options in ``args``, or None where the float model samples.
 
@@ -142,8 +143,8 @@ def resolve_ptq(
         softmax_bits=args.sm_abit,
         split_shortcut=args.split,
         weight_symmetric=args.w_sym,
-        weight_range=RangeMethod(args.w_range or weight_range),
-        act_range=RangeMethod(args.a_range or act_range),
+        weight_range=args.w_range or weight_range,
+        act_range=args.a_range or act_range,
         keep_ends=eda_dm_scripts if args.keep_ends is None else args.keep_ends,
         act_dynamic=args.quant_mode == "dynamic",
         act_scale_per=modiff.scale_per(args),

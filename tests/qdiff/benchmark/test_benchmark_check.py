@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qdiff.benchmark.files import FLOAT, NATIVE
+from qdiff.benchmark.parity import LAST_BITS
 from qdiff.benchmark.variants import _check
-from qdiff.cli.parity import LAST_BITS
 from qdiff.errors import UserError
 
 CALLS = [(torch.full((4,), float(i)),) for i in range(3)]

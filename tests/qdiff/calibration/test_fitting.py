@@ -16,10 +16,12 @@ from qdiff.calibration.fitting import MAX_STEP_CHANGE, FitSettings, UnitKind, fi
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import RoundingRegulariser, Unit
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer
+from qdiff.ranges.estimators import RangeMethod
+from qdiff.weight_forms import WeightForm
 
 CPU = torch.device("cpu")
 COUNT = 12
@@ -99,7 +101,8 @@ def written_out(unit, iterations, rate, act_rate):
     layers = [block.leave, block.enter]
     roundings = [LearnedRounding(layer) for layer in layers]
     for layer, rounding in zip(layers, roundings, strict=True):
-        layer.soft_weight, layer.weights_quantized, layer.acts_quantized = rounding.soft_weight, True, True
+        layer.begin_soft_rounding(rounding.soft_weight)
+        layer.weights_quantized = layer.acts_quantized = True
     deltas = [layer.act_quantizers[0].delta.requires_grad_(True) for layer in layers]
     groups = [{"params": [d], "lr": min(act_rate, MAX_STEP_CHANGE * d.item())} for d in deltas]
     optimiser = torch.optim.Adam([*groups, {"params": [r.alpha for r in roundings], "lr": rate}])
@@ -199,7 +202,7 @@ def test_nothing_is_left_behind_on_an_interruption(unit):
         fit_unit(unit, lp_error(2.0), settings, torch.Generator(), Feeding(CPU, 5), tick)
     assert not any(p.requires_grad for p in block.parameters())
     for layer in block.children():
-        assert layer.soft_weight is None and not (layer.weights_quantized or layer.acts_quantized)
+        assert layer.form is WeightForm.FLOAT and not (layer.weights_quantized or layer.acts_quantized)
         assert layer.act_quantizers[0].dropping is None and len(layer._forward_hooks) == 0
     assert torch.equal(state(block)[0], before), "weights are rounded when a unit is finished"
 

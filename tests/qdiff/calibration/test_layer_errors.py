@@ -12,9 +12,10 @@ from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.reconstruction import FitSettings, Unit, optimise
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
+from qdiff.ranges.estimators import RangeMethod
 
 # Relative: float32 sums of a few hundred terms in another order.
 SUM_TOLERANCE = 1e-5
@@ -142,12 +143,12 @@ def test_hooks_and_modes_are_as_before(where):
 def learned_gradient(block):
     """Of the layers' errors, with respect to a factor on the first layer's weight."""
     factor = torch.ones((), requires_grad=True)
-    block.enter.soft_weight = lambda: block.enter.dequantized_weight() * factor
+    block.enter.begin_soft_rounding(lambda: block.enter.dequantized_weight() * factor)
     with leaf_modes([block], weights=True, activations=False):  # as in the loop, also on the way back
         error = watched(block, images(1), images(2))
         assert error.requires_grad
         error.backward()
-    block.enter.soft_weight = None
+    block.enter.end_soft_rounding()
     return float(factor.grad)
 
 
@@ -179,7 +180,7 @@ def first_loss(layer_weight, pass_size=None):
     with torch.no_grad():
         target = block(float_x)
     unknown = nn.Parameter(torch.zeros(()))
-    block.enter.soft_weight = lambda: block.enter.dequantized_weight() + 0 * unknown
+    block.enter.begin_soft_rounding(lambda: block.enter.dequantized_weight() + 0 * unknown)
     with leaf_modes([block], weights=True, activations=False):
         loss = optimise(
             Unit("block", block, (x,), target, (float_x,)),

@@ -12,9 +12,10 @@ from qdiff.adaptive_rounding import LearnedRounding
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
 from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser, Unit, optimise
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
+from qdiff.ranges.estimators import RangeMethod
 
 CPU = torch.device("cpu")
 # Relative: float32 sums of a few hundred terms in another order.

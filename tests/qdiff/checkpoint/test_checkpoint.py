@@ -13,11 +13,11 @@ import torch
 from golden_cases import FLOAT_TOLERANCE, GoldenCase
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
+from stored_size import content_bytes, stored_bytes
 
 from ddim.models.diffusion import Model
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.checkpoint.metadata import read_metadata
-from qdiff.checkpoint.native import content_bytes, counted_bytes
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.io.tensor_files import load_tensors
@@ -216,7 +216,7 @@ def test_a_four_bit_file_is_an_eighth_of_float(tmp_path, held_out):
     save_checkpoint(qnn, path)
     size = path.stat().st_size
     assert 1 / 8 < size / float_bytes < 1 / 8 + 0.02
-    assert content_bytes(path) == counted_bytes(qnn) > size
+    assert content_bytes(path) == stored_bytes(qnn) > size
 
 
 def test_nothing_half_written_is_left_behind(calibrated, tmp_path, monkeypatch):

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_lowering import lower
+from qdiff.deploy.onnx_network import OnnxNetwork, read_model
 from qdiff.deploy.onnx_ranges import BYTE
-from qdiff.deploy.runtimes import RUNTIMES as SESSIONS
-from qdiff.deploy.runtimes import OnnxNetwork, read_model
+from qdiff.deploy.runtimes import RUNTIMES as ROWS
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
@@ -87,8 +87,8 @@ class Followed:
             if name not in given:
                 model.graph.output.append(helper.make_empty_tensor_value_info(name))
         # As it runs; what is looked at stays.
-        lower(model, runtime, check_exact(runtime, SESSIONS[runtime]))
-        self._session = SESSIONS[runtime](model, 1)
+        lower(model, ROWS[runtime].changes(check_exact(ROWS[runtime])))
+        self._session = ROWS[runtime].open(model, 1)
         self.names = [each.name for each in model.graph.input]
         self._outputs = [each.name for each in model.graph.output]
 
@@ -182,12 +182,12 @@ def check_samples(
     weights = qnn.layers()[last]
     before = weights.weight_quantizers[0].delta.clone()
     weights.weight_quantizers[0].delta.mul_(1 + 1 / 255)
-    weights.baked = None
+    weights.drop_dequantized()
     planted = _AfterRuntime(followed, qnn, fed)
     assert psnr(sampled(planted), made) < FOLLOWED_PSNR
     assert min(planted.errors) > tolerance, planted.errors
     weights.weight_quantizers[0].delta.copy_(before)
-    weights.baked = None
+    weights.drop_dequantized()
 
     # Each for itself, and the graph as it runs, where nobody looks inside: flips at edges take what they take.
     with qnn.quantized():

@@ -171,7 +171,7 @@ PLANTED = ("input_blocks.0.0", "middle_block.0.out_layers.3", "out.2")
 @pytest.mark.parametrize("name", LATENTS)
 @torch.no_grad()
 def test_exported(name, runtime, exported):
-    from qdiff.deploy.runtimes import OnnxNetwork
+    from qdiff.deploy.onnx_network import OnnxNetwork
 
     qnn, model, path, given = exported(name)
     followed = Followed(path, runtime)

@@ -6,15 +6,16 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from exact_runtimes import SPLIT, refusal, require_packages
 
-from qdiff.deploy import exactness, runtimes
+from qdiff.deploy import exactness, for_onnxruntime
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.onnx_lowering import ProductLimits
-from qdiff.deploy.runtimes import RUNTIMES
+from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes
 from qdiff.errors import UserError
 
 require_packages()
@@ -22,22 +23,22 @@ require_packages()
 AS_WITHOUT_VNNI = """
 from qdiff.deploy.exactness import check_exact
 from qdiff.deploy.runtimes import RUNTIMES
-print(check_exact("openvino", RUNTIMES["openvino"]).weight)
+print(check_exact(RUNTIMES["openvino"]).weight)
 """
 PAIR_LIMIT = 2**15 - 1
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", onnx_runtimes())
 def test_saturating_products_are_refused(runtime):
     sentence = f"the integer products of {runtime} saturate on this CPU, "
     assert (refusal(runtime) or sentence).startswith(sentence)  # whose other tests are skipped then
 
     def saturating(model, threads):
-        run = RUNTIMES[runtime](model, threads)
+        run = RUNTIMES[runtime].open(model, threads)
         return lambda feed: [np.minimum(out, 64 // 2 * PAIR_LIMIT) for out in run(feed)]
 
     with pytest.raises(UserError, match=f"^{sentence}"):
-        check_exact(runtime, saturating)
+        check_exact(replace(RUNTIMES[runtime], open=saturating))
 
 
 @pytest.mark.parametrize("wrong", range(4))
@@ -45,13 +46,13 @@ def test_each_product_counts(wrong):
     """Of two activations alone it is said apart; a product of weights that is wrong in any kernel is not exact."""
 
     def opened(model, threads):
-        run = RUNTIMES["onnxruntime"](model, threads)
+        run = RUNTIMES["onnxruntime"].open(model, threads)
         return lambda feed: [out * (1 + 1e-4 * (i == wrong)) for i, out in enumerate(run(feed))]
 
-    found = exactness.limits_of("onnxruntime", opened)
+    found = exactness.limits_of(RUNTIMES["onnxruntime"].changes, opened)
     assert found == (ProductLimits(activations=False) if wrong == 3 else None)
     with pytest.raises(UserError):  # nothing keeps them in float for this runtime
-        check_exact("onnxruntime", opened)
+        check_exact(replace(RUNTIMES["onnxruntime"], open=opened))
 
 
 # What each size of weights gives, and what was lowered for it; and the limits that follow.
@@ -78,11 +79,12 @@ def test_the_lowering_is_the_first_that_is_exact(name, monkeypatch):
     def opened(model, threads):
         raise AssertionError
 
+    runtime = replace(RUNTIMES["openvino"], open=opened)
     if expected is None:
         with pytest.raises(UserError, match="saturate on this CPU"):
-            check_exact("openvino", opened)
+            check_exact(runtime)
     else:
-        assert check_exact("openvino", opened) == expected
+        assert check_exact(runtime) == expected
     # The largest integers are tried first and, where they must be lowered, once more with what was chosen.
     wanted = [(largest, ProductLimits()) for largest in plain]
     assert [(size, limits) for size, limits in asked if limits == ProductLimits()] == wanted
@@ -101,10 +103,10 @@ def test_the_lowering_is_the_first_that_is_exact(name, monkeypatch):
 )
 def test_onnx_runtime_takes_slower_kernels_where_the_fast_ones_saturate(limits, weight, fast, monkeypatch):
     taken = []
-    monkeypatch.setattr(runtimes, "_session", lambda model, threads, fast: taken.append(fast))
-    monkeypatch.setattr(runtimes, "limits_of", lambda runtime, opened: limits)
-    monkeypatch.setattr(runtimes, "largest_weight", lambda model: weight)
-    RUNTIMES["onnxruntime"](None, 1)
+    monkeypatch.setattr(for_onnxruntime, "_session", lambda model, threads, fast: taken.append(fast))
+    monkeypatch.setattr(for_onnxruntime, "limits_of", lambda runtime, opened: limits)
+    monkeypatch.setattr(for_onnxruntime, "largest_weight", lambda model: weight)
+    RUNTIMES["onnxruntime"].open(None, 1)
     assert taken == [fast]
 
 

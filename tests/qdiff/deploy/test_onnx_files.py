@@ -15,11 +15,12 @@ from following import RUNTIMES
 from torch import Tensor, nn
 
 from qdiff.checkpoint.native import layout
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.deploy.onnx_export import FORMAT, METADATA, export_onnx
-from qdiff.deploy.runtimes import OnnxNetwork, properties, read_model
+from qdiff.deploy.onnx_network import OnnxNetwork, properties, read_model
 from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 onnx = pytest.importorskip("onnx")
 require_runtimes()

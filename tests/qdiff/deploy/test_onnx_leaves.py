@@ -11,13 +11,14 @@ from exact_runtimes import SPLIT, require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.interface import AttentionCore, split_input
 from qdiff.modes import leaf_modes
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, calibrated_act_quantizers
+from qdiff.ranges.estimators import RangeMethod
 
 require_runtimes()
 
@@ -167,7 +168,7 @@ def x(leaves) -> Tensor:
 @pytest.fixture(scope="module")
 def computed(leaves, x, tmp_path_factory) -> dict[str, dict[str, Tensor]]:
     """Outputs of every leaf by runtime; and the simulated ones."""
-    from qdiff.deploy import runtimes
+    from qdiff.deploy import onnx_network
     from qdiff.deploy.onnx_export import export_onnx
 
     path = tmp_path_factory.mktemp("leaves") / "leaves.onnx"
@@ -177,8 +178,8 @@ def computed(leaves, x, tmp_path_factory) -> dict[str, dict[str, Tensor]]:
     for runtime in COMPUTED:
         with pytest.MonkeyPatch.context() as patch:
             if runtime == FORCED:
-                patch.setattr(runtimes, "check_exact", lambda *runtime: SPLIT)
-            flat = runtimes.OnnxNetwork(path, runtime.split("-")[0])(x, torch.zeros(len(x)))
+                patch.setattr(onnx_network, "check_exact", lambda *runtime: SPLIT)
+            flat = onnx_network.OnnxNetwork(path, runtime.split("-")[0])(x, torch.zeros(len(x)))
         parts = flat[:, :-1].split(list(sizes.values()), dim=1)
         results[runtime] = {
             name: part.reshape(results["simulated"][name].shape) for name, part in zip(sizes, parts, strict=True)
@@ -205,7 +206,7 @@ def planted(qnn: QuantModel, name: str, x: Tensor) -> dict[str, Tensor]:
     def tried(what: str, change) -> None:
         leaf = copy.deepcopy(qnn.model.layers[name])
         change(leaf)
-        leaf.baked = None
+        leaf.drop_dequantized()
         view = VIEWS[VIEW_OF.get(name.split("-")[1], "conv2d")](x)
         with leaf_modes([leaf], weights=True, activations=True), torch.no_grad():
             results[what] = leaf(view)
@@ -268,7 +269,7 @@ def test_a_zero_point_at_hand_counts_where_taps_lie_inside(leaves, x, computed, 
     """Planted: as if every tap of a kernel lay inside, also at the borders."""
     from qdiff.deploy import onnx_leaves
     from qdiff.deploy.onnx_export import export_onnx
-    from qdiff.deploy.runtimes import OnnxNetwork
+    from qdiff.deploy.onnx_network import OnnxNetwork
 
     inside = onnx_leaves._inside
     monkeypatch.setattr(onnx_leaves, "_inside", lambda *where: torch.ones_like(inside(*where)))

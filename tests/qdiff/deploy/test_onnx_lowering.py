@@ -13,8 +13,8 @@ from exact_runtimes import SPLIT  # noqa: E402
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 from onnx.reference.op_run import OpRun  # noqa: E402
 
-from qdiff.deploy.onnx_lowering import CHANGES, ProductLimits, lower  # noqa: E402
-from qdiff.deploy.runtimes import RUNTIMES  # noqa: E402
+from qdiff.deploy.onnx_lowering import ProductLimits, lower  # noqa: E402
+from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes  # noqa: E402
 
 # Relative to the largest value: float32 sums in another order.
 TOLERANCE = 1e-6
@@ -131,7 +131,7 @@ def test_the_same_is_computed(name, bits, runtime, limits):
     product, kernel, attributes, shape, bias = CASES[name]
     model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
     expected = run(model, feed)
-    lower(model, runtime, LIMITS[limits])
+    lower(model, RUNTIMES[runtime].changes(LIMITS[limits]))
     onnx.checker.check_model(model)
     assert difference(run(model, feed), expected) < TOLERANCE
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -159,7 +159,7 @@ def test_the_same_is_computed(name, bits, runtime, limits):
 def test_openvino_gets_weights_without_zero_points(name, bits, limits):
     product, kernel, attributes, shape, bias = CASES[name]
     model = model_of(product, kernel, attributes, shape, bits, bias)
-    lower(model, "openvino", LIMITS[limits])
+    lower(model, RUNTIMES["openvino"].changes(LIMITS[limits]))
     weights = weights_of(model)
     assert len(weights) == (2 if bits == 8 else 1)  # 8 bits need the sums of the windows
     for _, integers, zero_points in weights:
@@ -178,10 +178,10 @@ def test_onnx_runtime_gets_integer_matrix_products(name, bits):
     product, kernel, attributes, shape, bias = CASES[name]
     model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
     expected = run(model, feed)
-    lower(model, "onnxruntime", ProductLimits())
+    lower(model, RUNTIMES["onnxruntime"].changes(ProductLimits()))
     found = Counter(node.op_type for node in model.graph.node)
     assert found["Conv"] == found["MatMul"] == 0 and found["MatMulIntegerToFloat"] == 1
-    assert difference(RUNTIMES["onnxruntime"](model, 1)(feed)[0], expected) < TOLERANCE
+    assert difference(RUNTIMES["onnxruntime"].open(model, 1)(feed)[0], expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("limits", LIMITS)
@@ -193,7 +193,7 @@ def test_openvino_multiplies_integers(name, bits, limits):
     product, kernel, attributes, shape, bias = CASES[name]
     model, feed = model_of(product, kernel, attributes, shape, bits, bias), given(shape)
     expected = run(model, feed)
-    lower(model, "openvino", LIMITS[limits])
+    lower(model, RUNTIMES["openvino"].changes(LIMITS[limits]))
     core = openvino.Core()
     core.set_property("CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU")
@@ -204,7 +204,7 @@ def test_openvino_multiplies_integers(name, bits, limits):
     ]
     assert len(products) == (2 if bits == 8 else 1) and all(types == ["u8", "i8"] for types in products)
     if limits == "split" or bits == 4:
-        assert difference(RUNTIMES["openvino"](model, 1)(feed)[0], expected) < TOLERANCE
+        assert difference(RUNTIMES["openvino"].open(model, 1)(feed)[0], expected) < TOLERANCE
 
 
 def two_products_of_one_input():
@@ -218,19 +218,19 @@ def two_products_of_one_input():
 
 def test_products_of_one_input_share_its_windows():
     model = two_products_of_one_input()
-    lower(model, "onnxruntime", ProductLimits())
+    lower(model, RUNTIMES["onnxruntime"].changes(ProductLimits()))
     found = Counter(node.op_type for node in model.graph.node)
     assert found["MatMulIntegerToFloat"] == 2 and found["Gather"] == found["Pad"] == 1
 
 
 def test_split_products_of_one_input_share_what_is_repeated():
     model = two_products_of_one_input()
-    lower(model, "openvino", LIMITS["split"])
+    lower(model, RUNTIMES["openvino"].changes(LIMITS["split"]))
     found = Counter(node.op_type for node in model.graph.node)
     assert found["Concat"] == 1 and found["Conv"] == 4  # two products, two windows
 
 
-@pytest.mark.parametrize("runtime", CHANGES)
+@pytest.mark.parametrize("runtime", onnx_runtimes())
 @pytest.mark.parametrize("change", ["float input", "dilations"])
 def test_what_no_kernel_takes_stays_a_convolution(change, runtime):
     """Weights alone are quantized, or a geometry that no network here has."""
@@ -240,7 +240,7 @@ def test_what_no_kernel_takes_stays_a_convolution(change, runtime):
     if change == "float input":
         model.graph.node[-1].input[0] = "x"
     expected = run(model, feed)
-    lower(model, runtime, ProductLimits())
+    lower(model, RUNTIMES[runtime].changes(ProductLimits()))
     found = Counter(node.op_type for node in model.graph.node)
     convolutions = 2 if (runtime, change) == ("openvino", "dilations") else 1
     assert found["MatMulIntegerToFloat"] == 0 and found["Conv"] == convolutions
@@ -268,7 +268,7 @@ def test_products_of_two_activations_for_openvino(limits, quantized):
     generator = np.random.default_rng(0)
     feed = {name: generator.standard_normal((2, 3, 4)).astype(np.float32) for name in ("x", "z")}
     expected = run(model, feed)
-    lower(model, "openvino", LIMITS[limits])
+    lower(model, RUNTIMES["openvino"].changes(LIMITS[limits]))
     kept = [node for node in model.graph.node if node.op_type == "Max"]
     assert len(kept) == (1 if (limits, quantized) == ("split", "both") else 0)
     assert np.array_equal(run(model, feed), expected)
@@ -290,7 +290,7 @@ def test_group_normalisation_for_onnx_runtime(shape):
     feed = {"x": generator.standard_normal((2, *shape)).astype(np.float32)}
     feed["x"][:, 0] += 3  # groups differ, and so do their channels
     expected = run(model, feed)
-    lower(model, "onnxruntime", ProductLimits())
+    lower(model, RUNTIMES["onnxruntime"].changes(ProductLimits()))
     assert "GroupNormalization" not in [node.op_type for node in model.graph.node]
     assert difference(run(model, feed), expected) < TOLERANCE
     planted = next(node for node in model.graph.node if node.op_type == "InstanceNormalization")

@@ -8,12 +8,13 @@ from exact_runtimes import require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.deploy.onnx_export import export_onnx, first_step_path
-from qdiff.deploy.runtimes import OnnxNetwork, read_model
+from qdiff.deploy.onnx_network import OnnxNetwork, read_model
 from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 require_runtimes()
 
@@ -73,7 +74,7 @@ def trajectory(network, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
 
 def simulated(qnn: QuantModel, inputs: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     for layer in qnn.layers().values():
-        layer.baked = None
+        layer.drop_dequantized()
     with qnn.quantized():
         return trajectory(qnn, inputs)
 

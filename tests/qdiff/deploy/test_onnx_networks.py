@@ -12,7 +12,7 @@ from exact_runtimes import require_runtimes
 from following import FREE_STEP_TOLERANCE, RUNTIMES, Followed, check_samples, relative
 from torch import Tensor
 
-from qdiff.deploy.runtimes import OnnxNetwork
+from qdiff.deploy.onnx_network import OnnxNetwork
 from qdiff.quant_model import QuantModel
 
 require_runtimes()
@@ -46,7 +46,7 @@ def scaled(delta: Tensor, channel: int | None = None) -> Iterator[None]:
 
 def set_weights_anew(qnn: QuantModel) -> None:
     for layer in qnn.layers().values():
-        layer.baked = None
+        layer.drop_dequantized()
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -82,9 +82,9 @@ def test_a_scale_one_level_off_is_seen(name, runtime, exported):
             found = followed.differences(network.qnn, *given)
         assert found.rounding[f"{layer_name}.act_quantizers.0"] > LEVEL_TOLERANCE, layer_name
         with scaled(layer.weight_quantizers[0].delta, channel=0):
-            layer.baked = None
+            layer.drop_dequantized()
             found = followed.differences(network.qnn, *given)
-        layer.baked = None
+        layer.drop_dequantized()
         assert found.sums() > SUM_TOLERANCE, layer_name
     cores = [q for n, q in network.qnn.act_quantizers().items() if n.endswith("act_quantizer_w")]
     with scaled(cores[0].delta):

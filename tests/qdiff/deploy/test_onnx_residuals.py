@@ -9,8 +9,9 @@ from exact_runtimes import SPLIT, require_runtimes
 from following import RUNTIMES, relative
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, RangeMethod
+from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.estimators import RangeMethod
 
 require_runtimes()
 
@@ -52,11 +53,11 @@ class Residuals(nn.Module):
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_a_residual_is_added_to_what_was_scaled(weights, split, tmp_path, monkeypatch):
-    from qdiff.deploy import runtimes
+    from qdiff.deploy import onnx_network
     from qdiff.deploy.onnx_export import export_onnx
 
     if split:  # as where there is no VNNI, on every machine
-        monkeypatch.setattr(runtimes, "check_exact", lambda *runtime: SPLIT)
+        monkeypatch.setattr(onnx_network, "check_exact", lambda *runtime: SPLIT)
     torch.manual_seed(0)
     qnn = QuantModel(Residuals(), QuantConfig(**weights, act_bits=8)).requires_grad_(False)
     for layer in qnn.layers().values():
@@ -68,6 +69,6 @@ def test_a_residual_is_added_to_what_was_scaled(weights, split, tmp_path, monkey
     with qnn.quantized():
         expected = qnn(*given).split(8, dim=1)
     for runtime in RUNTIMES:
-        out = runtimes.OnnxNetwork(tmp_path / "model.onnx", runtime)(*given).split(8, dim=1)
+        out = onnx_network.OnnxNetwork(tmp_path / "model.onnx", runtime)(*given).split(8, dim=1)
         for name, there, wanted in zip(qnn.model.pairs, out, expected, strict=True):
             assert relative(there, wanted) < TOLERANCE, (runtime, name)

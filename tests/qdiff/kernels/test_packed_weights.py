@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from stored_size import content_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -15,9 +16,8 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, load_packed, save_checkpoint
 from qdiff.checkpoint.metadata import read_metadata
-from qdiff.checkpoint.native import counted_bytes
 from qdiff.config import QuantConfig
-from qdiff.cost.account import account, stored_bytes
+from qdiff.cost.account import account
 from qdiff.errors import UserError
 from qdiff.kernels.packed_weight import WeightCache
 from qdiff.kernels.packing import packed_bytes
@@ -87,7 +87,7 @@ def test_packing_while_quantized(calibrated, held_out):
     with qnn.quantized(), torch.no_grad():
         expected = qnn(*held_out)
         qnn.pack_weights()
-        assert all(layer.baked is None for layer in qnn.layers().values())
+        assert all(layer.weight_dequantized is None for layer in qnn.layers().values())
         assert torch.equal(qnn(*held_out), expected)
 
 
@@ -124,7 +124,7 @@ def test_no_network_of_floats_in_passing(calibrated, held_out):
     assert all(layer.weight.is_meta for layer in qnn.layers().values())
     with qnn.quantized():
         for layer in qnn.layers().values():
-            assert layer.bake() is None
+            assert layer.weight_dequantized is None
             assert layer.dequantized_weight().numel() <= largest
 
 
@@ -231,7 +231,7 @@ def test_native_files_are_the_same(calibrated, tmp_path):
     save_checkpoint(qnn, tmp_path / "after")
     assert same_files(tmp_path / "before", tmp_path / "after")
     assert account(qnn, (1, 8, 8)) == counts
-    assert counted_bytes(qnn) == stored_bytes(qnn) == counts.size_bytes
+    assert content_bytes(tmp_path / "after") == counts.size_bytes
 
 
 def test_moving_and_copying(calibrated, held_out):

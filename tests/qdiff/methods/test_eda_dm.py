@@ -17,6 +17,7 @@ from qdiff.methods import eda_dm
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer
+from qdiff.weight_forms import WeightForm
 
 # Min-max ranges: the search of EDA-DM has tests of its own and takes most of the time here.
 W4A8 = {"weight_bits": 4, "act_bits": 8, "split_shortcut": True, "keep_ends": True}
@@ -88,7 +89,7 @@ def assert_complete(qnn, run):
     assert all(m.initialised for m in qnn.modules() if isinstance(m, Quantizer))
     assert qnn.act_quantizers() and qnn.silent_quantizers() == []
     assert not any(p.requires_grad for p in qnn.parameters())
-    assert not any(layer.soft_weight or layer.weights_quantized for layer in qnn.layers().values())
+    assert not any(layer.form is WeightForm.SOFT or layer.weights_quantized for layer in qnn.layers().values())
     assert all(0 <= e < float("inf") for e in run.errors.values())
 
 
@@ -164,7 +165,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(unit, call, wrap, data, tm
         counting(patch, call)
         calibrated_with(first, data, recipe, quiet(journal=CalibrationJournal(tmp_path, {"seed": 0})))
     assert not any(p.requires_grad for p in first.parameters())
-    assert not any(layer.soft_weight or layer.acts_quantized for layer in first.layers().values())
+    assert not any(layer.form is WeightForm.SOFT or layer.acts_quantized for layer in first.layers().values())
 
     with monkeypatch.context() as patch:
         fitted = counting(patch)

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from stored_size import content_bytes
 
 from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
-from qdiff.checkpoint.native import content_bytes, counted_bytes
 from qdiff.config import QuantConfig
 from qdiff.cost.account import account
 from qdiff.errors import UserError
@@ -111,11 +111,11 @@ def test_size_and_cost(saved):
     kept, kept_path = saved(keep_ends=True)
     plain, plain_path = saved()
     for qnn, path in ((kept, kept_path), (plain, plain_path)):
-        assert content_bytes(path) == counted_bytes(qnn) == account(qnn, IMAGE).size_bytes
+        assert content_bytes(path) == account(qnn, IMAGE).size_bytes
     weights = [kept.layers()[n].weight for n in (FIRST, LAST)]
     # Half a byte more for each weight of the ends and each of their zero points, δ and z of one activation less.
     more = sum(w.numel() // 2 + w.shape[0] // 2 for w in weights)
-    assert counted_bytes(kept) - counted_bytes(plain) == more - 8
+    assert content_bytes(kept_path) - content_bytes(plain_path) == more - 8
     costs = {layer.name: layer for layer in account(kept, IMAGE).layers}
     assert (costs[FIRST].weight_bits, costs[FIRST].act_bits) == (8, 8)
     assert (costs[LAST].weight_bits, costs[LAST].act_bits) == (8, 32)

@@ -8,7 +8,7 @@ import torch
 from qdiff.calibration.run import CalibrationRun, assert_all_fired
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.methods import linear
-from qdiff.ranges.estimators import qparams
+from qdiff.ranges.qparams import qparams
 
 # Relative, of a step size: activations at another batch size differ in the last bits.
 RANGE_TOLERANCE = 1e-4

@@ -128,7 +128,7 @@ def differences(qnn, data, unit):
 
 def steps_of(difference, layer):
     """(max − min) / (2^b − 1) of every slice of a layer's input."""
-    dim = layer._channel_dim
+    dim = layer.channel_dim
     extremes = [torch.aminmax(part) for part in difference.split(layer.slices, dim=dim)]
     return [(float(high) - float(low)) / LEVELS for low, high in extremes]
 

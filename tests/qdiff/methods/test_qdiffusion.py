@@ -16,6 +16,7 @@ from qdiff.errors import UserError
 from qdiff.methods import qdiffusion
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quantizer import ActQuantizer
+from qdiff.weight_forms import WeightForm
 
 W4A8 = {"weight_bits": 4, "act_bits": 8, "act_symmetric": True, "split_shortcut": True}
 STEPS = 18  # of the tiny network
@@ -107,7 +108,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(call, wrap, data, tmp_path
         interrupted_at(patch, call)
         with pytest.raises(KeyboardInterrupt):
             qdiffusion.calibrate(first, data, quick(), quiet(journal=CalibrationJournal(tmp_path, settings)))
-    assert not any(layer.soft_weight or layer.weights_quantized for layer in first.layers().values())
+    assert not any(layer.form is WeightForm.SOFT or layer.weights_quantized for layer in first.layers().values())
     assert not any(p.requires_grad for p in first.parameters())
     if call < 2 * STEPS - 1:  # there, all had been fitted and one was not kept
         assert not same(result(first), result(whole))

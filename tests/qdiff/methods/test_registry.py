@@ -11,10 +11,10 @@ import pytest
 from qdiff.calibration.run import CalibrationRun, assert_all_fired, init_weights
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
-from qdiff.config import RangeMethod
 from qdiff.errors import UserError
 from qdiff.methods import registry
 from qdiff.methods.registry import DEFAULT, METHODS, Method, find_method
+from qdiff.ranges.estimators import RangeMethod
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qdiff.config import RangeMethod
 from qdiff.functional import fake_quantize_inference
-from qdiff.ranges.estimators import TINY, RangeObserver, estimate, qparams
+from qdiff.ranges.estimators import ESTIMATORS, RangeMethod, estimate
+from qdiff.ranges.least_error import LeastError
+from qdiff.ranges.qparams import TINY, qparams
 
 # Relative, of a step size: one float32 division and one multiplication in another order.
 DELTA_TOLERANCE = 1e-6
@@ -35,7 +36,7 @@ def test_unsigned_starts_at_zero_and_uses_all_levels():
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("method", list(RangeMethod))
+@pytest.mark.parametrize("method", list(ESTIMATORS))
 @pytest.mark.parametrize("values", [[5.0, 6.0, 7.0], [-7.0, -6.0, -5.0]])
 def test_zero_is_in_the_range_of_one_sided_input(values, method, symmetric):
     x = torch.tensor(values)
@@ -62,7 +63,7 @@ def test_channels_are_independent():
         torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
         * torch.tensor([1, 10, 100, 1000])[:, None, None, None]
     )
-    for method in RangeMethod:
+    for method in ESTIMATORS:
         delta, zero_point = estimate(x, 4, method, symmetric=False, per_channel=True)
         assert delta.shape == zero_point.shape == (4, 1, 1, 1)
         for row in range(4):
@@ -100,7 +101,7 @@ def test_search_matches_a_plain_loop(bits, symmetric):
 
 
 def observed(batches, method=RangeMethod.MIN_MAX, momentum=None, symmetric=False, unsigned=False, bits=8):
-    observer = RangeObserver(method, momentum)
+    observer = ESTIMATORS[method](momentum)
     for batch in batches:
         observer.update(batch)
     return observer.qparams(bits, symmetric, unsigned)
@@ -125,13 +126,13 @@ def test_observer_search_equals_the_search_on_everything():
 
 def test_observer_sample_is_bounded_and_meets_every_column(monkeypatch):
     """A stride that divides the image's width would look at one column only."""
-    monkeypatch.setattr(RangeObserver, "SAMPLE", 1 << 10)
-    observer = RangeObserver(RangeMethod.MSE)
+    monkeypatch.setattr(LeastError, "SAMPLE", 1 << 10)
+    observer = LeastError()
     columns = torch.arange(32.0).expand(8, 16, 32, 32)
     for _ in range(8):
         observer.update(columns)
-    kept = torch.cat(observer._kept)
+    kept = torch.cat(observer.kept)
     assert set(kept.unique().tolist()) == set(range(32))
-    assert kept.numel() <= 8 * RangeObserver.SAMPLE
+    assert kept.numel() <= 8 * LeastError.SAMPLE
     delta, zero_point = observer.qparams(8, symmetric=False, unsigned=False)
     assert delta > 0 and int(zero_point) == 0

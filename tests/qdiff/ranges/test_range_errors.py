@@ -9,12 +9,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qdiff.config import RangeMethod
 from qdiff.ranges import errors as range_errors
-from qdiff.ranges import estimators as range_estimators
+from qdiff.ranges import least_error
 from qdiff.ranges import search as range_search
 from qdiff.ranges.errors import DEVICE_BYTES, first_least
-from qdiff.ranges.estimators import RangeObserver, estimate
+from qdiff.ranges.estimators import ESTIMATORS, RangeMethod, estimate
 from qdiff.ranges.search import Side
 
 META = torch.device("meta")  # has the chunks of a GPU, and computes nothing
@@ -38,7 +37,7 @@ def found_with(values, rows, monkeypatch):
             for x in (weight, weight.abs()):
                 for bits, symmetric in ((3, False), (9, False), (4, True)):
                     found += estimate(x, bits, method, symmetric, per_channel=True)
-            observer = RangeObserver(method)
+            observer = ESTIMATORS[method]()
             for batch in batches:
                 observer.update(batch)
             found += observer.qparams(4, False, False)
@@ -50,7 +49,7 @@ def test_results_do_not_depend_on_chunks(monkeypatch):
     expected = found_with(range_errors.DEVICE_VALUES, 1000, monkeypatch)
     for chunks in ((1, 1), (200, 2)):
         assert all(torch.equal(a, b) for a, b in zip(found_with(*chunks, monkeypatch), expected, strict=True))
-    monkeypatch.setattr(range_estimators, "SHRINK_STEPS", 2)
+    monkeypatch.setattr(least_error, "SHRINK_STEPS", 2)
     planted = found_with(range_errors.DEVICE_VALUES, 1000, monkeypatch)
     assert not all(torch.equal(a, b) for a, b in zip(planted, expected, strict=True))
 
@@ -94,7 +93,7 @@ def launches(channels, n, bits, method):
     rows = torch.empty(channels, n, device=META)
     with Launches() as mode:
         if method == "mse":
-            range_estimators._search(rows, rows.amin(1), rows.amax(1), bits, False, False)
+            least_error.LeastError.choose(rows, rows.amin(1), rows.amax(1), bits, False, False)
         else:
             for part in rows.split(range_search._rows_at_a_time(n, bits, META)):
                 if method == "pairs":

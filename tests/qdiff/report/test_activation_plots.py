@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qdiff.evaluation.registry import metric_columns
 from qdiff.report.activation_plots import activation_picture, activation_plots, activation_series, pictured
-from qdiff.report.columns import METRICS
 from qdiff.report.metric_axes import method_name
 from qdiff.report.page import write_page
 from qdiff.report.plots import series_of
 
 WIDTHS = (8, 6, 4, 3, 2)
-FID = next(column for column in METRICS if column.key == "fid")
+FID = next(column for column in metric_columns() if column.key == "fid")
 
 
 def row(label: str, method: str, weights: int, acts: int, **others) -> dict:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qdiff.report.columns import COSTS, HIGHER, LOWER, METRICS, NOTHING, columns_of, markdown
+from qdiff.evaluation.column import HIGHER, LOWER, NOTHING
+from qdiff.evaluation.registry import metric_columns
+from qdiff.report.columns import COSTS, columns_of, markdown
 
 ROW = {
     "label": "W4A8",
@@ -133,8 +135,8 @@ def test_values_are_there_for_sorting_and_plots():
 
 
 def test_keys_and_headings_are_unique_and_each_column_has_a_better_side():
-    every = (*METRICS, *COSTS)
+    every = (*metric_columns(), *COSTS)
     assert len({column.key for column in every}) == len({column.heading for column in every}) == len(every)
     assert {column.better for column in every} == {LOWER, HIGHER}
     assert all(column.better == LOWER for column in COSTS)
-    assert {column.key for column in METRICS if column.better == LOWER} == {"fid", "sfid", "kid", "lpips"}
+    assert {column.key for column in metric_columns() if column.better == LOWER} == {"fid", "sfid", "kid", "lpips"}

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from qdiff.evaluation.column import NOTHING
 from qdiff.io.images import save_png
 from qdiff.report import page as page_module
-from qdiff.report.columns import NOTHING, columns_of
+from qdiff.report.columns import columns_of
 from qdiff.report.page import AMPLIFIED, SHRUNK_TO, write_page
 from qdiff.report.plots import legend, metric_plots, series_of
 

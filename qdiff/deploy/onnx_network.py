@@ -1,0 +1,157 @@
+"""Run an exported network with ONNX Runtime or OpenVINO, in the place of the torch network."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qdiff.config import QuantConfig
+from qdiff.deploy.exactness import check_exact
+from qdiff.deploy.onnx_export import FORMAT, METADATA, first_step_path, import_onnx, metadata_of
+from qdiff.deploy.onnx_graph import INPUTS, STATE
+from qdiff.deploy.onnx_lowering import ProductLimits, lower
+from qdiff.deploy.runtime import OnnxRuntime
+from qdiff.deploy.runtimes import RUNTIMES
+from qdiff.errors import UserError
+from qdiff.quant_model import QuantModel
+
+if TYPE_CHECKING:
+    import onnx
+
+# How ranges were chosen shows in the ranges.
+HOW_CHOSEN = ("weight_range", "act_range")
+
+
+class OnnxNetwork:
+    """ε(x, t[, context]) by a runtime on the CPU; tensors go in and come out on the device that they came from.
+
+    Args:
+        path: a file of `qdiff.deploy.onnx_export.export_onnx`.
+        runtime: a name in `qdiff.deploy.runtimes.RUNTIMES`, of one that runs exported models.
+        threads: of the runtime; None takes torch's number.
+        qnn: what the file must have been exported from; None takes any.
+        shapes: (C, H, W) of the images and (L, D) of the context that the file must take; () takes any.
+
+    Raises:
+        UserError: the runtime is not installed, or the file is damaged, none of ours, or of another network.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        runtime: str,
+        threads: int | None = None,
+        qnn: QuantModel | None = None,
+        shapes: tuple[tuple[int, ...] | None, ...] = (),
+    ) -> None:
+        path, threads = Path(path), threads or torch.get_num_threads()
+        model = read_model(path)
+        if qnn is not None:
+            check_config(path, model, qnn.config)
+            _check_content(path, properties(model), metadata_of(qnn, {}))
+        _check_shapes(path, model, shapes)
+        first, self._first = first_step_path(path), None
+        if any(each.name.startswith(f"{STATE}.") for each in model.graph.input):
+            earlier = read_model(first)
+            _check_content(first, properties(earlier), properties(model))
+            self._first = _Graph(earlier, RUNTIMES[runtime], threads)
+        self._graph = _Graph(model, RUNTIMES[runtime], threads)
+        self._state: dict[str, np.ndarray] | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> Tensor:
+        given = [i for i in inputs if i is not None]
+        feed = {name: i.detach().to("cpu", torch.float32).numpy() for name, i in zip(INPUTS, given, strict=False)}
+        graph = self._graph
+        if self._first is not None:
+            feed |= self._remembered(len(given[0]))
+            graph = self._graph if self._state else self._first
+        eps, *state = graph.run(feed)
+        if self._first is not None:
+            self._state = dict(zip(self._graph.states, state, strict=True))
+        return torch.from_numpy(eps).to(given[0].device)
+
+    def _remembered(self, batch: int) -> dict[str, np.ndarray]:
+        if self._state is None:
+            raise RuntimeError("a modulated network runs inside `with network.trajectory():`, opened for every batch")
+        there = len(next(iter(self._state.values()), range(batch)))
+        if there != batch:
+            raise RuntimeError(f"a batch of {batch} came in a trajectory of {there}; open a new one for a new batch")
+        return self._state
+
+    @contextlib.contextmanager
+    def trajectory(self) -> Iterator[None]:
+        """Sample one batch inside the block: what modulated layers remember is given up at its end."""
+        self._state = {}
+        try:
+            yield
+        finally:
+            self._state = None
+
+
+class _Graph:
+    """One model in a runtime; ``states`` names the state that it takes, in the order in which it is given."""
+
+    def __init__(self, model: onnx.ModelProto, runtime: OnnxRuntime, threads: int) -> None:
+        limits = ProductLimits()
+        if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+            limits = check_exact(runtime)
+        lower(model, runtime.changes(limits))
+        self.states = [each.name for each in model.graph.input if each.name.startswith(f"{STATE}.")]
+        self.run = runtime.open(model, threads)
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """Read a file, which may be any ONNX model.
+
+    Raises:
+        UserError: missing, damaged, or not written by `export_onnx`.
+    """
+    onnx = import_onnx()
+    if not path.is_file():
+        raise UserError(f"ONNX file {path} does not exist; write it with scripts/export.py")
+    try:
+        model = onnx.load(str(path))
+    except Exception as error:  # protobuf's errors have no common class
+        raise UserError(f"ONNX file {path} is damaged ({type(error).__name__}); write it anew") from None
+    if properties(model).get(METADATA[0]) != FORMAT:
+        raise UserError(f"{path} is no ONNX model of ours ({FORMAT}); write it with scripts/export.py")
+    return model
+
+
+def properties(model: onnx.ModelProto) -> dict[str, str]:
+    """Return a model's metadata."""
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def check_config(path: Path, model: onnx.ModelProto, here: QuantConfig) -> None:
+    """Raise a `UserError` where a file was exported with other widths or modes than a run asks for."""
+    there = QuantConfig.from_dict(json.loads(properties(model)[METADATA[1]]))
+    for name in (field.name for field in fields(QuantConfig) if field.name not in HOW_CHOSEN):
+        theirs, ours = (getattr(value, "value", value) for value in (getattr(there, name), getattr(here, name)))
+        if theirs != ours:
+            raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it anew")
+
+
+def _check_content(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:
+    _, _, layout, content, _ = METADATA
+    if found[layout] != expected[layout]:
+        raise UserError(f"{path} was exported from another network; export it anew with this model")
+    if found[content] != expected[content]:
+        raise UserError(f"{path} was exported with other weights or ranges; export it anew with this checkpoint")
+
+
+def _check_shapes(path: Path, model: onnx.ModelProto, shapes: tuple[tuple[int, ...] | None, ...]) -> None:
+    dims = {each.name: each.type.tensor_type.shape.dim[1:] for each in model.graph.input}
+    for name, shape in zip((INPUTS[0], INPUTS[2]), shapes, strict=False):
+        taken = tuple(dim.dim_value for dim in dims.get(name, ()))
+        if taken != tuple(shape or ()):
+            there, here = ("×".join(map(str, sides)) or "none" for sides in (taken, shape or ()))
+            raise UserError(f"{path} was exported for {name} of shape {there}, this run has {here}; export it anew")

@@ -1,0 +1,24 @@
+"""Ranges from extreme to extreme."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qdiff.ranges.qparams import qparams
+from qdiff.ranges.range_estimator import RangeEstimator
+
+
+class MinMax(RangeEstimator):
+    """Takes the extremes; keeps no values."""
+
+    @classmethod
+    def choose(
+        cls, rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool
+    ) -> tuple[Tensor, Tensor]:
+        return qparams(low, high, bits, symmetric, unsigned)
+
+    def keep(self, values: Tensor, low: Tensor, high: Tensor) -> None:
+        pass
+
+    def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
+        return qparams(self.low, self.high, bits, symmetric, unsigned)
