@@ -12,7 +12,7 @@ from qdiff.io.config_schema import check_section
 from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_config
 
-MISSING = "see configs/latent-diffusion and configs/stable-diffusion"  # where the file is none
+MISSING = "see configs/latent-diffusion and configs/stable-diffusion"  # advice for a missing file
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"
 TARGETS = {
     "unet_config": ("ldm.modules.diffusionmodules.openaimodel.UNetModel",),
