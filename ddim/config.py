@@ -102,7 +102,7 @@ def load_config(path: str | Path) -> Any:
         raise UserError(f"{origin} has both data.rescaled and data.logit_transform; set only one of them")
     if any(factor * config.model.ch % 32 for factor in config.model.ch_mult) or not config.model.ch_mult:
         raise UserError(
-            f"{origin} has model.ch {config.model.ch} and ch_mult {config.model.ch_mult}; their products must be "
+            f"{origin} has model.ch {config.model.ch} and ch_mult {config.model.ch_mult}; give products that are "
             "multiples of 32, the number of normalisation groups"
         )
     return config

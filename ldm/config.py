@@ -12,7 +12,7 @@ from qdiff.io.config_schema import check_section
 from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_config
 
-MISSING = "see configs/latent-diffusion and configs/stable-diffusion"  # where the file is none
+MISSING = "see configs/latent-diffusion and configs/stable-diffusion"  # advice for a missing file
 HOLDER = "ldm.models.diffusion.ddpm.LatentDiffusion"
 TARGETS = {
     "unet_config": ("ldm.modules.diffusionmodules.openaimodel.UNetModel",),
@@ -56,7 +56,7 @@ def load_config(path: str | Path) -> Any:
     if "pretrained" in config:
         check_section(config.pretrained, PRETRAINED, "pretrained", origin)
     conditional = params.get("cond_stage_config", NOTHING) != NOTHING
-    # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless told otherwise.
+    # Without a conditioning_key, latent diffusion concatenates the condition to the latent unless concat_mode is false.
     if conditional and params.get("conditioning_key") is None and params.get("concat_mode", True):
         raise UserError(f"{origin} has no model.params.conditioning_key; add conditioning_key: crossattn")
     return config

@@ -38,7 +38,7 @@ PARAMS = {
     "use_ema": Key(bool),
     "conditioning_key": Key(choices=("crossattn", None), because=CONTEXT),
     "concat_mode": Key(bool),
-    "num_timesteps_cond": Key(choices=(1, None), because="conditions are not noised"),
+    "num_timesteps_cond": Key(choices=(1, None), because="no noise is added to conditions"),
     "cond_stage_forward": Key(choices=(None,), because="condition encoders are always called"),
     "use_positional_encodings": Key(choices=(False,)),
     "v_posterior": Key(choices=(0, 0.0), because="ancestral sampling uses the posterior's variance"),

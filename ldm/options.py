@@ -90,14 +90,14 @@ def chosen_sampler(args: argparse.Namespace, flags: Mapping[str, str]) -> str:
 def add_class_options(parser: argparse.ArgumentParser) -> None:
     """Model and sampler of scripts/sample_diffusion_ldm_imagenet.py."""
     add_guided_options(parser, CLASS_CONFIG, CLASS_CKPT, 20, 3.0, 1234, "number of images; classes are used in turn")
-    parser.add_argument("--n_batch", type=int, default=2, help="images at a time")
-    parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
+    parser.add_argument("--n_batch", type=int, default=2, help="images per batch")
+    parser.add_argument("--dataset", nargs="?", help="accepted but not used; sampling needs no images")
 
 
 def add_lsun_options(parser: argparse.ArgumentParser) -> None:
     """Model and sampler of EDA-DM's scripts for LSUN."""
     add_unconditional_options(parser, checkpoint="--resume", seed=1234, count=10000)
-    parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
+    parser.add_argument("--dataset", nargs="?", help="accepted but not used; sampling needs no images")
 
 
 def add_text_options(parser: argparse.ArgumentParser, seed: int = 42, n_iter: int = 2) -> None:
@@ -126,8 +126,8 @@ def add_text_options(parser: argparse.ArgumentParser, seed: int = 42, n_iter: in
 def add_caption_options(parser: argparse.ArgumentParser) -> None:
     """Model and sampler of EDA-DM's scripts/sample_txt2img.py, where ``--n_samples`` is the number of images."""
     add_text_options(parser, seed=1234, n_iter=1)
-    parser.add_argument("--n_batch", type=int, default=2, help="images at a time")
-    parser.add_argument("--dataset", nargs="?", help="accepted and not read: sampling needs no images")
+    parser.add_argument("--n_batch", type=int, default=2, help="images per batch")
+    parser.add_argument("--dataset", nargs="?", help="accepted but not used; sampling needs no images")
 
 
 CLASS_CONFIG, CLASS_CKPT = "configs/latent-diffusion/cin256-v2.yaml", "models/ldm/cin256/model.ckpt"

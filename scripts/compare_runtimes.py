@@ -32,7 +32,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="images per batch")
     parser.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
     parser.add_argument(
-        "--runtimes", help=f"names separated by commas: {', '.join(compared_runtimes())} (default: all that can)"
+        "--runtimes", help=f"names separated by commas: {', '.join(compared_runtimes())} (default: all available)"
     )
     parser.add_argument("--onnx", help="the exported model (default: exported into a temporary folder)")
     parser.add_argument("--out", help="JSON file to write, with the error at every step")

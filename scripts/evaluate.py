@@ -42,7 +42,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     group.add_argument("--lpips-weights", type=Path, help="torchvision's AlexNet or VGG16 weights, for LPIPS")
     group.add_argument("--lpips-net", choices=["alex", "vgg"], default="alex", help="network of these weights")
     group = parser.add_argument_group("CLIP score")
-    group.add_argument("--clip", action="store_true", help="with the prompts of the run")
+    group.add_argument("--clip", action="store_true", help="compute it with the run's prompts")
     group.add_argument("--prompts", help="text file, one prompt per line, or COCO captions (.json); one per image")
     group.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="folder or name of a CLIP model")
     group = parser.add_argument_group("run")

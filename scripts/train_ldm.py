@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     import pytorch_lightning as pl
     import torch
 
-    from ldm.train import train_diffusion, train_first_stage
+    from ldm.stages import train_diffusion, train_first_stage
     from qdiff.errors import UserError
     from qdiff.io.files import check_writable
 

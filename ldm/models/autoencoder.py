@@ -48,7 +48,7 @@ class VectorQuantizer(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1.0 / n_embed, 1.0 / n_embed)
 
     def indices(self, z: Tensor) -> Tensor:
-        """Return the nearest entry's number at every position of z [N, D, h, w], int64 [N, h, w]."""
+        """Return the index of the nearest entry at every position of z [N, D, h, w], int64 [N, h, w]."""
         n, _, h, w = z.shape
         flat = rearrange(z, "n d h w -> (n h w) d")
         codes = self.embedding.weight
@@ -144,6 +144,6 @@ class AutoencoderKL(FirstStage):
         return DiagonalGaussian(self.quant_conv(self.encoder(x)))
 
     def reconstruct_with_loss(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the reconstruction of a sampled latent, and the KL divergence per latent value, in nats."""
+        """Return the reconstruction from a sampled latent, and the KL divergence per latent value in nats."""
         posterior = self.encode(x)
         return self.decode(posterior.sample()), posterior.kl().mean() / posterior.mean[0].numel()

@@ -139,7 +139,7 @@ def _set_tokens(state: State, out: Tensor) -> None:
 
 
 def _to_map(state: State) -> tuple[Tensor, ...]:
-    # Contiguous: the CPU's GroupNorm backward has crashed on channels-last memory coming from here (torch 2.12).
+    # Contiguous, because the CPU's GroupNorm backward has crashed on channels-last memory from here (torch 2.12).
     h, w = state["h"].shape[2:]
     return (rearrange(state["tokens"], "n (h w) c -> n c h w", h=h, w=w).contiguous(),)
 

@@ -17,7 +17,7 @@ import torch
 from qdiff.benchmark.files import FLOAT_ONNX, ONNX, Job, file_bytes, write_checkpoints, write_onnx
 from qdiff.benchmark.fresh_process import FreshProcess
 from qdiff.benchmark.machine import describe_machine
-from qdiff.benchmark.table import Row, markdown, write_json
+from qdiff.benchmark.table import VariantRow, markdown, write_json
 from qdiff.benchmark.timing import Spread, Turns, alternated
 from qdiff.benchmark.variants import BASE, VARIANTS, chosen_variants, open_variant, prepare, take_turn
 from qdiff.cli.document import DocumentBlock
@@ -116,13 +116,13 @@ def _imply_random(args: Namespace) -> None:
     args.use_pretrained = True  # only for the weights' shapes
 
 
-def measure(job: Job, variants: Sequence[str]) -> list[Row]:
+def measure(job: Job, variants: Sequence[str]) -> list[VariantRow]:
     """Write the files, then measure each variant in its own process; if one cannot run, its row says why.
 
     The processes take turns, and wait between their turns. Without turns they run one after another, so that the
     machine holds only one variant at a time.
     """
-    rows = {name: Row(name) for name in variants}
+    rows = {name: VariantRow(name) for name in variants}
     _write_files(job, rows)
     if job.args.repeats == 0:
         for row in rows.values():
@@ -145,7 +145,7 @@ def measure(job: Job, variants: Sequence[str]) -> list[Row]:
     return list(rows.values())
 
 
-def _write_files(job: Job, rows: dict[str, Row]) -> None:
+def _write_files(job: Job, rows: dict[str, VariantRow]) -> None:
     with FreshProcess() as process:
         for note in process.run(write_checkpoints, job):
             print(note, file=sys.stderr)
@@ -161,7 +161,7 @@ def _write_files(job: Job, rows: dict[str, Row]) -> None:
                 row.note = str(error)
 
 
-def _opened(job: Job, row: Row, process: FreshProcess) -> bool:
+def _opened(job: Job, row: VariantRow, process: FreshProcess) -> bool:
     """Open a variant in a process, store its memory and file size in the row, and return whether that worked."""
     if row.note:
         return False
@@ -176,7 +176,7 @@ def _opened(job: Job, row: Row, process: FreshProcess) -> bool:
     return True
 
 
-def compared(rows: dict[str, Row], taken: dict[str, Turns]) -> Iterator[Row]:
+def compared(rows: dict[str, VariantRow], taken: dict[str, Turns]) -> Iterator[VariantRow]:
     """Fill in times and ratios from the turns of all variants, and yield the rows that have any."""
     for name, turns in taken.items():
         row, own_float = rows[name], VARIANTS[name].own_float

@@ -16,7 +16,7 @@ NONE = "–"
 
 
 @dataclass
-class Row:
+class VariantRow:
     """The measurements of a variant; None if not measured.
 
     Attributes:
@@ -48,14 +48,14 @@ def _digits(value: float) -> str:
     return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"  # avoids 1.23e+03
 
 
-def _turn(row: Row) -> str:
+def _turn(row: VariantRow) -> str:
     if row.seconds is None:
         return NONE
     unit, factor = ("s", 1) if row.seconds.middle >= 1 else ("ms", 1000)
     return f"{_spread(row.seconds, lambda value: _digits(value * factor))} {unit}"
 
 
-def _call(row: Row) -> str:
+def _call(row: VariantRow) -> str:
     return NONE if row.seconds is None else f"{_digits(row.seconds.middle / row.calls * 1000)} ms"
 
 
@@ -72,7 +72,7 @@ def _megabytes(value: int | None, digits: int) -> str:
     return NONE if value is None else f"{value / 1e6:.{digits}f} MB"
 
 
-def _columns(measure: str, timed: bool) -> dict[str, Callable[[Row], str]]:
+def _columns(measure: str, timed: bool) -> dict[str, Callable[[VariantRow], str]]:
     times = {
         "time per batch ↓": _turn,
         "time per call ↓": _call,
@@ -91,7 +91,7 @@ def _columns(measure: str, timed: bool) -> dict[str, Callable[[Row], str]]:
     return {**(times if timed else {}), **sizes}
 
 
-def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
+def markdown(rows: Sequence[VariantRow], about: dict[str, Any]) -> str:
     """Return the table and a line about the measurement, the machine and the command."""
     columns = _columns(about["measure"], about["repeats"] > 0)
     lines = [f"| variant | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
@@ -118,7 +118,7 @@ def markdown(rows: Sequence[Row], about: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{'; '.join(parts)}: `{about['command']}`"])
 
 
-def write_json(path: str | Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
+def write_json(path: str | Path, rows: Sequence[VariantRow], about: dict[str, Any]) -> None:
     """Write the measurements as JSON (an atomic write)."""
     with written_whole(path) as temporary:
         temporary.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")

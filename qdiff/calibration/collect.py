@@ -35,7 +35,7 @@ def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[
         raise UserError("pairs of steps cannot be recorded from a sampler with one step; give it more steps")
     if steps >= pipeline.calls:  # no call precedes the first
         raise UserError(
-            f"--cali_st {steps} with the step before each needs more than the {pipeline.calls} steps of this sampler; "
+            f"--cali_st {steps} with each previous step needs more than the {pipeline.calls} steps of this sampler; "
             f"give --cali_st {pipeline.calls - 1} or less"
         )
     return [call + 1 for call in evenly_spaced(pipeline.calls - 1, steps)]

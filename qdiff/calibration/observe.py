@@ -20,7 +20,7 @@ def observe_unit(
     momentum: float | None = None,
     softmax_only: bool = False,
 ) -> None:
-    """Choose δ and z of every activation quantizer in a unit, attention's operands included.
+    """Choose δ and z of every activation quantizer in a unit, including those of attention's operands.
 
     While observing, weights are quantized and the observed activations are not.
 

@@ -23,7 +23,7 @@ class RoundingRegulariser:
 
     Attributes:
         weight: factor relative to the reconstruction error.
-        warmup: share of the iterations without it.
+        warmup: share of the iterations before the term takes effect.
         beta: first and last β.
     """
 

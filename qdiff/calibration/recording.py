@@ -35,7 +35,7 @@ def record_calls(
         ``ucs`` [len(keep), count, L, D], on the CPU.
 
     Raises:
-        ValueError: a call that the sampler does not make.
+        ValueError: the sampler does not make one of the chosen calls.
     """
 
     def rows(call: int, indices: Sequence[int]) -> slice | None:
@@ -66,7 +66,7 @@ def record_assigned(
         ``ucs`` [n_i, L, D]. Images of a call are ordered by number.
 
     Raises:
-        ValueError: a call that the sampler does not make.
+        ValueError: the sampler does not make one of the chosen calls.
     """
 
     def rows(call: int, indices: Sequence[int]) -> Tensor | None:

@@ -36,7 +36,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """Return the metadata of a safetensors file.
 
     Raises:
-        UserError: not a safetensors file, or truncated.
+        UserError: the file is not safetensors, or is truncated.
     """
     from safetensors import SafetensorError, safe_open
 

@@ -83,8 +83,8 @@ class Quantization:
         self.data: CalibrationSet | None = None
         self.pairs: CalibrationSet | None = None
         self.qnn = QuantModel(network, plan.quant)
-        self.is_complete = plan.action == "load" or self.finished.is_file()
-        if self.is_complete:
+        self.is_calibrated = plan.action == "load" or self.finished.is_file()
+        if self.is_calibrated:
             load_checkpoint(self.qnn, self._source, probe=probe)
             return
         if plan.action == "activations":
@@ -115,7 +115,7 @@ class Quantization:
             seed: seed of the calibration.
             record: samples from the float network and returns the recording that the plan asks for.
         """
-        if self.is_complete:
+        if self.is_calibrated:
             role = "quantized checkpoint" if self.plan.action == "load" else "calibrated checkpoint"
             add_checkpoint(self.run, role, self._source)
             return self.qnn

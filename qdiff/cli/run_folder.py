@@ -44,7 +44,7 @@ class RunFolder:
         path, count, config: as given.
         images: the folder of the images.
         manifest: ``run.json``.
-        is_complete: the run is finished, and its images were deleted as asked.
+        images_discarded: the run is finished, and its images were deleted as asked.
         image_shape: (H, W, C) of its images; None until one is made.
 
     Raises:
@@ -58,8 +58,8 @@ class RunFolder:
         self.config = json.loads(json.dumps(config))
         self.manifest = self._previous() or Manifest(self.config)
         # The images of any other run show whether it is finished.
-        self.is_complete = self.manifest.status == "finished" and self.manifest.images_kept is False
-        if self.is_complete and self.manifest.num_images not in (None, count):
+        self.images_discarded = self.manifest.status == "finished" and self.manifest.images_kept is False
+        if self.images_discarded and self.manifest.num_images not in (None, count):
             raise UserError(
                 f"{self.path} holds a finished run whose {self.manifest.num_images} images were deleted; choose "
                 "another --logdir to make more"

@@ -139,7 +139,7 @@ class SampleCommand:
             self._generate()
             return
         run = RunFolder(self._folder(), self.config, pipeline.count)
-        if run.is_complete and args.skip_save:
+        if run.images_discarded and args.skip_save:
             log.info("%s is finished already", run.path)
             run.discard_images()  # the run may have been killed before all were deleted
             return

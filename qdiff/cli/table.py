@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.run_manifest import Manifest
-from qdiff.cli.table_file import Row, TableFile, without
+from qdiff.cli.table_file import TableFile, TableRow, without
 from qdiff.config import ScalePer
 from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns
@@ -156,7 +156,7 @@ class TableRun:
         print(f"Page: {table.out / 'table.html'}   Picture: {table.out / 'comparison.png'}")
         return text
 
-    def _is_finished(self, row: Row) -> bool:
+    def _is_finished(self, row: TableRow) -> bool:
         """Whether the row's folder holds all its images, made with the table's present options."""
         folder, base = self.table.folder(row.label), self.table.base(row)
         try:
@@ -170,10 +170,10 @@ class TableRun:
         current = without(made, device) == without(self.table.command(row, self.device)[1:], device)
         return complete and current and (base is None or self._is_finished(base))
 
-    def _manifest(self, row: Row) -> Manifest:
+    def _manifest(self, row: TableRow) -> Manifest:
         return Manifest.read(self.table.folder(row.label) / "run.json")
 
-    def _measured(self, row: Row) -> dict[str, Any]:
+    def _measured(self, row: TableRow) -> dict[str, Any]:
         """Return a row of results, see `qdiff.report.columns`."""
         table, folder, manifest = self.table, self.table.folder(row.label), self._manifest(row)
         float_folder = None if row is table.float_row else table.folder(table.float_row.label)

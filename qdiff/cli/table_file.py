@@ -22,7 +22,7 @@ DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of a table.
 
     Attributes:
@@ -119,7 +119,7 @@ class TableFile:
         spec = read_table(path)
         try:
             rows = itertools.chain.from_iterable(expand(row) for row in spec["rows"])
-            self.rows = [Row(**{**row, "options": row.get("options") or ""}) for row in rows]
+            self.rows = [TableRow(**{**row, "options": row.get("options") or ""}) for row in rows]
             self.title, self.script, self.config = (_check_text(spec[k]) for k in ("title", "script", "config"))
             self.common = shlex.split(_check_words(spec["options"]))
             given = spec.get("calibration")
@@ -168,11 +168,11 @@ class TableFile:
             )
 
     @property
-    def float_row(self) -> Row:
+    def float_row(self) -> TableRow:
         """The float row, with which all others are compared."""
         return self.rows[0]
 
-    def named(self, text: str) -> list[Row]:
+    def named(self, text: str) -> list[TableRow]:
         """Return the rows whose labels ``text`` lists, separated by commas, in the table's order.
 
         Raises:
@@ -186,7 +186,7 @@ class TableFile:
             raise UserError(f"the table has no row {unknown[0]!r}; give --rows labels among: {', '.join(labels)}")
         return [row for row in self.rows if row.label in wanted]
 
-    def base(self, row: Row) -> Row | None:
+    def base(self, row: TableRow) -> TableRow | None:
         """Return the row whose weights ``row`` starts from."""
         return next((base for base in self.rows if base.label == row.weights_from), None)
 
@@ -194,7 +194,7 @@ class TableFile:
         """Return the run folder of a row."""
         return self.out / label.lower().replace(" ", "-").replace("/", "-").replace(",", "")
 
-    def missing_checkpoint(self, row: Row) -> str | None:
+    def missing_checkpoint(self, row: TableRow) -> str | None:
         """Return the calibrated checkpoint that a row's options name if the file is missing, else None."""
         named = [path for option, path in itertools.pairwise(shlex.split(row.options)) if option == "--cali_ckpt"]
         return next((path for path in named if not Path(path).is_file()), None)
@@ -204,7 +204,7 @@ class TableFile:
         """The recording that calibrated rows share."""
         return self.out / "calibration_data.pt"
 
-    def command(self, row: Row, device: str | None) -> list[str]:
+    def command(self, row: TableRow, device: str | None) -> list[str]:
         """Return the sampling command of a row: script and options."""
         words = [*self.common, *shlex.split(row.options), *_device(device), "-l", str(self.folder(row.label))]
         if row.calibrates and self.calibration is not None:

@@ -94,7 +94,7 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
 
     for name, module in shadow.named_modules():
         if isinstance(module, QuantModule):
-            # In whatever form its weight is, the shapes of its products are those of the float layer.
+            # The shapes of its products are those of the float layer in every form of its weight.
             module.forward = functools.partial(module.apply_weight, weight=module.weight, bias=module.bias)
         elif isinstance(module, QuantAttention):
             module.acts_quantized = False

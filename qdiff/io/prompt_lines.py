@@ -19,17 +19,17 @@ def prompt_lines(text: str) -> list[str]:
 
 
 def read_prompts(path: str | Path, option: str = "--from-file") -> list[str]:
-    """Return the prompts of a file: one per line, or COCO's ``captions_*.json``: one caption per image, by image id.
+    """Return the prompts of a text file, one per line, or one caption per image, by image id, of a COCO captions file.
 
     Args:
-        option: that named the file, for errors.
+        option: the option that named the file, for error messages.
 
     Raises:
-        UserError: missing, unreadable, empty, or a JSON file that is not COCO's.
+        UserError: the file is missing, unreadable, empty, or a JSON file that is not COCO's.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin with a mark
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
     except FileNotFoundError:
         raise UserError(f"prompt file {path} does not exist; check {option}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -51,5 +51,5 @@ def _coco_captions(text: str, path: Path) -> list[str]:
             f"{path} is not a COCO captions file ({type(error).__name__}: {error}); give captions_val2014.json or a "
             "text file with one prompt per line"
         ) from error
-    # Of several captions of an image the one with the lowest id, whatever order the file has.
+    # If an image has several captions, the one with the lowest id counts, regardless of their order in the file.
     return [caption for image in sorted(first) if (caption := first[image][1])]

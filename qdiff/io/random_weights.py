@@ -1,4 +1,4 @@
-"""Random weights for full-size networks whose time and memory are measured: activations stay of order 1."""
+"""Random weights for measuring time and memory of full-size networks; activations stay of order 1."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def random_values(like: Tensor, name: str, generator: torch.Generator) -> Tensor
     """Return float32 values for a parameter: kernels of variance 1/fan-in, norms the identity, biases 0.
 
     Args:
-        like: of the parameter's shape; only that is looked at.
-        name: dotted; one-dimensional parameters called ``weight`` are those of norms.
+        like: a tensor of the parameter's shape; its values are not used.
+        name: dotted name; one-dimensional parameters called ``weight`` are those of norms.
     """
     if like.dim() == 1:
         return torch.full(like.shape, float(name.endswith("weight")))
@@ -25,7 +25,7 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
     """Move a network from the meta device to the CPU and fill it with random values.
 
     Raises:
-        UserError: it has buffers, which random values would not mean anything for.
+        UserError: the network has buffers, for which random values make no sense.
     """
     network = network.to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)

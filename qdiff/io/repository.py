@@ -1,4 +1,4 @@
-"""Where this repository lies: configs, bundled models and scripts are found from its root."""
+"""The root of this repository, from which configs, bundled models and scripts are found."""
 
 from __future__ import annotations
 

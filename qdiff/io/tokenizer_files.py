@@ -1,14 +1,14 @@
-"""Check that the files of a tokenizer are there, before transformers reads them."""
+"""Check that the files of a tokenizer exist before transformers reads them."""
 
 from __future__ import annotations
 
 
 def require_tokenizer_files(model: str, local_files_only: bool = False) -> None:
-    """Raise an OSError where a model has none: transformers 5 would make a tokenizer that knows no word.
+    """Raise an OSError if a model has none, because transformers 5 would make a tokenizer without any words.
 
     Args:
         model: a folder, or a name on the Hugging Face hub.
-        local_files_only: look into the hub's cache alone.
+        local_files_only: look only into the hub's cache.
     """
     from transformers.utils import cached_file
 

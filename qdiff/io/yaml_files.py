@@ -24,9 +24,9 @@ def read_config(path: Path, missing: str) -> Any:
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Return a YAML file of a table, or a config that it names, as a plain mapping.
+    """Return a table's YAML file, or a config that it names, as a plain mapping.
 
-    Values are PyYAML's, which takes ``1e-3`` for a text and ``2024-01-01`` for a date; OmegaConf does not.
+    Values are parsed by PyYAML, which reads ``1e-3`` as a string and ``2024-01-01`` as a date; OmegaConf does not.
 
     Raises:
         UserError: as `read_config`.
@@ -45,7 +45,7 @@ def _read(path: Path, load: Callable[[Path], Any], what: str, missing: str) -> A
     try:
         value = load(path)
     except (yaml.YAMLError, OmegaConfBaseException, ValueError, RecursionError, OSError) as error:
-        # A date that is none is a ValueError.
+        # An invalid date raises a ValueError.
         raise UserError(f"{what} {path} is not readable YAML ({first_line(error)}); correct it") from error
     if not isinstance(value, Mapping):
         raise UserError(f"{what} {path} is not a YAML mapping; correct it")

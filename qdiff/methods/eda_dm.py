@@ -23,10 +23,10 @@ from qdiff.quant_model import QuantModel
 
 @dataclass(frozen=True)
 class EdaDmConfig:
-    """The recipe's numbers; defaults are the paper's for CIFAR-10.
+    """The method's numbers; the defaults are the paper's for CIFAR-10.
 
     Attributes:
-        reconstruct: False leaves everything at its first range and nearest rounding.
+        reconstruct: False keeps the first ranges and rounding to nearest.
         iterations, batch_size: of the loop over each unit; weights and step sizes are learned together.
         lr_rounding, lr_act: Adam's learning rates for α and for step sizes; both fall to 0 along a cosine.
         layer_weight: γ, weight of the layers' own errors (FBR); 0 is plain block reconstruction.

@@ -23,7 +23,7 @@ from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
 RUNNING_MOMENTUM = 0.95
-ALPHA_REACH = 20.0  # learning rate × iterations of the paper's recipe: how far Adam can move α
+ALPHA_REACH = 20.0  # learning rate × iterations in the paper, i.e. how far Adam can move α
 FASTEST_ROUNDING = 0.1  # above this rate, a few iterations make roundings jump at random
 
 
@@ -36,7 +36,7 @@ class WeightObjective(str, Enum):
 
 @dataclass(frozen=True)
 class QDiffusionConfig:
-    """The recipe's numbers; defaults are the paper's.
+    """The method's numbers; the defaults are the paper's.
 
     Attributes:
         iterations, act_iterations: iterations per unit for rounding and for step sizes.

@@ -118,7 +118,7 @@ def activation_plots(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def pictured(rows: Sequence[Row]) -> Column | None:
-    """Return the metric that a table's picture shows: FID, or the first that has a plot; None where none has."""
+    """Return the metric for a table's picture: FID, or the first with a plot; None if no metric has one."""
     return next((column for column in plotted() if _widths(column, rows) >= LEAST_WIDTHS), None)
 
 

@@ -19,8 +19,8 @@ from qdiff.report.figures import plain_log
 _NAMES = {**{name: method.title for name, method in METHODS.items()}, "modiff": "MoDiff"}
 FLOAT_COLOUR = "#555555"
 FULL_BITS = 32
-DECADE = 10  # what spans more is drawn on a logarithmic axis
-_MARGIN = 0.12  # of the values' span, on both sides: room for a label
+DECADE = 10  # values that span more get a logarithmic axis
+_MARGIN = 0.12  # share of the values' span, on both sides, as room for a label
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Series:
 
 
 def plotted() -> list[Column]:
-    """Return what has an axis: every metric, and the error of ε."""
+    """Return the columns that get an axis: every metric, and the error of ε."""
     return [*metric_columns(), *(column for column in COSTS if column.key == "noise_mse")]
 
 
@@ -167,7 +167,7 @@ def metric_figure(column: Column, rows: Sequence[Row], size: tuple[float, float]
         axis.set_ylim(low / margin, high * margin)
     else:
         margin = _MARGIN * (high - low) or 0.1 * abs(high) or 1
-        # No plot shows more than all images.
+        # A share above 1 makes no sense, so the axis ends just above it.
         axis.set_ylim(low - margin, min(high + margin, 1.01) if column.share else high + margin)
         axis.locator_params(axis="y", nbins=6)
         if column.share:

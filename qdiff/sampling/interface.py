@@ -21,7 +21,7 @@ Samplers do not modify these tensors afterwards, so they can be kept without a c
 
 
 class NoiseSource(Protocol):
-    """Anything with a ``draw()``: `qdiff.sampling.ImageNoise` in programs, a few lines in a test."""
+    """Anything with a ``draw()``, such as `qdiff.sampling.ImageNoise`."""
 
     def draw(self) -> Tensor:
         """Return fresh standard normal noise [N, C, H, W]."""

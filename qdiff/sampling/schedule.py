@@ -1,7 +1,7 @@
 """The discrete noise schedule (β_t, ᾱ_t) and the timesteps at which a sampler visits it.
 
 Symbols: β_t, α_t = 1 − β_t and ᾱ_t = Π α_s as in DDPM (Ho et al. 2020); the DDIM paper (Song et al. 2021)
-writes α_t for what is ᾱ_t here. Timesteps are 0 … T−1, as in the released code; the papers count 1 … T.
+writes α_t for this ᾱ_t. Timesteps are 0 … T−1, as in the released code; the papers count 1 … T.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def test_every_step_is_reported(options, tiny_config, tiny_network):
         (SamplerOptions(eta=-0.1), "eta is"),
         (SamplerOptions(eta=1.1), "eta is"),
         (SamplerOptions(eta=float("nan")), "eta is"),
-        (SamplerOptions("ddpm_noisy", eta=0.5), "DDPM with the larger variance has none"),
+        (SamplerOptions("ddpm_noisy", eta=0.5), "DDPM with the larger variance has no eta"),
         (SamplerOptions("dpm_solver", eta=0.5), "eta is"),
         (SamplerOptions("dpm_solver", steps=0), "1 to 1000"),
     ],

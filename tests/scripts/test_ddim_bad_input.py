@@ -116,7 +116,7 @@ REFUSED = {
     "sm_abit too high": ((*W4A8, "--sm_abit", 17), ("--sm_abit", "from 2 to 16")),
     "timesteps zero": (("--timesteps", 0), ("1 to 1000",)),
     "timesteps beyond training": (("--timesteps", 1001), ("1001",)),
-    "eta beyond one": (("--eta", 1.5), ("--eta",)),
+    "eta beyond one": (("--eta", 1.5), ("eta is 1.5; give a number from 0 to 1",)),
     "no images": (("--max_images", 0), ("--max_images",)),
     "batch of none": (("--batch_size", 0), ("--batch_size",)),
     "negative seed": (("--seed", -1), ("--seed",)),

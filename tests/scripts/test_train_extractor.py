@@ -79,7 +79,7 @@ def test_reference_of_32_is_of_rgb_digits_of_32_and_not_of_16():
     ("words", "says"),
     [
         (["--size", 32], "--size needs --reference-only"),
-        (["--reference-only", "--size", 7], "--size is 7; give 8"),
+        (["--reference-only", "--size", 7], "--size is 7; give at least 8"),
         (["--reference-only", "--size", "big"], "--size"),
         (["--reference-only"], "no file"),  # there is no classifier in the folder
     ],

@@ -71,12 +71,12 @@ def config(kind, folder):
 @pytest.fixture
 def train(call, tmp_path, monkeypatch):
     """``train(kind, stage, *more)`` on 20 random images, everything in tmp_path; weights are ``out/KIND-STAGE``."""
-    import ldm.train
+    import ldm.stages
 
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(IMAGES, 3, 16, 16, generator=generator) * 2 - 1
-    monkeypatch.setattr(ldm.train, "load_training_images", lambda data: images)
-    monkeypatch.setattr(ldm.train, "load_training_labels", lambda data: torch.arange(IMAGES) % 10)
+    monkeypatch.setattr(ldm.stages, "load_training_images", lambda data: images)
+    monkeypatch.setattr(ldm.stages, "load_training_labels", lambda data: torch.arange(IMAGES) % 10)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text(json.dumps({"model_type": "clip_text_model", **ENCODER}))
@@ -144,25 +144,25 @@ def test_both_stages_make_a_model_that_samples(kind, first, train, steps, tmp_pa
 
 
 def test_latents_of_the_model_have_unit_deviation(train, tmp_path):
-    import ldm.train
+    import ldm.stages
     from ldm.checkpoint import load_latent_diffusion
     from ldm.config import load_config
 
     assert train("vq", "first", "--epochs", 1).code == 0
     assert train("vq", "diffusion", "--epochs", 1).code == 0
     model = load_latent_diffusion(load_config(tmp_path / "vq.yaml"), tmp_path / "out" / "vq-diffusion")
-    latents = model.encode(ldm.train.load_training_images(None))  # without dropout, as the factor was measured
+    latents = model.encode(ldm.stages.load_training_images(None))  # without dropout, as the factor was measured
     assert float(latents.std()) == pytest.approx(1.0, rel=HALF_TOLERANCE)
     assert float(latents.std() / model.scale_factor) != pytest.approx(1.0, rel=HALF_TOLERANCE)  # planted: not scaled
 
 
 def test_averaged_weights_are_written(train, tmp_path, monkeypatch):
     """Of the denoiser and of the condition encoder."""
-    import ldm.train
+    import ldm.stages
 
     kept = []
-    fit = ldm.train.fit
-    monkeypatch.setattr(ldm.train, "fit", lambda task, *rest: kept.append(task) or fit(task, *rest))
+    fit = ldm.stages.fit
+    monkeypatch.setattr(ldm.stages, "fit", lambda task, *rest: kept.append(task) or fit(task, *rest))
     assert train("vq", "first", "--epochs", 1).code == 0
     assert train("class", "diffusion").code == 0
     task, weights = kept[-1], load_file(tmp_path / "out" / "class-diffusion")

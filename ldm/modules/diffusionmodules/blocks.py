@@ -120,7 +120,7 @@ class AttentionBlock(Checkpointed):
         """[N, C, H, W] → [N, C, H, W]."""
         shape, x = x.shape, x.flatten(2)
         order = "qkv heads d" if self.new_order else "heads qkv d"
-        # Each [N, heads, positions, d], as the core takes it.
+        # Each [N, heads, positions, d], the layout of the core.
         q, k, v = rearrange(self.qkv(self.norm(x)), f"n ({order}) l -> qkv n heads l d", qkv=3, heads=self.heads)
         out = rearrange(self.attention(q, k, v), "n heads l d -> n (heads d) l")
         return (x + self.proj_out(out)).reshape(shape)

@@ -8,7 +8,7 @@ import pytest
 
 from qdiff.benchmark.machine import describe_machine, machine_text
 from qdiff.benchmark.run import command_line, widths
-from qdiff.benchmark.table import Row, markdown, write_json
+from qdiff.benchmark.table import VariantRow, markdown, write_json
 from qdiff.benchmark.timing import Spread
 from qdiff.config import QuantConfig
 
@@ -20,11 +20,11 @@ ABOUT = {
     "model": "tiny", "quant": "W8A8", "measure": "sampling", "batch": 8, "calls": 20, "repeats": 3, "date": "today",
     "machine": MACHINE, "command": "python scripts/benchmark.py --batch 8",
 }  # fmt: skip
-FLOAT = Row("float", Spread(3.9, 4.0, 4.2), 20, 2.0, Spread(1, 1, 1), None, 1_000_000, 2_400_000, 9, 142_990_000)
-INTEGERS = Row(
+FLOAT = VariantRow("float", Spread(3.9, 4.0, 4.2), 20, 2.0, Spread(1, 1, 1), None, 1_000_000, 2_400_000, 9, 142_990_000)
+INTEGERS = VariantRow(
     "openvino", Spread(0.1, 0.2, 0.31), 20, 40.0, Spread(18, 20.5, 21), Spread(2, 3, 4), 5_000_000, 6_000_000, 9, 36_754
 )
-BROKEN = Row("float-compile", note="no compiler | here")
+BROKEN = VariantRow("float-compile", note="no compiler | here")
 
 
 def cells(line: str) -> list[str]:
@@ -55,7 +55,7 @@ def test_of_sampling():
 
 
 def test_of_calls_says_nothing_of_images():
-    text = markdown([Row("float", Spread(0.1, 0.2, 0.3), 1)], {**ABOUT, "measure": "call"})
+    text = markdown([VariantRow("float", Spread(0.1, 0.2, 0.3), 1)], {**ABOUT, "measure": "call"})
     assert "per batch" not in text and "images" not in text and "sampling" not in text
     assert cells(text.splitlines()[2])[:2] == ["float", "200 (100–300) ms"]
 
@@ -69,15 +69,17 @@ def test_without_turns_there_are_no_times():
 
 
 def test_one_turn_has_no_spread():
-    lines = markdown([Row("float", Spread.of([0.2]), 1, ratio=Spread.of([1.25]))], {**ABOUT, "repeats": 1}).splitlines()
+    lines = markdown(
+        [VariantRow("float", Spread.of([0.2]), 1, ratio=Spread.of([1.25]))], {**ABOUT, "repeats": 1}
+    ).splitlines()
     assert cells(lines[2])[1:5] == ["200 ms", "200 ms", "–", "1.25"]
     assert "; one turn each; " in lines[-1] and "medians" not in lines[-1]
 
 
 def test_large_numbers_are_written_out():
-    row = Row("float", Spread(1234.5, 2000, 2500.2), 1)
+    row = VariantRow("float", Spread(1234.5, 2000, 2500.2), 1)
     assert cells(markdown([row], ABOUT).splitlines()[2])[1:3] == ["2000 (1234–2500) s", "2000000 ms"]
-    row = Row("float", Spread(0.9996, 0.9997, 0.9998), 1)  # no 1e+03
+    row = VariantRow("float", Spread(0.9996, 0.9997, 0.9998), 1)  # no 1e+03
     assert cells(markdown([row], ABOUT).splitlines()[2])[1:3] == ["1000 (1000–1000) ms", "1000 ms"]
 
 

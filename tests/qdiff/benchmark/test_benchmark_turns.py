@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qdiff.benchmark.run import compared
-from qdiff.benchmark.table import Row
+from qdiff.benchmark.table import VariantRow
 from qdiff.benchmark.timing import Spread, Turns, alternated
 from qdiff.benchmark.variants import BASE, VARIANTS, Opened, chosen_variants
 from qdiff.errors import UserError
@@ -69,16 +69,16 @@ def test_medians_and_quartiles():
 def test_ratios_are_to_float_and_to_the_same_runtimes_float():
     seconds = {"float": [4.0, 6.0, 8.0], "openvino-float": [2.0, 2.0, 2.0], "openvino": [1.0, 2.0, 0.5]}
     taken = {name: Turns(values, 20) for name, values in seconds.items()}
-    rows = {name: Row(name) for name in (*seconds, "simulated")}
+    rows = {name: VariantRow(name) for name in (*seconds, "simulated")}
     assert [row.variant for row in compared(rows, taken)] == list(seconds)
     assert rows["openvino"].seconds == Spread(0.75, 1, 1.5) and rows["openvino"].calls == 20
     assert rows["openvino"].ratio == Spread(3.5, 4, 10) and rows["openvino"].own_ratio == Spread(1.5, 2, 3)
     assert rows["openvino-float"].ratio == Spread(2.5, 3, 3.5) and rows["openvino-float"].own_ratio is None
-    assert rows["float"].ratio == Spread(1, 1, 1) and rows["simulated"] == Row("simulated")
+    assert rows["float"].ratio == Spread(1, 1, 1) and rows["simulated"] == VariantRow("simulated")
 
 
 def test_there_is_no_ratio_to_what_was_not_measured():
-    (row,) = compared({"openvino": Row("openvino")}, {"openvino": Turns([1.0], 1)})
+    (row,) = compared({"openvino": VariantRow("openvino")}, {"openvino": Turns([1.0], 1)})
     assert row.seconds == Spread(1, 1, 1) and row.ratio is row.own_ratio is None
 
 
@@ -97,10 +97,10 @@ class Sampler:
     def __init__(self, steps: int, clock: Clock) -> None:
         self.steps, self.clock, self.batches = steps, clock, []
 
-    def trajectory(self, network, indices) -> None:
-        self.batches.append(list(indices))
+    def sample(self, network, rows) -> None:
+        self.batches.append(list(rows))
         for _ in range(self.steps):
-            network(torch.zeros(len(indices)), torch.zeros(len(indices)))
+            network(torch.zeros(len(rows)), torch.zeros(len(rows)))
             self.clock.now += 2
 
 

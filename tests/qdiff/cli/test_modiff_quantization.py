@@ -104,7 +104,7 @@ def test_changes_are_calibrated_once_and_come_back_from_the_file(more, made, tin
     wanted = outputs(qnn)
     again = prepared(tiny_network, file.parent, *W4A4, *QUICK, *more)
     loaded = prepared(tiny_network, tmp_path / "loaded", *W4A4, *more, "--cali_ckpt", file)
-    assert again.is_complete and loaded.is_complete
+    assert again.is_calibrated and loaded.is_calibrated
     assert torch.equal(outputs(completed(again)), wanted) and torch.equal(outputs(completed(loaded)), wanted)
     ranges = {n: float(q.delta) for n, q in qnn.calibrated_act_quantizers().items()}
     assert ranges == {n: float(q.delta) for n, q in loaded.qnn.calibrated_act_quantizers().items()}
@@ -143,7 +143,7 @@ def test_dynamic_ranges_are_in_no_file(made, tiny_network, tmp_path):
     assert "act_delta" not in read_safetensors(file)
     for resume in ("--resume", "--resume_w"):
         loaded = prepared(tiny_network, tmp_path / resume, *W4A4, "--modulate", *DYNAMIC, resume, "--cali_ckpt", file)
-        assert loaded.is_complete and torch.equal(outputs(completed(loaded)), outputs(wanted))
+        assert loaded.is_calibrated and torch.equal(outputs(completed(loaded)), outputs(wanted))
     # Any file's weights do: those with ranges of activations, of changes, or none.
     for name, words in {"acts": (), "changes": ("--modulate",)}.items():
         _, source = made(*words)

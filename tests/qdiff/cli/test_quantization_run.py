@@ -78,7 +78,7 @@ def test_construction_writes_nothing_and_keeps_float(method, tiny_network, tmp_p
         wanted = tiny_network(x, t)
         quantization = prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--method", method)
         torch.testing.assert_close(quantization.qnn(x, t), wanted, rtol=0, atol=0)
-    assert not quantization.is_complete
+    assert not quantization.is_calibrated
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,10 +92,10 @@ def test_calibrates_once_and_comes_back_from_the_checkpoint(method, tiny_network
     assert {CHECKPOINT, RECORDING, "run.json"} <= names and JOURNAL not in names
 
     again = prepared(tiny_network, tmp_path / "run", *words)
-    assert again.is_complete
+    assert again.is_calibrated
     torch.testing.assert_close(outputs(completed(again, record)), wanted, rtol=0, atol=0)
     assert record.asked == [(2, 3)]
-    assert set(again.run.manifest["files"]) == {"calibrated checkpoint", "calibration data"}
+    assert set(again.run.manifest.files) == {"calibrated checkpoint", "calibration data"}
     # Planted: the calibration of another seed's draws.
     other = completed(prepared(tiny_network, tmp_path / "other", *words), seed=1)
     assert torch.equal(outputs(other), wanted) == (method == "linear")  # which draws nothing
@@ -160,7 +160,7 @@ def test_given_data_is_read_and_hashed(tiny_network, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="qdiff"):
         completed(quantization, record)
     assert record.asked == [] and not (tmp_path / "run" / RECORDING).exists()
-    assert quantization.run.manifest["files"]["calibration data"]["path"] == str(file)
+    assert quantization.run.manifest.files["calibration data"]["path"] == str(file)
     assert "calibrating with qdiff on 6 samples" in caplog.text
 
 
@@ -178,7 +178,7 @@ def test_resume_w_keeps_the_weights_and_calibrates_activations(tiny_network, tmp
     for name, layer in qnn.layers().items():
         assert torch.equal(layer.weight_int, base.layers()[name].weight_int), name
     assert qnn.act_quantizers() and all(q.initialised for q in qnn.act_quantizers().values())
-    assert all(name.startswith("activations ") for name in made.run.manifest["reconstruction_errors"])
+    assert all(name.startswith("activations ") for name in made.run.manifest.reconstruction_errors)
     # Planted: rounding to nearest, which is what a calibration that ignored the file would start from.
     nearest = completed(prepared(tiny_network, tmp_path / "linear", *W4A8, *QUICK, "--method", "linear"))
     assert any(not torch.equal(nearest.layers()[n].weight_int, base.layers()[n].weight_int) for n in base.layers())
@@ -205,11 +205,11 @@ def test_load_reads_a_checkpoint_made_elsewhere(tiny_network, tmp_path):
     save_checkpoint(source, tmp_path / "published.pth", format="published")
     for file in (tmp_path / "source" / CHECKPOINT, tmp_path / "published.pth"):
         made = prepared(tiny_network, tmp_path / f"run-{file.name}", *W4A8, "--cali_ckpt", file)
-        assert made.is_complete
+        assert made.is_calibrated
         record = Recorder()
         torch.testing.assert_close(outputs(completed(made, record)), outputs(source), rtol=0, atol=0)
         assert record.asked == []
-        assert made.run.manifest["files"]["quantized checkpoint"]["path"] == str(file)
+        assert made.run.manifest.files["quantized checkpoint"]["path"] == str(file)
 
 
 def test_memory_budget_changes_nothing_but_where_activations_are(tiny_network, tmp_path):

@@ -82,12 +82,12 @@ def test_finish_without_grid_or_without_images(tmp_path):
     run, images = opened(tmp_path / "run", count=5), some_images(5)
     run.save_images([0, 1, 2, 3, 4], images)
     run.finish(save_npz=False, write_grid=False)
-    assert not (run.path / "grid.png").exists() and not RunFolder(run.path, CONFIG, 5).is_complete
+    assert not (run.path / "grid.png").exists() and not RunFolder(run.path, CONFIG, 5).images_discarded
     run.finish(save_npz=False, columns=5, keep_images=False)
     assert load_png(run.path / "grid.png").shape[:2] == (64, 5 * 65 - 1)
     assert not run.images.exists()
     again = RunFolder(run.path, CONFIG, 5)
-    assert again.is_complete and again.pending() == [0, 1, 2, 3, 4]
+    assert again.images_discarded and again.pending() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("columns", [3, 9])
@@ -107,10 +107,10 @@ def test_long_values_are_named_by_their_beginning(tmp_path):
 
 def test_same_config_continues_and_keeps_what_was_measured(tmp_path):
     run = opened(tmp_path / "run")
-    run.manifest["seconds"]["sampling"] = 5.0
+    run.manifest.seconds["sampling"] = 5.0
     run.save_manifest()
     again = RunFolder(tmp_path / "run", json.loads(json.dumps(CONFIG)), 3)
-    assert again.manifest["seconds"] == {"sampling": 5.0}
+    assert again.manifest.seconds == {"sampling": 5.0}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_files_are_hashed_and_must_not_change(tmp_path):
     run = opened(tmp_path / "run")
     run.add_file("float weights", file)
     run.save_manifest()
-    assert run.manifest["files"] == {"float weights": {"path": str(file), "sha256": sha256(file)}}
+    assert run.manifest.files == {"float weights": {"path": str(file), "sha256": sha256(file)}}
     again = RunFolder(tmp_path / "run", CONFIG, 3)
     again.add_file("float weights", file)
     file.write_bytes(b"second")
@@ -178,10 +178,10 @@ def test_times_add_up_over_continuations_and_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     with run.timed("work"):
         pass
-    assert run.manifest["seconds"] == {"work": 2.5}
+    assert run.manifest.seconds == {"work": 2.5}
     with pytest.raises(RuntimeError), run.timed("work"):
         raise RuntimeError
-    assert run.manifest["seconds"] == {"work": 3.75}
+    assert run.manifest.seconds == {"work": 3.75}
 
 
 def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_a_finished_run_gets_more_images(key, fewer, more, other, tmp_path):
     run.save_images([0, 1, 2], some_images())
     run.finish(save_npz=False)
     grown = opened(tmp_path / "run", {**CONFIG, key: more}, count=5)
-    assert grown.pending() == [3, 4] and not grown.is_complete
+    assert grown.pending() == [3, 4] and not grown.images_discarded
     state = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (state["status"], state["num_images"], state["config"][key]) == ("running", 5, more)
     with pytest.raises(UserError, match=key):
@@ -258,7 +258,7 @@ def test_a_finished_run_without_its_images_gets_no_more(tmp_path):
     run = opened(tmp_path / "run", {**CONFIG, "max_images": 3})
     run.save_images([0, 1, 2], some_images())
     run.finish(save_npz=True, keep_images=False)
-    assert RunFolder(tmp_path / "run", {**CONFIG, "max_images": 3}, 3).is_complete
+    assert RunFolder(tmp_path / "run", {**CONFIG, "max_images": 3}, 3).images_discarded
     with pytest.raises(UserError, match="3 images were deleted"):
         RunFolder(tmp_path / "run", {**CONFIG, "max_images": 5}, 5)
 

@@ -9,7 +9,7 @@ import yaml
 from digit_runs import QUANTIZED
 
 from qdiff.cli.table import TableRun
-from qdiff.cli.table_file import Row, TableFile, without
+from qdiff.cli.table_file import TableFile, TableRow, without
 from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns, named_metrics
 
@@ -175,7 +175,7 @@ def test_a_grid_is_a_row_for_every_combination(file):
     assert table.rows[0].options == "--prompt '{a}'"
     assert all(row.own_recording for row in table.rows[1:3])
     row = table.rows[8]
-    assert row == Row("W4A6 sample", "--ptq --weight_bit 4 --act_bit 6 --act_scale_per sample", "W4A32")
+    assert row == TableRow("W4A6 sample", "--ptq --weight_bit 4 --act_bit 6 --act_scale_per sample", "W4A32")
     assert table.base(row) is table.rows[2] and table.folder(row.label).name == "w4a6-sample"
 
 
@@ -201,9 +201,9 @@ def test_missing_checkpoints_are_found(file, tmp_path):
     there, lacking = tmp_path / "there.pth", tmp_path / "lacking.pth"
     there.touch()
     table = TableFile(file())
-    assert table.missing_checkpoint(Row("a", QUANTIZED)) is None
-    assert table.missing_checkpoint(Row("a", f"{QUANTIZED} --cali_ckpt {there}")) is None
-    assert table.missing_checkpoint(Row("a", f"{QUANTIZED} --cali_ckpt {lacking}")) == str(lacking)
+    assert table.missing_checkpoint(TableRow("a", QUANTIZED)) is None
+    assert table.missing_checkpoint(TableRow("a", f"{QUANTIZED} --cali_ckpt {there}")) is None
+    assert table.missing_checkpoint(TableRow("a", f"{QUANTIZED} --cali_ckpt {lacking}")) == str(lacking)
 
 
 def test_options_are_taken_out_with_their_values():

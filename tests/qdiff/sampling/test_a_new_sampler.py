@@ -55,5 +55,5 @@ def test_it_runs(euler, tiny_config, tiny_network):
     with torch.no_grad():
         made, ddim = sampler(tiny_network, [0, 1]), ddim_sampler(tiny_config, SamplerOptions(steps=4), 7)
         assert made.shape == (2, 1, 8, 8) and not torch.allclose(made, ddim(tiny_network, [0, 1]))
-    with pytest.raises(UserError, match=r"eta is 0\.5, and Euler has none"):
+    with pytest.raises(UserError, match=r"eta is 0\.5 but Euler has no eta"):
         ddim_sampler(tiny_config, SamplerOptions("euler", steps=4, eta=0.5), 7)
