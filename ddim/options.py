@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from qdiff.sampling.registry import sample_types
-
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Model and sampler of a DDIM model."""
@@ -32,6 +30,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_sampler_options(parser: argparse.ArgumentParser) -> None:
     """The sampler of a DDIM model."""
+    from qdiff.sampling.registry import sample_types  # loads torch
+
     group = parser.add_argument_group("sampler")
     kinds = list(sample_types())
     group.add_argument("--sample_type", choices=kinds, default="generalized", help="generalized is DDIM")

@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Mapping
 
 from qdiff.errors import UserError
-from qdiff.sampling import SAMPLERS
 
 
 def add_unconditional_options(
@@ -67,6 +66,8 @@ def add_guided_options(
 
 
 def _add_sampler_option(group: argparse._ArgumentGroup) -> None:
+    from qdiff.sampling.registry import SAMPLERS  # loads torch
+
     # Clipping x_0 to [−1, 1] would damage latents.
     names = [row.name for row in SAMPLERS.values() if not row.clips]
     group.add_argument("--sampler", choices=names, help="sampler by name (default: ddim)")

@@ -1,7 +1,7 @@
 """Python API: record a calibration set, calibrate, sample. docs/api.md is a tour, and examples/ has programs to run.
 
 Here a sampler is any ``sampler(network, rows)`` that calls ``network(x, t)`` or ``network(x, t, context)`` and returns
-the samples numbered ``rows``, [N, …]: a `ddim.sampling.DdimSampler`, or a function of your own.
+the samples numbered ``rows``, [N, …]: the `sample` of a pipeline, or a function of your own.
 """
 
 from __future__ import annotations

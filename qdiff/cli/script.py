@@ -8,11 +8,13 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser, add_run_options
-from qdiff.cli.options.ptq import add_ptq_options
-from qdiff.pipeline import Pipeline
+
+if TYPE_CHECKING:  # it loads torch, which `scripts/families.py` need not wait for
+    from qdiff.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ def sampling_script(script: Script, about: str | None) -> Callable[..., None]:
 
     @exits_cleanly
     def main(arguments: list[str] | None = None) -> None:
+        from qdiff.cli.options.ptq import add_ptq_options
+
         parser = Parser(about)
         (script.add_more_options or script.add_options)(parser)
         add_ptq_options(parser, script.resume)

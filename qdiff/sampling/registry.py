@@ -105,6 +105,7 @@ class SamplerRow:
         has_eta: whether it uses ``eta``; for other samplers, η above 0 is an error.
         clips: whether it clips the predicted x_0 to [−1, 1], which suits images but not latents.
         places_steps: whether it places its steps itself; a number of steps that does not divide T is then allowed.
+        takes_all: whether it visits all training timesteps, whatever number of steps is requested.
         sample_type: value of ``--sample_type`` if it differs from the name.
     """
 
@@ -116,6 +117,7 @@ class SamplerRow:
     has_eta: bool = False
     clips: bool = False
     places_steps: bool = False
+    takes_all: bool = False
     sample_type: str | None = None
 
     @property
@@ -161,7 +163,9 @@ _ROWS = (
     SamplerRow("ddpm_noisy", "DDPM with the larger variance", _ddpm_noisy, clips=True),
     SamplerRow("dpm_solver", "DPM-Solver++", _dpm_solver, timesteps=_unplaced, calls=_steps, places_steps=True),
     SamplerRow("plms", "PLMS", _plms, calls=lambda _, timesteps: plms_calls(timesteps)),
-    SamplerRow("ancestral", "DDPM over all training steps", _ancestral, timesteps=_all, places_steps=True),
+    SamplerRow(
+        "ancestral", "DDPM over all training steps", _ancestral, timesteps=_all, places_steps=True, takes_all=True
+    ),
 )
 SAMPLERS: dict[str, SamplerRow] = {row.name: row for row in _ROWS}
 

@@ -42,7 +42,7 @@ def test_ddim_predictions_and_ranges(ddim_run, monkeypatch):
         kinds.append(kind)
         return as_noise_prediction(network, schedule, kind)
 
-    monkeypatch.setattr("ddim.sampling.as_noise_prediction", noted)
+    monkeypatch.setattr("qdiff.sampling.sampler.as_noise_prediction", noted)
     assert not np.array_equal(ddim_run("v", diffusion={"parameterization": "v"}), plain)
     assert set(kinds) == {Parameterization.V}
 

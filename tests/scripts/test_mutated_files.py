@@ -309,7 +309,7 @@ def soon():
 @pytest.mark.parametrize(("kind", "number"), cases())
 def test_a_damaged_file_is_used_or_refused(kind, number, call, sources, soon, tmp_path, monkeypatch):
     monkeypatch.setenv("QDIFF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("qdiff.cli.sample.HELD_OUT_IMAGES", 2)
+    monkeypatch.setattr("qdiff.cli.held_out.IMAGES", 2)
     rng = Random(f"{kind.__name__} {number}")
     rng.number = number
     script, options, makes_run = kind(rng, sources, tmp_path)

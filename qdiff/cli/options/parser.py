@@ -8,7 +8,6 @@ from typing import NoReturn
 
 from qdiff.cli.options.paper_options import check_paper_options, refused_values
 from qdiff.errors import UserError
-from qdiff.ranges.estimators import ESTIMATORS
 
 BITS = 8
 
@@ -48,7 +47,9 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     """``--ptq`` and the options that belong to it, named as in the papers' scripts."""
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it, sample from the float model")
+    # Here and not above: they load torch, which commands without these options need not wait for.
     from qdiff.methods.registry import METHODS
+    from qdiff.ranges.estimators import ESTIMATORS
 
     methods = [*METHODS, "modiff"]  # combines with the weights of any method
     group.add_argument("--method", choices=methods, help="default: implied by the other options")

@@ -40,3 +40,14 @@ def test_samplers_that_space_their_steps_themselves():
     assert notes("sample_diffusion_ddim", 30, "--sample_type", "dpm_solver") == []
     assert notes("sample_diffusion_ldm", 30, "--dpm") == []
     assert notes("sample_diffusion_ddim", 30, "--skip_type", "quad") == []
+
+
+def test_a_sampler_that_takes_all_steps():
+    for script, words in (("sample_diffusion_ddim", ("--sample_type", "ancestral")), ("sample_diffusion_ldm", ("-v",))):
+        parser = Parser(None)
+        SCRIPTS[script].add_options(parser)
+        given, option = MODELS[script]
+        args, _ = parser.parse_known_args([str(w) for w in (*given, option, 30, *words)])
+        args.batch_size = None
+        (note,) = SCRIPTS[script].pipeline_of(args).notes
+        assert note == f"{option} 30 has no effect: DDPM over all training steps takes 1000 steps"
