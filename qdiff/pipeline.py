@@ -94,11 +94,8 @@ class Pipeline:
 
     def note_steps(self, option: str) -> None:
         """Add a note if the sampler takes a different number of steps than an option requests."""
-        asked, taken, row = (
-            self.sampler.options.steps,
-            len(self.sampler.timesteps),
-            find_sampler(self.sampler.options.kind),
-        )
+        asked, taken = self.sampler.options.steps, len(self.sampler.timesteps)
+        row = find_sampler(self.sampler.options.kind)
         if row.takes_all and asked != taken:
             self.notes.append(f"{option} {asked} has no effect: {row.title} takes {taken} steps")
         elif asked != taken and not row.places_steps:

@@ -14,6 +14,7 @@ import torch
 from families import SCRIPTS
 
 from qdiff.cli.script import Script, parser_like, sampling_script
+from qdiff.errors import UserError
 from qdiff.pipeline import Pipeline
 from qdiff.sampling import DiffusionSchedule, Sampler, SamplerOptions, make_beta_schedule
 
@@ -93,5 +94,5 @@ def test_other_commands_name_it(row):
     args = parser_like(None, words, scripts).parse_args(words)
     args.batch_size = None
     assert scripts[args.like].pipeline_of(args).calls == 8
-    with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+    with pytest.raises(UserError, match="sample_three"):
         parser_like(None, words, SCRIPTS).parse_args(words)  # without its row

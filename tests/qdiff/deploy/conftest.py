@@ -13,6 +13,7 @@ from deploy_networks import STEPS, network_inputs
 from families import SCRIPTS
 from torch import Tensor
 
+from qdiff.calibration.collect import record_evenly
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet, select_samples
 from qdiff.config import QuantConfig
@@ -131,7 +132,8 @@ def exported_digits(digits_model, tmp_path_factory) -> Exported:
     """The bundled digits model, W4A8, split."""
     from qdiff.deploy.onnx_export import export_onnx
 
-    data = select_samples(digits_model.record(STEPS, 8, show_progress=False), STEPS, 8, digits_model.input_shape, False)
+    recording = record_evenly(digits_model, STEPS, 8, show_progress=False)
+    data = select_samples(recording, STEPS, 8, digits_model.input_shape, False)
     qnn = calibrated(digits_model.network, data, weight_bits=4, act_bits=8, split_shortcut=True)
     path = tmp_path_factory.mktemp("exported") / "digits.onnx"
     export_onnx(qnn, path, digits_model.input_shape)
