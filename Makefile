@@ -29,7 +29,7 @@ tables: $(READY)
 		$(BIN)/python scripts/reproduce.py configs/tables/$$table.yaml --document docs/results.md || exit; done
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # With a Python that has torch and a GPU; it installs nothing (docs/gpu.md).
 gpu-check:

@@ -26,21 +26,15 @@ LONGEST = (
     *("test_eda_dm_runs", "test_cuda_faults", "test_quantized_runtimes", "test_runtimes", "test_mutated_files"),
     *("test_txt2img", "test_reproduce", "test_benchmark", "test_compare_runtimes", "test_export"),
 )
-# What shares exported networks.
-SHARED = {"test_onnx_networks": "exported", "test_onnx_files": "exported"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # pytest-xdist: by the number of tests, which says nothing of their time
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     rank = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: (rank.get(item.path.stem, len(LONGEST)), "scripts" not in item.path.parts))
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:  # with --dist loadgroup, a file's tests share a worker and its fixtures
-            item.add_marker(pytest.mark.xdist_group(SHARED.get(item.path.stem, item.path.stem)))
     if torch.cuda.is_available():
         return
     for item in items:

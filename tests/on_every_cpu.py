@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
             print(f"{setting.name:24s} skipped: it is what this CPU is", flush=True)
             continue
         # Two processes of one thread, or one of two: never more threads than two cores hold.
-        workers = ("-n", str(2 // setting.threads), "--dist", "loadgroup")
+        workers = ("-n", str(2 // setting.threads), "--dist", "loadfile")
         command = [sys.executable, "-m", "pytest", *workers, *NUMERIC, *arguments]
         started = time.monotonic()
         run = subprocess.run(command, cwd=REPOSITORY, env=setting.environment(), capture_output=True, text=True)
