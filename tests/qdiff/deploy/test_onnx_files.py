@@ -258,7 +258,7 @@ def test_nothing_half_written_is_left(failing, small, tmp_path, monkeypatch):
     [
         (
             {"act_bits": 8, "act_dynamic": True, "act_scale_per": "channel"},
-            "^one range per channel .*tensor or sample$",
+            "per channel .*tensor or sample$",
         ),
         ({"act_bits": 8, "modulate": True, "ablation": "cleared-state"}, "^--modulate_ablation .*; leave it out"),
     ],
