@@ -8,6 +8,7 @@ from argparse import Namespace
 import pytest
 from cuda_checks import assert_learning_never_waits, assert_sampling_never_waits, pageable_copies_while_learning
 from ddim_runs import SCRIPT, W4A8
+from families import SCRIPTS
 from run_checks import image_bytes, manifest, succeeded
 
 DATA = ("--cali_st", 2, "--cali_n", 2)
@@ -101,6 +102,7 @@ def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path
 @pytest.mark.parametrize("part", ["gpu_machine:machine_lines", "gpu_networks:cifar10_lines"])
 def test_parts_of_the_gpu_check(part, cuda):
     module, name = part.split(":")
-    lines = getattr(importlib.import_module(f"qdiff.benchmark.{module}"), name)(Namespace(small=True, device="cuda"))
+    lines = getattr(importlib.import_module(f"qdiff.benchmark.{module}"), name)
+    lines = lines(Namespace(small=True, device="cuda"), SCRIPTS)
     found = {line.what: line for line in lines}
     assert len(found) > 3 and not any(line.good is False for line in found.values())

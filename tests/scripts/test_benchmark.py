@@ -181,7 +181,7 @@ def job_of(call, monkeypatch, folder, *options) -> Job:
     jobs = []
     monkeypatch.setattr(run, "measure", lambda job, variants: jobs.append(job) or [])
     succeeded(call(SCRIPT, *options))
-    job = Job(jobs[0].args, jobs[0].plan, folder)
+    job = Job(jobs[0].script, jobs[0].args, jobs[0].plan, folder)
     write_checkpoints(job)
     return job
 

@@ -173,7 +173,7 @@ def test_what_is_not_there_is_left_out(call, given, monkeypatch):
     def missing():
         raise UserError("onnx is not installed; pip install '.[deploy]'")
 
-    monkeypatch.setattr("qdiff.deploy.onnx_export.import_onnx", missing)
+    monkeypatch.setattr("qdiff.deploy.runtime.import_onnx", missing)
     outcome = succeeded(call(COMMAND, *given[0], "--images", 1))
     assert "without onnxruntime: onnx is not installed; pip install '.[deploy]'" in outcome.err
     assert "torch-int8" in outcome.out and "openvino" not in outcome.out

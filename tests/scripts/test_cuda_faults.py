@@ -15,7 +15,6 @@ from ddim.models.diffusion import Model
 from ddim.pipeline import DdimPipeline
 from qdiff import quantizer
 from qdiff.cli import held_out
-from qdiff.cli.sample import SampleCommand
 from qdiff.quantizer import ActQuantizer, Quantizer
 from qdiff.sampling import ImageNoise
 
@@ -115,16 +114,16 @@ def test_an_overflow_of_half_precision_is_an_error(call, latent, cuda, tmp_path,
 
 def test_an_error_of_eps_in_full_precision_would_not_show_it(call, latent, cuda, tmp_path, overflowing, monkeypatch):
     """As it once was measured; images that are not finite are an error of their own then."""
-    measured = SampleCommand._noise_error
+    measured = held_out._measured
 
-    def in_full_precision(self, qnn):
+    def in_full_precision(pipeline, qnn):
         with monkeypatch.context() as patch:
-            patch.setattr(self.args, "precision", "full")
-            found = measured(self, qnn)
+            patch.setattr(pipeline, "precision_name", "full")
+            found = measured(pipeline, qnn)
         assert 0 < found["mse"] < found["float_mean_square"]
         return found
 
-    monkeypatch.setattr(SampleCommand, "_noise_error", in_full_precision)
+    monkeypatch.setattr(held_out, "_measured", in_full_precision)
     outcome = call("txt2img", *latent("text").options, *TEXT, *LINEAR, "--sm_abit", 16, "-l", tmp_path / "half")
     assert outcome.code == 2
     assert outcome.err.splitlines()[-1].startswith("error: image 0 has values that are not finite")

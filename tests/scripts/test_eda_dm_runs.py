@@ -92,7 +92,7 @@ def test_ddim(ddim_run, ddim_float):
     run = manifest(folder)
     assert len(run["reconstruction_errors"]) > 10 and {"recording", "calibration"} <= set(run["seconds"])
     assert "method eda-dm" in (folder / "run.log").read_text()
-    assert "schedule tdac" in (folder / "run.log").read_text()
+    assert "distribution tdac" in (folder / "run.log").read_text()
 
 
 def test_repeating_the_command_redoes_nothing(call, ddim_run):

@@ -15,7 +15,7 @@ OPTION = "--fused_kernels"
 def test_refused_where_it_could_not_run_before_anything_else(call, tiny, tmp_path):
     for words, says in [
         ((), "not on a CUDA device"),
-        (("--runtime", "onnxruntime"), "onnxruntime is on the CPU"),
+        (("--runtime", "onnxruntime"), "onnxruntime runs on the CPU"),
     ]:
         line = call(SCRIPT, *tiny.options, *SAMPLER, *W4A8, OPTION, *words, "-l", tmp_path / "run").error_line()
         assert OPTION in line and says in line
