@@ -12,7 +12,8 @@ import pytest
 
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
 REPOSITORY = Path(__file__).parents[2]
-SCRIPTS = sorted(path.name for path in (REPOSITORY / "scripts").glob("*.py"))
+# But for the table that they share.
+SCRIPTS = sorted({path.name for path in (REPOSITORY / "scripts").glob("*.py")} - {"families.py"})
 # Libraries that load an OpenMP runtime. The first of them to be imported ends the script, so none really loads.
 LOADING = ["torch", "sklearn", "openvino", "onnxruntime"]
 PROBE = """
@@ -45,7 +46,7 @@ def when_torch_loads(script: Path, **environment: str) -> tuple[str, dict[str, s
     inherited = {k: v for k, v in os.environ.items() if k not in PASSIVE}
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([str(script), list(PASSIVE), LOADING])],
-        env={**inherited, "PYTHONPATH": str(REPOSITORY), **environment},
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "scripts")]), **environment},
         capture_output=True,
         text=True,
         check=True,

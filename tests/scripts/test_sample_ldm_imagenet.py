@@ -195,7 +195,7 @@ REFUSED = {
     "nothing kept": (("--skip_grid", "--skip_save"), "--skip_grid and --skip_save"),
     "columns": (("--n_rows", -1), "--n_rows is -1"),
     "no images": (("--n_samples", 0), "--n_samples is 0"),
-    "batch of none": (("--n_batch", 0), "--n_batch 0"),
+    "batch of none": (("--n_batch", 0), "--n_batch is 0"),
     "batch size of none": (("--batch_size", 0), "--batch_size is 0"),
     "scale": (("--scale", "nan"), "scale is nan"),
     "eta": (("--ddim_eta", -0.5), "eta is -0.5"),
