@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from qdiff.cli.run_config import CYCLED, differences
-from qdiff.cli.run_manifest import Manifest
+from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable, sha256, written_whole
 from qdiff.io.images import grid, load_png, png_shape, save_png
@@ -81,10 +81,7 @@ class RunFolder:
             if self.images.is_dir() and any(self.images.iterdir()):
                 raise UserError(f"{self.path} holds images but no run.json; choose another --logdir")
             return None
-        try:
-            previous = Manifest.read(file)
-        except ValueError as error:
-            raise UserError(f"{file} is not a run's manifest ({error}); choose another --logdir") from error
+        previous = read_manifest(file, "choose another --logdir")
         # Calibration prompts are needed until the error of ε is measured, after calibration.
         is_calibrated = self.config.get("ptq") is None or previous.noise_error is not None
         differing = differences(previous.config, self.config, is_calibrated)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 
 VERSION = 1
@@ -117,6 +118,21 @@ class Manifest:
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
 
 
+def read_manifest(file: Path, fix: str) -> Manifest:
+    """Return what a user's file holds.
+
+    Args:
+        fix: what to do about a damaged one, the rest of the sentence.
+
+    Raises:
+        UserError: as `Manifest.read`.
+    """
+    try:
+        return Manifest.read(file)
+    except ValueError as error:
+        raise UserError(f"{file} is not a run's manifest ({error}); {fix}") from error
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
@@ -151,5 +167,5 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "machine": lambda value: isinstance(value, dict),
     "seconds": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "noise_error": lambda value: isinstance(value, dict) and _is_number(value.get("mse")),
-    "labels": lambda value: _is_list(value, int),
+    "labels": lambda value: value is None or _is_list(value, int),
 }

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.run_manifest import Manifest
-from qdiff.errors import UserError
+from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.evaluation.image_sets import ImageSet
 from qdiff.evaluation.run_images import images_at
 
@@ -30,10 +29,7 @@ class Samples:
         is_run = (self.path / "img").is_dir()
         file = (self.path if is_run else self.path.parent) / "run.json"
         if file.is_file() and (is_run or self.path.name in ("img", "samples.npz")):
-            try:
-                self.manifest = Manifest.read(file)
-            except ValueError as error:
-                raise UserError(f"{file} is not a run's manifest ({error}); remove it or restore it") from error
+            self.manifest = read_manifest(file, "remove it or restore it")
 
     @property
     def config(self) -> dict[str, Any]:

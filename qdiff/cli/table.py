@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from qdiff.cli.run_manifest import Manifest
+from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
 from qdiff.config import ScalePer
 from qdiff.errors import UserError
@@ -171,7 +171,7 @@ class TableRun:
         return complete and current and (base is None or self._is_finished(base))
 
     def _manifest(self, row: TableRow) -> Manifest:
-        return Manifest.read(self.table.folder(row.label) / "run.json")
+        return read_manifest(self.table.folder(row.label) / "run.json", "delete its folder to run the row again")
 
     def _measured(self, row: TableRow) -> dict[str, Any]:
         """Return a row of results, see `qdiff.report.columns`."""

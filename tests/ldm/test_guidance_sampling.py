@@ -185,7 +185,7 @@ def test_number_of_calls(kind, steps, calls):
         seen.append((tuple(x.shape), t.tolist(), condition, unconditional))
 
     condition, nothing = context([1.0, 2.0]), context([0.0, 0.0])
-    make(network, [4, 5], condition, nothing, on_call=keep)
+    make(network, [4, 5], "cpu", condition, nothing, on_call=keep)
     assert make.calls == len(seen) == calls
     # Told of the batch as it is before guidance doubles it.
     assert all(shape == (2, *SHAPE) and c is condition and u is nothing for shape, _, c, u in seen)

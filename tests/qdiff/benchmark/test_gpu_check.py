@@ -63,7 +63,8 @@ def test_missing_packages_are_named_once_with_what_is_skipped(asked, parts, caps
 
 
 def test_lines_are_kept_as_they_come(asked, parts, monkeypatch):
-    def lines(args):
+    def lines(args, scripts):
+        assert scripts == {"a": 1}
         yield Line("first", "1")
         raise RuntimeError("in the middle")
 
@@ -71,7 +72,7 @@ def test_lines_are_kept_as_they_come(asked, parts, monkeypatch):
     parts(one=Part("one", 1, "made_up:lines"))
     Path(asked.out).mkdir()
     with pytest.raises(RuntimeError):
-        run_part("one", asked)
+        run_part("one", asked, {"a": 1})
     (kept,) = gpu_check._read_lines(Path(asked.out) / "one.jsonl")
     assert kept == Line("first", "1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from families import SCRIPTS
 
 from qdiff.benchmark import side_by_side as module
 from qdiff.benchmark.side_by_side import check_command, markdown, measure_side_by_side
@@ -54,13 +55,13 @@ def test_the_table(measured, monkeypatch):
 
 
 def test_commands():
-    assert check_command(["--", *COMMAND]) == check_command(COMMAND) == COMMAND
+    assert check_command(["--", *COMMAND], SCRIPTS) == check_command(COMMAND, SCRIPTS) == COMMAND
     with pytest.raises(UserError, match="begins with nothing"):
-        check_command(["--"])
+        check_command(["--"], SCRIPTS)
     with pytest.raises(UserError, match="begins with evaluate; give a sampling script"):
-        check_command(["evaluate"])
+        check_command(["evaluate"], SCRIPTS)
     with pytest.raises(UserError, match="has -l; leave it out"):
-        check_command([*COMMAND, "-l", "runs/a"])
+        check_command([*COMMAND, "-l", "runs/a"], SCRIPTS)
 
 
 def test_a_command_that_fails(tmp_path, capfd):

@@ -69,8 +69,8 @@ class DigitTable:
         folder = Path(command[command.index("-l") + 1])
         self.commands.append(("sample", folder.name))
         images = np.clip(self.images.astype(int) + self.changed.get(folder.name, 0), 0, 255).astype(np.uint8)
-        manifest = {"command": shlex.join(["python", *command]), "files": {"float weights": {}}}
-        manifest["files"]["float weights"]["path"] = str(self.folder / "weights")
+        manifest = {"command": shlex.join(["python", *command]), "files": {}}
+        manifest["files"]["float weights"] = {"path": str(self.folder / "weights"), "sha256": "0" * 64}
         if folder.name in self.labels:
             manifest["labels"] = self.labels[folder.name]
         write_run(folder, images, **manifest)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from qdiff.cli import measure as module
 from qdiff.cli.measure import Measuring
+from qdiff.cli.run_manifest import Manifest
 from qdiff.errors import UserError
 from qdiff.evaluation import features
 from qdiff.evaluation.extractors import EXTRACTORS, create_extractor
@@ -64,7 +65,7 @@ def run(tmp_path, digits):
 
 def measured(folder, metrics=("fid", "isc"), float_folder=None, reference=REFERENCE, weights=None, **options) -> dict:
     measuring = Measuring(NAME, weights, str(reference), metrics, **options)
-    return measuring.run(folder, json.loads((folder / "run.json").read_text()), float_folder)
+    return measuring.run(folder, Manifest.read(folder / "run.json"), float_folder)
 
 
 def newer(folder, than) -> None:
