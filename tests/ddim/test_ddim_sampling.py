@@ -17,7 +17,6 @@ OPTIONS = {
     "ddim stochastic": SamplerOptions(steps=4, eta=1.0),
     "ddpm": SamplerOptions("ddpm_noisy", steps=4),
     "plms": SamplerOptions("plms", steps=4),
-    "ancestral": SamplerOptions("ancestral", steps=4),
     "dpm 1": SamplerOptions("dpm_solver", steps=4, order=1),
     "dpm 2 multistep": SamplerOptions("dpm_solver", steps=5, order=2),
     "dpm 3 multistep": SamplerOptions("dpm_solver", steps=5, order=3),
