@@ -160,7 +160,7 @@ def test_names_of_statistics_tell_split_size_filter_and_unusual_counts():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(UserError, match=r"'cifar': .* cifar10, lsun_bedroom"):
+    with pytest.raises(UserError, match=r"'cifar'; .* cifar10, lsun_bedroom"):
         find_dataset("cifar")
 
 
