@@ -25,23 +25,12 @@ PROMPT = "a painting of a virus monster playing guitar"
 
 
 class GuidedPipeline(LatentPipeline):
-    """The common base of the two conditional pipelines."""
+    """The common base of the two conditional pipelines; see `LatentPipeline` for its arguments."""
 
     conditional = True
 
-    def __init__(
-        self,
-        config: str | Path,
-        weights: str | Path,
-        options: SamplerOptions,
-        seed: int,
-        count: int,
-        batch_size: int,
-        size: ImageSize = ImageSize(),  # noqa: B008, frozen
-        precision: str = "full",
-        recompute: bool = True,
-    ) -> None:
-        super().__init__(config, weights, options, seed, count, batch_size, size, precision, recompute)
+    def __init__(self, *args: Any, precision: str = "full", **others: Any) -> None:
+        super().__init__(*args, precision=precision, **others)
         self.config["precision"] = precision
 
 

@@ -23,7 +23,7 @@ from ldm.modules.encoders.modules import FrozenCLIPEmbedder
 from ldm.sizes import check_sizes
 from ldm.training import FirstStageTask, LatentDenoisingTask, latent_moments
 from ldm.util import instantiate_from_config
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 from qdiff.io.files import written_whole
 from qdiff.io.tensor_files import check_state, read_float_tensors, unwrapped
 
@@ -59,8 +59,7 @@ def _plan(args: Namespace, stage: str) -> tuple[Any, Any, int]:
             f"config file {args.config} has no data or training.{stage}; see models/ldm/digits_vq/config.yaml"
         )
     epochs = section.n_epochs if args.epochs is None else args.epochs
-    if epochs < 1:
-        raise UserError(f"--epochs is {epochs}; give at least 1")
+    require_at_least(1, {"--epochs": epochs})
     return config, section, epochs
 
 

@@ -20,7 +20,7 @@ from families import SCRIPTS
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser
-from qdiff.errors import UserError
+from qdiff.errors import require_at_least
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -31,8 +31,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("command", nargs=argparse.REMAINDER, help="-- SCRIPT OPTIONS, for a sampling script")
     args = parser.parse_args(arguments)
     for option, least in (("runs", 2), ("repeats", 1), ("threads", 1)):
-        if getattr(args, option) < least:
-            raise UserError(f"--{option} is {getattr(args, option)}; give at least {least}")
+        require_at_least(least, {f"--{option}": getattr(args, option)})
     return args
 
 

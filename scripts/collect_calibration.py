@@ -41,14 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.calibration.collect import check_recorded_steps, record_evenly
     from qdiff.calibration.samples import save_recording
     from qdiff.cli.processes import choose_device
-    from qdiff.errors import UserError
+    from qdiff.errors import require_at_least
     from qdiff.io.files import check_writable
 
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     pairs = args.generate == "residual"
     check_recorded_steps(pipeline, args.cali_st, pairs)
-    if args.cali_n < 1:
-        raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
+    require_at_least(1, {"--cali_n": args.cali_n})
     check_writable(args.out)
     with memory_advice("recording", smaller_batch(min(pipeline.batch_size, args.cali_n), to_continue=False)):
         pipeline.load(choose_device(args.device))

@@ -46,11 +46,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.cli.options.ptq import resolve_ptq
     from qdiff.cost.account import account
-    from qdiff.errors import UserError
+    from qdiff.errors import require_at_least
     from qdiff.quant_model import QuantModel
 
-    if args.layers < 0:
-        raise UserError(f"--layers is {args.layers}; give 0 or more")
+    require_at_least(0, {"--layers": args.layers})
     if not getattr(args, "ckpt", True):
         args.use_pretrained = True  # only shapes matter, so any weights will do
     pipeline = SCRIPTS[args.like].pipeline_of(args)

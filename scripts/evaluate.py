@@ -23,7 +23,7 @@ from pathlib import Path
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -55,8 +55,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if len(args.paths) > 2:
         raise UserError(f"there are {len(args.paths)} paths; give REFERENCE and SAMPLES, or only SAMPLES")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UserError(f"--batch_size is {args.batch_size}; give at least 1")
+    require_at_least(1, {"--batch_size": args.batch_size})
     return args
 
 

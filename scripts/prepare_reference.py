@@ -19,7 +19,7 @@ from pathlib import Path
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 from qdiff.evaluation.datasets import DATASETS, find_dataset
 
 
@@ -39,9 +39,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="the file to write (.npz; default: below $QDIFF_CACHE/references)")
     args = parser.parse_args(arguments)
     for option, least in (("batch_size", 1), ("max_images", 2)):
-        value = getattr(args, option)
-        if value is not None and value < least:
-            raise UserError(f"--{option} is {value}; give at least {least}")
+        require_at_least(least, {f"--{option}": getattr(args, option)})
     if args.out is not None and args.out.suffix != ".npz":
         raise UserError(f"--out is {args.out}; give a name that ends in .npz")
     if args.max_images is not None and find_dataset(args.name).brings_statistics:

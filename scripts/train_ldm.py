@@ -40,13 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     from ldm.stages import train_diffusion, train_first_stage
-    from qdiff.errors import UserError
+    from qdiff.errors import UserError, require_at_least
     from qdiff.io.files import check_writable
 
     if (args.stage == "diffusion") != bool(args.first_stage):
         raise UserError("--stage diffusion needs --first_stage PATH, and --stage first takes none; correct it")
-    if args.threads < 1:
-        raise UserError(f"--threads is {args.threads}; give at least 1")
+    require_at_least(1, {"--threads": args.threads})
     check_writable(args.out)
     torch.set_num_threads(args.threads)
     pl.seed_everything(args.seed, verbose=False)

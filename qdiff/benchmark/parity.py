@@ -21,7 +21,7 @@ from qdiff.cli.processes import choose_device
 from qdiff.cli.runtime import check_onnx_file
 from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes
 from qdiff.deploy.torch_runtimes import SIMULATED
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
 from qdiff.io.images import to_uint8
 from qdiff.modes import leaves
@@ -89,8 +89,7 @@ def resolve(args: Namespace, pipeline: Pipeline) -> tuple[PtqPlan, list[str], di
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
     if plan is None or plan.action != "load":
         raise UserError("this compares a calibrated network; give --ptq and --cali_ckpt PATH")
-    if args.images < 1:
-        raise UserError(f"--images is {args.images}; give at least 1")
+    require_at_least(1, {"--images": args.images})
     chosen, skipped = compared_runtimes(), {}
     if args.runtimes is not None:
         chosen = chosen_runtimes(args.runtimes, chosen)

@@ -34,7 +34,7 @@ from qdiff.config import Ablation
 from qdiff.cost.account import account
 from qdiff.deploy.runtimes import onnx_runtimes
 from qdiff.deploy.torch_runtimes import SIMULATED
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 from qdiff.io.files import check_writable
 from qdiff.io.images import save_png, to_uint8
 from qdiff.io.repository import REPOSITORY
@@ -113,8 +113,7 @@ class SampleCommand:
         args, pairs = self.args, self.args.generate == "residual"
         if args.cali_data_path is None:
             raise UserError(f"--generate {args.generate} writes a calibration set; give --cali_data_path PATH")
-        if args.cali_n < 1:
-            raise UserError(f"--cali_n is {args.cali_n}; give at least 1")
+        require_at_least(1, {"--cali_n": args.cali_n})
         calls = recorded_calls(self.pipeline, args.cali_st, pairs)
         return {"out": args.cali_data_path, "pairs": pairs, "calls": calls, "per_step": args.cali_n}
 

@@ -13,7 +13,7 @@ from qdiff.checkpoint import load_checkpoint
 from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
 from qdiff.cli.processes import choose_device
 from qdiff.config import Ablation, QuantConfig
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 from qdiff.evaluation.noise_error import measure_trajectory_error
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
@@ -39,8 +39,7 @@ def resolve(args: Namespace, pipeline: Pipeline) -> PtqPlan:
         )
     if plan.action != "load":
         raise UserError("this needs finished weights; give --cali_ckpt PATH")
-    if args.images < 1:
-        raise UserError(f"--images is {args.images}; give at least 1")
+    require_at_least(1, {"--images": args.images})
     return plan
 
 

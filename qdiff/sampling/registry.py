@@ -163,9 +163,7 @@ _ROWS = (
     SamplerRow("ddpm_noisy", "DDPM with the larger variance", _ddpm_noisy, clips=True),
     SamplerRow("dpm_solver", "DPM-Solver++", _dpm_solver, timesteps=_unplaced, calls=_steps, places_steps=True),
     SamplerRow("plms", "PLMS", _plms, calls=lambda _, timesteps: plms_calls(timesteps)),
-    SamplerRow(
-        "ancestral", "DDPM over all training steps", _ancestral, timesteps=_all, places_steps=True, takes_all=True
-    ),
+    SamplerRow("ancestral", "DDPM over all training steps", _ancestral, timesteps=_all, takes_all=True),
 )
 SAMPLERS: dict[str, SamplerRow] = {row.name: row for row in _ROWS}
 

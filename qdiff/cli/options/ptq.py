@@ -12,7 +12,7 @@ from qdiff.calibration.timesteps import Draw
 from qdiff.cli.options import eda_dm, modiff
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
 from qdiff.ranges.estimators import RangeMethod
@@ -166,11 +166,8 @@ def resolve_ptq(
         draw = eda_dm.resolve_draw(args, method, preset or {})
     if method.learns and not (eda_dm_scripts and changes is not None):
         recipe = _recipe(args, method, preset or {})
-    for option in ("cali_st", "cali_n"):
-        if getattr(args, option) < 1:
-            raise UserError(f"--{option} is {getattr(args, option)}; give at least 1")
-    if args.cali_seed is not None and args.cali_seed < 0:
-        raise UserError(f"--cali_seed is {args.cali_seed}; give 0 or more")
+    require_at_least(1, {"--cali_st": args.cali_st, "--cali_n": args.cali_n})
+    require_at_least(0, {"--cali_seed": args.cali_seed})
     if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
         raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
     return PtqPlan(
