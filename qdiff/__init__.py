@@ -9,27 +9,37 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from qdiff.diffusers_backend.registration import register_when_imported
+
 if TYPE_CHECKING:
     from qdiff.api import calibrate, record, sample
     from qdiff.checkpoint import load_checkpoint, save_checkpoint
     from qdiff.config import QuantConfig
+    from qdiff.diffusers_backend.config import QDiffConfig
+    from qdiff.diffusers_backend.quantize import quantize_pipeline
     from qdiff.errors import UserError
     from qdiff.evaluation.noise_error import measure_noise_error
     from qdiff.quant_model import QuantModel
 
 __all__ = [
+    "QDiffConfig",
     "QuantConfig",
     "QuantModel",
     "UserError",
     "calibrate",
     "load_checkpoint",
     "measure_noise_error",
+    "quantize_pipeline",
     "record",
     "sample",
     "save_checkpoint",
 ]
 
+register_when_imported()
+
 _HOMES = {
+    "QDiffConfig": "qdiff.diffusers_backend.config",
+    "quantize_pipeline": "qdiff.diffusers_backend.quantize",
     "QuantConfig": "qdiff.config",
     "QuantModel": "qdiff.quant_model",
     "UserError": "qdiff.errors",

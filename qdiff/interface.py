@@ -25,15 +25,26 @@ class AttentionCore(nn.Module):
     Args:
         prescale: multiply q and k by 1/√√d each BEFORE they are quantized (unconditional latent diffusion does),
             instead of scaling the logits afterwards.
+
+    Attributes:
+        causal: a query sees only keys that do not come after it.
+        scale: of the logits; None is 1/√d.
     """
+
+    causal = False
+    scale: float | None = None
 
     def __init__(self, prescale: bool = False) -> None:
         super().__init__()
         self.prescale = prescale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, heads, L, d], k and v [N, heads, S, d] → [N, heads, L, d]."""
-        return F.scaled_dot_product_attention(q, k, v)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [N, heads, L, d], k and v [N, heads, S, d] → [N, heads, L, d].
+
+        Args:
+            mask: boolean (True takes part) or added to the logits; broadcast to [N, heads, L, S].
+        """
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, scale=self.scale)
 
 
 def split_input(layer: nn.Module, at: int) -> nn.Module:

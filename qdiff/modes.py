@@ -67,5 +67,7 @@ def halve_weights(network: nn.Module, dtype: torch.dtype) -> None:
             assert module.form in (WeightForm.RELEASED, WeightForm.PACKED), "its float weight is still needed"
         for name in ("weight", "bias"):
             parameter = getattr(module, name)
-            if parameter is not None:
+            if isinstance(parameter, nn.Parameter):
                 setattr(module, name, nn.Parameter(parameter.to(dtype), requires_grad=False))
+            elif parameter is not None:  # the shape of a packed weight
+                setattr(module, name, parameter.to(dtype))

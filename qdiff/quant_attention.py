@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,8 +23,7 @@ class QuantAttention(nn.Module):
 
     def __init__(self, core: AttentionCore, config: QuantConfig) -> None:
         super().__init__()
-        self.prescale = core.prescale
-        self._float_core = core.forward
+        self.prescale, self.causal, self.scale = core.prescale, core.causal, core.scale
         if config.attention_widths is not None:
             bits, softmax_bits = config.attention_widths
             # Attention is not modulated: in a modulated network its operands have dynamic ranges.
@@ -34,14 +34,26 @@ class QuantAttention(nn.Module):
             self.act_quantizer_w = act_quantizer(config, softmax_bits, False, True, channel_dim=-1)
         self.acts_quantized = False  # set by `qdiff.modes.leaf_modes`
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [N, heads, L, d], k and v [N, heads, S, d] → [N, heads, L, d]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Compute what `AttentionCore.forward` computes, from the same arguments."""
         if not self.acts_quantized:
-            return self._float_core(q, k, v)
-        scale = q.shape[-1] ** -0.5
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, scale=self.scale)
+        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
         if self.prescale:  # q and k are scaled by 1/√√d each, before they are quantized
             q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
         logits = self.act_quantizer_q(q) @ self.act_quantizer_k(k).transpose(-2, -1) * scale
+        if mask is not None or self.causal:
+            logits = _masked(logits, mask, self.causal)
         # Quantize before returning to half precision, which near 1 is coarser than a 16-bit quantizer.
         weights = self.act_quantizer_w(F.softmax(at_least_single(logits), dim=-1))
         return weights.to(v.dtype) @ self.act_quantizer_v(v)
+
+
+def _masked(logits: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Return logits [N, heads, L, S] in which masked keys are −∞, so that their softmax is 0 at any width."""
+    if causal:
+        seen = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+        logits = logits.masked_fill(~seen, -torch.inf)
+    if mask is None:
+        return logits
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,18 @@ from torch import Tensor, nn
 
 from qdiff.config import Ablation, QuantConfig
 from qdiff.errors import UserError
-from qdiff.interface import family_of
+from qdiff.interface import SteppedNetwork, family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
 from qdiff.kernels.packed_weight import WeightCache
 from qdiff.modes import leaf_modes, leaves
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
+from qdiff.tracing.attention_calls import route_attention
+from qdiff.tracing.replay import ReplayedNetwork
+from qdiff.tracing.trace import Call, call_directly, count_calls
 from qdiff.weight_forms import WeightForm
-from qdiff.wrapping import replace_leaves
+from qdiff.wrapping import NAMED_AT_MOST, log, replace_leaves
 
 
 class QuantModel(nn.Module):
@@ -30,8 +33,15 @@ class QuantModel(nn.Module):
     as the float network.
 
     Args:
-        network: network with float weights; a `qdiff.interface.SteppedNetwork` if it is to be calibrated.
+        network: network with float weights.
         config: widths and ranges.
+        example: some inputs of the network, batch first, on its device. A network that is not a
+            `qdiff.interface.SteppedNetwork` runs on them once, to find its attention and the layers it never calls;
+            None takes the layers alone.
+        call: ``call(network, *inputs)`` runs the network; None calls it with the inputs.
+        units: names of modules to reconstruct as a whole; None cuts the network automatically. Not for a
+            `SteppedNetwork`.
+        ends: names of the first and the last layer, for ``keep_ends``; None takes the family's.
 
     ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W]. Keywords are passed on.
     Attributes that this class does not have are looked up in the network; ``config`` is this class's, and the
@@ -41,17 +51,30 @@ class QuantModel(nn.Module):
         left_in_float: the reason why a layer with products is not quantized, by layer name.
     """
 
-    def __init__(self, network: nn.Module, config: QuantConfig) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        config: QuantConfig,
+        example: Sequence[Tensor] | None = None,
+        *,
+        call: Call | None = None,
+        units: Sequence[str] | None = None,
+        ends: tuple[str, str] | None = None,
+    ) -> None:
         super().__init__()
         if leaves(network):
             raise UserError(f"this {type(network).__name__} is already quantized; wrap a float network")
         self.config = config
         self.family = family_of(network)
         self.model = network
-        ends = self.family.ends
+        self.ends = ends = ends or self.family.ends
         if config.keep_ends and ends is None:
             raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
-        self.left_in_float = replace_leaves(network, config, ends)
+        self._call, self._unit_names, self._replayed = call or call_directly, units, None
+        unused: Sequence[str] = ()
+        if example is not None and not isinstance(network, SteppedNetwork):
+            unused = self._route_attention(example)
+        self.left_in_float = replace_leaves(network, config, ends, unused)
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
         device = self.device
@@ -61,6 +84,39 @@ class QuantModel(nn.Module):
                     module.to(device)
         self.requires_grad_(False)
         self.eval()
+
+    def _route_attention(self, example: Sequence[Tensor]) -> list[str]:
+        """Find the network's attention and make it a leaf; return the names of layers that are never called."""
+        counts = count_calls(self.model, example, self._call)
+        unused = counts.never_called(self.model)
+        if self.config.attention_widths is not None:
+            route_attention(self.model, counts.attention)
+            if counts.products:
+                some = ", ".join(counts.products[:NAMED_AT_MOST])
+                log.warning(
+                    "%d modules multiply two activations by themselves, which stays in float: %s",
+                    len(counts.products),
+                    some,
+                )
+        return unused
+
+    def as_steps(self, inputs: Sequence[Tensor]) -> SteppedNetwork:
+        """Return the network as a sequence of steps, the units of reconstruction.
+
+        Args:
+            inputs: some inputs of the network, batch first; used the first time, if the network is not a
+                `SteppedNetwork`.
+
+        Raises:
+            UserError: the network cannot be cut into units.
+        """
+        if isinstance(self.model, SteppedNetwork):
+            return self.model
+        if self._replayed is None:
+            some = [i[:2].to(self.device) for i in inputs]
+            # In a list, because it is a view of this network and not a part of it.
+            self._replayed = [ReplayedNetwork(self.model, some, leaves(self.model), self._call, self._unit_names)]
+        return self._replayed[0]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -74,7 +130,7 @@ class QuantModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Floating dtype of the network's parameters."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(layer.weight.dtype for layer in self.layers().values())
 
     def forward(self, *inputs: Tensor | None, **keywords: Any) -> Tensor:
         while inputs and inputs[-1] is None:  # a missing condition is not passed on
@@ -83,7 +139,7 @@ class QuantModel(nn.Module):
             for layer in self.layers().values():
                 if layer.memory is not None:
                     layer.memory.clear()
-        return self.model(*inputs, **keywords)
+        return self.model(*inputs, **keywords) if keywords else self._call(self.model, *inputs)
 
     def train(self, mode: bool = True) -> QuantModel:
         """Stay in eval mode: neither reconstruction nor sampling may run with dropout."""
@@ -205,16 +261,16 @@ class QuantModel(nn.Module):
         """Return the names of the activation quantizers that have not fired since the last reset."""
         return [name for name, quantizer in self.act_quantizers().items() if quantizer.fired == 0]
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        for layer in self.layers().values():  # check all layers before loading anything
-            layer.assert_loads_state_dict()
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        for name, layer in self.layers().items():  # check all layers before loading anything
+            layer.assert_loads_state_dict(state, f"{prefix}model.{name}.")
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     @property
     def device(self) -> torch.device:
-        """Device of the network, ignoring the meta tensors that keep the shapes of packed weights."""
-        parameters = list(self.parameters())
-        return next((p for p in parameters if not p.is_meta), parameters[0]).device
+        """Device of the network: of its first parameter that has values, if any has."""
+        tensors = [*self.parameters(), *self.buffers()]
+        return next((p for p in tensors if not p.is_meta), tensors[0]).device
 
 
 def _kind(quantizer: Quantizer) -> str:

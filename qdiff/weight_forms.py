@@ -55,14 +55,16 @@ class WeightedModule(nn.Module):
         config: the weight's width, and whether its ranges are symmetric.
 
     State:
-        weight: the float weight; if RELEASED, δ·(q − z); if PACKED, a shape without values.
+        weight: the float weight; if RELEASED, δ·(q − z); if PACKED, only a shape and dtype: a meta tensor, no
+            parameter.
         weight_int: the quantized weight, however it was rounded, as uint8 in the weight's shape; None if PACKED. A
             weight without a width does not have it.
         weight_quantizers: one per slice; empty if the weight has no width.
 
+        packed: the integers if PACKED, else None; ``packed.stream`` in the state dict.
+
     Not in the state dict:
         weight_dequantized: δ·(q − z) if DEQUANTIZED, else None.
-        packed: the integers if PACKED, else None.
     """
 
     def __init__(self, weight: nn.Parameter, slices: list[int], config: QuantConfig) -> None:
@@ -239,36 +241,36 @@ class WeightedModule(nn.Module):
         self._assert_may_become(WeightForm.PACKED)
         stream = self.packed_integers() if stream is None else stream
         self.packed = PackedWeight(stream, self.weight_quantizers[0].bits, self.weight.shape)
-        self.weight = nn.Parameter(torch.empty_like(self.weight, device="meta"), requires_grad=False)
+        self._keep_shape(self.weight)
         self.weight_int = self.weight_dequantized = None
         self._form = WeightForm.PACKED
 
+    def _keep_shape(self, weight: Tensor) -> None:
+        """Keep a weight's shape and dtype as a plain attribute: as a parameter it would say where the network is."""
+        self._parameters.pop("weight", None)
+        self.weight = torch.empty_like(weight, device="meta")
+
     # State dicts and devices
 
-    def assert_loads_state_dict(self) -> None:
-        """Raise an error if no state dict can be loaded, because the weight is RELEASED or PACKED."""
+    def assert_loads_state_dict(self, state: Mapping[str, Tensor], prefix: str) -> None:
+        """Raise an error if a state dict cannot be loaded: the weight is RELEASED, or only one of the two is PACKED.
+
+        Args:
+            prefix: of this module's names in the state dict.
+        """
         if self._form is WeightForm.RELEASED:
             raise RuntimeError(f"{RELEASED}; build it again to load a state dict")
-        if self._form is WeightForm.PACKED:
-            raise UserError(f"{PACKED} to overwrite; build it again to load a state dict")
+        if self._form is WeightForm.PACKED and f"{prefix}weight_int" in state:
+            raise UserError(f"{PACKED} to overwrite; build it again to load a state dict that is not packed")
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self.assert_loads_state_dict()
+    def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        self.assert_loads_state_dict(state, prefix)
         self.drop_dequantized()  # it belongs to the old integers
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _save_to_state_dict(self, *args, **kwargs) -> None:
-        if self._form is WeightForm.PACKED:
-            raise UserError(f"{PACKED} for a state dict; save the native format")
-        super()._save_to_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> WeightedModule:
         """Move or convert the module; `weight` of a PACKED module, only a shape and dtype, stays on the meta device."""
-        if self._form is not WeightForm.PACKED:
-            return super()._apply(fn, recurse)
-        shape, self.weight = self.weight, None
-        try:
-            return super()._apply(fn, recurse)
-        finally:
-            dtype = fn(torch.empty(0, dtype=shape.dtype)).dtype
-            self.weight = nn.Parameter(torch.empty_like(shape, dtype=dtype, device="meta"), requires_grad=False)
+        super()._apply(fn, recurse)
+        if self._form is WeightForm.PACKED:
+            self._keep_shape(self.weight.to(fn(torch.empty(0, dtype=self.weight.dtype)).dtype))
+        return self

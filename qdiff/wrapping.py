@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -31,7 +31,9 @@ _HOOKS = (
 )
 
 
-def replace_leaves(network: nn.Module, config: QuantConfig, ends: tuple[str, str] | None) -> dict[str, str]:
+def replace_leaves(
+    network: nn.Module, config: QuantConfig, ends: tuple[str, str] | None, unused: Collection[str] = ()
+) -> dict[str, str]:
     """Replace convolutions, linear layers and attention cores in place; parameters and hooks are kept.
 
     A layer is replaced only if its class computes what `QuantModule` computes. A module that is used in several
@@ -40,6 +42,7 @@ def replace_leaves(network: nn.Module, config: QuantConfig, ends: tuple[str, str
 
     Args:
         ends: see `QuantConfig.of_layer`.
+        unused: names of layers that no forward calls; they stay in float.
 
     Returns:
         The reason why a layer with products stays in float, by layer name.
@@ -49,7 +52,7 @@ def replace_leaves(network: nn.Module, config: QuantConfig, ends: tuple[str, str
     weights: set[int] = set()
     for parent, path, name, child in list(_children(network)):
         if child not in replaced:
-            reason = why_not(child)
+            reason = "it is never called" if path in unused else why_not(child)
             if reason is not None:
                 left[path] = reason
                 continue

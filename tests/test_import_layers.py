@@ -15,6 +15,7 @@ LAYERS = (
     ("qdiff.benchmark",),
     ("qdiff.cli",),
     ("qdiff.report",),
+    ("qdiff.diffusers_backend",),
     ("qdiff.api",),
     ("qdiff.evaluation",),
     ("qdiff.methods",),
@@ -24,7 +25,7 @@ LAYERS = (
     ("ldm",),
     ("ddim",),
     ("qdiff.pipeline",),
-    ("qdiff.sampling", "qdiff.kernels"),
+    ("qdiff.sampling", "qdiff.kernels", "qdiff.tracing"),
     ("qdiff.config",),
     ("qdiff.ranges",),  # whose estimators a config names
     ("qdiff.functional",),

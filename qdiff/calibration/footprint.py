@@ -83,7 +83,7 @@ def _counted(module: nn.Module):
         count[0] += _bytes(inputs) + _bytes(output)
         if isinstance(leaf, AttentionCore | QuantAttention):
             # Quantized attention holds the logits, the softmax output and its quantized form.
-            q, k, _ = inputs
+            q, k, *_ = inputs
             count[0] += 3 * FLOAT * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
 
     leaves = [m for m in module.modules() if not list(m.children()) or isinstance(m, QuantModule | QuantAttention)]

@@ -142,9 +142,8 @@ def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size:
 
 def _largest_unit(qnn: QuantModel) -> int:
     """Return the number of weights in the largest unit."""
-    sizes = (
-        sum(m.weight.numel() for m in step.module.modules() if isinstance(m, QuantModule)) for step in qnn.model.steps()
-    )
+    steps = qnn.as_steps(()).steps()
+    sizes = (sum(m.weight.numel() for m in step.module.modules() if isinstance(m, QuantModule)) for step in steps)
     return max(sizes, default=0)
 
 

@@ -100,7 +100,7 @@ class PackedWeight(nn.Module):
         self.bits, self.shape = bits, shape
         self.cache = WeightCache()
         self.multiplies_integers = False
-        self.register_buffer("stream", stream, persistent=False)
+        self.register_buffer("stream", stream)
 
     def integers(self) -> Tensor:
         """Return the integers as uint8, in the weight's shape; at 8 bits without a copy."""
@@ -109,6 +109,10 @@ class PackedWeight(nn.Module):
     def cached(self, make: Callable[[], Tensor]) -> Tensor:
         """Return the dequantized weight that ``make`` computes, from the shared cache if possible."""
         return self.cache.get(self, make)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> PackedWeight:
         self.cache.clear()

@@ -81,8 +81,9 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
     phase = Phase("joint", 3, config.iterations, activations)
-    with run.progress(qnn.model, config.iterations) as bar:
-        for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
+    network = qnn.as_steps(data.inputs)
+    with run.progress(network, config.iterations) as bar:
+        for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
             if activations:
                 observe_unit(opened.unit, opened.walker, qnn.config.act_range, order)
             for part in opened.parts(config.unit) if config.reconstruct else ():

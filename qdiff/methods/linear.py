@@ -22,6 +22,6 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: None, run: Calibrat
         init_weights(qnn)
     if qnn.config.calibrates_acts:
         walker = run.walker(qnn)
-        for _, _, unit, _ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):
+        for _, _, unit, _ in walk(qnn.as_steps(data.inputs), data.inputs, walker, weights=True, activations=True):
             observe_unit(unit, walker, qnn.config.act_range)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)

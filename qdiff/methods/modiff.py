@@ -63,7 +63,7 @@ def calibrate_changes(qnn: QuantModel, pairs: CalibrationSet, config: ChangesCon
         config: the method's numbers.
         run: seed, storage, journal, progress.
     """
-    network = PairedNetwork(qnn.model)
+    network = PairedNetwork(qnn.as_steps(tuple(i.flatten(0, 1) for i in pairs.inputs)))
     settings = FitSettings(config.iterations, config.batch_size, lr_act=config.lr, decays=True)
     objective = of_second(penalised_outside(lp_error(config.p), config.out_penalty))
     phase = Phase("changes", 4, config.iterations, True, _has_ranges, label="changes ")

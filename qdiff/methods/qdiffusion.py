@@ -17,6 +17,7 @@ from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
+from qdiff.interface import SteppedNetwork
 from qdiff.io.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -108,12 +109,13 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, r
         run: seed, storage, journal, progress, and whether weights are kept.
     """
     weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
-    with run.progress(qnn.model, weights * config.iterations + activations * config.act_iterations) as bar:
+    network = qnn.as_steps(data.inputs)
+    with run.progress(network, weights * config.iterations + activations * config.act_iterations) as bar:
         if weights:
             init_weights(qnn)
-            _fit_weights(qnn, data, config, run, bar)
+            _fit_weights(qnn, network, data, config, run, bar)
         if activations:
-            _fit_activations(qnn, data, config, run, bar)
+            _fit_activations(qnn, network, data, config, run, bar)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)
 
 
@@ -122,7 +124,12 @@ def _contains(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 
 def _fit_weights(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
+    qnn: QuantModel,
+    network: SteppedNetwork,
+    data: CalibrationSet,
+    config: QDiffusionConfig,
+    run: CalibrationRun,
+    bar: Progress,
 ) -> None:
     walker = run.walker(qnn)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
@@ -131,17 +138,22 @@ def _fit_weights(
     )
     # Attention has no weights, so only modules with layers have work.
     phase = Phase("weights", 0, config.iterations, False, _contains(QuantModule), label="weights ")
-    for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
+    for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
         for part in opened.parts(config.unit):
             objective = lp_error(2.0)
             if final is not None:
                 objective = weighted_error
-                part.weights = fisher_weights(output_gradients(qnn.model, opened.index, opened.state, final, walker))
+                part.weights = fisher_weights(output_gradients(network, opened.index, opened.state, final, walker))
             opened.fit(part, objective, settings)
 
 
 def _fit_activations(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
+    qnn: QuantModel,
+    network: SteppedNetwork,
+    data: CalibrationSet,
+    config: QDiffusionConfig,
+    run: CalibrationRun,
+    bar: Progress,
 ) -> None:
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
@@ -149,7 +161,7 @@ def _fit_activations(
     softmax_only = config.running_stat_softmax_only
     settings = FitSettings(config.act_iterations, config.batch_size, lr_act=config.lr_act, decays=True)
     phase = Phase("activations", 1, config.act_iterations, True, _contains(ActQuantizer), label="activations ")
-    for opened in units_to_fit(qnn, qnn.model, data.inputs, phase, run, bar):
+    for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
         if softmax_only or not config.running_stat:
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, first)
         if config.running_stat:

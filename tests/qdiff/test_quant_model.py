@@ -238,7 +238,7 @@ def test_weight_only_output_is_the_float_network_with_dequantized_weights(
 def test_float_attention_stays_on_the_fused_kernel_under_weight_quantization(calibrated, held_out, monkeypatch):
     qnn, calls = calibrated(**W4A8), []
     fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append(1) or fused(*a))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     with qnn.quantized(activations=False):
         qnn(*held_out)
     assert len(calls) == sum(n.endswith("act_quantizer_w") for n in qnn.act_quantizers()) > 0

@@ -126,17 +126,25 @@ def test_state_dicts(form):
     module, other = in_form(form), weighted()
     other.set_weight_int(other.weight_int.flip(0))
     if form is F.PACKED:
-        with pytest.raises(UserError, match="save the native format"):
-            module.state_dict()
-    else:
-        assert module.state_dict().keys() == weighted().state_dict().keys()
-    if form in (F.RELEASED, F.PACKED):
-        with pytest.raises((RuntimeError, UserError), match="build it again to load a state dict"):
+        other.pack()
+        integers = module.integers()
+    assert module.state_dict().keys() == other.state_dict().keys()
+    if form is F.RELEASED:
+        with pytest.raises(RuntimeError, match="build it again to load a state dict"):
             module.load_state_dict(other.state_dict())
         return
     module.load_state_dict(other.state_dict())
     module.end_soft_rounding()
     assert torch.equal(module.quantized_weight(), other.dequantized_weight())
+    assert form is not F.PACKED or not torch.equal(module.integers(), integers)
+
+
+def test_a_packed_state_dict_holds_the_integers_at_their_width():
+    state = in_form(F.PACKED).state_dict()
+    assert "weight" not in state and "weight_int" not in state
+    assert state["packed.stream"].numel() == packed_bytes(weighted().weight.numel(), BITS)
+    with pytest.raises(UserError, match="build it again to load a state dict that is not packed"):
+        in_form(F.PACKED).load_state_dict(weighted().state_dict())
 
 
 @pytest.mark.parametrize("form", F)

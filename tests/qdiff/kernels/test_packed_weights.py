@@ -178,9 +178,16 @@ def test_state_dicts(calibrated, wrap):
     qnn, state = calibrated(**W4A8), calibrated(**W4A8).state_dict()
     qnn.pack_weights()
     before = {n: b.clone() for n, b in qnn.named_buffers()}
-    for part in (qnn, qnn.model, qnn.layers()["conv_in"]):
-        with pytest.raises(UserError, match="save the native format"):
-            part.state_dict()
+    packed = qnn.state_dict()
+    assert set(packed) == {n.replace("weight_int", "packed.stream") for n in state} - {
+        f"model.{n}.weight" for n in qnn.layers()
+    }
+    other = calibrated(**W4A8)
+    other.pack_weights()
+    for layer in other.layers().values():
+        layer.packed.stream.zero_()
+    other.load_state_dict(packed)
+    assert all(torch.equal(b, before[n]) for n, b in other.named_buffers())
     with pytest.raises(UserError, match="build it again"):
         qnn.load_state_dict(state)
     with pytest.raises(UserError, match="build it again"):

@@ -1,0 +1,92 @@
+"""The ``quantization_config`` of a component's config.json."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from qdiff.config import QuantConfig
+from qdiff.diffusers_backend.registration import METHOD
+from qdiff.errors import UserError
+
+FORMAT_VERSION = 1
+WIDTHS = tuple(f.name for f in fields(QuantConfig))
+
+
+class Method(str, Enum):
+    """diffusers asks a quantization method for its ``value``."""
+
+    QDIFF = METHOD
+
+
+class QDiffConfig(QuantizationConfigMixin):
+    """How a component of a pipeline is quantized.
+
+    Given to ``from_pretrained`` of a float component, weights are rounded to nearest while they are loaded and
+    activations stay in float: ``QDiffConfig(weight_bits=4)``. `qdiff.quantize_pipeline` fills in everything below.
+
+    Args:
+        widths: the fields of `QuantConfig` by keyword.
+        attention: attention calls with quantized operands, by module name (`qdiff.tracing.attention_calls`).
+        prescaled: names of attention cores that scale q and k before they are quantized.
+        left_in_float: why a layer is not quantized, by layer name.
+        ends: names of the first and the last layer, for ``keep_ends``.
+        notes: method, calibration and measured error; not used for loading.
+        format_version: of what is stored in the component's tensors.
+
+    Raises:
+        UserError: a keyword is unknown, a width is out of range, or the format version is not this one.
+    """
+
+    def __init__(
+        self,
+        *,
+        attention: dict[str, int] | None = None,
+        prescaled: list[str] | None = None,
+        left_in_float: dict[str, str] | None = None,
+        ends: list[str] | None = None,
+        notes: dict[str, Any] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **widths: Any,
+    ) -> None:
+        unknown = sorted(set(widths) - set(WIDTHS))
+        if unknown:
+            raise UserError(
+                f"the quantization config has unknown keys ({', '.join(unknown)}); give {', '.join(WIDTHS)}"
+            )
+        if format_version != FORMAT_VERSION:
+            raise UserError(
+                f"this folder was written in format version {format_version}, and this qdiff reads {FORMAT_VERSION}; "
+                + ("update qdiff" if format_version > FORMAT_VERSION else "quantize the pipeline again")
+            )
+        self.quant_method = Method.QDIFF
+        self.quant_config = QuantConfig(**widths)
+        self.attention = dict(attention or {})
+        self.prescaled = list(prescaled or ())
+        self.left_in_float = dict(left_in_float or {})
+        self.ends = None if ends is None else tuple(ends)
+        self.notes = dict(notes or {})
+        self.format_version = format_version
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values from which `from_dict` makes the same config."""
+        others = {
+            "attention": self.attention,
+            "prescaled": self.prescaled,
+            "left_in_float": self.left_in_float,
+            "ends": list(self.ends or ()),
+        }
+        return {
+            "quant_method": self.quant_method.value,
+            "format_version": self.format_version,
+            **self.quant_config.to_dict(),
+            **{name: value for name, value in others.items() if value},
+            **({"notes": self.notes} if self.notes else {}),
+        }
+
+    def __repr__(self) -> str:
+        return f"QDiffConfig({self.to_dict()})"

@@ -1,0 +1,138 @@
+"""Quantize a diffusers pipeline in place, in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qdiff.api import calibrate
+from qdiff.calibration.run import CalibrationRun
+from qdiff.config import QuantConfig
+from qdiff.diffusers_backend.config import QDiffConfig
+from qdiff.diffusers_backend.denoiser import find_denoiser
+from qdiff.diffusers_backend.quantizer import QDiffQuantizer
+from qdiff.diffusers_backend.recording import record_pipeline
+from qdiff.diffusers_backend.structure import is_quantized, mark_concatenations, switch_on
+from qdiff.errors import UserError
+from qdiff.evaluation.noise_error import measure_noise_error
+from qdiff.methods.registry import DEFAULT, find_method
+from qdiff.quant_model import QuantModel
+from qdiff.tracing.attention_calls import routed_calls
+
+ENDS = (
+    ("conv_in", "conv_out"),
+    ("pos_embed.proj", "proj_out"),
+    ("x_embedder", "proj_out"),
+    ("patch_embed.proj", "proj_out"),
+)
+
+
+def quantize_pipeline(
+    pipe: Any,
+    config: QuantConfig,
+    method: str = DEFAULT,
+    settings: Any = None,
+    *,
+    prompts: Sequence[str] | None = None,
+    samples: int = 32,
+    steps: int = 16,
+    seed: int = 0,
+    batch_size: int = 8,
+    component: str | None = None,
+    units: Sequence[str] | None = None,
+    run: CalibrationRun | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Calibrate a pipeline's denoising network on its own sampling loop, and replace it by the quantized one.
+
+    Afterwards the pipeline samples with packed weights, and ``pipe.save_pretrained`` writes them.
+
+    Args:
+        pipe: a float ``DiffusionPipeline`` on the device to calibrate on. A network in half precision is calibrated in
+            float32 and converted back.
+        config: widths and ranges; ``split_shortcut`` splits the concatenations of up blocks.
+        method, settings: a row of `qdiff.methods.registry.METHODS` and its config; None takes the paper's values.
+        prompts: for text pipelines, one per image, repeated where there are fewer.
+        samples: images that are sampled for calibration.
+        steps: network calls that are kept of each.
+        seed: of the calibration images and of the fitting; the error is measured on other images.
+        batch_size: images per batch.
+        component: None takes ``unet`` or ``transformer``.
+        units: modules to reconstruct as a whole; None finds residual and transformer blocks.
+        run: memory, journal and progress of the calibration.
+        options: further keywords of the pipeline's call, e.g. ``num_inference_steps``.
+
+    Returns:
+        What the model card says: ``method``, ``calibration``, ``noise_error`` (mean squared error of the network's
+        output on held-out inputs, and relative to its mean square), ``seconds``.
+
+    Raises:
+        UserError: the pipeline cannot be quantized so; nothing is changed.
+    """
+    row = find_method(method)
+    name, network = find_denoiser(pipe, component)
+    if is_quantized(network):
+        raise UserError(f"{name} is already quantized; load the float pipeline")
+    if config.modulate:
+        raise UserError("a pipeline's loop opens no trajectory for modulation; leave out modulate")
+    started, dtype = time.monotonic(), network.dtype
+    record = {"prompts": prompts, "batch_size": batch_size, "options": options}
+    data, call = record_pipeline(pipe, network, samples, steps, seed=seed, **record)
+    held_out, _ = record_pipeline(pipe, network, max(1, samples // 8), steps, seed=seed + samples, **record)
+    if dtype in (torch.float16, torch.bfloat16):
+        network.to(torch.float32)
+    if config.split_shortcut:
+        mark_concatenations(network)
+    example = [i[:2].to(network.device) for i in data.inputs]
+    qnn = QuantModel(network, config, example, call=call, units=units, ends=_ends(network))
+    calibrate(qnn, data, method, settings, seed=seed, run=run)
+    error = measure_noise_error(qnn, held_out, batch_size)
+    relative = error["mse"] / error["float_mean_square"]
+    notes = {
+        "method": row.title,
+        "calibration": f"{samples} images at {steps} of the pipeline's steps",
+        "seed": seed,
+        "noise_error": f"{error['mse']:.3g} ({relative:.3g} of the output's mean square)",
+        "seconds": round(time.monotonic() - started, 1),
+        "base_model": str(getattr(pipe.config, "_name_or_path", "") or ""),
+    }
+    if network.dtype != dtype:
+        network.to(dtype)  # step sizes stay in float32
+    attach(network, qnn, notes)
+    return notes
+
+
+def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
+    """Make a calibrated network a component that diffusers saves and loads: weights packed, quantized in every call.
+
+    Args:
+        network: ``qnn.model``, a diffusers model.
+        notes: for the model card (JSON values).
+    """
+    from qdiff.diffusers_backend.card import writes_card
+
+    if qnn.config.weight_bits is not None:
+        qnn.pack_weights()
+    config = QDiffConfig(
+        attention=routed_calls(network),
+        prescaled=[n for n, m in network.named_modules() if getattr(m, "prescale", False)],
+        left_in_float=qnn.left_in_float,
+        ends=list(qnn.ends) if qnn.ends else None,
+        notes=notes,
+        **qnn.config.to_dict(),
+    )
+    network.hf_quantizer = QDiffQuantizer(config, pre_quantized=True)
+    network.is_quantized, network.quantization_method = True, config.quant_method
+    network.register_to_config(quantization_config=config)
+    switch_on(network)
+    writes_card(network)
+
+
+def _ends(network: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the layers that take the samples and give the output; None if they are not known."""
+    names = {n for n, _ in network.named_modules()}
+    return next((ends for ends in ENDS if names.issuperset(ends)), None)

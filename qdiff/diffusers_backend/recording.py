@@ -1,0 +1,115 @@
+"""Calibration data from a pipeline's own loop: what its denoising network is called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.diffusers_backend.denoiser import DenoiserCall, listen, read_call
+from qdiff.errors import UserError, require_at_least
+
+
+@torch.no_grad()
+def record_pipeline(
+    pipe: Any,
+    network: nn.Module,
+    samples: int,
+    steps: int,
+    *,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[CalibrationSet, DenoiserCall]:
+    """Sample from a pipeline and keep its network's inputs at evenly spaced calls.
+
+    Guidance that doubles the batch gives two rows per image and kept call.
+
+    Args:
+        network: the component that is listened to.
+        samples: number of images.
+        steps: calls to keep of each sampling run.
+        prompts: one per image, repeated from the start where there are fewer; for text pipelines.
+        seed: image number i is drawn from seed + i.
+        batch_size: images per batch.
+        options: further keywords for the pipeline's call.
+
+    Returns:
+        The inputs on the CPU, and how the pipeline passes them to the network.
+
+    Raises:
+        UserError: prompts are missing, the pipeline needs other keywords, or it makes fewer calls than ``steps``.
+    """
+    require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
+    options = dict(options or {})
+    check_options(pipe, prompts, options)
+    kept: list[tuple[Tensor, ...]] = []
+    call: DenoiserCall | None = None
+    for first in range(0, samples, batch_size):
+        rows = range(first, min(first + batch_size, samples))
+        calls: list[tuple[tuple, dict]] = []
+        handle = listen(network, lambda args, kwargs, calls=calls: calls.append((args, kwargs)))
+        try:
+            pipe(**arguments_of(pipe, rows, prompts, seed, options))
+        finally:
+            handle.remove()
+        for index in evenly_spaced(len(calls), steps):
+            found, inputs = read_call(network, *calls[index])
+            if call is not None and found.names != call.names:
+                raise UserError(
+                    f"{type(pipe).__name__} calls its network with other arguments at some steps "
+                    f"({', '.join(found.names)}); record it with options for which they stay the same"
+                )
+            call = call or found
+            kept.append(tuple(i.cpu() for i in inputs))
+    return CalibrationSet(tuple(torch.cat(part) for part in zip(*kept, strict=True))), call
+
+
+def check_options(pipe: Any, prompts: Sequence[str] | None, options: Mapping[str, Any]) -> None:
+    """Raise a `UserError` if a pipeline cannot be called with what is given."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    takes_text = "prompt" in parameters
+    if takes_text and not prompts and not {"prompt", "prompt_embeds"} & set(options):
+        raise UserError(f"{type(pipe).__name__} makes images from text; give prompts")
+    if prompts and not takes_text:
+        raise UserError(f"{type(pipe).__name__} takes no prompts; leave them out")
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        unknown = sorted(set(options) - set(parameters))
+        if unknown:
+            raise UserError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave them out")
+    given = {"prompt", "batch_size", "generator", *options}
+    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [n for n in missing if n not in given and n != "class_labels"]
+    if missing:
+        raise UserError(f"{type(pipe).__name__} needs {', '.join(missing)}; give them as keywords")
+
+
+def arguments_of(
+    pipe: Any, rows: Sequence[int], prompts: Sequence[str] | None, seed: int, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the keywords with which a pipeline makes the images numbered ``rows``; latents are not decoded."""
+    parameters = inspect.signature(pipe.__call__).parameters
+    made: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed + row) for row in rows]}
+    if prompts:
+        made["prompt"] = [prompts[row % len(prompts)] for row in rows]
+    elif "class_labels" in parameters:
+        labels = options.get("class_labels") or range(_classes(pipe))
+        made["class_labels"] = [int(labels[row % len(labels)]) for row in rows]
+    elif "batch_size" in parameters:
+        made["batch_size"] = len(rows)
+    if "output_type" in parameters and hasattr(pipe, "vae"):
+        made["output_type"] = "latent"
+    return {**made, **{n: v for n, v in options.items() if n != "class_labels"}}
+
+
+def _classes(pipe: Any) -> int:
+    labels = getattr(pipe, "labels", None)
+    if labels:
+        return len(set(labels.values()))
+    return int(getattr(pipe.transformer.config, "num_embeds_ada_norm", 1))

@@ -1,0 +1,112 @@
+"""Turn a diffusers network into its quantized form: which layers are split, routed, replaced and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from qdiff.diffusers_backend.config import QDiffConfig
+from qdiff.errors import UserError
+from qdiff.interface import split_input
+from qdiff.kernels.packing import packed_bytes
+from qdiff.modes import LEAVES
+from qdiff.quant_attention import QuantAttention
+from qdiff.quant_layer import QuantModule
+from qdiff.tracing.attention_calls import route_attention
+from qdiff.wrapping import replace_leaves
+
+
+def mark_concatenations(network: nn.Module) -> list[str]:
+    """Mark the layers of up blocks that take [hidden states, skip], for ``split_shortcut``.
+
+    The boundary is the number of channels of the hidden states: what the residual block before gives.
+
+    Returns:
+        Names of the marked layers, empty for a network without up blocks.
+
+    Raises:
+        UserError: an up block is not built of residual blocks that take a concatenation.
+    """
+    up_blocks = getattr(network, "up_blocks", None)
+    if up_blocks is None:
+        return []
+    names = {m: n for n, m in network.named_modules()}
+    marked = []
+    for block, hidden in _with_hidden_channels(network, up_blocks):
+        for resnet in block.resnets:
+            for layer in (resnet.conv1, resnet.conv_shortcut):
+                if layer is None:
+                    continue
+                channels = layer.weight.shape[1]
+                if not 0 < hidden < channels:
+                    raise UserError(
+                        f"{names[layer]} takes {channels} channels of which {hidden} would be hidden states; quantize "
+                        "this network without split_shortcut"
+                    )
+                split_input(layer, hidden)
+                marked.append(names[layer])
+            hidden = resnet.out_channels
+    return marked
+
+
+def _with_hidden_channels(network: nn.Module, up_blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, int]]:
+    """Yield the up blocks that have residual blocks, each with the channels of the hidden states that enter it."""
+    middle = getattr(network, "mid_block", None)
+    before = middle if middle is not None and hasattr(middle, "resnets") else network.down_blocks[-1]
+    for block in up_blocks:
+        if not hasattr(block, "resnets") or not all(hasattr(r, "conv1") for r in block.resnets):
+            raise UserError(f"the up block {type(block).__name__} cannot be split; quantize it without split_shortcut")
+        yield block, before.resnets[-1].out_channels
+        before = block
+
+
+def replace_layers(network: nn.Module, config: QDiffConfig) -> None:
+    """Replace the layers of a float network by quantized ones as its config says; nothing has values yet.
+
+    Raises:
+        UserError: the config names modules that the network does not have.
+    """
+    known = {name for name, _ in network.named_modules()}
+    wanted = {*config.attention, *(n for n in config.left_in_float if n in config.attention)}
+    if not wanted <= known:
+        raise UserError(
+            f"{type(network).__name__} has no module {min(wanted - known)} that its quantization_config names; the "
+            "folder mixes two models, quantize it again"
+        )
+    if config.quant_config.split_shortcut:
+        mark_concatenations(network)
+    if config.quant_config.attention_widths is not None:
+        route_attention(network, config.attention)
+        for name in config.prescaled:
+            network.get_submodule(name).prescale = True
+    replace_leaves(network, config.quant_config, config.ends, config.left_in_float)
+
+
+def pack_without_values(network: nn.Module) -> None:
+    """Give every quantized layer a place for its packed integers, on the meta device."""
+    for layer in quantized_layers(network).values():
+        if len(layer.weight_quantizers):
+            size = packed_bytes(layer.weight.numel(), layer.weight_quantizers[0].bits)
+            layer.pack(torch.empty(size, dtype=torch.uint8, device="meta"))
+
+
+def quantized_layers(network: nn.Module) -> dict[str, QuantModule]:
+    """Return the quantized layers by name."""
+    return {n: m for n, m in network.named_modules() if isinstance(m, QuantModule)}
+
+
+def switch_on(network: nn.Module) -> None:
+    """Quantize in every forward from now on, weights and activations that have a width."""
+    for leaf in network.modules():
+        if isinstance(leaf, QuantModule):
+            leaf.weights_quantized = len(leaf.weight_quantizers) > 0
+            leaf.acts_quantized = len(leaf.act_quantizers) > 0
+        elif isinstance(leaf, QuantAttention):
+            leaf.acts_quantized = hasattr(leaf, "act_quantizer_q")
+    network.requires_grad_(False)
+
+
+def is_quantized(network: nn.Module) -> bool:
+    return any(isinstance(m, LEAVES) for m in network.modules())

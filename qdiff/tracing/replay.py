@@ -1,0 +1,201 @@
+"""Any network as a `SteppedNetwork`: its forward is replayed, with the outputs of finished units in their places."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from qdiff.errors import UserError
+from qdiff.interface import State, Step, SteppedNetwork
+from qdiff.tracing.rows import Rows
+from qdiff.tracing.trace import Call, TracedUnit, call_directly, trace_units
+
+_TOLERANCE = 1e-4  # of a replayed output against the forward's; the same operations give the same values
+
+
+class UnitCall(nn.Module):
+    """A unit that takes and returns batch-first tensors only.
+
+    What else it was called with (constants, flags, the nesting of arguments) is remembered from the last replay.
+    Several outputs are joined into one tensor [N, values].
+    """
+
+    def __init__(self, traced: TracedUnit, module: nn.Module) -> None:
+        super().__init__()
+        self.traced, self.module = traced, module
+        self._arguments: tuple[list[Any], TreeSpec] | None = None
+        self._outputs: tuple[list[Any], TreeSpec] | None = None
+        self._shapes: list[torch.Size] = []
+
+    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+        """Yield the unit's own modules, under the names that they have inside it."""
+        return self.module.named_modules(memo, prefix, remove_duplicate)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        leaves, spec = self._arguments
+        args, kwargs = tree_unflatten(_filled(leaves, self.traced.inputs, inputs), spec)
+        found, spec = tree_flatten(self.module(*args, **kwargs))
+        parts = _taken(found, self.traced.outputs)
+        self._outputs = _without(found, self.traced.outputs), spec
+        self._shapes = [part.shape[1:] for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], dim=1)
+
+    def take(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
+        """Return the batch-first tensors of a call's arguments, and remember the rest."""
+        leaves, spec = tree_flatten((args, kwargs))
+        self._arguments = _without(leaves, self.traced.inputs), spec
+        return tuple(_taken(leaves, self.traced.inputs))
+
+    def give(self, output: Tensor | None, count: int, like: Tensor) -> Any:
+        """Return the module's output from what `forward` returned; None gives NaN, for outputs that nothing uses.
+
+        Args:
+            count: number of samples.
+            like: gives the dtype and device of NaN.
+        """
+        if output is None:
+            parts = [
+                torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(count, *s) for s in self._shapes
+            ]
+        elif len(self._shapes) == 1:
+            parts = [output]
+        else:
+            flat = output.split([s.numel() for s in self._shapes], dim=1)
+            parts = [part.unflatten(1, shape) for part, shape in zip(flat, self._shapes, strict=True)]
+        if self.traced.changed:
+            parts = [part.clone() for part in parts]
+        leaves, spec = self._outputs
+        return tree_unflatten(_filled(leaves, self.traced.outputs, parts), spec)
+
+
+def _taken(leaves: Sequence[Any], rows: Sequence[Rows | None]) -> list[Tensor]:
+    return [r.by_sample(leaf) for leaf, r in zip(leaves, rows, strict=True) if r is not None]
+
+
+def _without(leaves: Sequence[Any], rows: Sequence[Rows | None]) -> list[Any]:
+    return [leaf if r is None else None for leaf, r in zip(leaves, rows, strict=True)]
+
+
+def _filled(leaves: Sequence[Any], rows: Sequence[Rows | None], tensors: Sequence[Tensor]) -> list[Any]:
+    given = iter(tensors)
+    return [leaf if r is None else r.as_called(next(given)) for leaf, r in zip(leaves, rows, strict=True)]
+
+
+class _Reached(Exception):
+    """Ends a forward at the unit whose inputs are wanted."""
+
+    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.inputs = inputs
+
+
+class ReplayedNetwork(SteppedNetwork):
+    """Steps over the units of any network.
+
+    A step's inputs come from a forward of the network in which earlier units return their stored outputs instead of
+    computing them, so only what is computed between units is repeated. An output is dropped after the last unit that
+    uses it.
+
+    Args:
+        network: shared, not copied; in float mode while this is built.
+        inputs: some inputs of the network, batch first, on its device; the first sample or two are traced.
+        leaves: its layers with products.
+        call: runs the network on its inputs.
+        named: see `trace_units`.
+
+    Raises:
+        UserError: the network cannot be cut into units.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Sequence[Tensor],
+        leaves: Collection[nn.Module],
+        call: Call = call_directly,
+        named: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network, self._call = network, call
+        self.units = trace_units(network, inputs, leaves, call, named)
+        self._calls = [UnitCall(unit, network.get_submodule(unit.name)) for unit in self.units]
+        self._check([i[:1] for i in inputs])
+
+    @torch.no_grad()
+    def _check(self, sample: Sequence[Tensor]) -> None:
+        expected = self._call(self.network, *sample)
+        for _ in range(2):
+            if torch.allclose(self(*sample), expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+                return
+            for unit in self.units:  # something uses outputs in a way that autograd does not see: keep all of them
+                unit.until = len(self.units)
+        raise UserError(
+            f"{type(self.network).__name__} cannot be cut into units: a replayed forward gives another output; make it "
+            "a qdiff.interface.SteppedNetwork"
+        )
+
+    def start(self, *inputs: Tensor) -> State:
+        return {"x": inputs[0]} | {f"input {i}": tensor for i, tensor in enumerate(inputs[1:], 1)}
+
+    def steps(self) -> Iterator[Step]:
+        for index, call in enumerate(self._calls):
+            yield Step(call.traced.name, call, partial(self._inputs, index), partial(self._output, index))
+
+    def _inputs(self, index: int, state: State) -> tuple[Tensor, ...]:
+        try:
+            self._replay(index, state)
+        except _Reached as reached:
+            return reached.inputs
+        raise RuntimeError(f"the forward no longer reaches {self.units[index].name}")
+
+    def _output(self, index: int, state: State, output: Tensor) -> None:
+        state[_key(index)] = output
+        for number, unit in enumerate(self.units[: index + 1]):
+            if unit.until <= index:
+                state.pop(_key(number), None)
+        if index == len(self.units) - 1:
+            state["h"] = self._replay(len(self.units), state)
+
+    def _replay(self, until: int, state: State) -> Tensor:
+        """Run the forward with stored outputs up to a unit, where it raises `_Reached`, or to its end."""
+        x = state["x"]
+        inputs = [x, *(state[f"input {i}"] for i in range(1, sum(k.startswith("input ") for k in state) + 1))]
+        with contextlib.ExitStack() as stack:
+            for number, call in enumerate(self._calls):
+                if number <= until:
+                    stored = partial(_reach, call)
+                    if number < until:
+                        stored = partial(_give, call, state.get(_key(number)), len(x), x)
+                    stack.enter_context(_forward_is(call.module, stored))
+            return self._call(self.network, *(i.clone() for i in inputs))
+
+
+def _key(number: int) -> str:
+    return f"unit {number}"
+
+
+def _reach(call: UnitCall, *args: Any, **kwargs: Any) -> None:
+    raise _Reached(call.take(args, kwargs))
+
+
+def _give(call: UnitCall, output: Tensor | None, count: int, like: Tensor, *_: Any, **__: Any) -> Any:
+    return call.give(output, count, like)
+
+
+@contextlib.contextmanager
+def _forward_is(module: nn.Module, function) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
