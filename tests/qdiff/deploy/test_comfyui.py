@@ -134,15 +134,24 @@ def test_names_carry_the_prefix(tmp_path):
     assert all(name.startswith(PREFIX) for name in tensors)
 
 
-def test_asymmetric_ranges_of_eight_bits_fit_where_their_values_do(tmp_path):
+def test_asymmetric_ranges_of_eight_bits_are_named(tmp_path):
     with pytest.raises(UserError, match=r"2 of 2 .* 0 \(q − z from -\d+ to \d+, more than int8 holds; .*--w_sym"):
         write_comfyui(w8(symmetric=False), tmp_path / "net.safetensors")
-    qnn = w8(symmetric=False)
-    for layer in qnn.layers().values():
-        layer.weight_quantizers[0].zero_point.fill_(100)
-        layer.set_weight_int(torch.randint(0, 228, layer.weight.shape))  # q − z from −100 to 127
+
+
+@pytest.mark.parametrize("zero_point", [127, 128, 129])
+def test_asymmetric_ranges_fit_where_their_values_do(zero_point, tmp_path):
+    """All levels are used, so that q − z reaches 128 and −129 on either side of the middle."""
+    qnn = random_weights(nn.Sequential(nn.Linear(256, 2)))
+    layer = qnn.layers()["0"]
+    layer.weight_quantizers[0].zero_point.fill_(zero_point)
+    layer.set_weight_int(torch.stack([torch.arange(256), torch.arange(256).flip(0)]))
+    if zero_point != 128:
+        with pytest.raises(UserError, match="more than int8 holds"):
+            write_comfyui(qnn, tmp_path / "net.safetensors")
+        layer.set_weight_int(layer.weight_int.int().clamp(zero_point - 128, zero_point + 127))
     state = decoded(*read_comfyui(*write_comfyui(qnn, tmp_path / "net.safetensors").files))
-    assert all(torch.equal(state[f"{n}.weight"], weight_in_double(qnn, n)) for n in qnn.layers())
+    assert torch.equal(state["0.weight"], weight_in_double(qnn, "0"))
 
 
 def test_a_split_layer_of_eight_bits_has_two_scales_per_row(tmp_path):
