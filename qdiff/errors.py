@@ -12,6 +12,12 @@ class UserError(ValueError):
     """
 
 
+def first_few(reasons: Mapping[str, str], at_most: int = 3) -> str:
+    """Return what is wrong with the first few of many things, by name, and how many more there are."""
+    some = "; ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:at_most])
+    return f"{some}; and {len(reasons) - at_most} more" if len(reasons) > at_most else some
+
+
 def require_at_least(least: int, values: Mapping[str, int | None]) -> None:
     """Raise a `UserError` if a number is below ``least``; None is skipped.
 

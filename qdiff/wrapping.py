@@ -11,13 +11,13 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from qdiff.config import QuantConfig
+from qdiff.errors import first_few
 from qdiff.interface import AttentionCore
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 
 log = logging.getLogger("qdiff")
 
-NAMED_AT_MOST = 3  # layers named in one log line
 _OF_PRODUCTS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 _HOOKS = (
     "_forward_hooks",
@@ -68,9 +68,7 @@ def replace_leaves(
             replaced[child] = made
         setattr(parent, name, replaced[child])
     if left:
-        some = "; ".join(f"{name} ({reason})" for name, reason in list(left.items())[:NAMED_AT_MOST])
-        more = f"; and {len(left) - NAMED_AT_MOST} more" if len(left) > NAMED_AT_MOST else ""
-        log.warning("%d layers stay in float: %s%s", len(left), some, more)
+        log.warning("%d layers stay in float: %s", len(left), first_few(left))
     return left
 
 

@@ -1,1 +1,1 @@
-"""Quantized networks in other runtimes: export to ONNX, and running the exported models."""
+"""Quantized networks elsewhere: export to ONNX, running the exported models, and weights for other programs."""
