@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# diffusers 0.42 needs Python 3.11; on 3.10 the rest is installed.
+DIFFUSERS = ["diffusers>=0.42; python_version >= '3.11'", "accelerate>=1.10; python_version >= '3.11'"]
+OF_TESTS = ["comfy-kitchen>=0.2.40; python_version >= '3.11'", "peft>=0.17; python_version >= '3.11'"]
 DEPLOY = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20", "openvino>=2024.6"]
 
 setup(
@@ -31,8 +34,9 @@ setup(
         "pillow>=10.0",
     ],
     extras_require={
+        "diffusers": DIFFUSERS,  # quantized networks in diffusers pipelines
         "deploy": DEPLOY,  # scripts/export.py, --runtime onnxruntime and openvino
         "lmdb": ["lmdb>=1.4"],  # scripts/prepare_reference.py --lmdb: LSUN as it is published
-        "dev": [*DEPLOY, "lmdb>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"],
+        "dev": [*DEPLOY, *DIFFUSERS, *OF_TESTS, "lmdb>=1.4", "pytest>=8.0", "pytest-xdist>=3.5", "ruff>=0.6"],
     },
 )
