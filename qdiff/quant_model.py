@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.config import Ablation, QuantConfig
-from qdiff.errors import UserError
+from qdiff.errors import UserError, first_few
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
 from qdiff.kernels.packed_weight import WeightCache
@@ -22,7 +22,7 @@ from qdiff.tracing.attention_calls import route_attention
 from qdiff.tracing.replay import ReplayedNetwork
 from qdiff.tracing.trace import Call, call_directly, count_calls
 from qdiff.weight_forms import WeightForm
-from qdiff.wrapping import NAMED_AT_MOST, log, replace_leaves
+from qdiff.wrapping import log, replace_leaves
 
 
 class QuantModel(nn.Module):
@@ -92,12 +92,8 @@ class QuantModel(nn.Module):
         if self.config.attention_widths is not None:
             route_attention(self.model, counts.attention)
             if counts.products:
-                some = ", ".join(counts.products[:NAMED_AT_MOST])
-                log.warning(
-                    "%d modules multiply two activations by themselves, which stays in float: %s",
-                    len(counts.products),
-                    some,
-                )
+                reasons = dict.fromkeys(counts.products, "multiplies two activations by itself")
+                log.warning("products of %d modules stay in float: %s", len(reasons), first_few(reasons))
         return unused
 
     def as_steps(self, inputs: Sequence[Tensor]) -> SteppedNetwork:
