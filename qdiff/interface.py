@@ -134,7 +134,9 @@ def register_family(family: Family) -> None:
 
 
 def family_of(network: nn.Module) -> Family:
-    """Return the registered family of a network; an unregistered network gets the defaults."""
+    """Return a network's family: its attribute of that name, else the registered one, else the defaults."""
+    if isinstance(getattr(network, "family", None), Family):
+        return network.family
     for family in _FAMILIES:
         if isinstance(network, family.network):
             return family

@@ -37,7 +37,7 @@ class QuantModel(nn.Module):
         config: widths and ranges.
         example: some inputs of the network, batch first, on its device. A network that is not a
             `qdiff.interface.SteppedNetwork` runs on them once, to find its attention and the layers it never calls;
-            None takes the layers alone.
+            None asks the network's ``example_inputs()`` if it has that, and else takes the layers alone.
         call: ``call(network, *inputs)`` runs the network; None calls it with the inputs.
         units: names of modules to reconstruct as a whole; None cuts the network automatically. Not for a
             `SteppedNetwork`.
@@ -72,6 +72,8 @@ class QuantModel(nn.Module):
             raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
         self._call, self._unit_names, self._replayed = call or call_directly, units, None
         unused: Sequence[str] = ()
+        if example is None and hasattr(network, "example_inputs"):
+            example = network.example_inputs()
         if example is not None and not isinstance(network, SteppedNetwork):
             unused = self._route_attention(example)
         self.left_in_float = replace_leaves(network, config, ends, unused)

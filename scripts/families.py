@@ -8,6 +8,7 @@ from types import MappingProxyType
 from ddim import options as ddim
 from ldm import options as ldm
 from qdiff.cli.script import Script
+from qdiff.diffusers_backend.options import add_pipeline_options
 
 _ROWS = (
     Script(
@@ -55,6 +56,11 @@ _ROWS = (
         ldm.add_caption_options,
         "ldm.conditional:CaptionPipeline",
         preset="configs/eda-dm/stable-diffusion.yaml",
+    ),
+    Script(
+        "sample_pipeline",
+        add_pipeline_options,
+        "qdiff.diffusers_backend.pipeline:DiffusersPipeline",
     ),
 )
 SCRIPTS: Mapping[str, Script] = MappingProxyType({script.name: script for script in _ROWS})

@@ -150,17 +150,21 @@ class Quantization:
 
     def _memory(self) -> MemoryUse:
         """Plan the memory of the calibration; before the recording exists, for the size that it will have."""
-        plan, network = self.plan, self.qnn.model
+        plan = self.plan
         shapes = [self.image_shape, (), *([] if self.context_shape is None else [self.context_shape])]
+        network = self.qnn.as_steps(self._zeros(shapes))
         if plan.changes is not None:
             network, shapes = PairedNetwork(network), [(2, *shape) for shape in shapes]
-        footprint = measure_footprint(network, tuple(torch.zeros(1, *s, device=self.qnn.device) for s in shapes))
+        footprint = measure_footprint(network, self._zeros(shapes))
         halves = 1 if self.context_shape is None else 2  # without guidance it would be 1, but that is not known here
         samples = plan.samples * halves if self.data is None else len(self.data)
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
         recipe = plan.recipe or plan.changes
         batch_size = recipe.batch_size if recipe is not None else 1
         return plan_memory(self.qnn, footprint, samples, batch_size, budget)
+
+    def _zeros(self, shapes: list[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.zeros(1, *shape, device=self.qnn.device) for shape in shapes)
 
     def _calibrate(self, journal: CalibrationJournal, memory: MemoryUse, seed: int, show_progress: bool) -> None:
         plan, run = self.plan, self.run

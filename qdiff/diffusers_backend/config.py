@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 
 from qdiff.config import QuantConfig
-from qdiff.diffusers_backend.registration import METHOD
+from qdiff.diffusers_backend.registration import METHOD, register_when_imported
 from qdiff.errors import UserError
 
 FORMAT_VERSION = 1
@@ -90,3 +90,6 @@ class QDiffConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return f"QDiffConfig({self.to_dict()})"
+
+
+register_when_imported()

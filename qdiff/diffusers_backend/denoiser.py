@@ -58,6 +58,9 @@ class DenoiserCall:
     names: tuple[str, ...]
     spec: TreeSpec
 
+    def __deepcopy__(self, memo: dict) -> DenoiserCall:
+        return self  # it never changes
+
     def __call__(self, network: nn.Module, *inputs: Tensor) -> Tensor:
         filled = [leaf.to(inputs[0].device) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         for place, value in zip(self.places, inputs, strict=True):
@@ -76,10 +79,11 @@ def read_call(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     Raises:
         UserError: the network does not take a batch of samples and their timestep.
     """
-    bound = inspect.signature(network.forward).bind(*args, **kwargs)
-    arguments = {n: v for n, v in bound.arguments.items() if v is not None and n != "return_dict"}
+    signature = inspect.signature(type(network).forward)  # the network's own may be wrapped by hooks
+    bound = signature.bind(network, *args, **kwargs).arguments
+    _, first = list(signature.parameters)[:2]
+    arguments = {n: v for n, v in list(bound.items())[1:] if v is not None and n != "return_dict"}
     arguments |= arguments.pop("kwargs", {})
-    first = next(iter(inspect.signature(network.forward).parameters))
     if not isinstance(arguments.get(first), Tensor) or TIME not in arguments:
         raise UserError(
             f"{type(network).__name__}.forward does not take samples and a {TIME}; quantize this network with "

@@ -16,19 +16,12 @@ from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.denoiser import find_denoiser
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 from qdiff.diffusers_backend.recording import record_pipeline
-from qdiff.diffusers_backend.structure import is_quantized, mark_concatenations, switch_on
+from qdiff.diffusers_backend.structure import is_quantized, known_ends, mark_concatenations, switch_on
 from qdiff.errors import UserError
 from qdiff.evaluation.noise_error import measure_noise_error
 from qdiff.methods.registry import DEFAULT, find_method
 from qdiff.quant_model import QuantModel
 from qdiff.tracing.attention_calls import routed_calls
-
-ENDS = (
-    ("conv_in", "conv_out"),
-    ("pos_embed.proj", "proj_out"),
-    ("x_embedder", "proj_out"),
-    ("patch_embed.proj", "proj_out"),
-)
 
 
 def quantize_pipeline(
@@ -88,7 +81,7 @@ def quantize_pipeline(
     if config.split_shortcut:
         mark_concatenations(network)
     example = [i[:2].to(network.device) for i in data.inputs]
-    qnn = QuantModel(network, config, example, call=call, units=units, ends=_ends(network))
+    qnn = QuantModel(network, config, example, call=call, units=units, ends=known_ends(network))
     calibrate(qnn, data, method, settings, seed=seed, run=run)
     error = measure_noise_error(qnn, held_out, batch_size)
     relative = error["mse"] / error["float_mean_square"]
@@ -110,18 +103,19 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
     """Make a calibrated network a component that diffusers saves and loads: weights packed, quantized in every call.
 
     Args:
-        network: ``qnn.model``, a diffusers model.
+        network: the diffusers model: ``qnn.model``, or what is in it.
         notes: for the model card (JSON values).
     """
     from qdiff.diffusers_backend.card import writes_card
 
     if qnn.config.weight_bits is not None:
         qnn.pack_weights()
+    prefix = next(f"{name}." if name else "" for name, module in qnn.model.named_modules() if module is network)
     config = QDiffConfig(
         attention=routed_calls(network),
         prescaled=[n for n, m in network.named_modules() if getattr(m, "prescale", False)],
-        left_in_float=qnn.left_in_float,
-        ends=list(qnn.ends) if qnn.ends else None,
+        left_in_float={name.removeprefix(prefix): reason for name, reason in qnn.left_in_float.items()},
+        ends=[name.removeprefix(prefix) for name in qnn.ends] if qnn.ends else None,
         notes=notes,
         **qnn.config.to_dict(),
     )
@@ -130,9 +124,3 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
     network.register_to_config(quantization_config=config)
     switch_on(network)
     writes_card(network)
-
-
-def _ends(network: nn.Module) -> tuple[str, str] | None:
-    """Return the names of the layers that take the samples and give the output; None if they are not known."""
-    names = {n for n, _ in network.named_modules()}
-    return next((ends for ends in ENDS if names.issuperset(ends)), None)

@@ -72,22 +72,23 @@ def record_pipeline(
 
 
 def check_options(pipe: Any, prompts: Sequence[str] | None, options: Mapping[str, Any]) -> None:
-    """Raise a `UserError` if a pipeline cannot be called with what is given."""
+    """Raise a `UserError` if a pipeline, or a class of pipelines, cannot be called with what is given."""
+    name = (pipe if inspect.isclass(pipe) else type(pipe)).__name__
     parameters = inspect.signature(pipe.__call__).parameters
     takes_text = "prompt" in parameters
     if takes_text and not prompts and not {"prompt", "prompt_embeds"} & set(options):
-        raise UserError(f"{type(pipe).__name__} makes images from text; give prompts")
+        raise UserError(f"{name} makes images from text; give prompts")
     if prompts and not takes_text:
-        raise UserError(f"{type(pipe).__name__} takes no prompts; leave them out")
+        raise UserError(f"{name} takes no prompts; leave them out")
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         unknown = sorted(set(options) - set(parameters))
         if unknown:
-            raise UserError(f"{type(pipe).__name__} takes no {', '.join(unknown)}; leave them out")
-    given = {"prompt", "batch_size", "generator", *options}
+            raise UserError(f"{name} takes no {', '.join(unknown)}; leave them out")
+    given = {"self", "prompt", "batch_size", "generator", *options}
     missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     missing = [n for n in missing if n not in given and n != "class_labels"]
     if missing:
-        raise UserError(f"{type(pipe).__name__} needs {', '.join(missing)}; give them as keywords")
+        raise UserError(f"{name} needs {', '.join(missing)}; give them as keywords")
 
 
 def arguments_of(

@@ -7,8 +7,10 @@ import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 _REGISTRY = "diffusers.quantizers.auto"  # the module whose two dicts hold the quantization methods
+_CONFIG = "qdiff.diffusers_backend.config"
 METHOD = "qdiff"
 
 
@@ -26,10 +28,16 @@ def register_when_imported() -> None:
 
 def _register(registry: ModuleType) -> None:
     from qdiff.diffusers_backend.config import QDiffConfig
+
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = _make_quantizer
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QDiffConfig
+
+
+def _make_quantizer(config: Any, **keywords: Any) -> Any:
+    """Return the backend for a component; a function, because its module imports the registry itself."""
     from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 
-    registry.AUTO_QUANTIZER_MAPPING[METHOD] = QDiffQuantizer
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QDiffConfig
+    return QDiffQuantizer(config, **keywords)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -54,4 +62,5 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        _register(module)
+        if _CONFIG not in sys.modules:  # otherwise it is being imported, imports diffusers, and registers at its end
+            _register(module)

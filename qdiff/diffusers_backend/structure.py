@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.kernels.packing import packed_bytes
@@ -16,6 +16,23 @@ from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.tracing.attention_calls import route_attention
 from qdiff.wrapping import replace_leaves
+
+if TYPE_CHECKING:  # it imports diffusers
+    from qdiff.diffusers_backend.config import QDiffConfig
+
+# Names of the layers that take the samples and give the output, as diffusers' networks call them.
+ENDS = (
+    ("conv_in", "conv_out"),
+    ("pos_embed.proj", "proj_out"),
+    ("x_embedder", "proj_out"),
+    ("patch_embed.proj", "proj_out"),
+)
+
+
+def known_ends(network: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the layers that take the samples and give the output; None if they are not known."""
+    names = {n for n, _ in network.named_modules()}
+    return next((ends for ends in ENDS if names.issuperset(ends)), None)
 
 
 def mark_concatenations(network: nn.Module) -> list[str]:

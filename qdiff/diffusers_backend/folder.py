@@ -1,0 +1,139 @@
+"""A pipeline's folder, read and checked before anything large is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+from qdiff.diffusers_backend.denoiser import NAMES
+from qdiff.errors import UserError, first_line
+
+INDEX = "model_index.json"
+
+
+class Folder:
+    """A folder that ``DiffusionPipeline.from_pretrained`` loads.
+
+    Args:
+        path: the folder.
+        scheduler: class of a scheduler of diffusers, built from the folder's config; None takes the folder's own.
+
+    Attributes:
+        pipeline_class: class of the pipeline.
+        call_parameters: what a call of it takes.
+
+    Raises:
+        UserError: it holds no pipeline that this diffusers knows, or the scheduler does not exist.
+    """
+
+    def __init__(self, path: str | Path, scheduler: str | None = None) -> None:
+        self.path = Path(path)
+        index = self.path / INDEX
+        if not index.is_file():
+            raise UserError(
+                f"{path} is not a diffusers pipeline: it has no {INDEX}; give the folder that save_pretrained or "
+                "`hf download` wrote"
+            )
+        self.index = _read_json(index)
+        diffusers = import_diffusers()
+        name = self.index.get("_class_name")
+        self.pipeline_class = getattr(diffusers, str(name), None)
+        if not (inspect.isclass(self.pipeline_class) and issubclass(self.pipeline_class, diffusers.DiffusionPipeline)):
+            raise UserError(f"{index} names the pipeline {name}, which diffusers {diffusers.__version__} does not have")
+        self.call_parameters = inspect.signature(self.pipeline_class.__call__).parameters
+        self._scheduler = self._make_scheduler(diffusers, scheduler)
+
+    def _make_scheduler(self, diffusers: Any, name: str | None) -> Any:
+        config = self.path / "scheduler" / "scheduler_config.json"
+        if not config.is_file():
+            raise UserError(f"{self.path} has no scheduler ({config.name} is missing); copy the folder again")
+        values = _read_json(config)
+        kind = getattr(diffusers, name or str(values.get("_class_name")), None)
+        if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
+            known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+            raise UserError(f"diffusers has no scheduler {name}; give one of {', '.join(known)}")
+        return kind.from_config(values)
+
+    def component(self, name: str | None) -> str:
+        """Return the name of the network to quantize.
+
+        Raises:
+            UserError: the pipeline has no such component.
+        """
+        names = [n for n, value in self.index.items() if isinstance(value, list) and value[0] is not None]
+        if name is None:
+            name = next((n for n in NAMES if n in names), None)
+            if name is None:
+                raise UserError(f"{self.path} has no {' or '.join(NAMES)}; give --component one of {', '.join(names)}")
+        if name not in names:
+            raise UserError(f"{self.path} has no component {name}; give --component one of {', '.join(names)}")
+        return name
+
+    def calls(self, steps: int) -> int:
+        """Return how often the network is called for an image."""
+        try:
+            self._scheduler.set_timesteps(steps)
+        except (TypeError, ValueError):  # some need the image size; they take one call per step
+            return steps
+        return len(self._scheduler.timesteps)
+
+    @property
+    def training_steps(self) -> int:
+        """T of the scheduler."""
+        return int(getattr(self._scheduler.config, "num_train_timesteps", 1000))
+
+    def describe(self, component: str) -> dict[str, Any]:
+        """Return what decides the images besides weights, prompts and options (JSON values)."""
+        folder = self.path / component / "config.json"
+        network = _read_json(folder) if folder.is_file() else {}
+        return {
+            "class": self.pipeline_class.__name__,
+            "component": component,
+            "network": {k: v for k, v in network.items() if not k.startswith("_")},
+            "scheduler": type(self._scheduler).__name__,
+        }
+
+    def load(self) -> Any:
+        """Return the pipeline in float32, with the scheduler that was asked for.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        try:
+            pipe = self.pipeline_class.from_pretrained(str(self.path), local_files_only=True, scheduler=self._scheduler)
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise UserError(f"{self.path} cannot be loaded: {first_line(error)}; copy the folder again") from error
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def weights_of(self, component: str) -> Path | None:
+        """Return the file of a component's weights; None if there are several."""
+        files = sorted((self.path / component).glob("*.safetensors")) or sorted((self.path / component).glob("*.bin"))
+        return files[0] if len(files) == 1 else None
+
+
+def import_diffusers() -> Any:
+    """Return the diffusers library.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError('diffusers is not installed; pip install "qdiff[diffusers]"') from None
+    return diffusers
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}); copy the folder again") from error
+    return values

@@ -1,0 +1,250 @@
+"""Any diffusers pipeline as the commands' `Pipeline`: its own loop samples, and its network is called through us."""
+
+from __future__ import annotations
+
+import contextlib
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.diffusers_backend.denoiser import find_denoiser, read_call
+from qdiff.diffusers_backend.folder import Folder
+from qdiff.diffusers_backend.module import Denoiser
+from qdiff.diffusers_backend.recording import arguments_of, check_options
+from qdiff.errors import UserError, require_at_least
+from qdiff.io.prompt_lines import read_prompts
+from qdiff.pipeline import Pipeline
+from qdiff.sampling import Network, OnCall, OnStep
+from qdiff.sampling.noise import CALIBRATION_STREAM
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A pipeline's own sampling loop, in the place of a `qdiff.sampling.Sampler`.
+
+    Attributes:
+        seed: the noise of image i depends only on (seed, i).
+        calls: network calls per image.
+    """
+
+    seed: int
+    calls: int
+
+
+class _Reached(Exception):
+    """Ends a pipeline's loop at its first call of the network."""
+
+
+class DiffusersPipeline(Pipeline):
+    """A folder that diffusers loads.
+
+    Args:
+        folder: holds model_index.json.
+        component: the network to quantize; None takes ``unet`` or ``transformer``.
+        scheduler: class of a scheduler of diffusers; None takes the folder's.
+        steps: num_inference_steps.
+        seed: the noise of image i depends only on (seed, i).
+        count, batch_size: images per run and per batch.
+        prompts: used in turn; for text pipelines.
+        options: further keywords of the pipeline's call; ``class_labels`` are used in turn.
+        precision: ``autocast`` calls the network in half precision on CUDA.
+
+    Raises:
+        UserError: the folder holds no pipeline, or an option does not suit it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        component: str | None = None,
+        scheduler: str | None = None,
+        steps: int = 50,
+        seed: int = 1234,
+        count: int = 1,
+        batch_size: int = 4,
+        prompts: Sequence[str] = (),
+        options: Mapping[str, Any] | None = None,
+        precision: str = "full",
+    ) -> None:
+        require_at_least(1, {"--steps": steps})
+        self.folder = Folder(folder, scheduler)
+        self.prompts, self.options = list(prompts), dict(options or {})
+        check_options(self.folder.pipeline_class, self.prompts, self.options)
+        self.component, self.precision_name = self.folder.component(component), precision
+        super().__init__(Path(folder).name, Loop(seed, self.folder.calls(steps)), count, batch_size)
+        if "num_inference_steps" in self.folder.call_parameters:
+            self.options["num_inference_steps"] = steps
+        self.config = {
+            "pipeline": self.folder.describe(self.component),
+            "weights": str(folder),
+            "prompts": self.prompts,
+            "options": self.options,
+            "precision": precision,
+            "num_images": count,
+        }
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> DiffusersPipeline:
+        """Return the pipeline that the options of `options.add_pipeline_options` describe.
+
+        Raises:
+            UserError: the options contradict each other.
+        """
+        require_at_least(1, {"--n_samples": args.n_samples, "--batch_size": args.batch_size})
+        require_at_least(0, {"--seed": args.seed})
+        if args.prompt is not None and args.from_file is not None:
+            raise UserError("--prompt and --from-file contradict each other; leave one of them out")
+        prompts = [] if args.prompt is None else [args.prompt]
+        if args.from_file is not None:
+            prompts = read_prompts(args.from_file)
+        given = {n: getattr(args, n) for n in ("guidance_scale", "negative_prompt", "height", "width")}
+        options = {name: value for name, value in given.items() if value is not None}
+        if args.classes is not None:
+            options["class_labels"] = _numbers(args.classes)
+        together = args.batch_size or min(4, args.n_samples)
+        return cls(
+            args.pipeline,
+            args.component,
+            args.scheduler,
+            args.steps,
+            args.seed,
+            args.n_samples,
+            together,
+            prompts,
+            options,
+            args.precision,
+        )
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.network.input_shape
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        return self.network.context_shape
+
+    @property
+    def conditional(self) -> bool:
+        return self.context_shape is not None
+
+    @property
+    def training_steps(self) -> int:
+        return self.folder.training_steps
+
+    def load(self, device: torch.device, network: bool = True) -> None:
+        """Load the pipeline; its network is loaded in any case, since the pipeline cannot be built without."""
+        self.pipe = self.folder.load()
+        _, module = find_denoiser(self.pipe, self.component)
+        self.network, self.weights = Denoiser(module), self.folder.weights_of(self.component)
+        self.move_to(device)
+        self.probe()
+
+    def move_to(self, device: torch.device) -> None:
+        self.device = device
+        self.pipe.to(device)
+
+    def probe(self) -> tuple[Tensor, ...]:
+        """Return the network's inputs at the first call for two images, and note how it is called."""
+        heard: list[tuple[Tensor, Tensor, Tensor | None]] = []
+
+        def first_call(*args: Any, **keywords: Any) -> None:
+            heard.append(self.network.describe(*read_call(self.network.network, args, keywords)))
+            raise _Reached
+
+        with contextlib.suppress(_Reached), _intercepted(self.network.network, first_call), torch.no_grad():
+            self.pipe(**self._arguments([0, 1], calibration=True))
+        if not heard:
+            raise UserError(f"{type(self.pipe).__name__} does not call its {self.component}; name another --component")
+        return tuple(i for i in heard[0] if i is not None)
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        if self.precision_name == "autocast" and self.device.type == "cuda":
+            return torch.autocast("cuda")
+        return contextlib.nullcontext()
+
+    def _arguments(self, rows: Sequence[int], calibration: bool) -> dict[str, Any]:
+        seed = self.sampler.seed + (CALIBRATION_STREAM if calibration else 0)
+        made = arguments_of(self.pipe, rows, self.prompts, seed, self.options)
+        if "output_type" in self.folder.call_parameters and not (calibration and hasattr(self.pipe, "vae")):
+            made["output_type"] = "np"
+        return made
+
+    @torch.no_grad()
+    def sample(
+        self,
+        network: Network,
+        rows: Sequence[int],
+        calibration: bool = False,
+        on_call: OnCall | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Run the pipeline's loop for the images numbered ``rows`` with ``network`` in the place of its own.
+
+        Returns:
+            Images [N, C, H, W] in [−1, 1]; with ``calibration``, whatever the loop ends with.
+        """
+        if on_step is not None:
+            raise UserError("a diffusers pipeline does not show its predicted x_0; leave out --sequence")
+
+        def called(*args: Any, **keywords: Any) -> Any:
+            dtype = next(a for a in (*args, *keywords.values()) if isinstance(a, Tensor)).dtype
+            x, t, context = self.network.describe(*read_call(self.network.network, args, keywords))
+            if on_call is not None:
+                on_call(*_halves(x, t, context, len(rows)))
+            with self.precision():
+                output = network(x, t) if context is None else network(x, t, context)
+            output = output.to(dtype)
+            return (output,) if keywords.get("return_dict", True) is False else SimpleNamespace(sample=output)
+
+        with _intercepted(self.network.network, called):
+            made = self.pipe(**self._arguments(rows, calibration)).images
+        images = torch.as_tensor(made) if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
+        return images if calibration else images.to(self.device) * 2 - 1
+
+
+def _halves(
+    x: Tensor, t: Tensor, context: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return a call's inputs before guidance doubled the batch: (x, t, condition, unconditional)."""
+    if len(x) == count:
+        return x, t, context, None
+    if len(x) == 2 * count and context is not None:  # diffusers puts the unconditional half first
+        return x[:count], t[:count], context[count:], context[:count]
+    raise UserError(
+        f"the pipeline calls its network with {len(x)} rows for {count} images; record it with qdiff.quantize_pipeline"
+    )
+
+
+@contextlib.contextmanager
+def _intercepted(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Call ``function`` in the place of a module's forward; calls that it makes itself reach the module."""
+    before, inside = module.forward, False
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return before(*args, **keywords)
+        inside = True
+        try:
+            return function(*args, **keywords)
+        finally:
+            inside = False
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--classes is {text}; give numbers separated by commas, e.g. 0,1,7") from None
