@@ -1,0 +1,65 @@
+"""The flow of scripts/quantize_pipeline.py: calibrate as the sampling scripts do, then write a pipeline folder."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+
+from qdiff.cli.out_of_memory import memory_advice
+from qdiff.cli.processes import choose_device
+from qdiff.cli.run_folder import RunFolder, start_logging
+from qdiff.cli.sample import SampleCommand
+from qdiff.diffusers_backend.pipeline import DiffusersPipeline
+from qdiff.errors import UserError
+
+log = logging.getLogger("qdiff")
+
+
+class QuantizePipelineCommand(SampleCommand):
+    """Quantizes a pipeline's network and saves the whole pipeline.
+
+    Args:
+        pipeline: the pipeline to quantize.
+        args: the parsed options; ``--ptq`` is implied.
+
+    Raises:
+        UserError: options contradict each other, or the folder to write exists and is not empty.
+    """
+
+    def __init__(self, script: str, pipeline: DiffusersPipeline, args: Namespace) -> None:
+        args.ptq = True
+        self.out = Path(args.out)
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise UserError(f"--out {self.out} exists already; give a new folder, or delete it")
+        super().__init__(script, pipeline, args)
+        if self.plan.quant.modulate:
+            raise UserError("a pipeline's loop opens no trajectory for modulation; leave out --modulate")
+
+    def run(self) -> None:
+        """Calibrate in the run folder, or read what is finished there, and write the pipeline to ``--out``."""
+        from qdiff.diffusers_backend.quantize import attach
+
+        args, pipeline = self.args, self.pipeline
+        start_logging(args.verbose)
+        run = RunFolder(self._folder(), self.config, pipeline.count)
+        with memory_advice("loading the model", "free some, or give --device cpu"):
+            pipeline.load(choose_device(args.device, args.tf32))
+        prepared = self._prepare(run)
+        run.open()
+        with run.logged():
+            for note in pipeline.notes:
+                log.warning(note)
+            self._told = True
+            log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
+            self._complete(prepared, run)
+            notes = {
+                "method": self.plan.name,
+                "calibration": f"{self.plan.per_step} images at {self.plan.steps} of the pipeline's steps",
+                "seed": args.seed,
+                "noise_error": f"{run.manifest.noise_error['mse']:.3g}",
+                "base_model": str(pipeline.folder.path),
+            }
+            attach(pipeline.network.network, prepared.qnn, notes)
+            pipeline.pipe.save_pretrained(self.out, max_shard_size=args.max_shard_size)
+            log.info("pipeline folder: %s", self.out)
