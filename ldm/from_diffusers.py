@@ -35,6 +35,7 @@ from qdiff.io.files import check_new_folder, folder_written_whole
 from qdiff.io.model_files import CONFIG_NAME, check_new_model, write_model
 from qdiff.io.tensor_files import check_state
 from qdiff.io.tensor_layout import NetworkLayout
+from qdiff.sampling import BetaKind
 from qdiff.sampling.diffusers_scheduler import training_noise_of
 
 UNET, VAES, CLASSES, TEXTS, TOKENIZER = "unet", ("vqvae", "vae"), "class_embedder", "text_encoder", "tokenizer"
@@ -90,7 +91,10 @@ def read_pipeline(folder: str | Path, out: str | Path) -> str:
         )
     unet, stage = _unet(folder / UNET), _first_stage(folder / vae)
     if (unet.kind.__name__ == CONDITIONAL) != (condition is not _nothing):
-        raise UserError(f"{folder / UNET} is a {unet.kind.__name__}, which does not fit the other components")
+        raise UserError(
+            f"{folder / UNET} is a {unet.kind.__name__}, which does not fit the other components; get "
+            "the pipeline's folder again"
+        )
     params = _noise(folder / "scheduler" / "scheduler_config.json")
     section, encoder = condition(folder, parts, out)
     scale = float(stage.config["scaling_factor"])
@@ -138,7 +142,10 @@ def _noise(path: Path) -> dict[str, Any]:
     noise = training_noise_of(read_json(path), str(path))
     name = next((name for name, kind in BETA_SCHEDULES.items() if kind is noise.kind), None)
     if name is None:
-        raise UserError(f"{path} has the noise schedule {noise.kind}, for which latent diffusion has no name")
+        names = ", ".join(kind.value for kind in BETA_SCHEDULES.values())
+        raise UserError(
+            f"{path} has the noise schedule {BetaKind(noise.kind).value}; latent diffusion's configs can have {names}"
+        )
     return {
         "beta_schedule": name,
         "linear_start": noise.start,

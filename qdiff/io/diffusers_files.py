@@ -130,8 +130,8 @@ def tensors_of(
 
 def _present(name: str) -> str:
     """Return the name that diffusers has now for a tensor of an older file."""
-    *block, layer, kind = name.split(".")
-    return ".".join([*block, FORMER_NAMES.get(layer, layer), kind]) if "attentions" in block else name
+    parts = name.split(".")
+    return ".".join(FORMER_NAMES.get(part, part) for part in parts) if "attentions" in parts else name
 
 
 def read_weights(folder: Path, names: Collection[str] = WEIGHTS) -> dict[str, Tensor]:

@@ -99,10 +99,9 @@ class NetworkLayout:
         """Undo `to_theirs`: ``state`` has the tensors of their network, ``expected`` those of ours."""
         left, made = _by_layer(state), {}
         for pair in self.layers:
-            parts = [left.pop(name, {}) for name in pair.theirs]
-            for kind in parts[0]:
-                if all(kind in part for part in parts):
-                    made[f"{pair.ours}.{kind}"] = pair.united([part[kind] for part in parts])
+            parts = [left.get(name, {}) for name in pair.theirs]
+            for kind in set.intersection(*map(set, parts)):
+                made[f"{pair.ours}.{kind}"] = pair.united([part.pop(kind) for part in parts])
         return _fitted(made, expected, left, origin, "the papers' network")
 
 
@@ -159,8 +158,8 @@ def _fitted(made: State, expected: State, left: Mapping[str, State], origin: str
     missing = sorted(expected.keys() - made.keys())
     shapes = sorted(n for n in made.keys() & expected.keys() if _plain(made[n]) != _plain(expected[n]))
     for names, what in (
-        (surplus, f"has the tensor {{}}, which {target} does not have"),
         (missing, f"has no tensor for {{}} of {target}"),
+        (surplus, f"has the tensor {{}}, which {target} does not have"),
         (shapes, f"has another shape for {{}} than {target}"),
     ):
         if names:

@@ -88,7 +88,7 @@ def training_noise_of(scheduler: Mapping[str, Any], origin: str) -> TrainingNois
 
     if betas is None:
         return noise(next(kind for kind, name in NAMES.items() if name == shape))
-    for kind in BetaKind:
+    for kind in [kind for kind in BetaKind if kind is not BetaKind.QUAD]:  # the same as SCALED_LINEAR
         if _makes(noise(kind), betas):
             return noise(kind)
     raise UserError(f"{origin} has trained_betas of none of the papers' schedules; give a beta_schedule instead")
