@@ -32,9 +32,7 @@ def first_stage_config(stage: Mapping[str, Any], origin: str) -> tuple[str, dict
         ("another embed_dim than z_channels", kind == KL and params["embed_dim"] != d["z_channels"]),
     ):
         if is_there:
-            raise UserError(
-                f"{origin} has a first stage with {name}, which diffusers' {kind} cannot have; choose another model"
-            )
+            raise UserError(f"{origin} has a first stage with {name}, unlike any {kind} of diffusers; choose another")
     attention = [d["resolution"] // 2**i in d["attn_resolutions"] for i in range(len(d["ch_mult"]))]
     config = {
         "in_channels": d["in_channels"],

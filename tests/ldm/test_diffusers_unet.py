@@ -169,6 +169,23 @@ def test_the_shipped_configs(name):
     assert made.keys() == theirs.state_dict().keys()
 
 
+def test_a_config_of_stable_diffusion_2():
+    """One number of heads per level, linear projections, and arguments that are left out."""
+    given = {
+        "attention_head_dim": [5, 10, 20, 20],
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 1024,
+        "sample_size": 64,
+        "upcast_attention": True,
+        "use_linear_projection": True,
+    }
+    kind = diffusers_class(CONDITIONAL)
+    config = plain_config(complete_config(kind, given))
+    params = unet_params(CONDITIONAL, config, "x")
+    assert (params["num_head_channels"], params["attention_resolutions"]) == (64, [1, 2, 4])
+    check_same_config(config, plain_config(complete_config(kind, unet_config(params, 64, "x")[1])), FREE, "x")
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "match"),
     [
