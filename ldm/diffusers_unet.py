@@ -40,14 +40,14 @@ def unet_config(params: Mapping[str, Any], size: int, origin: str) -> tuple[str,
         UserError: no such class can express the network.
     """
     p = defaults_of(UNetModel) | dict(params)
-    spatial, moves = p["use_spatial_transformer"], p["resblock_updown"]
+    spatial, block_resampling = p["use_spatial_transformer"], p["resblock_updown"]
     widths = [p["model_channels"] * factor for factor in p["channel_mult"]]
     attention = [2**i in p["attention_resolutions"] for i in range(len(widths))]
     narrow = widths[0] != p["model_channels"]
     for name, is_there in (
-        ("conv_resample false", not (p["conv_resample"] or moves)),
+        ("conv_resample false", not (p["conv_resample"] or block_resampling)),
         ("num_heads_upsample", p["num_heads_upsample"] not in (-1, p["num_heads"])),
-        ("resblock_updown and use_spatial_transformer together", moves and spatial),
+        ("resblock_updown and use_spatial_transformer together", block_resampling and spatial),
         ("use_spatial_transformer and a channel_mult that does not begin with 1", narrow and spatial),
     ):
         if is_there:
@@ -58,8 +58,8 @@ def unet_config(params: Mapping[str, Any], size: int, origin: str) -> tuple[str,
         "out_channels": p["out_channels"],
         "block_out_channels": widths,
         "layers_per_block": p["num_res_blocks"],
-        "down_block_types": [_kind("Down", here, spatial, moves) for here in attention],
-        "up_block_types": [_kind("Up", here, spatial, moves) for here in reversed(attention)],
+        "down_block_types": [_kind("Down", here, spatial, block_resampling) for here in attention],
+        "up_block_types": [_kind("Up", here, spatial, block_resampling) for here in reversed(attention)],
         "resnet_time_scale_shift": "scale_shift" if p["use_scale_shift_norm"] else "default",
         "dropout": float(p["dropout"]),
     }
@@ -70,7 +70,7 @@ def unet_config(params: Mapping[str, Any], size: int, origin: str) -> tuple[str,
             "cross_attention_dim": p["context_dim"],
             "transformer_layers_per_block": p["transformer_depth"],
         }
-    config |= {"downsample_type": "resnet", "upsample_type": "resnet"} if moves else {}
+    config |= {"downsample_type": "resnet", "upsample_type": "resnet"} if block_resampling else {}
     config |= {"attn_norm_num_groups": GROUPS} if p["use_scale_shift_norm"] else {}
     # The middle has attention in any case.
     used = [(w, n) for w, n, here in zip(widths, heads, [*attention[:-1], True], strict=True) if here]
@@ -86,11 +86,11 @@ def unet_config(params: Mapping[str, Any], size: int, origin: str) -> tuple[str,
     return PLAIN, config
 
 
-def _kind(way: str, attention: bool, spatial: bool, moves: bool) -> str:
-    """Return the class of a level: on the way ``Down`` or ``Up``, resampled by residual blocks if it ``moves``."""
+def _kind(way: str, attention: bool, spatial: bool, block_resampling: bool) -> str:
+    """Return the class of a level: on the way ``Down`` or ``Up``, with ``block_resampling`` its ends are residual blocks."""
     if attention:
         return f"{'CrossAttn' if spatial else 'Attn'}{way}Block2D"
-    return f"Resnet{way}sampleBlock2D" if moves else f"{way}Block2D"
+    return f"Resnet{way}sampleBlock2D" if block_resampling else f"{way}Block2D"
 
 
 def unet_params(kind: str, config: Mapping[str, Any], origin: str) -> dict[str, Any]:
