@@ -87,7 +87,7 @@ def unet_config(params: Mapping[str, Any], size: int, origin: str) -> tuple[str,
 
 
 def _kind(way: str, attention: bool, spatial: bool, block_resampling: bool) -> str:
-    """Return the class of a level: on the way ``Down`` or ``Up``, with ``block_resampling`` its ends are residual blocks."""
+    """Return the class of a level on the way ``Down`` or ``Up``; ``block_resampling`` is ``resblock_updown``."""
     if attention:
         return f"{'CrossAttn' if spatial else 'Attn'}{way}Block2D"
     return f"Resnet{way}sampleBlock2D" if block_resampling else f"{way}Block2D"
