@@ -9,7 +9,7 @@ from typing import Any
 from qdiff.errors import UserError
 from qdiff.io.config_schema import Key, check_section
 from qdiff.io.yaml_files import read_config
-from qdiff.sampling import BetaKind, DiffusionSchedule, Parameterization, make_beta_schedule
+from qdiff.sampling import BetaKind, DiffusionSchedule, Parameterization, TrainingNoise
 
 COUNT = Key(int, least=1)
 REQUIRED_COUNT = Key(int, required=True, least=1)
@@ -120,13 +120,24 @@ def check_training(config: Any, origin: str) -> None:
                 raise UserError(f"{origin} has no {section}.{name}, which training needs; see configs/digits.yml")
 
 
+def training_noise(config: Any) -> TrainingNoise:
+    """Return the noise that ``config.diffusion`` describes."""
+    d = config.diffusion
+    return TrainingNoise(
+        d.beta_schedule,
+        d.beta_start,
+        d.beta_end,
+        d.num_diffusion_timesteps,
+        zero_terminal_snr=d.get("rescale_betas_zero_snr", False),
+        parameterization=Parameterization(d.get("parameterization", Parameterization.EPS.value)),
+    )
+
+
 def build_schedule(config: Any) -> DiffusionSchedule:
     """Return the noise schedule that ``config.diffusion`` describes."""
-    d = config.diffusion
-    betas = make_beta_schedule(d.beta_schedule, d.beta_start, d.beta_end, d.num_diffusion_timesteps)
-    return DiffusionSchedule(betas, zero_terminal_snr=d.get("rescale_betas_zero_snr", False))
+    return training_noise(config).schedule()
 
 
 def parameterization(config: Any) -> Parameterization:
     """Return the quantity that a config's network predicts."""
-    return Parameterization(config.diffusion.get("parameterization", Parameterization.EPS.value))
+    return training_noise(config).parameterization

@@ -136,3 +136,8 @@ class DdimPipeline(Pipeline):
 
     def to_images(self, x_0: Tensor) -> Tensor:
         return from_network_range(x_0, self.model_config.data)
+
+    def write_diffusers(self, folder: str | Path) -> str:
+        from ddim.diffusers_folder import write_pipeline
+
+        return write_pipeline(self, folder)

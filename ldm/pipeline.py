@@ -143,6 +143,11 @@ class LatentPipeline(Pipeline):
         with self.precision():
             return self.model.decode(x_0).float()
 
+    def write_diffusers(self, folder: str | Path) -> str:
+        from ldm.to_diffusers import write_pipeline
+
+        return write_pipeline(self, folder)
+
 
 def _context_shape(network: SteppedNetwork, encoder: Any) -> tuple[int, int] | None:
     # Texts are padded to the encoder's length; a class is one token.

@@ -11,7 +11,8 @@ from torch import Tensor
 from ldm.checkpoint import build_without_weights
 from ldm.config import load_config
 from ldm.modules.encoders.modules import FrozenCLIPEmbedder
-from qdiff.io.files import check_writable, written_whole
+from qdiff.io.files import check_writable
+from qdiff.io.model_files import write_model
 from qdiff.io.random_weights import random_values
 from qdiff.io.repository import REPOSITORY
 
@@ -26,9 +27,6 @@ def write_random_model(config_path: str | Path, folder: str | Path, seed: int) -
     Raises:
         UserError: the config is invalid, or the folder cannot be written.
     """
-    from omegaconf import OmegaConf
-    from safetensors.torch import save_file
-
     config, folder = load_config(config_path), Path(folder)
     check_writable(folder / "model.safetensors")
     model = build_without_weights(config)
@@ -42,10 +40,7 @@ def write_random_model(config_path: str | Path, folder: str | Path, seed: int) -
         config.model.params.cond_stage_config.params = {"version": str(encoder.resolve())}
     generator = torch.Generator().manual_seed(seed)
     state = {n: _random(v, n, generator) for n, v in model.state_dict().items() if v.is_floating_point()}
-    with written_whole(folder / "model.safetensors") as path:
-        save_file(state, path)
-    with written_whole(folder / "config.yaml") as path:
-        OmegaConf.save(config, path)
+    write_model(folder / "model.safetensors", state, config)
     parameters = sum(v.numel() for v in state.values())
     return f"{folder}: {parameters:,} random parameters, {(folder / 'model.safetensors').stat().st_size:,} bytes"
 

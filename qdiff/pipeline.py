@@ -164,3 +164,14 @@ class Pipeline:
     def to_images(self, x_0: Tensor) -> Tensor:
         """Turn the result of `sample` into images [N, C, H, W] in [−1, 1]."""
         return x_0
+
+    def write_diffusers(self, folder: str | Path) -> str:
+        """Load the float weights and write the model as the folder of a pipeline of the diffusers library.
+
+        Returns:
+            A line that describes the folder.
+
+        Raises:
+            UserError: the library is missing or has no such network, or the folder is not empty or cannot be written.
+        """
+        raise UserError(f"there is no diffusers pipeline for {self.name}; its family has no write_diffusers")

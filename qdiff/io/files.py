@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import stat
 import tempfile
 import zipfile
@@ -70,6 +71,39 @@ def check_writable(path: str | Path) -> None:
             pass
     except OSError:
         raise UserError(f"{path} cannot be written; choose a file in a folder with write permission") from None
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder next to ``path``; it is renamed to ``path`` when the block ends without an error.
+
+    ``path`` must be missing or an empty folder (`check_new_folder`). As with `written_whole`, files get the permissions
+    of new ones.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.mkdir()
+    try:
+        yield temporary
+        mode = _mode_of_new_file(temporary / "new")
+        for file in temporary.rglob("*"):
+            if file.is_file() and stat.S_IMODE(file.stat().st_mode) != mode:
+                file.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new_folder(path: str | Path) -> None:
+    """Raise a `UserError` now if ``path`` exists and is not an empty folder, or could not be written later."""
+    path = Path(path)
+    if path.is_dir() and not any(path.iterdir()):
+        check_writable(path / "file")
+    elif path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists and is not an empty folder; choose another folder, or delete it")
+    else:
+        check_writable(path)
 
 
 def sha256(path: str | Path) -> str:

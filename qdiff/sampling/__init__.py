@@ -21,6 +21,7 @@ from qdiff.sampling.schedule import (
     make_beta_schedule,
     select_timesteps,
 )
+from qdiff.sampling.training_noise import TrainingNoise
 
 __all__ = [
     "CALIBRATION_STREAM",
@@ -38,6 +39,7 @@ __all__ = [
     "SamplerOptions",
     "SkipKind",
     "SolverMethod",
+    "TrainingNoise",
     "as_noise_prediction",
     "find_sampler",
     "guided",

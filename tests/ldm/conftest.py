@@ -66,12 +66,22 @@ def seeded():
 
 
 @pytest.fixture
-def make_unet():
+def unet_arguments():
+    """``unet_arguments(kind, **changes)``: the arguments of a tiny UNet of that released architecture."""
+
+    def made(kind: str, **changes) -> dict:
+        return {**UNET, **KINDS[kind], **changes}
+
+    return made
+
+
+@pytest.fixture
+def make_unet(unet_arguments):
     """``make_unet(kind, **changes)``: a tiny UNet of that released architecture, no parameter zero, in eval mode."""
 
     def made(kind: str, **changes) -> UNetModel:
         torch.manual_seed(0)
-        return filled(UNetModel(**{**UNET, **KINDS[kind], **changes})).eval()
+        return filled(UNetModel(**unet_arguments(kind, **changes))).eval()
 
     return made
 

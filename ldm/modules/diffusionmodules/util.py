@@ -25,7 +25,8 @@ def timestep_embedding(t: Tensor, dim: int, dtype: torch.dtype, max_period: floa
         [N, dim]: cosines, then sines, of t·max_period^(−i/(dim/2)).
     """
     half, exact = dim // 2, torch.promote_types(dtype, torch.float32)
-    frequencies = torch.exp(torch.arange(half, dtype=exact, device=t.device) * (-math.log(max_period) / half))
+    # In the released code's order: another one rounds differently unless dim is a power of 2, and t multiplies it.
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=exact, device=t.device) / half)
     angles = t.to(exact)[:, None] * frequencies[None, :]
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2)).to(dtype)
 

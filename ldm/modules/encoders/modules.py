@@ -114,6 +114,15 @@ class FrozenCLIPEmbedder(nn.Module):
         model = self._from_hub(CLIPTextModel)
         self.transformer.text_model.load_state_dict(getattr(model, "text_model", model).state_dict())
 
+    def to_transformers(self) -> Any:
+        """Return the encoder as a ``CLIPTextModel`` of transformers with the same weights."""
+        from transformers import CLIPTextModel
+
+        encoder = self.transformer.text_model
+        model = CLIPTextModel(encoder.config)
+        getattr(model, "text_model", model).load_state_dict(encoder.state_dict())
+        return model.eval()
+
     @property
     def tokenizer(self) -> Any:
         from transformers import CLIPTokenizer
