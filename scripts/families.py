@@ -61,6 +61,7 @@ _ROWS = (
         "sample_pipeline",
         add_pipeline_options,
         "qdiff.diffusers_backend.pipeline:DiffusersPipeline",
+        also_import=("ldm.diffusers_networks",),
     ),
 )
 SCRIPTS: Mapping[str, Script] = MappingProxyType({script.name: script for script in _ROWS})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.parser import Parser, add_run_options
+from qdiff.errors import UserError
 
 if TYPE_CHECKING:  # it loads torch, which `scripts/families.py` need not wait for
     from qdiff.pipeline import Pipeline
@@ -30,6 +31,7 @@ class Script:
         folder: names of the option for the run folder.
         preset: EDA-DM's values for this family, a file of configs/eda-dm.
         resume: see `add_ptq_options`.
+        also_import: modules that define what the pipeline may load.
     """
 
     name: str
@@ -39,11 +41,19 @@ class Script:
     folder: tuple[str, ...] = ("-l", "--logdir")
     preset: str | None = None
     resume: bool = True
+    also_import: tuple[str, ...] = ()
 
     def pipeline_of(self, args: Namespace) -> Pipeline:
         """Return the pipeline that options name."""
         module, attribute = self.pipeline.split(":")
-        return getattr(importlib.import_module(module), attribute).from_args(args)
+        try:
+            for name in (*self.also_import, module):
+                found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != "diffusers":
+                raise
+            raise UserError('diffusers is not installed; pip install "qdiff[diffusers]"') from None
+        return getattr(found, attribute).from_args(args)
 
 
 Scripts = Mapping[str, Script]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 from qdiff.diffusers_backend.denoiser import NAMES
 from qdiff.errors import UserError, first_line
-
-INDEX = "model_index.json"
+from qdiff.io.diffusers_files import INDEX, component_names, import_diffusers, read_json
 
 
 class Folder:
@@ -30,16 +28,11 @@ class Folder:
 
     def __init__(self, path: str | Path, scheduler: str | None = None) -> None:
         self.path = Path(path)
+        self.components = component_names(path)
         index = self.path / INDEX
-        if not index.is_file():
-            raise UserError(
-                f"{path} is not a diffusers pipeline: it has no {INDEX}; give the folder that save_pretrained or "
-                "`hf download` wrote"
-            )
-        self.index = _read_json(index)
         diffusers = import_diffusers()
-        name = self.index.get("_class_name")
-        self.pipeline_class = getattr(diffusers, str(name), None)
+        name = str(read_json(index).get("_class_name"))
+        self.pipeline_class = getattr(diffusers, name, None) or _subclass(diffusers.DiffusionPipeline, name)
         if not (inspect.isclass(self.pipeline_class) and issubclass(self.pipeline_class, diffusers.DiffusionPipeline)):
             raise UserError(f"{index} names the pipeline {name}, which diffusers {diffusers.__version__} does not have")
         self.call_parameters = inspect.signature(self.pipeline_class.__call__).parameters
@@ -49,7 +42,7 @@ class Folder:
         config = self.path / "scheduler" / "scheduler_config.json"
         if not config.is_file():
             raise UserError(f"{self.path} has no scheduler ({config.name} is missing); copy the folder again")
-        values = _read_json(config)
+        values = read_json(config)
         kind = getattr(diffusers, name or str(values.get("_class_name")), None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
             known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
@@ -62,7 +55,7 @@ class Folder:
         Raises:
             UserError: the pipeline has no such component.
         """
-        names = [n for n, value in self.index.items() if isinstance(value, list) and value[0] is not None]
+        names = self.components
         if name is None:
             name = next((n for n in NAMES if n in names), None)
             if name is None:
@@ -87,7 +80,7 @@ class Folder:
     def describe(self, component: str) -> dict[str, Any]:
         """Return what decides the images besides weights, prompts and options (JSON values)."""
         folder = self.path / component / "config.json"
-        network = _read_json(folder) if folder.is_file() else {}
+        network = read_json(folder) if folder.is_file() else {}
         return {
             "class": self.pipeline_class.__name__,
             "component": component,
@@ -116,24 +109,11 @@ class Folder:
         return files[0] if len(files) == 1 else None
 
 
-def import_diffusers() -> Any:
-    """Return the diffusers library.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import diffusers
-    except ImportError:
-        raise UserError('diffusers is not installed; pip install "qdiff[diffusers]"') from None
-    return diffusers
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({first_line(error)}); copy the folder again") from error
-    return values
+def _subclass(base: type, name: str) -> type | None:
+    """Return the imported class of this name that is derived from another."""
+    for kind in base.__subclasses__():
+        if kind.__name__ == name:
+            return kind
+        if found := _subclass(kind, name):
+            return found
+    return None
