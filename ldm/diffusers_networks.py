@@ -122,6 +122,7 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(vqvae=vqvae, unet=unet, class_embedder=class_embedder, scheduler=scheduler)
+        self.labels = {str(number): number for number in range(class_embedder.config.num_classes - 1)}
 
     @torch.no_grad()
     def __call__(

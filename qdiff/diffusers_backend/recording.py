@@ -100,7 +100,7 @@ def arguments_of(
     if prompts:
         made["prompt"] = [prompts[row % len(prompts)] for row in rows]
     elif "class_labels" in parameters:
-        labels = options.get("class_labels") or range(_classes(pipe))
+        labels = options.get("class_labels") or range(count_classes(pipe))
         made["class_labels"] = [int(labels[row % len(labels)]) for row in rows]
     elif "batch_size" in parameters:
         made["batch_size"] = len(rows)
@@ -109,8 +109,17 @@ def arguments_of(
     return {**made, **{n: v for n, v in options.items() if n != "class_labels"}}
 
 
-def _classes(pipe: Any) -> int:
-    labels = getattr(pipe, "labels", None)
-    if labels:
-        return len(set(labels.values()))
-    return int(getattr(pipe.transformer.config, "num_embeds_ada_norm", 1))
+def count_classes(pipe: Any) -> int:
+    """Return the number of classes of a class-conditional pipeline, from its names or its networks' configs.
+
+    Raises:
+        UserError: neither says it.
+    """
+    if names := getattr(pipe, "labels", None):
+        return len(set(names.values()))
+    for component in pipe.components.values():
+        config = getattr(component, "config", {})
+        for key in ("num_embeds_ada_norm", "num_class_embeds", "n_classes"):
+            if isinstance(config, Mapping) and isinstance(config.get(key), int):
+                return config[key]
+    raise UserError(f"the classes of this {type(pipe).__name__} are not known; give class_labels (--classes)")
