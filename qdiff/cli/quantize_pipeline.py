@@ -12,6 +12,7 @@ from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.sample import SampleCommand
 from qdiff.diffusers_backend.pipeline import DiffusersPipeline
 from qdiff.errors import UserError
+from qdiff.methods.registry import find_method
 
 log = logging.getLogger("qdiff")
 
@@ -54,7 +55,7 @@ class QuantizePipelineCommand(SampleCommand):
             log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
             self._complete(prepared, run)
             notes = {
-                "method": self.plan.name,
+                "method": find_method(self.plan.method).title,
                 "calibration": f"{self.plan.per_step} images at {self.plan.steps} of the pipeline's steps",
                 "seed": args.seed,
                 "noise_error": f"{run.manifest.noise_error['mse']:.3g}",

@@ -55,7 +55,7 @@ class Folder:
         Raises:
             UserError: the pipeline has no such component.
         """
-        names = self.components
+        names = [n for n in self.components if (self.path / n / "config.json").is_file()]
         if name is None:
             name = next((n for n in NAMES if n in names), None)
             if name is None:

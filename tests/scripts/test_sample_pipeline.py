@@ -1,0 +1,155 @@
+"""scripts/sample_pipeline.py and scripts/quantize_pipeline.py on a small pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qdiff.errors import UserError
+
+pytest.importorskip("diffusers")
+
+import quantize_pipeline
+import sample_pipeline
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
+
+CALIBRATION = [
+    "--steps",
+    "4",
+    "--weight_bit",
+    "4",
+    "--quant_act",
+    "--act_bit",
+    "8",
+    "--split",
+    "--cali_st",
+    "2",
+    "--cali_n",
+    "2",
+]
+LEARNING = ["--cali_iters", "1", "--cali_iters_a", "1", "--cali_batch_size", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        **blocks,
+    )
+    path = tmp_path_factory.mktemp("pipeline") / "small"
+    DDIMPipeline(network, DDIMScheduler()).save_pretrained(path)
+    return path
+
+
+def images_of(run: Path) -> list[bytes]:
+    return [path.read_bytes() for path in sorted((run / "img").glob("*.png"))]
+
+
+@pytest.fixture(scope="module")
+def quantized(folder, tmp_path_factory) -> tuple[Path, Path]:
+    """A quantized pipeline, and the run folder of its calibration."""
+    out, run = tmp_path_factory.mktemp("out") / "quantized", tmp_path_factory.mktemp("out") / "run"
+    quantize_pipeline.main([str(folder), "--out", str(out), *CALIBRATION, *LEARNING, "-l", str(run), "--device", "cpu"])
+    return out, run
+
+
+def test_a_quantized_folder_gives_the_images_of_the_run(folder, quantized, tmp_path):
+    out, run = quantized
+    sampling = ["-n", "3", "--batch_size", "2", "--device", "cpu", "--steps", "4"]
+    sample_pipeline.main([str(folder), *sampling, "-l", str(tmp_path / "float")])
+    sample_pipeline.main([str(out), *sampling, "-l", str(tmp_path / "small")])
+    checkpoint = ["--ptq", *CALIBRATION, "--cali_ckpt", str(run / "quantized.safetensors"), "--resume"]
+    sample_pipeline.main([str(folder), *sampling, *checkpoint, "-l", str(tmp_path / "ptq")])
+    assert images_of(tmp_path / "small") == images_of(tmp_path / "ptq") != images_of(tmp_path / "float")
+    manifest = json.loads((tmp_path / "ptq" / "run.json").read_text())
+    assert manifest["activation_quantizers"]["silent"] == [] and manifest["network_calls"] == 4
+
+
+def test_an_interrupted_sampling_continues(folder, tmp_path):
+    command = [str(folder), "-n", "3", "--steps", "2", "--device", "cpu", "-l", str(tmp_path)]
+    sample_pipeline.main(command)
+    before = images_of(tmp_path)
+    (tmp_path / "img" / "00001.png").unlink()
+    sample_pipeline.main(command)
+    assert images_of(tmp_path) == before and len(before) == 3
+
+
+def test_a_written_folder_needs_only_diffusers_and_qdiff(quantized):
+    pipe = DiffusionPipeline.from_pretrained(quantized[0])
+    config = json.loads((quantized[0] / "unet" / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "qdiff" and config["weight_bits"] == 4
+    assert pipe.unet.conv_in.packed.bits == 4 and "Q-Diffusion" in (quantized[0] / "unet" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["nowhere"], "nowhere is no pipeline of diffusers"),
+        (["FOLDER", "--component", "vae"], "has no component vae; give --component one of unet"),
+        (["FOLDER", "--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler; give one of"),
+        (["FOLDER", "--prompt", "a cat"], "DDIMPipeline takes no prompts; leave them out"),
+        (["FOLDER", "--guidance_scale", "3"], "DDIMPipeline takes no guidance_scale; leave them out"),
+        (["FOLDER", "--classes", "one"], "--classes is one; give numbers"),
+        (["FOLDER", "--steps", "0"], "--steps is 0; give at least 1"),
+        (["FOLDER", "-n", "0"], "--n_samples is 0; give at least 1"),
+        (["FOLDER", "--ptq", "--weight_bit", "4", "--cali_st", "60"], "60"),
+    ],
+)
+def test_bad_input_is_one_sentence(folder, arguments, sentence, tmp_path, capsys):
+    given = [str(folder) if a == "FOLDER" else a for a in arguments]
+    with pytest.raises(SystemExit) as stopped:
+        sample_pipeline.main([*given, "-l", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_existing_folder_is_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        quantize_pipeline.main([str(folder), "--out", str(tmp_path / "mine"), *CALIBRATION])
+    assert stopped.value.code == 2 and "exists already; give a new folder" in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_no_weights(folder, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    (copy / "unet").mkdir(parents=True)
+    for name in ("model_index.json", "unet/config.json", "scheduler/scheduler_config.json"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text((folder / name).read_text())
+    sample_pipeline.main([str(copy), "--dry-run", "--ptq", *CALIBRATION])
+    config = json.loads(capsys.readouterr().out)
+    assert config["pipeline"]["class"] == "DDIMPipeline" and config["ptq"]["quant"]["weight_bits"] == 4
+
+
+def test_a_missing_weights_file_is_one_sentence(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        test_a_dry_run_reads_no_weights(folder, tmp_path, capsys)
+        sample_pipeline.main([str(tmp_path / "copy"), "-l", str(tmp_path / "run"), "--device", "cpu"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "cannot be loaded" in error and "Traceback" not in error
+
+
+def test_the_sentence_without_diffusers(monkeypatch):
+    from families import SCRIPTS
+
+    from qdiff.cli import script
+
+    def missing(name: str):
+        raise ModuleNotFoundError("No module named 'diffusers'", name="diffusers")
+
+    monkeypatch.setattr(script.importlib, "import_module", missing)
+    with pytest.raises(UserError, match=r'pip install "qdiff\[diffusers\]"'):
+        SCRIPTS["sample_pipeline"].pipeline_of(None)
