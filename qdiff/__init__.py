@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qdiff.config import QuantConfig
     from qdiff.diffusers_backend.config import QDiffConfig
     from qdiff.diffusers_backend.quantize import quantize_pipeline
+    from qdiff.diffusers_backend.structure import cache_weights
     from qdiff.errors import UserError
     from qdiff.evaluation.noise_error import measure_noise_error
     from qdiff.quant_model import QuantModel
@@ -26,6 +27,7 @@ __all__ = [
     "QuantConfig",
     "QuantModel",
     "UserError",
+    "cache_weights",
     "calibrate",
     "load_checkpoint",
     "measure_noise_error",
@@ -39,6 +41,7 @@ register_when_imported()
 
 _HOMES = {
     "QDiffConfig": "qdiff.diffusers_backend.config",
+    "cache_weights": "qdiff.diffusers_backend.structure",
     "quantize_pipeline": "qdiff.diffusers_backend.quantize",
     "QuantConfig": "qdiff.config",
     "QuantModel": "qdiff.quant_model",

@@ -208,11 +208,17 @@ class _Watch:
             users = [i for i, seen in enumerate(one) if index in seen.sources]
             # Integers carry no gradient, so who uses them is not known.
             traceable = all(leaf.is_floating_point() for leaf in first.outputs if isinstance(leaf, Tensor))
+            inputs = _rows(first.name, "an input", first.inputs, second.inputs)
+            if not any(inputs):
+                raise UserError(
+                    f"{first.name} takes nothing that depends on the samples, so it cannot be calibrated; name a unit "
+                    "around it"
+                )
             until = count if index in self._ends or not traceable else max(users, default=index)
             units.append(
                 TracedUnit(
                     first.name,
-                    _rows(first.name, "an input", first.inputs, second.inputs),
+                    inputs,
                     _rows(first.name, "an output", first.outputs, second.outputs),
                     until,
                     any(given._version > 0 for given in first.given),
