@@ -38,6 +38,7 @@ class Setting:
         onednn: DNNL_MAX_CPU_ISA (of torch) and ONEDNN_MAX_CPU_ISA (of OpenVINO).
         mkl: MKL_ENABLE_INSTRUCTIONS, matrix products.
         threads: of one process.
+        openvino: False where OpenVINO cannot be emulated: told of a CPU without AVX, it returns empty outputs.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Setting:
     onednn: str | None = None
     mkl: str | None = None
     threads: int = 1
+    openvino: bool = True
 
     def environment(self) -> dict[str, str]:
         chosen = {
@@ -55,6 +57,7 @@ class Setting:
             "ONEDNN_MAX_CPU_ISA": self.onednn,
             "MKL_ENABLE_INSTRUCTIONS": self.mkl,
             "QDIFF_TEST_THREADS": str(self.threads),
+            "QDIFF_TEST_WITHOUT": None if self.openvino else "openvino",
         }
         kept = {k: v for k, v in os.environ.items() if k not in chosen}
         return kept | {k: v for k, v in chosen.items() if v is not None}
@@ -66,7 +69,7 @@ AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 SETTINGS = (
     Setting("this CPU, 1 thread"),
     Setting("this CPU, 2 threads", threads=2),
-    Setting("no AVX", aten="default", onednn="SSE41", mkl="SSE4_2"),
+    Setting("no AVX", aten="default", onednn="SSE41", mkl="SSE4_2", openvino=False),
     Setting("AVX2", ("avx2", "fma"), ABOVE_AVX2, "avx2", "AVX2", "AVX2"),
     Setting("AVX2, 2 threads", ("avx2", "fma"), ABOVE_AVX2, "avx2", "AVX2", "AVX2", threads=2),
     Setting("AVX-512 without VNNI", AVX512, ("avx512_vnni",), "avx512", "AVX512_CORE", "AVX512"),

@@ -53,7 +53,7 @@ class OnnxNetwork:
         qnn: QuantModel | None = None,
         shapes: tuple[tuple[int, ...] | None, ...] = (),
     ) -> None:
-        path, threads = Path(path), threads or torch.get_num_threads()
+        path, threads, self._runtime = Path(path), threads or torch.get_num_threads(), runtime
         model = read_model(path)
         if qnn is not None:
             check_config(path, model, qnn.config)
@@ -75,6 +75,10 @@ class OnnxNetwork:
             feed |= self._remembered(len(given[0]))
             graph = self._graph if self._state else self._first
         eps, *state = graph.run(feed)
+        if eps.size == 0:  # OpenVINO did so on a CPU whose instructions were emulated; nothing says why
+            raise UserError(
+                f"{self._runtime} returns an empty output on this CPU; give another --runtime, e.g. simulated"
+            )
         if self._first is not None:
             self._state = dict(zip(self._graph.states, state, strict=True))
         return torch.from_numpy(eps).to(given[0].device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from qdiff.deploy.weight_format import DEQUANTIZED, Encoding, WriteOptions, Written
 from qdiff.errors import UserError, first_few
+from qdiff.kernels.packed_weight import PackedWeight
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer
@@ -45,7 +46,7 @@ class WeightPlan:
         """
         found = {}
         for path, module in self.qnn.model.named_modules(remove_duplicate=False):
-            if isinstance(module, Quantizer):
+            if isinstance(module, Quantizer | PackedWeight):  # parts of a layer, which writes them
                 continue
             own = self._tensors_of(path, module) if isinstance(module, QuantModule) else self._floats_of(module)
             for last, tensor in own.items():

@@ -65,7 +65,7 @@ def test_float_takes_the_fused_path(qkv, prescale, monkeypatch):
     core = core_with_ranges(prescale)
     calls = []
     fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append(1) or fused(*a))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     assert torch.equal(core(*qkv), fused(*qkv))
     assert calls == [1]
     with leaf_modes([core], weights=True, activations=False):
