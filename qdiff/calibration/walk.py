@@ -144,7 +144,8 @@ def leaf_inputs_and_output(
     If one run of the module calls the leaf k times, each is [N, k, …].
     """
     seen: list[tuple[Tensor, ...]] = []
-    handle = leaf.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
+    # Cloned, because what follows a leaf may change its output in place, e.g. ``nn.ReLU(inplace=True)``.
+    handle = leaf.register_forward_hook(lambda _, args, out: seen.append(tuple(t.clone() for t in (*args, out))))
     try:
 
         def captured(rows: slice) -> tuple[Tensor, ...]:

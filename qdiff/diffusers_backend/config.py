@@ -6,11 +6,17 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-
 from qdiff.config import QuantConfig
 from qdiff.diffusers_backend.registration import METHOD
 from qdiff.errors import UserError
+
+try:
+    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+except ModuleNotFoundError as error:
+    raise UserError(
+        f'quantized pipelines need the library {error.name}, which is not installed; run pip install "qdiff[diffusers]"'
+    ) from error
 
 FORMAT_VERSION = 1
 WIDTHS = tuple(f.name for f in fields(QuantConfig))
@@ -90,3 +96,6 @@ class QDiffConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return f"QDiffConfig({self.to_dict()})"
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QDiffConfig

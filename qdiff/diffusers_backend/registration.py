@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
 from types import ModuleType
+from typing import Any
 
 _REGISTRY = "diffusers.quantizers.auto"  # the module whose two dicts hold the quantization methods
 METHOD = "qdiff"
@@ -25,11 +27,15 @@ def register_when_imported() -> None:
 
 
 def _register(registry: ModuleType) -> None:
-    from qdiff.diffusers_backend.config import QDiffConfig
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
+    # This module enters its own class, because it may be what imports diffusers and be half loaded now.
+    importlib.import_module("qdiff.diffusers_backend.config")
+
+
+def _quantizer(*args: Any, **keywords: Any) -> Any:
     from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 
-    registry.AUTO_QUANTIZER_MAPPING[METHOD] = QDiffQuantizer
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QDiffConfig
+    return QDiffQuantizer(*args, **keywords)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):

@@ -65,7 +65,7 @@ def test_float_takes_the_fused_path(qkv, prescale, monkeypatch):
     core = core_with_ranges(prescale)
     calls = []
     fused = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a: calls.append(1) or fused(*a))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
     assert torch.equal(core(*qkv), fused(*qkv))
     assert calls == [1]
     with leaf_modes([core], weights=True, activations=False):
@@ -73,6 +73,16 @@ def test_float_takes_the_fused_path(qkv, prescale, monkeypatch):
     assert calls == [1, 1]
     quantized(core, *qkv)
     assert calls == [1, 1]
+
+
+def test_a_query_that_sees_no_key_attends_to_nothing(qkv):
+    """As in the fused kernel; boolean masks of padded prompts have such rows."""
+    seen = torch.ones(5, 7, dtype=torch.bool)
+    seen[2] = False
+    with leaf_modes([core := core_with_ranges()], weights=False, activations=True), torch.no_grad():
+        out = core(*qkv, seen)
+    assert torch.equal(out[:, :, 2], torch.zeros(2, 3, 8).double())
+    assert torch.isfinite(out).all() and (out[:, :, 3] != 0).all()
 
 
 def test_softmax_has_its_own_width_and_no_negative_levels():
