@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -165,7 +165,8 @@ class ReplayedNetwork(SteppedNetwork):
 
     def steps(self) -> Iterator[Step]:
         for index, call in enumerate(self._calls):
-            yield Step(call.traced.name, call, partial(self._inputs, index), partial(self._output, index))
+            inputs, output = partial(self._inputs, index), partial(self._output, index)
+            yield Step(call.traced.name, call, inputs, output, call.traced.repeats)
 
     def _inputs(self, index: int, state: State) -> tuple[Tensor, ...]:
         try:
@@ -186,13 +187,13 @@ class ReplayedNetwork(SteppedNetwork):
         """Run the forward with stored outputs up to a unit, where it raises `_Reached`, or to its end."""
         x = state["x"]
         inputs = [x, *(state[f"input {i}"] for i in range(1, sum(k.startswith("input ") for k in state) + 1))]
+        turns: dict[nn.Module, list[Callable[..., Any]]] = {}  # what each call of a module returns, in turn
+        for number, call in enumerate(self._calls[: until + 1]):
+            stored = partial(_give, call, state.get(_key(number)), len(x), x.device)
+            turns.setdefault(call.module, []).append(partial(_reach, call) if number == until else stored)
         with contextlib.ExitStack() as stack:
-            for number, call in enumerate(self._calls):
-                if number <= until:
-                    stored = partial(_reach, call)
-                    if number < until:
-                        stored = partial(_give, call, state.get(_key(number)), len(x), x.device)
-                    stack.enter_context(_forward_is(call.module, stored))
+            for module, functions in turns.items():
+                stack.enter_context(_forward_is(module, functions))
             return self._call(self.network, *(i.clone() for i in inputs))
 
 
@@ -210,9 +211,11 @@ def _give(call: UnitCall, output: Tensor | None, count: int, device: torch.devic
 
 
 @contextlib.contextmanager
-def _forward_is(module: nn.Module, function) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = function
+def _forward_is(module: nn.Module, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Have the calls of a module call functions instead, in turn; further calls are its own."""
+    before, turns = module.__dict__.get("forward"), iter(functions)
+    own = module.forward
+    module.forward = lambda *args, **kwargs: next(turns, own)(*args, **kwargs)
     try:
         yield
     finally:

@@ -25,6 +25,7 @@ class TracedUnit:
         outputs: likewise for the leaves of the output.
         until: index of the last unit whose inputs are computed from this unit's output; the number of units if the
             network's output is.
+        repeats: it is a part of an earlier unit, called once more by the network itself.
         output_changed: whether its output is changed in place by what comes after it.
         changes_inputs: whether it changes its inputs in place.
     """
@@ -33,6 +34,7 @@ class TracedUnit:
     inputs: list[Rows | Count | None] = field(default_factory=list)
     outputs: list[Rows | Count | None] = field(default_factory=list)
     until: int = 0
+    repeats: bool = False
     output_changed: bool = False
     changes_inputs: bool = False
 
@@ -47,6 +49,7 @@ class _Seen:
     versions: list[int]
     outputs: list[Any] = field(default_factory=list)
     given: list[Tensor] = field(default_factory=list)
+    repeats: bool = False
     changes_inputs: bool = False
 
 
@@ -65,15 +68,21 @@ class Watch:
     A unit's outputs are replaced by tensors that require a gradient, so the graph of what is computed between units
     leads back to them. Units themselves run without gradients.
 
+    A part of a unit that the network itself calls once more is recorded as a unit that repeats.
+
     Args:
         names: the units.
         leaves: the layers with products.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], leaves: Collection[nn.Module]) -> None:
-        self.modules = {name: network.get_submodule(name) for name in names}
-        self.leaves = {name: m for name, m in network.named_modules() if m in leaves}
-        self.unit_of = {leaf: name for name, m in self.modules.items() for leaf in m.modules() if leaf in leaves}
+        self.names = set(names)
+        self.holders: dict[str, nn.Module] = {}  # units, and what holds layers inside them
+        self.unit_of: dict[str, str] = {}
+        for unit in names:
+            for name, module in network.get_submodule(unit).named_modules(prefix=unit):
+                if any(m in leaves for m in module.modules()):
+                    self.holders[name], self.unit_of[name] = module, unit
         self.runs: list[_Run] = []
         self._running: list[str] = []
         self._sources: dict[int, int] = {}  # identity of a replaced output → index of its unit
@@ -84,17 +93,12 @@ class Watch:
         """Record the forward that runs inside the block."""
         self.runs.append(_Run())
         self._running, self._sources, self._kept = [], {}, []
-        handles = [
-            leaf.register_forward_pre_hook(lambda leaf, _, name=name: self._check_place(name, leaf))
-            for name, leaf in self.leaves.items()
-        ]
-        for name, module in self.modules.items():
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True
-                )
-            )
-            handles.append(module.register_forward_hook(lambda _, __, output: self._leave(output)))
+        handles = []
+        for name, module in self.holders.items():
+            enter = lambda _, args, kwargs, name=name: self._enter(name, args, kwargs)  # noqa: E731
+            leave = lambda _, __, output, name=name: self._leave(name, output)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
         try:
             with torch.enable_grad():
                 yield
@@ -108,24 +112,30 @@ class Watch:
         self.runs[-1].output = [_plain(leaf) for leaf in leaves]
         self.runs[-1].ends = self._reach(leaves)
 
-    def _check_place(self, name: str, leaf: nn.Module) -> None:
-        unit = self.unit_of.get(leaf)
-        running = self._running[-1] if self._running else "the network itself"
-        if unit is not None and unit != running and self.modules[unit] is not leaf:
-            raise UserError(
-                f"{name} is a layer of the unit {unit} and is called by {running}; name a module around both as a unit"
-            )
-
     def _enter(self, name: str, args: tuple, kwargs: dict) -> None:
         if self._running:
-            raise UserError(f"the unit {name} is called inside the unit {self._running[-1]}; name a module around both")
+            if self.unit_of[name] != self.unit_of[self._running[0]]:
+                raise UserError(
+                    f"{name} of the unit {self.unit_of[name]} is called inside the unit {self._running[0]}; name a "
+                    "module around both as a unit"
+                )
+            return
+        repeats = name not in self.names
+        if repeats and self.unit_of[name] not in [seen.name for seen in self.runs[-1].units]:
+            raise UserError(
+                f"{name} of the unit {self.unit_of[name]} is called before this unit; name a module around both calls "
+                "as a unit"
+            )
         self._running.append(name)
         found, _ = tree_flatten((args, kwargs))
         versions = [leaf._version for leaf in found if isinstance(leaf, Tensor)]
-        self.runs[-1].units.append(_Seen(name, [_plain(leaf) for leaf in found], self._reach(found), versions))
+        plain = [_plain(leaf) for leaf in found]
+        self.runs[-1].units.append(_Seen(name, plain, self._reach(found), versions, repeats=repeats))
         torch.set_grad_enabled(False)
 
-    def _leave(self, output: Any) -> Any:
+    def _leave(self, name: str, output: Any) -> Any:
+        if self._running != [name]:
+            return output
         torch.set_grad_enabled(True)
         self._running.pop()
         seen, index = self.runs[-1].units[-1], len(self.runs[-1].units) - 1
@@ -183,6 +193,7 @@ class Watch:
             _rows(one.name, "input", one.inputs, two.inputs),
             _rows(one.name, "output", one.outputs, two.outputs),
             until,
+            one.repeats,
             output_changed=any(given._version > 0 for given in one.given),
             changes_inputs=one.changes_inputs,
         )

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from traced_networks import UNITS, WIDTH, Block, SkipNetwork, inputs, leaves_of, made
+from traced_networks import UNITS, WIDTH, Block, Repeating, SkipNetwork, inputs, leaves_of, made
 
 from qdiff.errors import UserError
 from qdiff.tracing.replay import ReplayedNetwork
@@ -286,3 +286,8 @@ def test_blocks_in_a_list_that_is_shared_are_the_networks_output(relative):
 
     view = is_the_same(made(Chain), tokens(5), relative)
     assert [unit.until for unit in view.units] == [1, 2]
+
+
+def test_repeated_parts(relative):
+    view = is_the_same(made(Repeating), inputs(5), relative)
+    assert [step.repeats for step in view.steps()] == [False, False, True, False, True]

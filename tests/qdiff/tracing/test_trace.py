@@ -190,11 +190,35 @@ def test_a_layer_that_is_called_by_two_units_is_refused():
         net.block.__class__ = Borrower
         return net.first(net.block(x, x[:, 0], net.last))
 
-    refused(forward, "the unit last is called inside the unit block", named=["block", "last"])
+    refused(forward, "last of the unit last is called inside the unit block", named=["block", "last"])
+
+
+def test_a_part_of_a_unit_that_is_called_once_more_repeats():
+    """As DiT's embedding, which is in its first block and is called again for the output."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.last = nn.ModuleList([Block(), Block()]), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            h = self.blocks[1](self.blocks[0](x, x[:, 0]), x[:, 0])
+            return self.last(h + self.blocks[0].first(x)) + self.blocks[0].first(h)
+
+    units = trace_units(network := made(Network), (torch.randn(2, 3, WIDTH).double(),), leaves_of(network))
+    assert [(unit.name, unit.repeats, unit.until) for unit in units] == [
+        ("blocks.0", False, 1),
+        ("blocks.1", False, 4),
+        ("blocks.0.first", True, 3),
+        ("last", False, 5),
+        ("blocks.0.first", True, 5),
+    ]
+
+
+def test_a_part_of_a_unit_that_is_called_before_it_is_refused():
     refused(
-        lambda net, x: net.block.first(net.last(net.block(x, x[:, 0]))),
-        "block.first is a layer of the unit block and is called by the network itself",
-        named=["block"],
+        lambda net, x: net.block(net.block.first(x), x[:, 0]),
+        "block.first of the unit block is called before this unit; name a module around both calls",
     )
 
 

@@ -7,14 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from traced_networks import SkipNetwork, SteppedSkipNetwork, inputs, made
+from traced_networks import Repeating, SkipNetwork, SteppedSkipNetwork, inputs, made
 
 from qdiff.api import calibrate
 from qdiff.calibration.fitting import UnitKind
 from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.walk import walk
 from qdiff.config import QuantConfig
+from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.modiff import ChangesConfig, calibrate_changes
 from qdiff.methods.ptq4dm import Ptq4dmConfig
@@ -111,6 +113,28 @@ def test_batches_do_not_matter():
     calibrate(parts, DATA, "linear", run=InThrees(seed=3, show_progress=False))
     for name, tensor in state_of(whole).items():
         assert torch.allclose(tensor.double(), state_of(parts)[name].double(), rtol=1e-9, atol=1e-12), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()
+def test_repeated_parts_run_as_they_were_fitted(method):
+    """What is computed with them, between units, is what the quantized network computes."""
+
+    qnn, taken = QuantModel(made(Repeating), QuantConfig(4, 8), DATA.inputs).double(), []
+    calibrate(qnn, DATA, method, SETTINGS[method][0], run=quiet())
+    qnn.model.last.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    with qnn.quantized():
+        qnn(*DATA.inputs)
+    walker = quiet().walker(qnn)
+    steps = walk(qnn.as_steps(DATA.inputs), DATA.inputs, walker, weights=True, activations=True)
+    units = {unit.name: unit.inputs[0] for _, _, unit, _ in steps}
+    assert list(units) == ["blocks.0", "blocks.1", "last"]
+    assert torch.allclose(units["last"], taken[0], rtol=1e-9, atol=1e-12)
+
+
+def test_a_layer_that_is_called_twice_cannot_be_modulated():
+    with pytest.raises(UserError, match=r"blocks\.0\.first is called several times per forward; leave out modulate"):
+        QuantModel(made(Repeating), QuantConfig(4, 8, modulate=True), DATA.inputs)
 
 
 def test_a_layer_that_is_called_twice_has_one_range_for_both():

@@ -95,6 +95,18 @@ class SteppedSkipNetwork(SkipNetwork, SteppedNetwork):
         yield Step("last", self.last, lambda s: (torch.cat([s["h"], s["skip"]], dim=-1),), keeps("h"))
 
 
+class Repeating(nn.Module):
+    """Calls a part of its block twice more, with other inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList([Block(), Block()]), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, _):
+        h = self.blocks[1](self.blocks[0](x, x[:, 0]), x[:, 0])
+        return self.last(h + self.blocks[0].first(x)) + self.blocks[0].first(h)
+
+
 UNITS = ["embedding", "head", "blocks.0", "middle", "blocks.1", "last"]
 
 
