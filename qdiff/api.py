@@ -16,7 +16,7 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.errors import UserError
-from qdiff.methods.registry import DEFAULT, find_method
+from qdiff.methods.registry import DEFAULT, Method, find_method
 from qdiff.quant_model import QuantModel
 
 Sampler = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
@@ -78,15 +78,25 @@ def calibrate(
     Raises:
         UserError: the method is unknown, or the config belongs to another method.
     """
+    row, config = method_and_config(method, config)
+    run = run or CalibrationRun(seed)
+    row.calibrate(qnn, data, config, run)
+    return run.errors
+
+
+def method_and_config(method: str, config: Any = None) -> tuple[Method, Any]:
+    """Return a method's row and its config; None takes the paper's values.
+
+    Raises:
+        UserError: the method is unknown, or the config belongs to another method.
+    """
     row = find_method(method)
     if config is None and row.config is not None:
         config = row.config()
     if (row.config is None and config is not None) or (row.config is not None and not isinstance(config, row.config)):
         wanted = "nothing to set" if row.config is None else f"a {row.config.__name__}"
         raise UserError(f"the config of {method} is a {type(config).__name__}; the method takes {wanted}")
-    run = run or CalibrationRun(seed)
-    row.calibrate(qnn, data, config, run)
-    return run.errors
+    return row, config
 
 
 @torch.no_grad()

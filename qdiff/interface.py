@@ -66,12 +66,14 @@ class Step:
         module: a block, or a single layer that is not part of a block.
         inputs: reads the module's positional inputs from the state; must not change the state.
         output: stores the module's output in the state.
+        repeats: the module is part of an earlier step's and is called once more; it is run here, and fitted there.
     """
 
     name: str
     module: nn.Module
     inputs: Callable[[State], tuple[Tensor, ...]]
     output: Callable[[State, Tensor], None]
+    repeats: bool = False
 
     def __call__(self, state: State) -> None:
         self.output(state, self.module(*self.inputs(state)))

@@ -44,8 +44,11 @@ class QuantAttention(nn.Module):
         logits = self.act_quantizer_q(q) @ self.act_quantizer_k(k).transpose(-2, -1) * scale
         if mask is not None or self.causal:
             logits = _masked(logits, mask, self.causal)
+        weights = F.softmax(at_least_single(logits), dim=-1)
+        if mask is not None:  # a query that sees no key attends to nothing, as in the fused kernel
+            weights = weights.masked_fill(logits.isneginf().all(dim=-1, keepdim=True), 0)
         # Quantize before returning to half precision, which near 1 is coarser than a 16-bit quantizer.
-        weights = self.act_quantizer_w(F.softmax(at_least_single(logits), dim=-1))
+        weights = self.act_quantizer_w(weights)
         return weights.to(v.dtype) @ self.act_quantizer_v(v)
 
 

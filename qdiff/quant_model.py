@@ -21,6 +21,7 @@ from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
 from qdiff.tracing.attention_calls import route_attention
 from qdiff.tracing.replay import ReplayedNetwork
 from qdiff.tracing.trace import Call, call_directly, count_calls
+from qdiff.tracing.units import PRODUCTS
 from qdiff.weight_forms import WeightForm
 from qdiff.wrapping import log, replace_leaves
 
@@ -48,7 +49,8 @@ class QuantModel(nn.Module):
     network's is ``qnn.model.config``.
 
     Attributes:
-        left_in_float: the reason why a layer with products is not quantized, by layer name.
+        left_in_float: the reason why a layer with products, or the products of a module itself, are not quantized, by
+            name.
     """
 
     def __init__(
@@ -71,12 +73,12 @@ class QuantModel(nn.Module):
         if config.keep_ends and ends is None:
             raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
         self._call, self._unit_names, self._replayed = call or call_directly, units, None
-        unused: Sequence[str] = ()
+        unused, products = (), {}
         if example is None and hasattr(network, "example_inputs"):
             example = network.example_inputs()
         if example is not None and not isinstance(network, SteppedNetwork):
-            unused = self._route_attention(example)
-        self.left_in_float = replace_leaves(network, config, ends, unused)
+            unused, products = self._route_attention(example)
+        self.left_in_float = {**replace_leaves(network, config, ends, unused), **products}
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
         device = self.device
@@ -87,16 +89,25 @@ class QuantModel(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    def _route_attention(self, example: Sequence[Tensor]) -> list[str]:
-        """Find the network's attention and make it a leaf; return the names of layers that are never called."""
+    def _route_attention(self, example: Sequence[Tensor]) -> tuple[Sequence[str], dict[str, str]]:
+        """Find the network's attention and make it a leaf.
+
+        Returns:
+            Names of layers that are never called, and of modules whose products stay in float, with the reason.
+        """
         counts = count_calls(self.model, example, self._call)
-        unused = counts.never_called(self.model)
+        repeated = [
+            n for n, m in self.model.named_modules() if isinstance(m, PRODUCTS) and counts.modules.get(n, 0) > 1
+        ]
+        if self.config.modulate and repeated:
+            raise UserError(f"{repeated[0]} is called several times per forward; leave out modulate")
+        unused, reasons = counts.never_called(self.model), {}
         if self.config.attention_widths is not None:
             route_attention(self.model, counts.attention)
-            if counts.products:
-                reasons = dict.fromkeys(counts.products, "multiplies two activations by itself")
+            reasons = dict.fromkeys(counts.products, "it multiplies two activations by itself")
+            if reasons:
                 log.warning("products of %d modules stay in float: %s", len(reasons), first_few(reasons))
-        return unused
+        return unused, reasons
 
     def as_steps(self, inputs: Sequence[Tensor]) -> SteppedNetwork:
         """Return the network as a sequence of steps, the units of reconstruction.

@@ -46,7 +46,9 @@ class LayerErrors:
 
     @contextlib.contextmanager
     def _noting(self, outputs: list[Tensor]) -> Iterator[None]:
-        handles = [layer.register_forward_hook(lambda _, __, output: outputs.append(output)) for layer in self.layers]
+        # Cloned, because what follows a layer may change its output in place.
+        note = lambda _, __, output: outputs.append(output.clone())  # noqa: E731
+        handles = [layer.register_forward_hook(note) for layer in self.layers]
         try:
             yield
         finally:

@@ -50,7 +50,8 @@ class PairedNetwork(SteppedNetwork):
 
     def steps(self) -> Iterator[Step]:
         for step in self.network.steps():
-            yield Step(step.name, PairedCall(step.module), partial(_inputs, step), partial(_output, step))
+            inputs, output = partial(_inputs, step), partial(_output, step)
+            yield Step(step.name, PairedCall(step.module), inputs, output, step.repeats)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def walk(
 ) -> Iterator[tuple[int, Step, Unit, State]]:
     """Yield every step's unit in execution order; when control returns, activations advance past it.
 
+    A step that repeats a part of an earlier one is advanced past without being yielded.
+
     Two states advance together, one through the float network and one through the network as quantized so far. Each
     unit is therefore fitted on the inputs it will get in use and against the float output, and the whole walk costs one
     float and one quantized forward pass.
@@ -110,7 +112,8 @@ def walk(
             target = walker.run(step.module, float_inputs)
         quant_inputs = walker.step_inputs(step, quant_state)
         unit = Unit(step.name, step.module, quant_inputs, target, float_inputs)
-        yield index, step, unit, quant_state
+        if not step.repeats:
+            yield index, step, unit, quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):
             output = walker.run(step.module, quant_inputs)
         step.output(float_state, target)
@@ -144,7 +147,8 @@ def leaf_inputs_and_output(
     If one run of the module calls the leaf k times, each is [N, k, …].
     """
     seen: list[tuple[Tensor, ...]] = []
-    handle = leaf.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
+    # Cloned, because what follows a leaf may change its output in place, e.g. ``nn.ReLU(inplace=True)``.
+    handle = leaf.register_forward_hook(lambda _, args, out: seen.append(tuple(t.clone() for t in (*args, out))))
     try:
 
         def captured(rows: slice) -> tuple[Tensor, ...]:

@@ -6,11 +6,17 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-
 from qdiff.config import QuantConfig
-from qdiff.diffusers_backend.registration import METHOD, register_when_imported
+from qdiff.diffusers_backend.registration import METHOD
 from qdiff.errors import UserError
+
+try:
+    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+    from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+except ModuleNotFoundError as error:
+    raise UserError(
+        f'quantized pipelines need the library {error.name}, which is not installed; run pip install "qdiff[diffusers]"'
+    ) from error
 
 FORMAT_VERSION = 1
 WIDTHS = tuple(f.name for f in fields(QuantConfig))
@@ -32,7 +38,8 @@ class QDiffConfig(QuantizationConfigMixin):
         widths: the fields of `QuantConfig` by keyword.
         attention: attention calls with quantized operands, by module name (`qdiff.tracing.attention_calls`).
         prescaled: names of attention cores that scale q and k before they are quantized.
-        left_in_float: why a layer is not quantized, by layer name.
+        left_in_float: why a module is not quantized, by name.
+        fused_projections: whether attention has one layer for q, k and v (``fuse_qkv_projections``).
         ends: names of the first and the last layer, for ``keep_ends``.
         notes: method, calibration and measured error; not used for loading.
         format_version: of what is stored in the component's tensors.
@@ -47,27 +54,29 @@ class QDiffConfig(QuantizationConfigMixin):
         attention: dict[str, int] | None = None,
         prescaled: list[str] | None = None,
         left_in_float: dict[str, str] | None = None,
+        fused_projections: bool = False,
         ends: list[str] | None = None,
         notes: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         **widths: Any,
     ) -> None:
-        unknown = sorted(set(widths) - set(WIDTHS))
-        if unknown:
-            raise UserError(
-                f"the quantization config has unknown keys ({', '.join(unknown)}); give {', '.join(WIDTHS)}"
-            )
         if format_version != FORMAT_VERSION:
             raise UserError(
                 f"this folder was written in format version {format_version}, and this qdiff reads {FORMAT_VERSION}; "
                 + ("update qdiff" if format_version > FORMAT_VERSION else "quantize the pipeline again")
+            )
+        unknown = sorted(set(widths) - set(WIDTHS))
+        if unknown:
+            raise UserError(
+                f"the quantization config has unknown keys ({', '.join(unknown)}); give {', '.join(WIDTHS)}"
             )
         self.quant_method = Method.QDIFF
         self.quant_config = QuantConfig(**widths)
         self.attention = dict(attention or {})
         self.prescaled = list(prescaled or ())
         self.left_in_float = dict(left_in_float or {})
+        self.fused_projections = fused_projections
         self.ends = None if ends is None else tuple(ends)
         self.notes = dict(notes or {})
         self.format_version = format_version
@@ -78,6 +87,7 @@ class QDiffConfig(QuantizationConfigMixin):
             "attention": self.attention,
             "prescaled": self.prescaled,
             "left_in_float": self.left_in_float,
+            "fused_projections": self.fused_projections,
             "ends": list(self.ends or ()),
         }
         return {
@@ -92,4 +102,4 @@ class QDiffConfig(QuantizationConfigMixin):
         return f"QDiffConfig({self.to_dict()})"
 
 
-register_when_imported()
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QDiffConfig

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from qdiff.errors import UserError
+from qdiff.quant_layer import QUANTIZABLE
 
 NAMES = ("unet", "transformer")  # what diffusers calls the denoising component
 TIME = "timestep"
@@ -26,7 +27,7 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
         name: None takes the denoising network.
 
     Raises:
-        UserError: there is no such component, or it is not a network.
+        UserError: there is no such component, or it is not a network that denoises.
     """
     components = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     if name is None:
@@ -37,14 +38,23 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
         raise UserError(
             f"{type(pipe).__name__} has no network {name}; name one of its components: {', '.join(components)}"
         )
-    return name, components[name]
+    network = components[name]
+    if not any(isinstance(m, QUANTIZABLE) for m in network.modules()):
+        raise UserError(f"{name} has no layer to quantize; name one of the components {', '.join(components)}")
+    if TIME not in inspect.signature(network.forward).parameters:
+        raise UserError(
+            f"{name} is a {type(network).__name__}, whose forward takes no {TIME}; name a component that denoises, or "
+            "quantize this network with qdiff.QuantModel"
+        )
+    return name, network
 
 
 @dataclass(frozen=True)
 class DenoiserCall:
     """How a pipeline calls its denoising network: which arguments are samples, and what the others are.
 
-    ``call(network, x, t, *conditions)`` runs the network on batch-first tensors and returns its output.
+    ``call(network, x, t, *conditions)`` runs the network on batch-first tensors and returns its output; several outputs
+    (of a ControlNet) are joined into one tensor [N, values].
 
     Attributes:
         leaves: the arguments' leaves; None where an input goes.
@@ -66,8 +76,9 @@ class DenoiserCall:
         for place, value in zip(self.places, inputs, strict=True):
             filled[place] = value
         arguments = tree_unflatten(filled, self.spec)
-        output = network(**{**arguments, "return_dict": False})
-        return output[0] if isinstance(output, tuple) else output
+        outputs, _ = tree_flatten(network(**{**arguments, "return_dict": False}))
+        outputs = [output for output in outputs if isinstance(output, Tensor)]
+        return outputs[0] if len(outputs) == 1 else torch.cat([output.flatten(1) for output in outputs], dim=1)
 
 
 def read_call(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[DenoiserCall, tuple[Tensor, ...]]:
@@ -77,7 +88,7 @@ def read_call(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
         The call, and its inputs (x, t, conditions…), one row per sample; floats are float32 at least.
 
     Raises:
-        UserError: the network does not take a batch of samples and their timestep.
+        UserError: the network is not called with a batch of samples and their timestep.
     """
     signature = inspect.signature(type(network).forward)  # the network's own may be wrapped by hooks
     bound = signature.bind(network, *args, **kwargs).arguments
@@ -86,8 +97,7 @@ def read_call(network: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
     arguments |= arguments.pop("kwargs", {})
     if not isinstance(arguments.get(first), Tensor) or TIME not in arguments:
         raise UserError(
-            f"{type(network).__name__}.forward does not take samples and a {TIME}; quantize this network with "
-            "qdiff.QuantModel"
+            f"{type(network).__name__} is called without {first} or {TIME}; quantize this network with qdiff.QuantModel"
         )
     count = len(arguments[first])
     arguments[TIME] = _per_sample(arguments[TIME], count, arguments[first].device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.diffusers_backend.denoiser import DenoiserCall
-from qdiff.diffusers_backend.structure import known_ends, mark_concatenations
+from qdiff.diffusers_backend.structure import ends_of, mark_concatenations
 from qdiff.errors import UserError
 from qdiff.interface import Family
 
@@ -70,7 +70,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self._shape: torch.Size = torch.Size()
-        ends = known_ends(network)
+        ends = ends_of(network)
         names = {name for name, _ in network.named_modules()}
         self.family = Family(
             Denoiser,

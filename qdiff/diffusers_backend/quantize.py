@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from qdiff.api import calibrate
+from qdiff.api import calibrate, method_and_config
 from qdiff.calibration.run import CalibrationRun
 from qdiff.config import QuantConfig
+from qdiff.diffusers_backend.card import writes_card
 from qdiff.diffusers_backend.config import QDiffConfig
-from qdiff.diffusers_backend.denoiser import find_denoiser
+from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
-from qdiff.diffusers_backend.recording import record_pipeline
-from qdiff.diffusers_backend.structure import is_quantized, known_ends, mark_concatenations, switch_on
-from qdiff.errors import UserError
+from qdiff.diffusers_backend.recording import check_options, record_pipeline
+from qdiff.diffusers_backend.refusals import check_is_plain, refuse_changes
+from qdiff.diffusers_backend.structure import (
+    check_rebuilds,
+    ends_of,
+    has_fused_projections,
+    is_quantized,
+    mark_concatenations,
+    switch_on,
+)
+from qdiff.errors import UserError, require_at_least
 from qdiff.evaluation.noise_error import measure_noise_error
-from qdiff.methods.registry import DEFAULT, find_method
+from qdiff.methods.registry import DEFAULT
 from qdiff.quant_model import QuantModel
 from qdiff.tracing.attention_calls import routed_calls
+from qdiff.tracing.trace import count_calls
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def quantize_pipeline(
@@ -64,26 +78,24 @@ def quantize_pipeline(
         output on held-out inputs, and relative to its mean square), ``seconds``.
 
     Raises:
-        UserError: the pipeline cannot be quantized so; nothing is changed.
+        UserError: the pipeline or the network cannot be quantized so. What is wrong with the arguments is found before
+            anything is sampled.
     """
-    row = find_method(method)
+    row, settings = method_and_config(method, settings)
+    require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     name, network = find_denoiser(pipe, component)
-    if is_quantized(network):
-        raise UserError(f"{name} is already quantized; load the float pipeline")
-    if config.modulate:
-        raise UserError("a pipeline's loop opens no trajectory for modulation; leave out modulate")
-    started, dtype = time.monotonic(), network.dtype
+    _check_network(name, network, config)
+    check_options(pipe, prompts, options)
+    started = time.monotonic()
     record = {"prompts": prompts, "batch_size": batch_size, "options": options}
     data, call = record_pipeline(pipe, network, samples, steps, seed=seed, **record)
     held_out, _ = record_pipeline(pipe, network, max(1, samples // 8), steps, seed=seed + samples, **record)
-    if dtype in (torch.float16, torch.bfloat16):
-        network.to(torch.float32)
-    if config.split_shortcut:
-        mark_concatenations(network)
-    example = [i[:2].to(network.device) for i in data.inputs]
-    qnn = QuantModel(network, config, example, call=call, units=units, ends=known_ends(network))
-    calibrate(qnn, data, method, settings, seed=seed, run=run)
-    error = measure_noise_error(qnn, held_out, batch_size)
+    with _in_single_precision(network):
+        example = [i[:2].to(network.device) for i in data.inputs]
+        _check_attention(network, config, example, call)
+        qnn = QuantModel(network, config, example, call=call, units=units, ends=ends_of(network))
+        calibrate(qnn, data, method, settings, seed=seed, run=run)
+        error = measure_noise_error(qnn, held_out, batch_size)
     relative = error["mse"] / error["float_mean_square"]
     notes = {
         "method": row.title,
@@ -93,8 +105,6 @@ def quantize_pipeline(
         "seconds": round(time.monotonic() - started, 1),
         "base_model": str(getattr(pipe.config, "_name_or_path", "") or ""),
     }
-    if network.dtype != dtype:
-        network.to(dtype)  # step sizes stay in float32
     attach(network, qnn, notes)
     return notes
 
@@ -106,8 +116,6 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         network: the diffusers model: ``qnn.model``, or what is in it.
         notes: for the model card (JSON values).
     """
-    from qdiff.diffusers_backend.card import writes_card
-
     if qnn.config.weight_bits is not None:
         qnn.pack_weights()
     prefix = next(f"{name}." if name else "" for name, module in qnn.model.named_modules() if module is network)
@@ -115,6 +123,7 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         attention=routed_calls(network),
         prescaled=[n for n, m in network.named_modules() if getattr(m, "prescale", False)],
         left_in_float={name.removeprefix(prefix): reason for name, reason in qnn.left_in_float.items()},
+        fused_projections=has_fused_projections(network),
         ends=[name.removeprefix(prefix) for name in qnn.ends] if qnn.ends else None,
         notes=notes,
         **qnn.config.to_dict(),
@@ -123,4 +132,54 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
     network.is_quantized, network.quantization_method = True, config.quant_method
     network.register_to_config(quantization_config=config)
     switch_on(network)
+    refuse_changes(network)
     writes_card(network)
+
+
+def _check_network(name: str, network: nn.Module, config: QuantConfig) -> None:
+    """Raise a `UserError` if a component cannot be quantized with these widths, loaded again, or changed at all."""
+    if is_quantized(network) or getattr(network, "hf_quantizer", None) is not None:
+        raise UserError(f"{name} is already quantized; load the float pipeline")
+    if config.modulate:
+        raise UserError("a pipeline's loop opens no trajectory for modulation; leave out modulate")
+    if config.keep_ends and ends_of(network) is None:
+        raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
+    check_is_plain(network, name)
+    if importlib.util.find_spec("accelerate") is None:
+        raise UserError('quantized components are loaded with accelerate; run pip install "qdiff[diffusers]"')
+    check_rebuilds(network)
+    if config.split_shortcut:
+        mark_concatenations(network)
+
+
+def _check_attention(network: nn.Module, config: QuantConfig, example: Sequence[Tensor], call: DenoiserCall) -> None:
+    """Raise a `UserError` if attention is computed where its operands are not seen, e.g. in a library's kernel."""
+    if config.attention_widths is None:
+        return
+    counts = count_calls(network, example, call)
+    seen = {*counts.attention, *counts.products}
+    for name, module in network.named_modules():
+        inside = any(other == name or other.startswith(f"{name}.") for other in seen)
+        if name in counts.modules and hasattr(module, "processor") and not inside:
+            raise UserError(
+                f"{name} computes attention with {type(module.processor).__name__}, whose operands cannot be "
+                "quantized; give it a processor that calls torch's scaled_dot_product_attention, or leave out act_bits"
+            )
+
+
+@contextlib.contextmanager
+def _in_single_precision(network: nn.Module) -> Iterator[None]:
+    """Have what a network holds in half precision in float32 inside the block."""
+
+    def tensors() -> dict[str, Tensor]:
+        return {**dict(network.named_parameters()), **dict(network.named_buffers())}
+
+    dtypes = {name: t.dtype for name, t in tensors().items() if t.dtype in HALF}
+    for name, tensor in tensors().items():
+        tensor.data = tensor.data.float() if name in dtypes else tensor.data
+    try:
+        yield
+    finally:
+        for name, tensor in tensors().items():
+            if name in dtypes:
+                tensor.data = tensor.data.to(dtypes[name])

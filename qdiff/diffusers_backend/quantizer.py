@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,11 +12,11 @@ from torch import Tensor, nn
 
 from qdiff.diffusers_backend.card import writes_card
 from qdiff.diffusers_backend.config import QDiffConfig
+from qdiff.diffusers_backend.refusals import refuse_changes
 from qdiff.diffusers_backend.structure import pack_without_values, quantized_layers, replace_layers, switch_on
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
-
-WIDE = ".delta"  # names of step sizes end so; they keep float32 whatever dtype the component is loaded in
+from qdiff.quantizer import Quantizer
 
 
 class QDiffQuantizer(DiffusersQuantizer):
@@ -32,24 +34,43 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: QDiffConfig, **keywords: Any) -> None:
         super().__init__(quantization_config, **keywords)
-        self._step_sizes: dict[str, Tensor] = {}
+        self._step_sizes: dict[str, Tensor] = {}  # read and not yet used
+        self._shapes: dict[str, torch.Size] = {}  # of the component's tensors
         if not self.pre_quantized and quantization_config.quant_config.act_bits is not None:
             raise UserError(
                 "quantized activations need calibration data; load the pipeline in float and call "
                 "qdiff.quantize_pipeline, or leave out act_bits"
             )
 
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        if importlib.util.find_spec("accelerate") is None:
+            raise UserError('quantized components are loaded with accelerate; run pip install "qdiff[diffusers]"')
+
     # Loading
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, keep_in_fp32_modules: Sequence[str] = (), **_: Any
+    ) -> nn.Module:
         replace_layers(model, self.quantization_config)
         if self.pre_quantized:
             pack_without_values(model)
+            for name, layer in quantized_layers(model).items():
+                if set(name.split(".")) & set(keep_in_fp32_modules):
+                    layer.weight = layer.weight.float()
+            self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Keep step sizes as they are in the file, before diffusers casts them."""
-        self._step_sizes |= {name: t.float() for name, t in state_dict.items() if name.endswith(WIDE)}
+        """Check a file's tensors, and keep step sizes as they are in it, before diffusers casts them."""
+        if self.pre_quantized:
+            for name, tensor in state_dict.items():
+                if self._shapes.get(name) != tensor.shape:
+                    expected = f"of shape {tuple(self._shapes[name])}" if name in self._shapes else "not there"
+                    raise UserError(
+                        f"{name} has the shape {tuple(tensor.shape)} in the files and is {expected} in the network "
+                        "that their config.json describes; the folder mixes two models, quantize the pipeline again"
+                    )
+            self._step_sizes |= {n: t.float() for n, t in state_dict.items() if n.endswith(".delta")}
         return state_dict
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -57,7 +78,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             if missing_keys:
                 raise UserError(
-                    f"the files of this {type(model).__name__} miss {len(missing_keys)} tensors, e.g. "
+                    f"{len(missing_keys)} tensors of this {type(model).__name__} are missing in its files, e.g. "
                     f"{min(missing_keys)}; copy the folder again, with all its shards"
                 )
             return missing_keys
@@ -67,20 +88,17 @@ class QDiffQuantizer(DiffusersQuantizer):
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **_: Any
     ) -> bool:
-        return param_name in self._step_sizes or (not self.pre_quantized and self._layer(model, param_name) is not None)
-
-    def check_quantized_param_shape(self, name: str, expected: Tensor, given: Tensor) -> None:
-        raise UserError(
-            f"{name} has the shape {tuple(given.shape)} in the file, but its config.json describes another model, "
-            f"of shape {tuple(expected.shape)}; quantize the pipeline again, or restore its config.json"
-        )
+        if self.pre_quantized:
+            path = param_name.rpartition(".")[0]
+            return param_name in self._step_sizes and isinstance(model.get_submodule(path), Quantizer)
+        return self._layer(model, param_name) is not None
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
     ) -> None:
         path, _, leaf = param_name.rpartition(".")
         device = torch.device(target_device)
-        if param_name in self._step_sizes:
+        if self.pre_quantized:
             value = self._step_sizes.pop(param_name).to(device)
             setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
             return
@@ -101,6 +119,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         switch_on(model)
+        refuse_changes(model)
         writes_card(model)
         return model
 

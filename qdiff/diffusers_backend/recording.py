@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.diffusers_backend.denoiser import DenoiserCall, listen, read_call
-from qdiff.errors import UserError, require_at_least
+from qdiff.errors import UserError
 
 
 @torch.no_grad()
@@ -38,17 +38,16 @@ def record_pipeline(
         prompts: one per image, repeated from the start where there are fewer; for text pipelines.
         seed: image number i is drawn from seed + i.
         batch_size: images per batch.
-        options: further keywords for the pipeline's call.
+        options: further keywords for the pipeline's call. Encoded prompts (tensors such as ``prompt_embeds``) and
+            ``class_labels`` are one per image, repeated as prompts are.
 
     Returns:
         The inputs on the CPU, and how the pipeline passes them to the network.
 
     Raises:
-        UserError: prompts are missing, the pipeline needs other keywords, or it makes fewer calls than ``steps``.
+        UserError: the pipeline makes fewer calls than ``steps``, or calls its network otherwise at some of them.
     """
-    require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     options = dict(options or {})
-    check_options(pipe, prompts, options)
     kept: list[tuple[Tensor, ...]] = []
     call: DenoiserCall | None = None
     for first in range(0, samples, batch_size):
@@ -84,9 +83,9 @@ def check_options(pipe: Any, prompts: Sequence[str] | None, options: Mapping[str
         unknown = sorted(set(options) - set(parameters))
         if unknown:
             raise UserError(f"{name} takes no {', '.join(unknown)}; leave them out")
-    given = {"self", "prompt", "batch_size", "generator", *options}
-    missing = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    missing = [n for n in missing if n not in given and n != "class_labels"]
+    given = {"self", "prompt", "batch_size", "generator", "class_labels", *options}
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    missing = [n for n in needed if n not in given]
     if missing:
         raise UserError(f"{name} needs {', '.join(missing)}; give them as keywords")
 
@@ -97,16 +96,20 @@ def arguments_of(
     """Return the keywords with which a pipeline makes the images numbered ``rows``; latents are not decoded."""
     parameters = inspect.signature(pipe.__call__).parameters
     made: dict[str, Any] = {"generator": [torch.Generator().manual_seed(seed + row) for row in rows]}
+    given = dict(options)
     if prompts:
         made["prompt"] = [prompts[row % len(prompts)] for row in rows]
     elif "class_labels" in parameters:
-        labels = options.get("class_labels") or range(count_classes(pipe))
+        labels = list(given.pop("class_labels", ())) or range(count_classes(pipe))
         made["class_labels"] = [int(labels[row % len(labels)]) for row in rows]
     elif "batch_size" in parameters:
         made["batch_size"] = len(rows)
     if "output_type" in parameters and hasattr(pipe, "vae"):
         made["output_type"] = "latent"
-    return {**made, **{n: v for n, v in options.items() if n != "class_labels"}}
+    for name, value in given.items():
+        if "prompt" in name and isinstance(value, Tensor):
+            given[name] = value[[row % len(value) for row in rows]]
+    return {**made, **given}
 
 
 def count_classes(pipe: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -10,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 _REGISTRY = "diffusers.quantizers.auto"  # the module whose two dicts hold the quantization methods
-_CONFIG = "qdiff.diffusers_backend.config"
 METHOD = "qdiff"
 
 
@@ -27,17 +27,15 @@ def register_when_imported() -> None:
 
 
 def _register(registry: ModuleType) -> None:
-    from qdiff.diffusers_backend.config import QDiffConfig
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = _quantizer
+    # This module enters its own class, because it may be what imports diffusers and be half loaded now.
+    importlib.import_module("qdiff.diffusers_backend.config")
 
-    registry.AUTO_QUANTIZER_MAPPING[METHOD] = _make_quantizer
-    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QDiffConfig
 
-
-def _make_quantizer(config: Any, **keywords: Any) -> Any:
-    """Return the backend for a component; a function, because its module imports the registry itself."""
+def _quantizer(*args: Any, **keywords: Any) -> Any:
     from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 
-    return QDiffQuantizer(config, **keywords)
+    return QDiffQuantizer(*args, **keywords)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
@@ -62,5 +60,4 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        if _CONFIG not in sys.modules:  # otherwise it is being imported, imports diffusers, and registers at its end
-            _register(module)
+        _register(module)

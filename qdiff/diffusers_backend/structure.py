@@ -21,19 +21,13 @@ from qdiff.wrapping import replace_leaves
 if TYPE_CHECKING:  # it imports diffusers
     from qdiff.diffusers_backend.config import QDiffConfig
 
-# Names of the layers that take the samples and give the output, as diffusers' networks call them.
-ENDS = (
+_ENDS = (
     ("conv_in", "conv_out"),
     ("pos_embed.proj", "proj_out"),
+    ("pos_embed.proj", "proj_out_2"),  # DiT, whose proj_out_1 takes the timestep and the class
     ("x_embedder", "proj_out"),
     ("patch_embed.proj", "proj_out"),
 )
-
-
-def known_ends(network: nn.Module) -> tuple[str, str] | None:
-    """Return the names of the layers that take the samples and give the output; None if they are not known."""
-    names = {n for n, _ in network.named_modules()}
-    return next((ends for ends in ENDS if names.issuperset(ends)), None)
 
 
 def mark_concatenations(network: nn.Module) -> list[str]:
@@ -42,14 +36,14 @@ def mark_concatenations(network: nn.Module) -> list[str]:
     The boundary is the number of channels of the hidden states: what the residual block before gives.
 
     Returns:
-        Names of the marked layers, empty for a network without up blocks.
+        Names of the marked layers.
 
     Raises:
-        UserError: an up block is not built of residual blocks that take a concatenation.
+        UserError: the network has no up blocks, or one is not built of residual blocks that take a concatenation.
     """
     up_blocks = getattr(network, "up_blocks", None)
     if up_blocks is None:
-        return []
+        raise UserError(f"{type(network).__name__} has no up blocks to split; leave out split_shortcut")
     names = {m: n for n, m in network.named_modules()}
     marked = []
     for block, hidden in _with_hidden_channels(network, up_blocks):
@@ -80,19 +74,61 @@ def _with_hidden_channels(network: nn.Module, up_blocks: nn.ModuleList) -> Itera
         before = block
 
 
+def ends_of(network: nn.Module) -> tuple[str, str] | None:
+    """Return the names of the layers that take the samples and give the output; None if they are not known."""
+    names = {n for n, _ in network.named_modules()}
+    return next((ends for ends in _ENDS if names.issuperset(ends)), None)
+
+
+def has_fused_projections(network: nn.Module) -> bool:
+    """Whether attention has one layer for q, k and v, after ``fuse_qkv_projections``."""
+
+    def is_fused(module: nn.Module) -> bool:
+        # Older attention keeps its fused layers when it is unfused, and takes another processor.
+        takes_another = not hasattr(module, "unfuse_projections")
+        is_used = not takes_another or "Fused" in type(getattr(module, "processor", None)).__name__
+        return getattr(module, "fused_projections", False) and is_used
+
+    return any(is_fused(m) for m in network.modules())
+
+
+def check_rebuilds(network: nn.Module) -> None:
+    """Raise a `UserError` if a component is not what its class makes of its config: it could not be loaded again."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        fresh = type(network).from_config(network.config)
+    if has_fused_projections(network) and hasattr(fresh, "fuse_qkv_projections"):
+        fresh.fuse_qkv_projections()
+    shapes, expected = ({n: t.shape for n, t in m.state_dict().items()} for m in (network, fresh))
+    changed = [n for n in {**shapes, **expected} if shapes.get(n) != expected.get(n)]
+    if changed:
+        raise UserError(
+            f"this {type(network).__name__} has {len(changed)} tensors that its config does not describe, e.g. "
+            f"{changed[0]}; load it anew, and fuse adapters (pipe.fuse_lora(), pipe.unload_lora_weights()) before "
+            "quantizing it"
+        )
+
+
 def replace_layers(network: nn.Module, config: QDiffConfig) -> None:
     """Replace the layers of a float network by quantized ones as its config says; nothing has values yet.
 
     Raises:
-        UserError: the config names modules that the network does not have.
+        UserError: the config names modules that the network does not have, or the first and the last layer are to keep
+            their widths and are not known.
     """
+    if config.fused_projections:
+        network.fuse_qkv_projections()
     known = {name for name, _ in network.named_modules()}
-    wanted = {*config.attention, *(n for n in config.left_in_float if n in config.attention)}
-    if not wanted <= known:
+    missing = sorted({*config.attention, *config.left_in_float, *(config.ends or ())} - known)
+    if missing:
         raise UserError(
-            f"{type(network).__name__} has no module {min(wanted - known)} that its quantization_config names; the "
-            "folder mixes two models, quantize it again"
+            f"{type(network).__name__} has no module {missing[0]} that its quantization_config names; the folder mixes "
+            "two models, quantize the pipeline again"
         )
+    config.ends = config.ends or ends_of(network)
+    if config.quant_config.keep_ends and config.ends is None:
+        raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
     if config.quant_config.split_shortcut:
         mark_concatenations(network)
     if config.quant_config.attention_widths is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qdiff.errors import UserError
 from qdiff.interface import AttentionCore
 
+_ATTENTION = F.scaled_dot_product_attention  # as modules call it, also where a name in torch was replaced later
 CORE = "attention_core"
 
 
@@ -50,27 +53,49 @@ def routed_calls(network: nn.Module) -> dict[str, int]:
     return calls
 
 
+class _Open(threading.local):
+    """The routings of the forwards that are running in this thread, innermost last; None while a core computes."""
+
+    def __init__(self) -> None:
+        self.routings: list[_Routing | None] = []
+
+
+_open = _Open()
+
+
 class _Routing(TorchFunctionMode):
     """Passes the attention calls of one forward of a module to its cores, in order."""
 
-    in_a_core = False  # a core's own call is not routed again, by the modules around this one
-
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module, self.number = module, 0
+        self.module, self.number, self.computes = module, 0, True
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
-        if function is not F.scaled_dot_product_attention or _Routing.in_a_core:
+        # Modes of outer modules see the calls of inner ones, and the call that a core makes itself.
+        if function is not _ATTENTION or _open.routings[-1] is not self:
             return function(*args, **(kwargs or {}))
         core = getattr(self.module, core_name(self.number), None)
         if core is None:
-            raise RuntimeError(f"attention call {self.number} of {type(self.module).__name__} was not traced")
+            raise _changed(self.module, f"more than the {self.number} attention calls that were quantized")
         self.number += 1
-        _Routing.in_a_core = True
+        _open.routings.append(None)
         try:
             return _call_core(core, *args, **(kwargs or {}))
         finally:
-            _Routing.in_a_core = False
+            _open.routings.pop()
+
+
+def _changed(module: nn.Module, what: str) -> UserError:
+    return UserError(
+        f"a module of type {type(module).__name__} now makes {what}; run it as it was when it was quantized, with the "
+        "same attention processor"
+    )
+
+
+def skip_attention(module: nn.Module) -> None:
+    """Expect no attention calls in the running forward of a module, because its output is taken from elsewhere."""
+    if _open.routings and _open.routings[-1] is not None and _open.routings[-1].module is module:
+        _open.routings[-1].computes = False
 
 
 def _call_core(
@@ -96,20 +121,18 @@ def _call_core(
     return core(query, key, value, mask.expand(len(query), *mask.shape[1:]))
 
 
-_OPEN: dict[int, list[_Routing]] = {}  # by module identity: a module may be called inside itself
-
-
 def _begin_routing(module: nn.Module, _: tuple) -> None:
     routing = _Routing(module)
     routing.__enter__()
-    _OPEN.setdefault(id(module), []).append(routing)
+    _open.routings.append(routing)
 
 
-def _end_routing(module: nn.Module, _: tuple, __: Any) -> None:
-    routings = _OPEN[id(module)]
-    routings.pop().__exit__(None, None, None)
-    if not routings:
-        del _OPEN[id(module)]
+def _end_routing(module: nn.Module, _: tuple, output: Any) -> None:
+    routing = _open.routings.pop()
+    routing.__exit__(None, None, None)
+    # After an error there is no output, and that error is the one to show.
+    if routing.computes and output is not None and hasattr(module, core_name(routing.number)):
+        raise _changed(module, f"only {routing.number} of the attention calls that were quantized")
 
 
 class CallCounter(TorchFunctionMode):
@@ -131,7 +154,7 @@ class CallCounter(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None) -> Any:
         where = self._running[-1] if self._running else ""
-        if function is F.scaled_dot_product_attention:
+        if function is _ATTENTION:
             self.attention[where] = self.attention.get(where, 0) + 1
         elif getattr(function, "__name__", "") in self.PRODUCTS:
             operands = [a for a in args if isinstance(a, Tensor)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from qdiff.errors import UserError
 from qdiff.interface import State, Step, SteppedNetwork
-from qdiff.tracing.rows import Rows
-from qdiff.tracing.trace import Call, TracedUnit, call_directly, trace_units
+from qdiff.tracing.attention_calls import skip_attention
+from qdiff.tracing.rows import Count, Rows
+from qdiff.tracing.trace import Call, call_directly, trace_units
+from qdiff.tracing.watch import TracedUnit
 
-_TOLERANCE = 1e-4  # of a replayed output against the forward's; the same operations give the same values
+_TOLERANCE = 1e-4  # relative L2 of a replayed output; the same operations give nearly the same values
 
 
 class UnitCall(nn.Module):
@@ -31,7 +33,7 @@ class UnitCall(nn.Module):
         self.traced, self.module = traced, module
         self._arguments: tuple[list[Any], TreeSpec] | None = None
         self._outputs: tuple[list[Any], TreeSpec] | None = None
-        self._shapes: list[torch.Size] = []
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []  # of each output, for one sample
 
     def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
         """Yield the unit's own modules, under the names that they have inside it."""
@@ -39,12 +41,14 @@ class UnitCall(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         leaves, spec = self._arguments
+        if self.traced.changes_inputs:  # they are stored, and needed again
+            inputs = tuple(i.clone() for i in inputs)
         args, kwargs = tree_unflatten(_filled(leaves, self.traced.inputs, inputs), spec)
         found, spec = tree_flatten(self.module(*args, **kwargs))
         parts = _taken(found, self.traced.outputs)
         self._outputs = _without(found, self.traced.outputs), spec
-        self._shapes = [part.shape[1:] for part in parts]
-        return parts[0] if len(parts) == 1 else torch.cat([part.flatten(1) for part in parts], dim=1)
+        self._shapes = [(part.shape[1:], part.dtype) for part in parts]
+        return parts[0] if len(parts) == 1 else torch.cat([part.reshape(len(part), -1) for part in parts], dim=1)
 
     def take(self, args: tuple, kwargs: dict) -> tuple[Tensor, ...]:
         """Return the batch-first tensors of a call's arguments, and remember the rest."""
@@ -52,39 +56,45 @@ class UnitCall(nn.Module):
         self._arguments = _without(leaves, self.traced.inputs), spec
         return tuple(_taken(leaves, self.traced.inputs))
 
-    def give(self, output: Tensor | None, count: int, like: Tensor) -> Any:
+    def give(self, output: Tensor | None, count: int, device: torch.device) -> Any:
         """Return the module's output from what `forward` returned; None gives NaN, for outputs that nothing uses.
 
         Args:
             count: number of samples.
-            like: gives the dtype and device of NaN.
+            device: of the NaN.
         """
         if output is None:
-            parts = [
-                torch.full((), torch.nan, dtype=like.dtype, device=like.device).expand(count, *s) for s in self._shapes
-            ]
+            nan = partial(torch.full, (), torch.nan, device=device)
+            parts = [nan(dtype=dtype).expand(count, *shape) for shape, dtype in self._shapes]
         elif len(self._shapes) == 1:
             parts = [output]
         else:
-            flat = output.split([s.numel() for s in self._shapes], dim=1)
-            parts = [part.unflatten(1, shape) for part, shape in zip(flat, self._shapes, strict=True)]
-        if self.traced.changed:
+            flat = output.split([shape.numel() for shape, _ in self._shapes], dim=1)
+            parts = [p.reshape(len(p), *s).to(dtype) for p, (s, dtype) in zip(flat, self._shapes, strict=True)]
+        if self.traced.output_changed:
             parts = [part.clone() for part in parts]
         leaves, spec = self._outputs
         return tree_unflatten(_filled(leaves, self.traced.outputs, parts), spec)
 
 
-def _taken(leaves: Sequence[Any], rows: Sequence[Rows | None]) -> list[Tensor]:
-    return [r.by_sample(leaf) for leaf, r in zip(leaves, rows, strict=True) if r is not None]
+def _taken(leaves: Sequence[Any], rows: Sequence[Rows | Count | None]) -> list[Tensor]:
+    return [r.by_sample(leaf) for leaf, r in zip(leaves, rows, strict=True) if isinstance(r, Rows)]
 
 
-def _without(leaves: Sequence[Any], rows: Sequence[Rows | None]) -> list[Any]:
-    return [leaf if r is None else None for leaf, r in zip(leaves, rows, strict=True)]
+def _without(leaves: Sequence[Any], rows: Sequence[Rows | Count | None]) -> list[Any]:
+    return [None if isinstance(r, Rows) else leaf for leaf, r in zip(leaves, rows, strict=True)]
 
 
-def _filled(leaves: Sequence[Any], rows: Sequence[Rows | None], tensors: Sequence[Tensor]) -> list[Any]:
-    given = iter(tensors)
-    return [leaf if r is None else r.as_called(next(given)) for leaf, r in zip(leaves, rows, strict=True)]
+def _filled(leaves: Sequence[Any], rows: Sequence[Rows | Count | None], tensors: Sequence[Tensor]) -> list[Any]:
+    """Return leaves with tensors [N, …] where samples go, and N where samples are counted."""
+    count, given = len(tensors[0]), iter(tensors)
+    filled = []
+    for leaf, r in zip(leaves, rows, strict=True):
+        if isinstance(r, Rows):
+            filled.append(r.as_called(next(given)))
+        else:
+            filled.append(r.per_sample * count if isinstance(r, Count) else leaf)
+    return filled
 
 
 class _Reached(Exception):
@@ -125,13 +135,12 @@ class ReplayedNetwork(SteppedNetwork):
         self.network, self._call = network, call
         self.units = trace_units(network, inputs, leaves, call, named)
         self._calls = [UnitCall(unit, network.get_submodule(unit.name)) for unit in self.units]
-        self._check([i[:1] for i in inputs])
+        self._check([[i[row : row + 1] for i in inputs] for row in range(min(2, len(inputs[0])))])
 
     @torch.no_grad()
-    def _check(self, sample: Sequence[Tensor]) -> None:
-        expected = self._call(self.network, *sample)
+    def _check(self, samples: Sequence[Sequence[Tensor]]) -> None:
         for _ in range(2):
-            if torch.allclose(self(*sample), expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+            if self._equals_the_forward(samples):
                 return
             for unit in self.units:  # something uses outputs in a way that autograd does not see: keep all of them
                 unit.until = len(self.units)
@@ -140,12 +149,24 @@ class ReplayedNetwork(SteppedNetwork):
             "a qdiff.interface.SteppedNetwork"
         )
 
+    def _equals_the_forward(self, samples: Sequence[Sequence[Tensor]]) -> bool:
+        """Advance all samples together, as a calibration does, so that what a unit keeps of one shows in another."""
+        expected = [self._call(self.network, *(i.clone() for i in sample)) for sample in samples]
+        states = [self.start(*sample) for sample in samples]
+        for step in self.steps():
+            inputs = [step.inputs(state) for state in states]
+            for state, taken in zip(states, inputs, strict=True):
+                step.output(state, step.module(*taken))
+        pairs = [(state["h"] - wanted, wanted) for state, wanted in zip(states, expected, strict=True)]
+        return all(difference.norm() <= _TOLERANCE * wanted.norm() for difference, wanted in pairs)
+
     def start(self, *inputs: Tensor) -> State:
         return {"x": inputs[0]} | {f"input {i}": tensor for i, tensor in enumerate(inputs[1:], 1)}
 
     def steps(self) -> Iterator[Step]:
         for index, call in enumerate(self._calls):
-            yield Step(call.traced.name, call, partial(self._inputs, index), partial(self._output, index))
+            inputs, output = partial(self._inputs, index), partial(self._output, index)
+            yield Step(call.traced.name, call, inputs, output, call.traced.repeats)
 
     def _inputs(self, index: int, state: State) -> tuple[Tensor, ...]:
         try:
@@ -166,13 +187,13 @@ class ReplayedNetwork(SteppedNetwork):
         """Run the forward with stored outputs up to a unit, where it raises `_Reached`, or to its end."""
         x = state["x"]
         inputs = [x, *(state[f"input {i}"] for i in range(1, sum(k.startswith("input ") for k in state) + 1))]
+        turns: dict[nn.Module, list[Callable[..., Any]]] = {}  # what each call of a module returns, in turn
+        for number, call in enumerate(self._calls[: until + 1]):
+            stored = partial(_give, call, state.get(_key(number)), len(x), x.device)
+            turns.setdefault(call.module, []).append(partial(_reach, call) if number == until else stored)
         with contextlib.ExitStack() as stack:
-            for number, call in enumerate(self._calls):
-                if number <= until:
-                    stored = partial(_reach, call)
-                    if number < until:
-                        stored = partial(_give, call, state.get(_key(number)), len(x), x)
-                    stack.enter_context(_forward_is(call.module, stored))
+            for module, functions in turns.items():
+                stack.enter_context(_forward_is(module, functions))
             return self._call(self.network, *(i.clone() for i in inputs))
 
 
@@ -184,14 +205,17 @@ def _reach(call: UnitCall, *args: Any, **kwargs: Any) -> None:
     raise _Reached(call.take(args, kwargs))
 
 
-def _give(call: UnitCall, output: Tensor | None, count: int, like: Tensor, *_: Any, **__: Any) -> Any:
-    return call.give(output, count, like)
+def _give(call: UnitCall, output: Tensor | None, count: int, device: torch.device, *_: Any, **__: Any) -> Any:
+    skip_attention(call.module)
+    return call.give(output, count, device)
 
 
 @contextlib.contextmanager
-def _forward_is(module: nn.Module, function) -> Iterator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = function
+def _forward_is(module: nn.Module, functions: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Have the calls of a module call functions instead, in turn; further calls are its own."""
+    before, turns = module.__dict__.get("forward"), iter(functions)
+    own = module.forward
+    module.forward = lambda *args, **kwargs: next(turns, own)(*args, **kwargs)
     try:
         yield
     finally:

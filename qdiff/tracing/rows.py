@@ -1,8 +1,9 @@
-"""Where the samples of a batch are in a tensor, found by running one sample and two."""
+"""Where the samples of a batch are in what modules take and return, found by running one sample and two."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,35 @@ class Rows:
         if self.per_sample == 1:
             return x
         return (x if self.samples_first else x.transpose(0, 1)).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Count:
+    """A whole number that grows with the batch, such as the batch size that some modules are called with.
+
+    Attributes:
+        per_sample: its value for one sample.
+    """
+
+    per_sample: int
+
+
+def constant_or_count(one: Any, two: Any) -> Count | None:
+    """Compare what is no tensor in a forward of one sample with the same in a forward of two.
+
+    Returns:
+        `Count` if it counts samples, None if it is the same for every batch.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if type(one) is type(two) is int and two == 2 * one != 0:
+        return Count(one)
+    if isinstance(one, str | int | float | complex | tuple | type(None)) and one != two:
+        raise ValueError(f"is {one} for one sample and {two} for two")
+    if hasattr(one, "__dict__") and any(isinstance(value, Tensor) for value in vars(one).values()):
+        raise ValueError(f"holds tensors in an object of type {type(one).__name__}, where they cannot be replaced")
+    return None
 
 
 def rows_of_pair(one: Tensor, two: Tensor) -> Rows | None:

@@ -43,15 +43,9 @@ def candidates(network: nn.Module, leaves: Collection[nn.Module]) -> Iterator[st
             yield name
             return
         for child_name, child in module.named_children():
-            yield from descend(child, f"{name}.{child_name}" if name else child_name, False)
+            yield from descend(child, _join(name, child_name), False)
 
     yield from dict.fromkeys(descend(network, "", True))
-
-
-def children_with_products(network: nn.Module, name: str, leaves: Collection[nn.Module]) -> list[str]:
-    """Return the names of a module's children that hold layers with products."""
-    module = network.get_submodule(name)
-    return [f"{name}.{n}" if name else n for n, child in module.named_children() if _weighs(child, leaves)]
 
 
 def choose_units(
@@ -63,7 +57,7 @@ def choose_units(
     """Return the names of modules that together hold all layers that are called, each called once per forward.
 
     A candidate that is never called as a whole (its children are called by others) is replaced by its children; one
-    that is called several times by the module around it.
+    that is called several times, or shares a layer with another, by the module around it.
 
     Args:
         leaves: the layers with products that are called.
@@ -71,44 +65,80 @@ def choose_units(
         named: units that the user wants; the rest is cut automatically.
 
     Raises:
-        UserError: a named unit does not exist, holds no layers, or is not called exactly once per forward.
+        UserError: a named unit does not exist, holds no layers, is not called exactly once per forward, or is inside
+            another unit.
     """
-    chosen = list(named or ())
-    for name in chosen:
-        _check_named(network, name, leaves, calls)
-    pending = [n for n in candidates(network, leaves) if not any(_inside(n, unit) for unit in chosen)]
+    named = list(named or ())
+    for name in named:
+        _check_named(network, name, leaves, calls, named)
+    repeated = _repeated(network, leaves, calls)
+    chosen, pending = list(named), list(candidates(network, leaves))
     while pending:
         name = pending.pop(0)
         if any(_inside(name, unit) for unit in chosen):
             continue
-        if any(_inside(unit, name) for unit in named or ()):  # the user cuts it finer
-            pending = [n for n in children_with_products(network, name, leaves)] + pending
+        is_whole = name == "" or calls.get(name, 0) > 0
+        if not is_whole or any(_inside(unit, name) for unit in named):  # the user cuts it finer
+            pending = _children_with_products(network, name, leaves) + pending
             continue
-        count = calls.get(name, 0)
-        if count == 1 or name == "":
+        around = _around(network, name, calls, repeated)
+        if around == name:
             chosen = [unit for unit in chosen if not _inside(unit, name)]
             chosen.append(name)
-        elif count == 0:
-            pending = children_with_products(network, name, leaves) + pending
-        else:
-            pending = [_around(network, name, calls), *pending]
+            continue
+        for unit in named:
+            if _inside(unit, around):
+                raise UserError(
+                    f"{name} is used several times per forward, so that {around or 'the network'} must be one unit, "
+                    f"and {unit} is inside it; leave {unit} out of the units"
+                )
+        pending = [around, *pending]
     return chosen
+
+
+def _join(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child
 
 
 def _inside(name: str, unit: str) -> bool:
     return unit == "" or name == unit or name.startswith(f"{unit}.")
 
 
-def _around(network: nn.Module, name: str, calls: Mapping[str, int]) -> str:
-    """Return the nearest module around a name that is called and has that name inside; the network at the end."""
+def _children_with_products(network: nn.Module, name: str, leaves: Collection[nn.Module]) -> list[str]:
+    module = network.get_submodule(name)
+    return [_join(name, n) for n, child in module.named_children() if _weighs(child, leaves)]
+
+
+def _repeated(
+    network: nn.Module, leaves: Collection[nn.Module], calls: Mapping[str, int]
+) -> dict[nn.Module, list[str]]:
+    """Return all names of each layer that is called several times; a shared layer has several."""
+    found = {m: [n] for n, m in network.named_modules() if m in leaves and calls.get(n, 0) > 1}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if module in found and name not in found[module]:
+            found[module].append(name)
+    return found
+
+
+def _around(
+    network: nn.Module, name: str, calls: Mapping[str, int], repeated: Mapping[nn.Module, Sequence[str]]
+) -> str:
+    """Return the nearest module from a name upwards that is called once and has all calls of its layers inside.
+
+    At the end that is the network.
+    """
     while name:
-        name = name.rpartition(".")[0]
-        if calls.get(name, 0) == 1:
+        inside = set(network.get_submodule(name).modules())
+        places = [place for layer, names in repeated.items() if layer in inside for place in names]
+        if calls.get(name, 0) == 1 and all(_inside(place, name) for place in places):
             return name
+        name = name.rpartition(".")[0]
     return ""
 
 
-def _check_named(network: nn.Module, name: str, leaves: Collection[nn.Module], calls: Mapping[str, int]) -> None:
+def _check_named(
+    network: nn.Module, name: str, leaves: Collection[nn.Module], calls: Mapping[str, int], named: Sequence[str]
+) -> None:
     try:
         module = network.get_submodule(name)
     except AttributeError:
@@ -119,3 +149,6 @@ def _check_named(network: nn.Module, name: str, leaves: Collection[nn.Module], c
         raise UserError(
             f"the unit {name} is called {calls.get(name, 0)} times per forward; name a module that is called once"
         )
+    outer = [other for other in named if other != name and _inside(name, other)]
+    if outer or named.count(name) > 1:
+        raise UserError(f"the unit {name} is inside the unit {(outer or [name])[0]}; name one of them")

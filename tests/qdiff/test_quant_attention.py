@@ -75,6 +75,16 @@ def test_float_takes_the_fused_path(qkv, prescale, monkeypatch):
     assert calls == [1, 1]
 
 
+def test_a_query_that_sees_no_key_attends_to_nothing(qkv):
+    """As in the fused kernel; boolean masks of padded prompts have such rows."""
+    seen = torch.ones(5, 7, dtype=torch.bool)
+    seen[2] = False
+    with leaf_modes([core := core_with_ranges()], weights=False, activations=True), torch.no_grad():
+        out = core(*qkv, seen)
+    assert torch.equal(out[:, :, 2], torch.zeros(2, 3, 8).double())
+    assert torch.isfinite(out).all() and (out[:, :, 3] != 0).all()
+
+
 def test_softmax_has_its_own_width_and_no_negative_levels():
     core = QuantAttention(AttentionCore(), QuantConfig(4, 8, act_symmetric=True, softmax_bits=16))
     assert [getattr(core, f"act_quantizer_{o}").bits for o in "qkvw"] == [8, 8, 8, 16]

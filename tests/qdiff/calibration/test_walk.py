@@ -178,6 +178,14 @@ def test_leaf_capture_equals_a_hook(calibrated, data, walker, relative):
     assert not leaf._forward_hooks
 
 
+@torch.no_grad()
+def test_leaf_capture_is_from_before_changes_in_place(walker):
+    network, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), torch.randn(7, 3)
+    qnn = QuantModel(network, QuantConfig(4))
+    taken, output = leaf_inputs_and_output(network, network[0], (x,), walker)
+    assert torch.equal(taken, x) and torch.equal(output, qnn.model[0](x)) and (output < 0).any()
+
+
 def test_leaf_capture_removes_its_hook_after_an_error(calibrated, data, walker):
     qnn = calibrated(**W4)
     leaf = qnn.model.conv_out
