@@ -106,8 +106,6 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         network: the diffusers model: ``qnn.model``, or what is in it.
         notes: for the model card (JSON values).
     """
-    from qdiff.diffusers_backend.card import writes_card
-
     if qnn.config.weight_bits is not None:
         qnn.pack_weights()
     prefix = next(f"{name}." if name else "" for name, module in qnn.model.named_modules() if module is network)
@@ -119,6 +117,18 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         notes=notes,
         **qnn.config.to_dict(),
     )
+    make_component(network, config)
+
+
+def make_component(network: nn.Module, config: QDiffConfig) -> None:
+    """Make a network whose quantized layers are packed a component that diffusers saves and loads.
+
+    Args:
+        network: the diffusers model.
+        config: how it is quantized.
+    """
+    from qdiff.diffusers_backend.card import writes_card
+
     network.hf_quantizer = QDiffQuantizer(config, pre_quantized=True)
     network.is_quantized, network.quantization_method = True, config.quant_method
     network.register_to_config(quantization_config=config)
