@@ -15,6 +15,8 @@ from ddim.pipeline import DdimPipeline
 from qdiff.errors import UserError
 from qdiff.io.diffusers_files import (
     CONFIG,
+    MakeComponent,
+    ReadComponent,
     check_same_config,
     complete_config,
     component_of,
@@ -31,8 +33,11 @@ from qdiff.sampling.diffusers_scheduler import scheduler_config, training_noise_
 FREE = ("num_train_timesteps",)  # used only with another kind of time embedding
 
 
-def write_pipeline(pipeline: DdimPipeline, folder: str | Path) -> str:
+def write_pipeline(pipeline: DdimPipeline, folder: str | Path, make_unet: MakeComponent = component_of) -> str:
     """Write a model, which is loaded now, as a ``DDIMPipeline``; return a line that describes the folder.
+
+    Args:
+        make_unet: makes diffusers' network from ours, e.g. a quantized one.
 
     Raises:
         UserError: diffusers is missing or has no such network, the folder is not empty or cannot be written, or the
@@ -48,17 +53,19 @@ def write_pipeline(pipeline: DdimPipeline, folder: str | Path) -> str:
     unet = unet_config(config, origin)
     scheduler = library.DDIMScheduler(**scheduler_config(training_noise(config), pipeline.sampler.options))
     pipeline.load(torch.device("cpu"))
-    network = component_of(library.UNet2DModel, unet, unet_layout(pipeline.network), pipeline.network, origin)
+    parameters = sum(p.numel() for p in pipeline.network.parameters())
+    network = make_unet(library.UNet2DModel, unet, unet_layout(pipeline.network), pipeline.network, origin)
     with folder_written_whole(folder) as made:
         library.DDIMPipeline(network, scheduler).save_pretrained(made)
-    return f"{folder}: DDIMPipeline, {sum(p.numel() for p in network.parameters()):,} parameters"
+    return f"{folder}: DDIMPipeline, {parameters:,} parameters"
 
 
-def read_pipeline(folder: str | Path, out: str | Path) -> str:
+def read_pipeline(folder: str | Path, out: str | Path, read_unet: ReadComponent = tensors_of) -> str:
     """Write the model in the folder of a pipeline without first stage; return a line that describes it.
 
     Args:
         out: the checkpoint to write, in safetensors; ``config.yaml`` is written beside it.
+        read_unet: reads diffusers' network, e.g. a quantized one.
 
     Raises:
         UserError: the folder has no network of the papers, or is damaged; the files exist or cannot be written.
@@ -75,7 +82,7 @@ def read_pipeline(folder: str | Path, out: str | Path) -> str:
     config.diffusion = _diffusion(folder.parent / "scheduler" / "scheduler_config.json")
     with torch.device("meta"):
         network = Model(config)
-    write_model(out, tensors_of(library.UNet2DModel, unet, unet_layout(network), network, folder), config)
+    write_model(out, read_unet(library.UNet2DModel, unet, unet_layout(network), network, folder), config)
     return f"{out}: the DDIM model of {folder.parent}, with {Path(out).with_name(CONFIG_NAME)}"
 
 

@@ -15,6 +15,7 @@ from ddim.models.diffusion import Model
 from ddim.pretrained import load_float_weights, pretrained_path
 from ddim.sizes import check_sizes
 from qdiff.errors import UserError, require_at_least
+from qdiff.io.diffusers_files import MakeComponent, component_of
 from qdiff.pipeline import Pipeline
 from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Sampler, SamplerOptions
@@ -137,7 +138,7 @@ class DdimPipeline(Pipeline):
     def to_images(self, x_0: Tensor) -> Tensor:
         return from_network_range(x_0, self.model_config.data)
 
-    def write_diffusers(self, folder: str | Path) -> str:
+    def write_diffusers(self, folder: str | Path, make_unet: MakeComponent = component_of) -> str:
         from ddim.diffusers_folder import write_pipeline
 
-        return write_pipeline(self, folder)
+        return write_pipeline(self, folder, make_unet)

@@ -22,6 +22,7 @@ from ldm.util import instantiate_from_config
 from qdiff.errors import UserError
 from qdiff.io.diffusers_files import (
     CONFIG,
+    ReadComponent,
     check_same_config,
     complete_config,
     component_names,
@@ -60,20 +61,21 @@ class _Component:
     section: dict[str, Any]
     layout: Callable[[Any], NetworkLayout]
 
-    def tensors(self, prefix: str) -> dict[str, Tensor]:
+    def tensors(self, prefix: str, read: ReadComponent = tensors_of) -> dict[str, Tensor]:
         """Return its weights under our names, with what those begin with in a checkpoint."""
         with torch.device("meta"):
             network: nn.Module = instantiate_from_config(self.section)
-        state = tensors_of(self.kind, self.config, self.layout(network), network, self.folder)
+        state = read(self.kind, self.config, self.layout(network), network, self.folder)
         return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-def read_pipeline(folder: str | Path, out: str | Path) -> str:
+def read_pipeline(folder: str | Path, out: str | Path, read_unet: ReadComponent = tensors_of) -> str:
     """Write the model in the folder of a pipeline; return a line that describes it.
 
     Args:
         out: the checkpoint to write, in safetensors; ``config.yaml`` is written beside it, and ``text_encoder`` if the
             conditions are texts.
+        read_unet: reads diffusers' UNet, e.g. a quantized one.
 
     Raises:
         UserError: the folder has no model of the papers, or is damaged; the files exist or cannot be written.
@@ -108,7 +110,7 @@ def read_pipeline(folder: str | Path, out: str | Path) -> str:
         "first_stage_config": stage.section,
         "cond_stage_config": section,
     }
-    state = unet.tensors("model.diffusion_model.") | stage.tensors("first_stage_model.")
+    state = unet.tensors("model.diffusion_model.", read_unet) | stage.tensors("first_stage_model.")
     state |= {f"cond_stage_model.{name}": value for name, value in encoder.items()}
     write_model(out, state | {"scale_factor": torch.tensor(scale)}, {"model": {"target": HOLDER, "params": params}})
     return f"{out}: the latent diffusion model of {folder}, with {out.with_name(CONFIG_NAME)}"

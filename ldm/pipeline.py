@@ -22,6 +22,7 @@ from ldm.sizes import check_sizes
 from ldm.util import instantiate_from_config
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
+from qdiff.io.diffusers_files import MakeComponent, component_of
 from qdiff.io.repository import REPOSITORY
 from qdiff.pipeline import Pipeline
 from qdiff.ranges.estimators import RangeMethod
@@ -143,10 +144,10 @@ class LatentPipeline(Pipeline):
         with self.precision():
             return self.model.decode(x_0).float()
 
-    def write_diffusers(self, folder: str | Path) -> str:
+    def write_diffusers(self, folder: str | Path, make_unet: MakeComponent = component_of) -> str:
         from ldm.to_diffusers import write_pipeline
 
-        return write_pipeline(self, folder)
+        return write_pipeline(self, folder, make_unet)
 
 
 def _context_shape(network: SteppedNetwork, encoder: Any) -> tuple[int, int] | None:

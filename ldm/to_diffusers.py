@@ -15,16 +15,19 @@ from ldm.locate import ImageSize, latent_shape
 from ldm.modules.encoders.modules import ClassEmbedder
 from ldm.pipeline import LatentPipeline
 from ldm.schedule import training_noise
-from qdiff.io.diffusers_files import component_of, import_diffusers
+from qdiff.io.diffusers_files import MakeComponent, component_of, import_diffusers
 from qdiff.io.files import check_new_folder, folder_written_whole
 from qdiff.sampling.diffusers_scheduler import scheduler_config
 
 
-def write_pipeline(pipeline: LatentPipeline, folder: str | Path) -> str:
+def write_pipeline(pipeline: LatentPipeline, folder: str | Path, make_unet: MakeComponent = component_of) -> str:
     """Write a model, which is loaded now; return a line that describes the folder.
 
     The pipeline is diffusers' ``LDMPipeline``, its ``StableDiffusionPipeline`` for texts, or the
     ``ClassConditionalLDMPipeline`` of `ldm.diffusers_networks`.
+
+    Args:
+        make_unet: makes diffusers' UNet from ours, e.g. a quantized one.
 
     Raises:
         UserError: diffusers is missing or has no such networks, the folder is not empty or cannot be written, or the
@@ -39,17 +42,16 @@ def write_pipeline(pipeline: LatentPipeline, folder: str | Path) -> str:
     scheduler = library.DDIMScheduler(**scheduler_config(training_noise(params), pipeline.sampler.options))
     pipeline.load(torch.device("cpu"))
     network, first_stage = pipeline.network, pipeline.model.first_stage_model
+    parameters = sum(p.numel() for p in pipeline.model.parameters())
     stage["scaling_factor"] = float(pipeline.model.scale_factor)
     parts = {
-        "unet": component_of(diffusers_class(unet_kind), unet, unet_layout(network), network, origin),
+        "unet": make_unet(diffusers_class(unet_kind), unet, unet_layout(network), network, origin),
         "vae": component_of(diffusers_class(stage_kind), stage, first_stage_layout(first_stage), first_stage, origin),
         "scheduler": scheduler,
     }
     made = _pipeline(pipeline.model.cond_stage_model, **parts)
     with folder_written_whole(folder) as path:
         made.save_pretrained(path)
-    networks = [part for part in made.components.values() if isinstance(part, nn.Module)]
-    parameters = sum(p.numel() for part in networks for p in part.parameters())
     return f"{folder}: {type(made).__name__}, {parameters:,} parameters"
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
+from qdiff.io.diffusers_files import MakeComponent, component_of
 from qdiff.ranges.estimators import RangeMethod
 from qdiff.sampling import Network, OnCall, OnStep, Sampler, find_sampler
 
@@ -165,8 +166,11 @@ class Pipeline:
         """Turn the result of `sample` into images [N, C, H, W] in [−1, 1]."""
         return x_0
 
-    def write_diffusers(self, folder: str | Path) -> str:
+    def write_diffusers(self, folder: str | Path, make_unet: MakeComponent = component_of) -> str:
         """Load the float weights and write the model as the folder of a pipeline of the diffusers library.
+
+        Args:
+            make_unet: makes diffusers' network from ours, e.g. a quantized one.
 
         Returns:
             A line that describes the folder.

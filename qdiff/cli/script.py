@@ -60,16 +60,19 @@ Scripts = Mapping[str, Script]
 """The sampling scripts by name; the first is the default of ``--like``."""
 
 
+def script_like(arguments: list[str], scripts: Scripts) -> Script | None:
+    """Return the script that ``--like SCRIPT`` names among other options; None if there is no such script."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--like", nargs="?", default=next(iter(scripts)))
+    return scripts.get(first.parse_known_args(arguments)[0].like)
+
+
 def parser_like(about: str | None, arguments: list[str], scripts: Scripts) -> Parser:
     """Return a parser with ``--like SCRIPT`` and the model and sampler options of the script that it names."""
-    default = next(iter(scripts))
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--like", nargs="?", default=default)
-    like = first.parse_known_args(arguments)[0].like
     parser = Parser(about)
-    parser.add_argument("--like", choices=list(scripts), default=default, help="a sampling script")
-    if like in scripts:
-        scripts[like].add_options(parser)
+    parser.add_argument("--like", choices=list(scripts), default=next(iter(scripts)), help="a sampling script")
+    if script := script_like(arguments, scripts):
+        script.add_options(parser)
     return parser
 
 

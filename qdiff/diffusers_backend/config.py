@@ -38,6 +38,8 @@ class QDiffConfig(QuantizationConfigMixin):
         widths: the fields of `QuantConfig` by keyword.
         attention: attention calls with quantized operands, by module name (`qdiff.tracing.attention_calls`).
         prescaled: names of attention cores that scale q and k before they are quantized.
+        split_layers: names of the layers whose input is split, for ``split_shortcut``; None splits all that
+            `qdiff.diffusers_backend.structure.mark_concatenations` finds.
         left_in_float: why a module is not quantized, by name.
         fused_projections: whether attention has one layer for q, k and v (``fuse_qkv_projections``).
         ends: names of the first and the last layer, for ``keep_ends``.
@@ -53,6 +55,7 @@ class QDiffConfig(QuantizationConfigMixin):
         *,
         attention: dict[str, int] | None = None,
         prescaled: list[str] | None = None,
+        split_layers: list[str] | None = None,
         left_in_float: dict[str, str] | None = None,
         fused_projections: bool = False,
         ends: list[str] | None = None,
@@ -75,6 +78,7 @@ class QDiffConfig(QuantizationConfigMixin):
         self.quant_config = QuantConfig(**widths)
         self.attention = dict(attention or {})
         self.prescaled = list(prescaled or ())
+        self.split_layers = None if split_layers is None else list(split_layers)
         self.left_in_float = dict(left_in_float or {})
         self.fused_projections = fused_projections
         self.ends = None if ends is None else tuple(ends)
@@ -95,6 +99,7 @@ class QDiffConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             **self.quant_config.to_dict(),
             **{name: value for name, value in others.items() if value},
+            **({} if self.split_layers is None else {"split_layers": self.split_layers}),
             **({"notes": self.notes} if self.notes else {}),
         }
 

@@ -128,6 +128,17 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         notes=notes,
         **qnn.config.to_dict(),
     )
+    make_component(network, config)
+
+
+def make_component(network: nn.Module, config: QDiffConfig) -> None:
+    """Make a network whose quantized layers are packed a component that diffusers saves and loads.
+
+    Args:
+        network: the diffusers model.
+        config: how it is quantized.
+    """
+
     network.hf_quantizer = QDiffQuantizer(config, pre_quantized=True)
     network.is_quantized, network.quantization_method = True, config.quant_method
     network.register_to_config(quantization_config=config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +61,23 @@ def mark_concatenations(network: nn.Module) -> list[str]:
                 marked.append(names[layer])
             hidden = resnet.out_channels
     return marked
+
+
+def mark_split_layers(network: nn.Module, names: Collection[str] | None) -> None:
+    """Mark only those layers of `mark_concatenations` that are named; None marks all.
+
+    Raises:
+        UserError: a named layer does not take a concatenation.
+    """
+    marked = set(mark_concatenations(network))
+    names = marked if names is None else set(names)
+    if not names <= marked:
+        raise UserError(
+            f"{min(names - marked)} of {type(network).__name__} takes no concatenation, but its quantization_config "
+            "splits it; the folder mixes two models, quantize it again"
+        )
+    for name in marked - names:
+        del network.get_submodule(name).split_at
 
 
 def _with_hidden_channels(network: nn.Module, up_blocks: nn.ModuleList) -> Iterator[tuple[nn.Module, int]]:
@@ -130,7 +147,7 @@ def replace_layers(network: nn.Module, config: QDiffConfig) -> None:
     if config.quant_config.keep_ends and config.ends is None:
         raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
     if config.quant_config.split_shortcut:
-        mark_concatenations(network)
+        mark_split_layers(network, config.split_layers)
     if config.quant_config.attention_widths is not None:
         route_attention(network, config.attention)
         for name in config.prescaled:

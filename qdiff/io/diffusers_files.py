@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ INDEX, CONFIG = "model_index.json", "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # The names of attention layers in files from before diffusers 0.17.
 FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+MakeComponent = Callable[[type, Mapping[str, Any], NetworkLayout, nn.Module, str], nn.Module]
+"""Makes diffusers' network from ours, as `component_of` does."""
+
+ReadComponent = Callable[[type, Mapping[str, Any], NetworkLayout, nn.Module, Path], dict[str, Tensor]]
+"""Reads the network in a component's folder as the state of ours, as `tensors_of` does."""
 
 
 def import_diffusers() -> Any:
