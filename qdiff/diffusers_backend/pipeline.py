@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.diffusers_backend.denoiser import find_denoiser, read_call
+from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.folder import Folder
 from qdiff.diffusers_backend.module import Denoiser
 from qdiff.diffusers_backend.recording import arguments_of, check_options
@@ -140,8 +140,8 @@ class DiffusersPipeline(Pipeline):
     def load(self, device: torch.device, network: bool = True) -> None:
         """Load the pipeline; its network is loaded in any case, since the pipeline cannot be built without."""
         self.pipe = self.folder.load()
-        _, module = find_denoiser(self.pipe, self.component)
-        self.network, self.weights = Denoiser(module), self.folder.weights_of(self.component)
+        network = self.pipe.components[self.component]
+        self.network, self.weights = Denoiser(network), self.folder.weights_of(self.component)
         self.move_to(device)
         self.probe()
 
