@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -278,8 +279,9 @@ class QuantModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the network: of its first parameter that has values, if any has."""
-        tensors = [*self.parameters(), *self.buffers()]
-        return next((p for p in tensors if not p.is_meta), tensors[0]).device
+        tensors = itertools.chain(self.parameters(), self.buffers())
+        first = next(tensors)
+        return next((t for t in itertools.chain([first], tensors) if not t.is_meta), first).device
 
 
 def _kind(quantizer: Quantizer) -> str:
