@@ -27,7 +27,7 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
         name: None takes the denoising network.
 
     Raises:
-        UserError: there is no such component, or it is not a network that denoises.
+        UserError: there is no such component, or it is compiled or not a network that denoises.
     """
     components = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     if name is None:
@@ -39,6 +39,8 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
             f"{type(pipe).__name__} has no network {name}; name one of its components: {', '.join(components)}"
         )
     network = components[name]
+    if hasattr(network, "_orig_mod"):
+        raise UserError(f"{name} is compiled; quantize it first and compile it then")
     if not any(isinstance(m, QUANTIZABLE) for m in network.modules()):
         raise UserError(f"{name} has no layer to quantize; name one of the components {', '.join(components)}")
     if TIME not in inspect.signature(network.forward).parameters:
