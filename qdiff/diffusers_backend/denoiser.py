@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from qdiff.errors import UserError
-from qdiff.quant_layer import QUANTIZABLE
+from qdiff.quant_layer import QUANTIZABLE, QuantModule
 
 NAMES = ("unet", "transformer")  # what diffusers calls the denoising component
 TIME = "timestep"
@@ -41,7 +41,7 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
     network = components[name]
     if hasattr(network, "_orig_mod"):
         raise UserError(f"{name} is compiled; quantize it first and compile it then")
-    if not any(isinstance(m, QUANTIZABLE) for m in network.modules()):
+    if not any(isinstance(m, (*QUANTIZABLE, QuantModule)) for m in network.modules()):
         raise UserError(f"{name} has no layer to quantize; name one of the components {', '.join(components)}")
     if TIME not in inspect.signature(network.forward).parameters:
         raise UserError(
