@@ -7,16 +7,22 @@ import re
 
 import pytest
 import torch
-from golden_cases import GoldenCase
+from exact_time import ExactTime
+from golden_cases import EXACT_TOLERANCE, GoldenCase
 from safetensors.torch import load_file, save_file
 
 from ddim.diffusers_layout import unet_config, unet_layout
 from ddim.models.diffusion import Model
+from ddim.models.layers import timestep_embedding
+from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.checkpoint.metadata import read_notes
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.io.diffusers_files import component_of
 from qdiff.io.files import sha256
+from qdiff.methods import linear
+from qdiff.quant_model import QuantModel
 
 pytest.importorskip("diffusers")
 
@@ -29,6 +35,8 @@ from qdiff.diffusers_backend.convert_unet import (
     is_quantized_folder,
     quantized_component,
 )
+from qdiff.diffusers_backend.quantize import attach
+from qdiff.diffusers_backend.structure import mark_concatenations
 
 OPTIONS = {"weight_bits": 4, "act_bits": 8, "split_shortcut": True, "keep_ends": True}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -92,6 +100,45 @@ def test_half_precision_is_read_as_single(qnn, folder, read):
     layer = qnn.layers()["conv_in"]
     assert torch.equal(state["conv_in.bias"], layer.bias.half().float())
     assert torch.equal(state["conv_in.weight"], layer.dequantized_weight())
+
+
+@pytest.fixture
+def quantized_there(tiny_network, arguments, data, tmp_path):
+    """``quantized_there(**options)``: the folder of the tiny network, quantized as a network of diffusers."""
+
+    def made(**options):
+        kind, config, layout = arguments
+        network = component_of(kind, config, layout, tiny_network, "x")
+        if options.get("split_shortcut"):
+            mark_concatenations(network)
+        inputs = [part[:2] for part in data.inputs]
+        qnn = QuantModel(network, QuantConfig(**options), inputs, call=lambda n, *given: n(*given).sample)
+        linear.calibrate(qnn, data, None, CalibrationRun(show_progress=False))
+        attach(network, qnn, {})
+        network.save_pretrained(tmp_path / "unet")
+        return tmp_path / "unet", network
+
+    return made
+
+
+@torch.no_grad()
+def test_networks_that_were_quantized_there(quantized_there, read, wrap, data, run_quantized, relative):
+    options = {"weight_bits": 4, "act_bits": 8}
+    folder, theirs = quantized_there(**options)
+    reader, _ = read(folder)
+    reader.save()
+    again, inputs = wrap(**options), (data.inputs[0].double(), data.inputs[1])
+    load_checkpoint(again, reader.path)
+    theirs.double().time_proj = ExactTime(timestep_embedding, again.model.ch)
+    expected = theirs(*inputs).sample
+    assert relative(run_quantized(again.double(), inputs), expected) < EXACT_TOLERANCE
+    assert relative(again(*inputs), expected) > EXACT_TOLERANCE  # planted: the float network
+
+
+def test_networks_that_were_split_there(quantized_there, read):
+    folder, _ = quantized_there(weight_bits=4, split_shortcut=True)
+    with pytest.raises(UserError, match=r"resnets\.0\.conv1 with .* of \[32, 32\] channels, where up\.0\.block"):
+        read(folder)
 
 
 def test_which_folders_are_quantized(folder, arguments, tmp_path):
