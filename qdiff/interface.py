@@ -59,21 +59,22 @@ def split_input(layer: nn.Module, at: int) -> nn.Module:
 # Without eq, because torch.compile takes the hash of the object before its fields are set.
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of a network's forward: the unit that reconstruction works on.
+    """One step of a network's forward, and in general a unit that reconstruction works on.
 
     Attributes:
         name: dotted path of ``module`` inside the network.
         module: a block, or a single layer that is not part of a block.
         inputs: reads the module's positional inputs from the state; must not change the state.
         output: stores the module's output in the state.
-        repeats: the module is part of an earlier step's and is called once more; it is run here, and fitted there.
+        is_unit: False for what is only run: a part of an earlier step's module that is called once more, or what the
+            network computes after its last layer.
     """
 
     name: str
     module: nn.Module
     inputs: Callable[[State], tuple[Tensor, ...]]
     output: Callable[[State, Tensor], None]
-    repeats: bool = False
+    is_unit: bool = True
 
     def __call__(self, state: State) -> None:
         self.output(state, self.module(*self.inputs(state)))

@@ -51,7 +51,7 @@ class PairedNetwork(SteppedNetwork):
     def steps(self) -> Iterator[Step]:
         for step in self.network.steps():
             inputs, output = partial(_inputs, step), partial(_output, step)
-            yield Step(step.name, PairedCall(step.module), inputs, output, step.repeats)
+            yield Step(step.name, PairedCall(step.module), inputs, output, step.is_unit)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class CalibrationRun:
 
     def progress(self, network: SteppedNetwork, iterations: int, title: str = "calibrating") -> Progress:
         """Return a progress bar with ``iterations`` per unit of a network."""
-        units = sum(not step.repeats for step in network.steps())
+        units = sum(step.is_unit for step in network.steps())
         return progress_bar(units * iterations, title, disable=not self.show_progress)
 
 

@@ -90,7 +90,7 @@ def walk(
 ) -> Iterator[tuple[int, Step, Unit, State]]:
     """Yield every step's unit in execution order; when control returns, activations advance past it.
 
-    A step that repeats a part of an earlier one is advanced past without being yielded.
+    A step that is no unit is advanced past without being yielded.
 
     Two states advance together, one through the float network and one through the network as quantized so far. Each
     unit is therefore fitted on the inputs it will get in use and against the float output, and the whole walk costs one
@@ -112,7 +112,7 @@ def walk(
             target = walker.run(step.module, float_inputs)
         quant_inputs = walker.step_inputs(step, quant_state)
         unit = Unit(step.name, step.module, quant_inputs, target, float_inputs)
-        if not step.repeats:
+        if step.is_unit:
             yield index, step, unit, quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):
             output = walker.run(step.module, quant_inputs)

@@ -14,8 +14,9 @@ try:
     from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
     from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 except ModuleNotFoundError as error:
+    library = str(error.name).partition(".")[0]
     raise UserError(
-        f'quantized pipelines need the library {error.name}, which is not installed; run pip install "qdiff[diffusers]"'
+        f'quantized pipelines need the library {library}, which is not installed; run pip install "qdiff[diffusers]"'
     ) from error
 
 FORMAT_VERSION = 1

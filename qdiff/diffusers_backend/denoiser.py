@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_flatten_with_path, tree_unflatten
 
 from qdiff.errors import UserError
-from qdiff.quant_layer import QUANTIZABLE
+from qdiff.quant_layer import QUANTIZABLE, QuantModule
 
 NAMES = ("unet", "transformer")  # what diffusers calls the denoising component
 TIME = "timestep"
@@ -27,7 +27,7 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
         name: None takes the denoising network.
 
     Raises:
-        UserError: there is no such component, or it is not a network that denoises.
+        UserError: there is no such component, or it is compiled or not a network that denoises.
     """
     components = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     if name is None:
@@ -39,7 +39,9 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
             f"{type(pipe).__name__} has no network {name}; name one of its components: {', '.join(components)}"
         )
     network = components[name]
-    if not any(isinstance(m, QUANTIZABLE) for m in network.modules()):
+    if hasattr(network, "_orig_mod"):
+        raise UserError(f"{name} is compiled; quantize it first and compile it then")
+    if not any(isinstance(m, (*QUANTIZABLE, QuantModule)) for m in network.modules()):
         raise UserError(f"{name} has no layer to quantize; name one of the components {', '.join(components)}")
     if TIME not in inspect.signature(network.forward).parameters:
         raise UserError(

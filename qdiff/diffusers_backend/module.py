@@ -45,7 +45,7 @@ class Conditions:
         """Undo `join`; conditions that were floats keep the context's dtype."""
         parts = context.flatten(1).split([shape.numel() for shape in self.shapes], dim=1)
         return [
-            part.unflatten(1, shape) if dtype.is_floating_point else part.unflatten(1, shape).to(dtype)
+            part.reshape(-1, *shape) if dtype.is_floating_point else part.reshape(-1, *shape).to(dtype)
             for part, shape, dtype in zip(parts, self.shapes, self.dtypes, strict=True)
         ]
 

@@ -56,8 +56,8 @@ def check_is_plain(network: nn.Module, name: str) -> None:
     Args:
         name: of the component in its pipeline.
     """
-    if hasattr(network, "_orig_mod") or any(m._compiled_call_impl is not None for m in network.modules()):
-        raise UserError(f"{name} is compiled; quantize it first and compile it then")
+    if any(m._compiled_call_impl is not None for m in network.modules()):
+        raise UserError(f"{name} has compiled modules; quantize it first and compile it then")
     if any(hasattr(m, "_hf_hook") for m in network.modules()):
         raise UserError(
             f"{name} is offloaded; call pipe.remove_all_hooks() and pipe.to(device), quantize it, and enable "

@@ -21,6 +21,7 @@ from qdiff.wrapping import replace_leaves
 if TYPE_CHECKING:  # it imports diffusers
     from qdiff.diffusers_backend.config import QDiffConfig
 
+_STEP_SIZES = ".delta"  # names of step sizes end so
 _ENDS = (
     ("conv_in", "conv_out"),
     ("pos_embed.proj", "proj_out"),
@@ -178,6 +179,9 @@ def switch_on(network: nn.Module) -> None:
         elif isinstance(leaf, QuantAttention):
             leaf.acts_quantized = hasattr(leaf, "act_quantizer_q")
     network.requires_grad_(False)
+    # diffusers takes a network's dtype from its first parameter that the class does not keep in float32.
+    kept = list(getattr(network, "_keep_in_fp32_modules", None) or ())
+    network._keep_in_fp32_modules = [*kept, *({_STEP_SIZES} - set(kept))]
 
 
 def cache_weights(network: nn.Module, mebibytes: float) -> None:

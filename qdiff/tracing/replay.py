@@ -20,6 +20,8 @@ from qdiff.tracing.watch import TracedUnit
 
 _TOLERANCE = 1e-4  # relative L2 of a replayed output; the same operations give nearly the same values
 
+OUTPUT = "output"  # name of the step that gives the network's output
+
 
 class UnitCall(nn.Module):
     """A unit that takes and returns batch-first tensors only.
@@ -166,7 +168,8 @@ class ReplayedNetwork(SteppedNetwork):
     def steps(self) -> Iterator[Step]:
         for index, call in enumerate(self._calls):
             inputs, output = partial(self._inputs, index), partial(self._output, index)
-            yield Step(call.traced.name, call, inputs, output, call.traced.repeats)
+            yield Step(call.traced.name, call, inputs, output, is_unit=not call.traced.repeats)
+        yield Step(OUTPUT, nn.Identity(), self._end, _keep, is_unit=False)
 
     def _inputs(self, index: int, state: State) -> tuple[Tensor, ...]:
         try:
@@ -180,8 +183,10 @@ class ReplayedNetwork(SteppedNetwork):
         for number, unit in enumerate(self.units[: index + 1]):
             if unit.until <= index:
                 state.pop(_key(number), None)
-        if index == len(self.units) - 1:
-            state["h"] = self._replay(len(self.units), state)
+
+    def _end(self, state: State) -> tuple[Tensor]:
+        """Return the network's output."""
+        return (self._replay(len(self.units), state),)
 
     def _replay(self, until: int, state: State) -> Tensor:
         """Run the forward with stored outputs up to a unit, where it raises `_Reached`, or to its end."""
@@ -195,6 +200,10 @@ class ReplayedNetwork(SteppedNetwork):
             for module, functions in turns.items():
                 stack.enter_context(_forward_is(module, functions))
             return self._call(self.network, *(i.clone() for i in inputs))
+
+
+def _keep(state: State, output: Tensor) -> None:
+    state["h"] = output
 
 
 def _key(number: int) -> str:

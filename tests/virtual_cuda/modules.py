@@ -20,6 +20,11 @@ def left_behind(module: nn.Module) -> list[str]:
     return [name for name, value in named if value.device.type == "cpu"]
 
 
+def moves_itself(module: nn.Module) -> bool:
+    """Whether accelerate moves a module at the start of its forward; its parts are looked at then."""
+    return hasattr(module, "_hf_hook")
+
+
 @contextlib.contextmanager
 def modules_are_checked() -> Iterator[None]:
     """A module that is called with a tensor of the device has all its parameters and buffers there, or an error."""
@@ -27,6 +32,8 @@ def modules_are_checked() -> Iterator[None]:
 
     def before(module: nn.Module, args: Any) -> None:
         nonlocal depth
+        if moves_itself(module):
+            return
         if depth == 0:  # inside another module's call it was looked at already
             on_device = any(isinstance(a, VirtualTensor) for a in tree_leaves(args))
             if on_device and (names := left_behind(module)):
@@ -37,7 +44,8 @@ def modules_are_checked() -> Iterator[None]:
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
         nonlocal depth
-        depth = max(0, depth - 1)
+        if not moves_itself(module):
+            depth = max(0, depth - 1)
 
     handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after, always_call=True)]
     try:

@@ -120,7 +120,7 @@ def test_a_unet_that_was_fused_and_unfused_is_refused():
     network.fuse_qkv_projections()
     network.unfuse_qkv_projections()
     with pytest.raises(
-        UserError, match="tensors that its config does not describe, e.g. .*to_qkv.weight; load it anew"
+        UserError, match=r"tensors that its config does not describe, e.g. .*to_qkv.weight; load it anew"
     ):
         check_rebuilds(network)
     network = flux()
@@ -179,7 +179,7 @@ def test_attention_that_goes_elsewhere_later_is_an_error():
     quantized(network, W4A8, "linear", None, call, samples)
     network.set_attn_processor(SlicedAttnProcessor(1))  # as pipe.enable_attention_slicing() does
     with pytest.raises(
-        UserError, match="Attention now makes only 0 of the attention calls .* same attention processor"
+        UserError, match=r"Attention now makes only 0 of the attention calls .* same attention processor"
     ):
         run(call, network, samples)
 

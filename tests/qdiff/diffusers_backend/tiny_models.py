@@ -127,7 +127,7 @@ _HEADS = {"num_attention_heads": 2, "attention_head_dim": 4}
 def dit() -> nn.Module:
     """DiT: adaptive normalisation from the timestep and the class in every block."""
     return diffusers.DiTTransformer2DModel(
-        **_HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=10
+        **_HEADS, in_channels=4, out_channels=8, num_layers=2, sample_size=8, num_embeds_ada_norm=1000
     ).eval()
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from traced_networks import UNITS, WIDTH, Block, Repeating, SkipNetwork, inputs, leaves_of, made
 
 from qdiff.errors import UserError
-from qdiff.tracing.replay import ReplayedNetwork
+from qdiff.tracing.replay import OUTPUT, ReplayedNetwork
 
 # Relative L2 in float64: sums in the order of another batch size.
 TOLERANCE = 1e-9
@@ -52,7 +52,7 @@ def is_the_same(network, given, relative):
 
 def test_equals_the_forward(relative):
     view = is_the_same(made(SkipNetwork), inputs(5, seed=1), relative)
-    assert [step.name for step in view.steps()] == UNITS
+    assert [step.name for step in view.steps()] == [*UNITS, OUTPUT]
 
 
 def test_outputs_are_dropped_after_their_last_use():
@@ -63,7 +63,7 @@ def test_outputs_are_dropped_after_their_last_use():
         step(state)
         held.append(sorted(int(key.split()[1]) for key in state if key.startswith("unit")))
     # Of embedding, head, blocks.0, middle, blocks.1, last: the skip and the embedding live on.
-    assert held == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [1, 4], [5]]
+    assert held == [[0], [0, 1], [0, 1, 2], [0, 1, 3], [1, 4], [5], [5]]
 
 
 def test_a_use_of_what_was_dropped_shows():
@@ -232,7 +232,7 @@ def test_a_named_unit_is_one_step(relative):
     network = made(SkipNetwork)
     view = replayed(network, inputs(2), named=["blocks.0.first"])
     names = [step.name for step in view.steps()]
-    assert names == ["embedding", "head", "blocks.0.first", "blocks.0.second", *UNITS[3:]]
+    assert names == ["embedding", "head", "blocks.0.first", "blocks.0.second", *UNITS[3:], OUTPUT]
     with torch.no_grad():
         assert relative(step_by_step(view, inputs(5)), network(*inputs(5))) < TOLERANCE
 
@@ -290,4 +290,4 @@ def test_blocks_in_a_list_that_is_shared_are_the_networks_output(relative):
 
 def test_repeated_parts(relative):
     view = is_the_same(made(Repeating), inputs(5), relative)
-    assert [step.repeats for step in view.steps()] == [False, False, True, False, True]
+    assert [step.is_unit for step in view.steps()] == [True, True, False, True, False, False]
