@@ -34,8 +34,8 @@ _ENDS = (
 def mark_concatenations(network: nn.Module) -> list[str]:
     """Mark the shortcuts of up blocks, which take [hidden states, skip], for ``split_shortcut``.
 
-    As in the papers' networks, ``conv1`` is not split: a normalization before it makes the two parts alike. The boundary
-    is the number of channels of the hidden states: what the residual block before gives.
+    As in the papers' networks, ``conv1`` is not split: a normalization before it makes the two parts alike. The
+    boundary is the number of channels of the hidden states: what the residual block before gives.
 
     Returns:
         Names of the marked layers.
