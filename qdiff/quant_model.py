@@ -123,7 +123,7 @@ class QuantModel(nn.Module):
         if isinstance(self.model, SteppedNetwork):
             return self.model
         if self._replayed is None:
-            some = [i[:2].to(self.device) for i in inputs]
+            some = [i[:2] if i.is_meta else i[:2].to(self.device) for i in inputs]
             # In a list, because it is a view of this network and not a part of it.
             self._replayed = [ReplayedNetwork(self.model, some, leaves(self.model), self._call, self._unit_names)]
         return self._replayed[0]

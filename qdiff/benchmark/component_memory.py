@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.benchmark.fresh_process import FreshProcess, ProcessMemory
+from qdiff.calibration.footprint import measure_footprint
+from qdiff.calibration.memory_plan import plan_memory
 from qdiff.config import QuantConfig
 from qdiff.cost.account import account
 from qdiff.io.diffusers_files import import_diffusers
@@ -37,6 +39,7 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
 }
 TOKENS = 77
 SHARD = 2 << 30  # bytes
+SAMPLES, BATCH, BUDGET = 256, 8, 16 << 30  # inputs, and bytes for their activations and the pass
 
 
 def build(name: str) -> nn.Module:
@@ -64,7 +67,8 @@ def inputs_of(network: nn.Module, device: str = "meta", batch: int = 1) -> dict[
 
 
 def count(name: str, config: QuantConfig) -> dict[str, Any]:
-    """Return bytes and bit operations per call, in float and quantized, from shapes alone."""
+    """Return bytes and bit operations per call, in float and quantized, and the memory plan of a calibration on
+    `SAMPLES` inputs in batches of `BATCH`, from shapes alone."""
     from qdiff.diffusers_backend.denoiser import read_call
     from qdiff.diffusers_backend.module import Denoiser
     from qdiff.quant_model import QuantModel
@@ -75,8 +79,12 @@ def count(name: str, config: QuantConfig) -> dict[str, Any]:
     shapes = denoiser.input_shape, denoiser.context_shape
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in network.parameters())}
     found |= {f"float {k}": v for k, v in account(denoiser, *shapes).summary(1).items()}
-    quantized = account(QuantModel(denoiser, config), *shapes).summary(1)
-    return found | {f"quantized {k}": v for k, v in quantized.items()}
+    qnn = QuantModel(denoiser, config)
+    found |= {f"quantized {k}": v for k, v in account(qnn, *shapes).summary(1).items()}
+    steps = qnn.as_steps(denoiser.example_inputs())
+    footprint = measure_footprint(steps, tuple(i[:1] for i in denoiser.example_inputs()))
+    plan = plan_memory(qnn, footprint, SAMPLES, BATCH, BUDGET)
+    return found | {"units": sum(1 for _ in steps.steps()), "calibration": str(plan)}
 
 
 def write_random(name: str, folder: Path, dtype: torch.dtype = torch.float16) -> int:

@@ -104,7 +104,7 @@ def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size:
         UserError: the part that goes to disk does not fit there.
     """
     ram = available_memory() // 2 if budget is None else budget
-    gpu = None if qnn.device.type == "cpu" else qnn.device
+    gpu = None if qnn.device.type in ("cpu", "meta") else qnn.device  # a network without values is planned for the CPU
     unit = _largest_unit(qnn) * FLOAT * (ROUNDING_COPIES + 1)
     stored = footprint.stored * samples
     if gpu is None:

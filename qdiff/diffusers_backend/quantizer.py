@@ -91,7 +91,7 @@ class QDiffQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             path = param_name.rpartition(".")[0]
             return param_name in self._step_sizes and isinstance(model.get_submodule(path), Quantizer)
-        return self._layer(model, param_name) is not None
+        return True
 
     def create_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, target_device: Any, *_: Any, **__: Any
@@ -103,6 +103,12 @@ class QDiffQuantizer(DiffusersQuantizer):
             setattr(model.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
             return
         layer = self._layer(model, param_name)
+        if layer is None:
+            owner, value = model.get_submodule(path), param_value.to(device, copy=True)  # a view would keep its file
+            if leaf in owner._parameters:
+                value = nn.Parameter(value, requires_grad=False)
+            setattr(owner, leaf, value)
+            return
         layer.weight = nn.Parameter(param_value.to(device), requires_grad=False)
         layer.weight_int = torch.empty_like(layer.weight, dtype=torch.uint8)
         layer.weight_quantizers.to(device)

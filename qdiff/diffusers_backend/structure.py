@@ -32,9 +32,10 @@ _ENDS = (
 
 
 def mark_concatenations(network: nn.Module) -> list[str]:
-    """Mark the layers of up blocks that take [hidden states, skip], for ``split_shortcut``.
+    """Mark the shortcuts of up blocks, which take [hidden states, skip], for ``split_shortcut``.
 
-    The boundary is the number of channels of the hidden states: what the residual block before gives.
+    As in the papers' networks, ``conv1`` is not split: a normalization before it makes the two parts alike. The
+    boundary is the number of channels of the hidden states: what the residual block before gives.
 
     Returns:
         Names of the marked layers.
@@ -49,17 +50,17 @@ def mark_concatenations(network: nn.Module) -> list[str]:
     marked = []
     for block, hidden in _with_hidden_channels(network, up_blocks):
         for resnet in block.resnets:
-            for layer in (resnet.conv1, resnet.conv_shortcut):
-                if layer is None:
-                    continue
-                channels = layer.weight.shape[1]
-                if not 0 < hidden < channels:
-                    raise UserError(
-                        f"{names[layer]} takes {channels} channels of which {hidden} would be hidden states; quantize "
-                        "this network without split_shortcut"
-                    )
-                split_input(layer, hidden)
-                marked.append(names[layer])
+            layer = resnet.conv_shortcut
+            if layer is None:
+                raise UserError(f"{names[resnet]} has no shortcut layer; quantize this network without split_shortcut")
+            channels = layer.weight.shape[1]
+            if not 0 < hidden < channels:
+                raise UserError(
+                    f"{names[layer]} takes {channels} channels of which {hidden} would be hidden states; quantize "
+                    "this network without split_shortcut"
+                )
+            split_input(layer, hidden)
+            marked.append(names[layer])
             hidden = resnet.out_channels
     return marked
 

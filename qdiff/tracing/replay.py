@@ -159,6 +159,8 @@ class ReplayedNetwork(SteppedNetwork):
             inputs = [step.inputs(state) for state in states]
             for state, taken in zip(states, inputs, strict=True):
                 step.output(state, step.module(*taken))
+        if expected[0].is_meta:  # only shapes are known
+            return all(state["h"].shape == wanted.shape for state, wanted in zip(states, expected, strict=True))
         pairs = [(state["h"] - wanted, wanted) for state, wanted in zip(states, expected, strict=True)]
         return all(difference.norm() <= _TOLERANCE * wanted.norm() for difference, wanted in pairs)
 

@@ -90,6 +90,8 @@ def rows_of_pair(one: Tensor, two: Tensor) -> Rows | None:
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:  # only shapes are known
+        return True
     if not a.is_floating_point():
         return torch.equal(a, b)
     a, b = a.double(), b.double()
