@@ -84,7 +84,7 @@ def test_in_a_pipeline(float_folder, tmp_path):
 
 
 def test_float_weights_are_never_all_in_memory(float_folder, monkeypatch):
-    """After each weight that is loaded, at most that one is a float."""
+    """After each tensor that is loaded, no weight of a quantized layer is a float."""
     held, create = [], QDiffQuantizer.create_quantized_param
 
     def noting(self, model, value, name, *args, **options):
@@ -94,7 +94,7 @@ def test_float_weights_are_never_all_in_memory(float_folder, monkeypatch):
 
     monkeypatch.setattr(QDiffQuantizer, "create_quantized_param", noting)
     network = loaded(float_folder / "unet", weight_bits=4)
-    assert len(held) == len(quantized_layers(network)) > 20 and set(held) == {0}
+    assert len(held) >= len(quantized_layers(network)) > 20 and set(held) == {0}
 
 
 def test_in_shards(float_folder, tmp_path):

@@ -251,6 +251,11 @@ def _text_inputs(channels: int) -> Callable[[int], dict[str, Any]]:
     return lambda count: {**_images(count, channels), "encoder_hidden_states": _prompts(count)}
 
 
+_ONE_SIZE = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 MODELS = {
     "DDPM": TinyModel(unet, lambda count: _images(count, 1)),
     "LSUN": TinyModel(  # with what other UNets have: blocks that resample, scales from the timestep, classes
@@ -266,10 +271,11 @@ MODELS = {
     ),
     "SD 1": TinyModel(text_unet, _text_inputs(4)),
     "SD 2.1": TinyModel(
-        lambda: text_unet(use_linear_projection=True, attention_head_dim=(2, 4), upcast_attention=True), _text_inputs(4)
+        lambda: text_unet(use_linear_projection=True, attention_head_dim=(4,), upcast_attention=True, **_ONE_SIZE),
+        _text_inputs(4),
     ),
     "SDXL": TinyModel(_sdxl, _sdxl_inputs),
-    "inpainting": TinyModel(lambda: text_unet(in_channels=9), _text_inputs(9)),
+    "inpainting": TinyModel(lambda: text_unet(in_channels=9, **_ONE_SIZE), _text_inputs(9)),
     "with ControlNet": TinyModel(text_unet, _controlled_inputs),
     "ControlNet": TinyModel(
         controlnet, lambda count: {**_text_inputs(4)(count), "controlnet_cond": torch.rand(count, 3, 16, 16)}
