@@ -22,6 +22,8 @@ class PairedCall(nn.Module):
     ``paired(*inputs)``: each [N, 2, …] → [N, 2, …]. Gradients flow through the second step only.
     """
 
+    runs = 2  # of the module in one call
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.errors import UserError
 from qdiff.interface import State, Step, SteppedNetwork
 from qdiff.modes import LEAVES, leaf_modes
 
@@ -142,11 +143,17 @@ def leaves_in_execution_order(
 def leaf_inputs_and_output(
     module: nn.Module, leaf: nn.Module, inputs: tuple[Tensor, ...], walker: Walker
 ) -> tuple[Tensor, ...]:
-    """Run a module over all samples and return one leaf's inputs and output: (*inputs, output), each [N, …].
+    """Run a module over all samples and return one leaf's inputs and output: (*inputs, output), each [rows, …].
 
-    If one run of the module calls the leaf k times, each is [N, k, …].
+    There are N rows, or k·N for a leaf that is called several times or with several rows per sample (tokens of several
+    images, say). A module that runs its leaves several times on purpose says so by its ``runs``
+    (`qdiff.calibration.pairs.PairedCall`); then each is [rows, runs, …].
+
+    Raises:
+        UserError: the leaf's calls have different shapes, or rows that belong to no sample.
     """
     seen: list[tuple[Tensor, ...]] = []
+    runs = getattr(module, "runs", 1)
     # Cloned, because what follows a leaf may change its output in place, e.g. ``nn.ReLU(inplace=True)``.
     handle = leaf.register_forward_hook(lambda _, args, out: seen.append(tuple(t.clone() for t in (*args, out))))
     try:
@@ -154,10 +161,21 @@ def leaf_inputs_and_output(
         def captured(rows: slice) -> tuple[Tensor, ...]:
             module(*walker.load(inputs, rows))
             calls = [seen.pop(0) for _ in range(len(seen))]
-            if len(calls) == 1:
-                return calls[0]
-            return tuple(torch.stack(values, dim=1) for values in zip(*calls, strict=True))
+            return tuple(_by_sample(values, rows.stop - rows.start, runs) for values in zip(*calls, strict=True))
 
-        return walker.map(captured, len(inputs[0]))
+        return tuple(t.flatten(0, 1) for t in walker.map(captured, len(inputs[0])))
     finally:
         handle.remove()
+
+
+def _by_sample(calls: tuple[Tensor, ...], count: int, runs: int) -> Tensor:
+    """Return what a leaf took or gave in its calls as [samples, rows per sample, …], or [samples, rows, runs, …]."""
+    first = calls[0]
+    if any(c.shape != first.shape for c in calls) or len(first) % count or len(calls) % runs:
+        raise UserError(
+            "a layer is called with several shapes, or with rows that belong to no sample, and cannot be fitted by "
+            "itself; fit whole blocks (--recon_unit block)"
+        )
+    by_sample = torch.stack([c.unflatten(0, (count, -1)) for c in calls]).unflatten(0, (runs, -1))
+    by_sample = by_sample.permute(2, 1, 3, 0, *range(4, by_sample.dim())).flatten(1, 2)
+    return by_sample.squeeze(2) if runs == 1 else by_sample

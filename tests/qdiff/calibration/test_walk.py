@@ -18,6 +18,7 @@ from qdiff.calibration.walk import (
     walk,
 )
 from qdiff.config import QuantConfig
+from qdiff.errors import UserError
 from qdiff.interface import Step, SteppedNetwork
 from qdiff.modes import LEAVES
 from qdiff.quant_model import QuantModel
@@ -184,6 +185,41 @@ def test_leaf_capture_is_from_before_changes_in_place(walker):
     qnn = QuantModel(network, QuantConfig(4))
     taken, output = leaf_inputs_and_output(network, network[0], (x,), walker)
     assert torch.equal(taken, x) and torch.equal(output, qnn.model[0](x)) and (output < 0).any()
+
+
+@torch.no_grad()
+def test_leaf_capture_of_several_rows_and_calls_per_sample(walker):
+    """Each row is fitted as a sample; what belongs together stays together."""
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(self.layer(x.flatten(0, 1)).relu()).unflatten(0, (len(x), -1))
+
+    network, x = Folded(), torch.randn(7, 2, 3)
+    QuantModel(network, QuantConfig(4))
+    taken, output = leaf_inputs_and_output(network, network.layer, (x,), Walker(walker.storage, walker.device, 3))
+    assert taken.shape == output.shape == (7 * 2 * 2, 3) and torch.equal(network.layer(taken), output)
+    assert {tuple(row) for row in x.flatten(0, 1).tolist()} <= {tuple(row) for row in taken.tolist()}
+
+
+@torch.no_grad()
+def test_leaf_capture_of_several_shapes_is_refused(walker):
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.layer(x) + self.layer(x.mean(1, keepdim=True))
+
+    network = Pooled()
+    QuantModel(network, QuantConfig(4))
+    with pytest.raises(UserError, match="called with several shapes"):
+        leaf_inputs_and_output(network, network.layer, (torch.randn(7, 2, 3),), walker)
 
 
 def test_leaf_capture_removes_its_hook_after_an_error(calibrated, data, walker):
