@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError, require_at_least
@@ -137,6 +137,10 @@ class Pipeline:
     def conditions(self, rows: Sequence[int], calibration: bool) -> tuple[Tensor | None, Tensor | None]:
         """Return the conditional and the unconditional context of images, each [N, L, D] or None, after `load`."""
         return None, None
+
+    def under_own_names(self, qnn: nn.Module) -> nn.Module:
+        """Return the quantized network under the names that its layers have in files of other programs."""
+        return qnn
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Return the context in which sampling calls the network: autocast if half precision was requested."""

@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"| parameters | {found['parameters'] / 1e6:.0f} million | |")
     print(f"| size | {found['float size_bytes'] / 1e9:.2f} GB | {found['quantized size_bytes'] / 1e9:.2f} GB |")
     print(f"| Tbops per call | {found['float bops'] / 1e12:.0f} | {found['quantized bops'] / 1e12:.1f} |\n")
-    print(f"A calibration on 256 inputs, 16 GiB: {found['units']} units, {found['calibration']}\n")
+    print(f"A calibration on 64 inputs, 16 GiB: {found['units']} units, {found['calibration']}\n")
     if args.folder is None:
         return
     written = write_random(args.network, Path(args.folder) / "float")

@@ -122,7 +122,7 @@ def _weight_writer(args: argparse.Namespace, plan: PtqPlan | None) -> Write:
     chosen.check_target(path, options)
 
     def write(qnn: QuantModel, pipeline: Pipeline, notes: dict) -> list[Path]:
-        written = chosen.write(qnn, path, options)
+        written = chosen.write(pipeline.under_own_names(qnn), path, options)
         for note in written.notes:
             print(note, file=sys.stderr)
         return list(written.files)

@@ -39,7 +39,7 @@ NETWORKS: Mapping[str, Mapping[str, Any]] = {
 }
 TOKENS = 77
 SHARD = 2 << 30  # bytes
-SAMPLES, BATCH, BUDGET = 256, 8, 16 << 30  # inputs, and bytes for their activations and the pass
+SAMPLES, BATCH, BUDGET = 64, 8, 16 << 30  # inputs, and bytes for their activations and the pass
 
 
 def build(name: str) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from qdiff.diffusers_backend.recording import arguments_of, check_options
 from qdiff.errors import UserError, require_at_least
 from qdiff.io.prompt_lines import read_prompts
 from qdiff.pipeline import Pipeline
+from qdiff.quant_model import QuantModel
 from qdiff.sampling import Network, OnCall, OnStep
 from qdiff.sampling.noise import CALIBRATION_STREAM
 
@@ -162,6 +164,11 @@ class DiffusersPipeline(Pipeline):
         if not heard:
             raise UserError(f"{type(self.pipe).__name__} does not call its {self.component}; name another --component")
         return tuple(i for i in heard[0] if i is not None)
+
+    def under_own_names(self, qnn: QuantModel) -> QuantModel:
+        view = copy.copy(qnn)
+        view._modules = {"model": qnn.model.network}
+        return view
 
     def precision(self) -> contextlib.AbstractContextManager:
         if self.precision_name == "autocast" and self.device.type == "cuda":

@@ -11,25 +11,14 @@ from qdiff.errors import UserError
 
 pytest.importorskip("diffusers")
 
+import export
 import quantize_pipeline
 import sample_pipeline
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 
-CALIBRATION = [
-    "--steps",
-    "4",
-    "--weight_bit",
-    "4",
-    "--quant_act",
-    "--act_bit",
-    "8",
-    "--split",
-    "--cali_st",
-    "2",
-    "--cali_n",
-    "2",
-]
+WIDTHS = ["--weight_bit", "4", "--quant_act", "--act_bit", "8", "--split"]
+CALIBRATION = ["--steps", "4", *WIDTHS, "--cali_st", "2", "--cali_n", "2"]
 LEARNING = ["--cali_iters", "1", "--cali_iters_a", "1", "--cali_batch_size", "2"]
 
 
@@ -74,6 +63,16 @@ def test_a_quantized_folder_gives_the_images_of_the_run(folder, quantized, tmp_p
     assert images_of(tmp_path / "small") == images_of(tmp_path / "ptq") != images_of(tmp_path / "float")
     manifest = json.loads((tmp_path / "ptq" / "run.json").read_text())
     assert manifest["activation_quantizers"]["silent"] == [] and manifest["network_calls"] == 4
+
+
+def test_other_programs_get_the_names_of_the_component(folder, quantized, tmp_path, capsys):
+    checkpoint = ["--ptq", *WIDTHS, "--cali_ckpt", str(quantized[1] / "quantized.safetensors")]
+    with pytest.raises(SystemExit) as stopped:
+        out = ["--format", "comfyui", "--out", str(tmp_path / "weights.safetensors")]
+        export.main(["--like", "sample_pipeline", str(folder), *checkpoint, *out])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and "conv_in (a convolution); time_embedding.linear_1 (8 input channels" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_sampling_continues(folder, tmp_path):
