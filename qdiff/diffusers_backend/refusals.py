@@ -39,8 +39,8 @@ def _refuse(sentence: str, *_: Any, **__: Any) -> None:
 
 
 def _check_placement(network: nn.Module, _: tuple) -> None:
-    """Raise a `UserError` if integers or step sizes are offloaded: what would load them is never called itself."""
-    if torch.compiler.is_compiling():
+    """Raise a `UserError` if step sizes are offloaded by accelerate: what would load them is never called itself."""
+    if torch.compiler.is_compiling() or not hasattr(network, "_hf_hook"):
         return
     for layer in network.modules():
         if isinstance(layer, QuantModule) and any(t.is_meta for t in layer.weight_quantizers.parameters()):

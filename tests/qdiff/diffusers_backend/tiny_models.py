@@ -269,7 +269,7 @@ MODELS = {
         ),
         lambda count: {**_images(count, 1), "class_labels": torch.arange(count) % 5},
     ),
-    "SD 1": TinyModel(text_unet, _text_inputs(4)),
+    "SD 1": TinyModel(lambda: text_unet(**_ONE_SIZE), _text_inputs(4)),
     "SD 2.1": TinyModel(
         lambda: text_unet(use_linear_projection=True, attention_head_dim=(4,), upcast_attention=True, **_ONE_SIZE),
         _text_inputs(4),
