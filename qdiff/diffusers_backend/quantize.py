@@ -187,7 +187,8 @@ def _in_single_precision(network: nn.Module) -> Iterator[None]:
 
     dtypes = {name: t.dtype for name, t in tensors().items() if t.dtype in HALF}
     for name, tensor in tensors().items():
-        tensor.data = tensor.data.float() if name in dtypes else tensor.data
+        if name in dtypes:
+            tensor.data = tensor.data.float()
     try:
         yield
     finally:

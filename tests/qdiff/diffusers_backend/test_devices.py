@@ -95,6 +95,10 @@ def test_a_compiled_network_is_not_quantized():
     made.unet = torch.compile(made.unet, backend="eager")
     with pytest.raises(UserError, match="unet is compiled; quantize it first and compile it then"):
         qdiff.quantize_pipeline(made, qdiff.QuantConfig(4))
+    made = ddim()
+    made.unet.mid_block.compile(backend="eager")
+    with pytest.raises(UserError, match="unet has compiled modules; quantize it first and compile it then"):
+        qdiff.quantize_pipeline(made, qdiff.QuantConfig(4))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])

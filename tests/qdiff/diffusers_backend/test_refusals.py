@@ -38,8 +38,11 @@ def refused(pipe, message, config=W4A8, **options):
     [
         ({}, "StableDiffusionPipeline makes images from text; give prompts"),
         ({**TEXT, "component": "prior"}, "has no network prior; name one of its components: .*unet"),
-        ({**TEXT, "component": "text_encoder"}, "text_encoder is a CLIPTextModel, whose forward takes no timestep"),
-        ({**TEXT, "component": "vae"}, "vae is a AutoencoderKL, whose forward takes no timestep"),
+        (
+            {**TEXT, "component": "text_encoder"},
+            "text_encoder is of type CLIPTextModel, whose forward takes no timestep",
+        ),
+        ({**TEXT, "component": "vae"}, "vae is of type AutoencoderKL, whose forward takes no timestep"),
         ({**TEXT, "method": "best"}, "the method is 'best'; choose one of"),
         ({**TEXT, "method": "linear", "settings": QDiffusionConfig()}, "the method takes nothing to set"),
         ({**TEXT, "samples": 0}, "samples is 0; give at least 1"),
