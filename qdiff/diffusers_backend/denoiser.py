@@ -45,8 +45,8 @@ def find_denoiser(pipe: Any, name: str | None = None) -> tuple[str, nn.Module]:
         raise UserError(f"{name} has no layer to quantize; name one of the components {', '.join(components)}")
     if TIME not in inspect.signature(network.forward).parameters:
         raise UserError(
-            f"{name} is of type {type(network).__name__}, whose forward takes no {TIME}; name a component that denoises, or "
-            "quantize this network with qdiff.QuantModel"
+            f"{name} is of type {type(network).__name__}, whose forward takes no {TIME}; name a component that "
+            "denoises, or quantize this network with qdiff.QuantModel"
         )
     return name, network
 

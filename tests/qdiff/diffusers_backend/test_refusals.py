@@ -40,7 +40,7 @@ def refused(pipe, message, config=W4A8, **options):
         ({**TEXT, "component": "prior"}, "has no network prior; name one of its components: .*unet"),
         (
             {**TEXT, "component": "text_encoder"},
-            "text_encoder is of type CLIPTextModel, whose forward takes no timestep",
+            "text_encoder is of type CLIPTextModel, whose forward takes no time",
         ),
         ({**TEXT, "component": "vae"}, "vae is of type AutoencoderKL, whose forward takes no timestep"),
         ({**TEXT, "method": "best"}, "the method is 'best'; choose one of"),
