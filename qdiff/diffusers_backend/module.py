@@ -39,7 +39,7 @@ class Conditions:
 
     def join(self, conditions: tuple[Tensor, ...]) -> Tensor:
         """Return conditions [N, …] as one context [N, 1, size], float32; integers up to 2^24 are exact."""
-        return torch.cat([c.flatten(1).float() for c in conditions], dim=1).unsqueeze(1)
+        return torch.cat([c.reshape(len(c), -1).float() for c in conditions], dim=1).unsqueeze(1)
 
     def split(self, context: Tensor) -> list[Tensor]:
         """Undo `join`; conditions that were floats keep the context's dtype."""
