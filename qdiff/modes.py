@@ -20,6 +20,20 @@ def leaves(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, LEAVES)]
 
 
+def quantized_layers(module: nn.Module) -> dict[str, QuantModule]:
+    """Return the quantized convolutions and linear layers inside a module by name."""
+    return {n: m for n, m in module.named_modules() if isinstance(m, QuantModule)}
+
+
+def set_modes(leaf: nn.Module, weights: bool, activations: bool) -> None:
+    """Have a leaf quantize its weight and/or activations from now on, as far as it has quantizers for them."""
+    if isinstance(leaf, QuantModule):
+        leaf.acts_quantized = activations and len(leaf.act_quantizers) > 0
+        leaf.weights_quantized = weights and len(leaf.weight_quantizers) > 0
+    else:
+        leaf.acts_quantized = activations and hasattr(leaf, "act_quantizer_q")
+
+
 @contextlib.contextmanager
 def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -> Iterator[None]:
     """Quantize weights and/or activations of all leaves in ``modules`` inside the block.
@@ -31,13 +45,9 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
     before = [(leaf.acts_quantized, getattr(leaf, "weights_quantized", False)) for leaf in targets]
     try:
         for leaf in targets:
-            if isinstance(leaf, QuantModule):
-                leaf.acts_quantized = activations and len(leaf.act_quantizers) > 0
-                leaf.weights_quantized = weights and len(leaf.weight_quantizers) > 0
-                if leaf.weights_quantized:
-                    leaf.hold_dequantized()
-            else:
-                leaf.acts_quantized = activations and hasattr(leaf, "act_quantizer_q")
+            set_modes(leaf, weights, activations)
+            if isinstance(leaf, QuantModule) and leaf.weights_quantized:
+                leaf.hold_dequantized()
         yield
     finally:
         for leaf, (acts, weights_before) in zip(targets, before, strict=True):

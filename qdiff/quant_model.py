@@ -15,7 +15,7 @@ from qdiff.errors import UserError, first_few
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
 from qdiff.kernels.packed_weight import WeightCache
-from qdiff.modes import leaf_modes, leaves
+from qdiff.modes import leaf_modes, leaves, quantized_layers
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
@@ -157,7 +157,7 @@ class QuantModel(nn.Module):
 
     def layers(self) -> dict[str, QuantModule]:
         """Return the quantized convolutions and linear layers by their name in the float network."""
-        return {n: m for n, m in self.model.named_modules() if isinstance(m, QuantModule)}
+        return quantized_layers(self.model)
 
     def act_quantizers(self) -> dict[str, ActQuantizer]:
         """Return all activation quantizers by name."""

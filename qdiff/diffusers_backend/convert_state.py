@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from qdiff.config import QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
-from qdiff.diffusers_backend.structure import quantized_layers
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.io.tensor_layout import NetworkLayout
 from qdiff.kernels.packing import pack
+from qdiff.modes import quantized_layers
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel

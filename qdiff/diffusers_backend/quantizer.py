@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from qdiff.diffusers_backend.card import writes_card
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.refusals import refuse_changes
-from qdiff.diffusers_backend.structure import pack_without_values, quantized_layers, replace_layers, switch_on
+from qdiff.diffusers_backend.structure import pack_without_values, replace_layers, switch_on
 from qdiff.errors import UserError
+from qdiff.modes import quantized_layers
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import Quantizer
 

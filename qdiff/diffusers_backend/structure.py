@@ -12,9 +12,7 @@ from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.kernels.packed_weight import WeightCache
 from qdiff.kernels.packing import packed_bytes
-from qdiff.modes import LEAVES
-from qdiff.quant_attention import QuantAttention
-from qdiff.quant_layer import QuantModule
+from qdiff.modes import leaves, quantized_layers, set_modes
 from qdiff.tracing.attention_calls import route_attention
 from qdiff.wrapping import replace_leaves
 
@@ -165,19 +163,10 @@ def pack_without_values(network: nn.Module) -> None:
             layer.pack(torch.empty(size, dtype=torch.uint8, device="meta"))
 
 
-def quantized_layers(network: nn.Module) -> dict[str, QuantModule]:
-    """Return the quantized layers by name."""
-    return {n: m for n, m in network.named_modules() if isinstance(m, QuantModule)}
-
-
 def switch_on(network: nn.Module) -> None:
     """Quantize in every forward from now on, weights and activations that have a width."""
-    for leaf in network.modules():
-        if isinstance(leaf, QuantModule):
-            leaf.weights_quantized = len(leaf.weight_quantizers) > 0
-            leaf.acts_quantized = len(leaf.act_quantizers) > 0
-        elif isinstance(leaf, QuantAttention):
-            leaf.acts_quantized = hasattr(leaf, "act_quantizer_q")
+    for leaf in leaves(network):
+        set_modes(leaf, weights=True, activations=True)
     network.requires_grad_(False)
     # diffusers takes a network's dtype from its first parameter that the class does not keep in float32.
     kept = list(getattr(network, "_keep_in_fp32_modules", None) or ())
@@ -203,4 +192,4 @@ def cache_weights(network: nn.Module, mebibytes: float) -> None:
 
 
 def is_quantized(network: nn.Module) -> bool:
-    return any(isinstance(m, LEAVES) for m in network.modules())
+    return bool(leaves(network))

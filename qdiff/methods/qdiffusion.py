@@ -17,7 +17,6 @@ from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.errors import UserError
-from qdiff.interface import SteppedNetwork
 from qdiff.io.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -109,13 +108,14 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, r
         run: seed, storage, journal, progress, and whether weights are kept.
     """
     weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
-    network = qnn.as_steps(data.inputs)
-    with run.progress(network, weights * config.iterations + activations * config.act_iterations) as bar:
+    with run.progress(
+        qnn.as_steps(data.inputs), weights * config.iterations + activations * config.act_iterations
+    ) as bar:
         if weights:
             init_weights(qnn)
-            _fit_weights(qnn, network, data, config, run, bar)
+            _fit_weights(qnn, data, config, run, bar)
         if activations:
-            _fit_activations(qnn, network, data, config, run, bar)
+            _fit_activations(qnn, data, config, run, bar)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)
 
 
@@ -124,14 +124,9 @@ def _contains(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
 
 
 def _fit_weights(
-    qnn: QuantModel,
-    network: SteppedNetwork,
-    data: CalibrationSet,
-    config: QDiffusionConfig,
-    run: CalibrationRun,
-    bar: Progress,
+    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
-    walker = run.walker(qnn)
+    walker, network = run.walker(qnn), qnn.as_steps(data.inputs)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
     settings = FitSettings(
         config.iterations, config.batch_size, lr_rounding=config.rounding_rate, regulariser=config.regulariser
@@ -148,12 +143,7 @@ def _fit_weights(
 
 
 def _fit_activations(
-    qnn: QuantModel,
-    network: SteppedNetwork,
-    data: CalibrationSet,
-    config: QDiffusionConfig,
-    run: CalibrationRun,
-    bar: Progress,
+    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
@@ -161,7 +151,7 @@ def _fit_activations(
     softmax_only = config.running_stat_softmax_only
     settings = FitSettings(config.act_iterations, config.batch_size, lr_act=config.lr_act, decays=True)
     phase = Phase("activations", 1, config.act_iterations, True, _contains(ActQuantizer), label="activations ")
-    for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
+    for opened in units_to_fit(qnn, qnn.as_steps(data.inputs), data.inputs, phase, run, bar):
         if softmax_only or not config.running_stat:
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, first)
         if config.running_stat:

@@ -12,8 +12,8 @@ from tiny_models import MODELS
 from torch import nn
 
 from qdiff.config import QuantConfig
-from qdiff.diffusers_backend.structure import quantized_layers
 from qdiff.methods.qdiffusion import QDiffusionConfig
+from qdiff.modes import quantized_layers
 from qdiff.quant_model import QuantModel
 from qdiff.weight_forms import WeightForm
 

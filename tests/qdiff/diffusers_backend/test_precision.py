@@ -14,8 +14,9 @@ from torch import nn
 import qdiff
 from qdiff.calibration.run import CalibrationRun
 from qdiff.config import QuantConfig
-from qdiff.diffusers_backend.structure import ends_of, quantized_layers
+from qdiff.diffusers_backend.structure import ends_of
 from qdiff.functional import quantize
+from qdiff.modes import quantized_layers
 from qdiff.quantizer import Quantizer
 from qdiff.ranges.estimators import estimate
 
