@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-ldm demo-txt2img tables test test-cpus gpu-check gpu-packages lint format clean
+.PHONY: demo demo-ldm demo-txt2img demo-dit tables test test-cpus gpu-check gpu-packages lint format clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: set PYTHON=/path/to/python3')"
@@ -20,8 +20,11 @@ demo-ldm: $(READY)
 demo-txt2img: $(READY)
 	$(BIN)/python scripts/reproduce.py configs/tables/digits-text-demo.yaml
 
+demo-dit: $(READY)
+	$(BIN)/python scripts/reproduce.py configs/tables/digits-dit-demo.yaml
+
 # All of docs/results.md: several hours on two cores; repeat it to continue.
-TABLES := digits digits-methods digits-vq digits-kl digits-class digits-text \
+TABLES := digits digits-methods digits-vq digits-kl digits-class digits-text digits-dit \
 	modiff-digits modiff-digits-vq modiff-digits-class modiff-digits-text
 
 tables: $(READY)

@@ -138,8 +138,9 @@ def record_features(sample: Sample, network: nn.Module, module_name: str, indice
         indices: numbers of the images to sample, as one batch.
 
     Returns:
-        T tensors float32 [N, C, H, W] on the CPU, in sampling order (a list, because stacking would need twice the
-        memory). With guidance, N is twice the number of images: the network gets the unconditional half first.
+        T tensors float32 [N, C, H, W], or [N, C, tokens] of a transformer, on the CPU, in sampling order (a list,
+        because stacking would need twice the memory). With guidance, N is twice the number of images: the network gets
+        the unconditional half first.
 
     Raises:
         ValueError: the network has no such module, or it did not run.
@@ -157,9 +158,14 @@ def record_features(sample: Sample, network: nn.Module, module_name: str, indice
 def _outputs(module: nn.Module) -> Iterator[list[Tensor]]:
     """Yield the list to which every output of the module is appended inside the block, float32 on the CPU."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(
-        lambda _, args, out: seen.append(out.detach().to("cpu", torch.float32, copy=True))
-    )
+
+    def keep(_: nn.Module, args: tuple, out: Tensor | tuple[Tensor, ...]) -> None:
+        features = out if isinstance(out, Tensor) else out[-1]  # joint blocks return the text's tokens first
+        if features.dim() == 3:  # tokens hold their channels last
+            features = features.movedim(-1, 1)
+        seen.append(features.detach().to("cpu", torch.float32, copy=True))
+
+    handle = module.register_forward_hook(keep)
     try:
         yield seen
     finally:

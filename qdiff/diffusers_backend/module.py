@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.diffusers_backend.denoiser import DenoiserCall
-from qdiff.diffusers_backend.structure import ends_of, mark_concatenations
+from qdiff.diffusers_backend.structure import ends_of, mark_concatenations, middle_of
 from qdiff.errors import UserError
 from qdiff.interface import Family
-
-MIDDLE = "mid_block.resnets.0"  # whose output enters the middle attention; TDAC compares it
 
 
 @dataclass(frozen=True)
@@ -70,12 +68,11 @@ class Denoiser(nn.Module):
         super().__init__()
         self.network = network
         self._shape: torch.Size = torch.Size()
-        ends = ends_of(network)
-        names = {name for name, _ in network.named_modules()}
+        ends, middle = ends_of(network), middle_of(network)
         self.family = Family(
             Denoiser,
             ends=None if ends is None else tuple(f"network.{name}" for name in ends),
-            middle=f"network.{MIDDLE}" if MIDDLE in names else None,
+            middle=None if middle is None else f"network.{middle}",
         )
         with contextlib.suppress(UserError):  # a network that has no such up blocks is not split
             mark_concatenations(network)

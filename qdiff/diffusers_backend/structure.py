@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # it imports diffusers
     from qdiff.diffusers_backend.config import QDiffConfig
 
 _STEP_SIZES = ".delta"  # names of step sizes end so
+_MIDDLE = "mid_block.resnets.0"
 _ENDS = (
     ("conv_in", "conv_out"),
     ("pos_embed.proj", "proj_out"),
@@ -27,6 +28,17 @@ _ENDS = (
     ("x_embedder", "proj_out"),
     ("patch_embed.proj", "proj_out"),
 )
+
+
+def middle_of(network: nn.Module) -> str | None:
+    """Return the module whose output TDAC compares, or None for a network of another build.
+
+    In a UNet it is what enters the middle attention, as in EDA-DM; in a transformer, what enters the middle block [own].
+    """
+    if any(name == _MIDDLE for name, _ in network.named_modules()):
+        return _MIDDLE
+    blocks = getattr(network, "transformer_blocks", None)
+    return f"transformer_blocks.{(len(blocks) - 1) // 2}" if isinstance(blocks, nn.ModuleList) else None
 
 
 def mark_concatenations(network: nn.Module) -> list[str]:

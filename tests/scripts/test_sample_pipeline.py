@@ -75,6 +75,20 @@ def test_other_programs_get_the_names_of_the_component(folder, quantized, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+def test_modulation_is_closer_to_float_at_low_widths(folder, tmp_path):
+    """Each batch of a pipeline's loop is one trajectory, so layers quantize the changes between its steps."""
+    sampling = ["-n", "3", "--batch_size", "2", "--device", "cpu", "--steps", "40"]
+    widths = ["--ptq", "--cali_st", "2", "--cali_n", "2", "--quant_mode", "dynamic", "--method", "linear"]
+    widths += ["--weight_bit", "8", "--quant_act", "--act_bit", "4"]
+    errors = {}
+    for name, options in {"plain": [], "modulated": ["--modulate"]}.items():
+        sample_pipeline.main([str(folder), *sampling, *widths, *options, "-l", str(tmp_path / name)])
+        manifest = json.loads((tmp_path / name / "run.json").read_text())
+        errors[name] = manifest["noise_error"]["mse"]
+        assert len(images_of(tmp_path / name)) == 3
+    assert errors["modulated"] < 0.5 * errors["plain"]
+
+
 def test_an_interrupted_sampling_continues(folder, tmp_path):
     command = [str(folder), "-n", "3", "--steps", "2", "--device", "cpu", "-l", str(tmp_path)]
     sample_pipeline.main(command)

@@ -14,8 +14,9 @@ from components import quantized, read_inputs, run
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from tiny_models import MODELS, dit, flux, sd3, text_unet, unet
 
+from qdiff.calibration.recording import record_features
 from qdiff.config import QuantConfig
-from qdiff.diffusers_backend.structure import check_rebuilds, ends_of, mark_concatenations, quantized_layers
+from qdiff.diffusers_backend.structure import check_rebuilds, ends_of, mark_concatenations, middle_of, quantized_layers
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -198,3 +199,21 @@ def test_attention_of_explicit_products_is_reported(caplog):
         set(qnn.left_in_float.values()) == {"it multiplies two activations by itself"} and len(qnn.left_in_float) == 8
     )
     assert "products of 8 modules stay in float: down_blocks.0.attentions.0.transformer_blocks.0.attn1" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DiT", "SD3", "FLUX", "Sana"])
+def test_the_middle_gives_features_with_channels_first(name):
+    """TDAC compares the channel vectors at each position or token."""
+    network, call, samples = made(name)
+    outputs = []
+    block = network.get_submodule(middle_of(network))
+    block.register_forward_hook(lambda _, args, out: outputs.append(out if torch.is_tensor(out) else out[-1]))
+    (features,) = record_features(lambda *_: run(call, network, samples), network, middle_of(network), range(2))
+    if name == "DDPM":
+        assert torch.equal(features, outputs[0]) and features.dim() == 4
+    else:
+        assert torch.equal(features.movedim(1, -1), outputs[0]) and features.dim() == 3
+
+
+def test_networks_of_another_build_have_no_middle():
+    assert middle_of(torch.nn.Sequential(torch.nn.Linear(2, 2))) is None
