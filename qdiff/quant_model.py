@@ -22,7 +22,6 @@ from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
 from qdiff.tracing.attention_calls import route_attention
 from qdiff.tracing.replay import ReplayedNetwork
 from qdiff.tracing.trace import Call, call_directly, count_calls
-from qdiff.tracing.units import PRODUCTS
 from qdiff.weight_forms import WeightForm
 from qdiff.wrapping import log, replace_leaves
 
@@ -97,11 +96,16 @@ class QuantModel(nn.Module):
             Names of layers that are never called, and of modules whose products stay in float, with the reason.
         """
         counts = count_calls(self.model, example, self._call)
-        repeated = [
-            n for n, m in self.model.named_modules() if isinstance(m, PRODUCTS) and counts.modules.get(n, 0) > 1
-        ]
-        if self.config.modulate and repeated:
-            raise UserError(f"{repeated[0]} is called several times per forward; leave out modulate")
+        # o = W·â holds after any sequence of inputs, so a layer may change from call to call instead of from step to
+        # step; but ranges of changes are recorded step by step.
+        repeated = counts.repeated(self.model) if self.config.modulate else []
+        if repeated and not self.config.act_dynamic:
+            raise UserError(
+                f"{repeated[0]} is called several times per forward; give dynamic ranges, or leave out modulate"
+            )
+        for name in repeated:
+            if len(counts.shapes[name]) > 1:
+                raise UserError(f"{name} is called with inputs of several shapes per forward; leave out modulate")
         unused, reasons = counts.never_called(self.model), {}
         if self.config.attention_widths is not None:
             route_attention(self.model, counts.attention)

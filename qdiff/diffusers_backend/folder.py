@@ -77,6 +77,11 @@ class Folder:
         """T of the scheduler."""
         return int(getattr(self._scheduler.config, "num_train_timesteps", 1000))
 
+    @property
+    def scheduler_name(self) -> str:
+        """Class of the scheduler."""
+        return type(self._scheduler).__name__
+
     def describe(self, component: str) -> dict[str, Any]:
         """Return what decides the images besides weights, prompts and options (JSON values)."""
         folder = self.path / component / "config.json"
@@ -85,7 +90,7 @@ class Folder:
             "class": self.pipeline_class.__name__,
             "component": component,
             "network": {k: v for k, v in network.items() if not k.startswith("_")},
-            "scheduler": type(self._scheduler).__name__,
+            "scheduler": self.scheduler_name,
         }
 
     def load(self) -> Any:

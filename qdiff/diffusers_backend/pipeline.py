@@ -84,6 +84,11 @@ class DiffusersPipeline(Pipeline):
             self.options["num_inference_steps"] = steps
         self.config = {
             "pipeline": self.folder.describe(self.component),
+            "sampler": {
+                "kind": self.folder.scheduler_name,
+                "steps": steps,
+                "guidance_scale": self.options.get("guidance_scale"),
+            },
             "weights": str(folder),
             "prompts": self.prompts,
             "options": self.options,

@@ -33,7 +33,8 @@ _ENDS = (
 def middle_of(network: nn.Module) -> str | None:
     """Return the module whose output TDAC compares, or None for a network of another build.
 
-    In a UNet it is what enters the middle attention, as in EDA-DM; in a transformer, what enters the middle block [own].
+    In a UNet it gives what enters the middle attention, as in EDA-DM; in a transformer, what enters the block after the
+    middle, for which the paper has no rule.
     """
     if any(name == _MIDDLE for name, _ in network.named_modules()):
         return _MIDDLE

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,17 @@ class CallCounts:
         modules: calls per module name; modules that are never called are missing.
         attention: calls of ``F.scaled_dot_product_attention`` that a module's own forward makes, by module name.
         products: names of modules that multiply two computed tensors by other means; these products stay in float.
+        shapes: of the first argument at all calls of a module, by its name.
     """
 
     modules: dict[str, int]
     attention: dict[str, int]
     products: tuple[str, ...]
+    shapes: dict[str, set[torch.Size]]
+
+    def repeated(self, network: nn.Module) -> list[str]:
+        """Return the names of layers with products that a forward calls several times."""
+        return [n for n, m in network.named_modules() if isinstance(m, PRODUCTS) and self.modules.get(n, 0) > 1]
 
     def never_called(self, network: nn.Module) -> list[str]:
         """Return the names of layers with products that the forward does not use; a shared layer has several."""
@@ -51,14 +58,20 @@ def count_calls(network: nn.Module, inputs: Sequence[Tensor], call: Call = call_
     """
     names = {m: n for n, m in network.named_modules()}
     counts: Counter[str] = Counter()
-    handles = [m.register_forward_pre_hook(lambda m, _: counts.update([names[m]])) for m in names]
+    shapes: dict[str, set[torch.Size]] = defaultdict(set)
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        counts.update([names[module]])
+        shapes[names[module]] |= {a.shape for a in args[:1] if isinstance(a, Tensor)}
+
+    handles = [m.register_forward_pre_hook(count) for m in names]
     try:
         with CallCounter(network).counting() as counter:
             call(network, *(i[:1].clone() for i in inputs))  # a network may change its inputs in place
     finally:
         for handle in handles:
             handle.remove()
-    return CallCounts(dict(counts), counter.attention, tuple(sorted(counter.products)))
+    return CallCounts(dict(counts), counter.attention, tuple(sorted(counter.products)), dict(shapes))
 
 
 def trace_units(

@@ -312,3 +312,17 @@ def test_failed_subprocess_is_one_sentence_with_its_command(tmp_path):
         _call([str(script), "3"])
     with pytest.raises(KeyboardInterrupt):
         _call([str(script), "130"])
+
+
+def test_a_table_of_a_pipeline(table, stood_in, call, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    network = diffusers.UNet2DModel(8, 1, 1, norm_num_groups=4, layers_per_block=1, **blocks)
+    diffusers.DDIMPipeline(network, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "pipeline")
+    options = f"{tmp_path / 'pipeline'} --steps 2 --n_samples 3 --batch_size 2"
+    rows = [ROWS[0], {"label": "linear W4A8", "options": "--ptq --quant_mode linear --weight_bit 4 --quant_act"}]
+    path = table(script="scripts/sample_pipeline.py", options=options, rows=rows)
+    outcome = call("reproduce", path, "--out", tmp_path / "table")
+    assert outcome.code == 0, outcome.err
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert "| linear W4A8 |" in text and "sampler kind DDIMScheduler, steps 2" in text
