@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.folder import Folder
 from qdiff.diffusers_backend.module import Denoiser
-from qdiff.diffusers_backend.recording import arguments_of, check_options
+from qdiff.diffusers_backend.recording import arguments_of, check_options, count_classes
 from qdiff.errors import UserError, require_at_least
 from qdiff.io.prompt_lines import read_prompts
 from qdiff.pipeline import Pipeline
@@ -80,6 +80,7 @@ class DiffusersPipeline(Pipeline):
         check_options(self.folder.pipeline_class, self.prompts, self.options)
         self.component, self.precision_name = self.folder.component(component), precision
         super().__init__(Path(folder).name, Loop(seed, self.folder.calls(steps)), count, batch_size)
+        self.labels = self._asked(self.options.get("class_labels"))
         if "num_inference_steps" in self.folder.call_parameters:
             self.options["num_inference_steps"] = steps
         self.config = {
@@ -128,6 +129,10 @@ class DiffusersPipeline(Pipeline):
             args.precision,
         )
 
+    def _asked(self, classes: Sequence[int] | None) -> list[int] | None:
+        """Return the requested class of each image; None if no classes are given."""
+        return [classes[i % len(classes)] for i in range(self.count)] if classes else None
+
     @property
     def input_shape(self) -> tuple[int, ...]:
         return self.network.input_shape
@@ -147,6 +152,8 @@ class DiffusersPipeline(Pipeline):
     def load(self, device: torch.device, network: bool = True) -> None:
         """Load the pipeline; its network is loaded in any case, since the pipeline cannot be built without."""
         self.pipe = self.folder.load()
+        if self.labels is None and "class_labels" in self.folder.call_parameters:
+            self.labels = self._asked(range(count_classes(self.pipe)))
         network = self.pipe.components[self.component]
         self.network, self.weights = Denoiser(network), self.folder.weights_of(self.component)
         self.move_to(device)

@@ -163,9 +163,7 @@ def test_a_layer_that_takes_several_shapes_cannot_be_modulated():
             return self.last(self.layer(x) + self.layer(x.unsqueeze(1)).squeeze(1))
 
     config = QuantConfig(4, 8, modulate=True, act_dynamic=True)
-    with pytest.raises(
-        UserError, match="layer is called with inputs of several shapes per forward; leave out"
-    ):
+    with pytest.raises(UserError, match="layer is called with inputs of several shapes per forward; leave out"):
         QuantModel(made(Shapes), config, (torch.zeros(2, 4).double(), torch.zeros(2)))
 
 
