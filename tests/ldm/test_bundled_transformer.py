@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qdiff.evaluation.extractors import create_extractor
+from qdiff.evaluation.extractors import create_extractor, extractor_spec
 from qdiff.evaluation.features import forward
 
 diffusers = pytest.importorskip("diffusers")
@@ -29,5 +29,5 @@ def test_it_draws_what_is_asked_for():
     images = pipe(asked, generator=torch.Generator().manual_seed(0), **options).images
     extractor = create_extractor("digits-classifier", None, torch.device("cpu"))
     outputs, _ = forward(extractor, (images * 255).round().to(torch.uint8))
-    seen = outputs["logits"].argmax(1)
+    seen = outputs[extractor_spec("digits-classifier").logits_layer].argmax(1)
     assert (seen == torch.tensor(asked)).float().mean() > 0.8
