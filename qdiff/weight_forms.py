@@ -20,6 +20,8 @@ from qdiff.ranges.estimators import estimate
 RELEASED = "the float weights of this network were released"
 DEQUANTIZED_AT_A_TIME = 1 << 17  # number of weights; small enough for the three passes over them to stay in the cache
 
+RANGES_AT_A_TIME = 1 << 22  # number of weights; bounds the float copies of a large layer while it is rounded
+
 
 class WeightForm(Enum):
     """The form in which a layer holds its weight."""
@@ -159,11 +161,15 @@ class WeightedModule(nn.Module):
     @torch.no_grad()
     def init_weight_ranges(self, method: str) -> None:
         """Choose δ and z per output channel and round all weights to nearest; raises the errors of `float_weight`."""
-        integers = []
-        for quantizer, part in zip(self.weight_quantizers, self.weight_slices(), strict=True):
-            quantizer.set(*estimate(part, quantizer.bits, method, quantizer.symmetric, per_channel=True))
-            integers.append(quantize(part.float(), quantizer.delta, quantizer.zero_point, quantizer.bits))
-        self.set_weight_int(torch.cat(integers, dim=1))
+        rows = max(1, RANGES_AT_A_TIME // self.float_weight()[0].numel())
+        integers = self.weight_int.split(self.slices, dim=1)
+        for quantizer, part, out in zip(self.weight_quantizers, self.weight_slices(), integers, strict=True):
+            ranges = []
+            for some, levels in zip(part.split(rows), out.split(rows), strict=True):
+                ranges.append(estimate(some, quantizer.bits, method, quantizer.symmetric, per_channel=True))
+                levels.copy_(quantize(some.float(), *ranges[-1], quantizer.bits))
+            quantizer.set(*(torch.cat(values) for values in zip(*ranges, strict=True)))
+        self.drop_dequantized()
 
     @torch.no_grad()
     def set_weight_int(self, integers: Tensor) -> None:

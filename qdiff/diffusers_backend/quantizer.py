@@ -15,9 +15,12 @@ from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.refusals import refuse_changes
 from qdiff.diffusers_backend.structure import pack_without_values, replace_layers, switch_on
 from qdiff.errors import UserError
+from qdiff.machine.memory import return_freed_memory
 from qdiff.modes import quantized_layers
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import Quantizer
+
+RETURNED_AT_A_TIME = 64 << 20  # bytes: returning takes milliseconds
 
 
 class QDiffQuantizer(DiffusersQuantizer):
@@ -35,6 +38,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: QDiffConfig, **keywords: Any) -> None:
         super().__init__(quantization_config, **keywords)
+        self._freed = 0  # bytes of float weights since memory was returned
         self._step_sizes: dict[str, Tensor] = {}  # read and not yet used
         self._shapes: dict[str, torch.Size] = {}  # of the component's tensors
         if not self.pre_quantized and quantization_config.quant_config.act_bits is not None:
@@ -115,6 +119,10 @@ class QDiffQuantizer(DiffusersQuantizer):
         layer.weight_quantizers.to(device)
         layer.init_weight_ranges(self.quantization_config.quant_config.weight_range)
         layer.pack()
+        self._freed += param_value.numel() * torch.float32.itemsize
+        if self._freed > RETURNED_AT_A_TIME:
+            return_freed_memory()
+            self._freed = 0
 
     def _layer(self, model: nn.Module, name: str) -> QuantModule | None:
         """Return the quantized layer whose float weight has this name."""
