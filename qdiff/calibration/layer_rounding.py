@@ -1,4 +1,4 @@
-"""Round the weights of a unit's layers in closed form, one layer after another (`qdiff.calibration.column_rounding`)."""
+"""Round the weights of a unit's layers one after another in closed form (`qdiff.calibration.column_rounding`)."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def plan_memory(
     """
     ram = available_memory() // 2 if budget is None else budget
     gpu = None if qnn.device.type in ("cpu", "meta") else qnn.device  # a network without values is planned for the CPU
-    # The moments of a layer are gone before roundings are learned, but their sum stays below what can be told apart.
+    # Learned rounding begins after the moments are freed, so the sum is an upper bound.
     unit = _largest_unit(qnn) * FLOAT * (ROUNDING_COPIES + 1) + rounding
     stored = footprint.stored * samples
     if gpu is None:

@@ -23,8 +23,8 @@ def observe_unit(
 ) -> None:
     """Choose δ and z of every activation quantizer in a unit, including those of attention's operands.
 
-    While observing, weights are quantized and the observed activations are not. Quantizers outside of ``part`` quantize,
-    and must have ranges.
+    While observing, weights are quantized and the observed activations are not. Quantizers outside of ``part`` quantize
+    and need ranges.
 
     Args:
         method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
