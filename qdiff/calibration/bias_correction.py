@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from qdiff.calibration.input_moments import InputMoments, groups_of, input_moments
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker, leaves_in_execution_order
-from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 
 
@@ -19,42 +19,29 @@ def correct_biases(unit: Unit, walker: Walker, activations: bool) -> None:
     """
     for _, leaf in leaves_in_execution_order(unit.module, unit.inputs, walker):
         if isinstance(leaf, QuantModule):
-            correct_bias(unit, leaf, walker, activations)
+            correct_bias(leaf, input_moments(unit, leaf, walker, activations, second=False))
 
 
 @torch.no_grad()
-def correct_bias(unit: Unit, layer: QuantModule, walker: Walker, activations: bool) -> None:
-    """Shift the bias of one layer by the difference of its mean outputs, per output channel.
+def correct_bias(layer: QuantModule, moments: InputMoments) -> None:
+    """Set the bias of the quantized layer so that its mean output per channel is that of the float layer.
 
-    The means are over samples, positions and calls, of the float network and of the network as quantized so far. A
-    layer without a bias stays as it is; the next layer with one corrects what it leaves.
+    The means are over samples, positions and calls. A layer without a bias stays as it is; the next layer with one
+    corrects the error that it leaves.
 
     Args:
-        activations: see `correct_biases`.
+        moments: of the layer's inputs.
     """
     if layer.bias is None:
         return
-    with leaf_modes([unit.module], weights=False, activations=False):
-        wanted = _mean_output(unit.module, layer, unit.float_inputs, walker)
-    with leaf_modes([unit.module], weights=True, activations=activations):
-        found = _mean_output(unit.module, layer, unit.inputs, walker)
-    layer.set_quantized_bias(layer.bias + (wanted - found).to(layer.bias.dtype))
+    in_float, quantized = moments.means
+    rounded = layer.dequantized_weight() if len(layer.weight_quantizers) else layer.float_weight()
+    own = layer.bias if layer.float_bias is None else layer.float_bias
+    shift = _mean_product(layer, layer.float_weight(), in_float) - _mean_product(layer, rounded, quantized)
+    layer.set_quantized_bias(own + shift.to(own.dtype))
 
 
-def _mean_output(module: nn.Module, layer: QuantModule, inputs: tuple[Tensor, ...], walker: Walker) -> Tensor:
-    """Return the mean of a layer's output per channel, [C_out] in float64."""
-    total, count = torch.zeros(len(layer.weight), dtype=torch.float64, device=layer.weight.device), 0
-
-    def add(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal count
-        by_channel = output.double().movedim(layer.channel_dim, -1).flatten(0, -2)
-        total.add_(by_channel.sum(dim=0))
-        count += len(by_channel)
-
-    handle = layer.register_forward_hook(add)
-    try:
-        for rows in walker.slices(len(inputs[0])):
-            module(*walker.load(inputs, rows))
-    finally:
-        handle.remove()
-    return total / max(1, count)
+def _mean_product(layer: QuantModule, weight: Tensor, mean: Tensor) -> Tensor:
+    """Return W·mean per output channel, [C_out] in float64, for a mean input [G, K]."""
+    by_group = weight.double().flatten(1).unflatten(0, (groups_of(layer), -1))
+    return torch.einsum("grk,gk->gr", by_group, mean).flatten()

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, Target, round_matrix
+from qdiff.calibration.input_moments import PATCH_BYTES, InputMoments, columns_of, groups_of, input_moments
 from qdiff.calibration.reconstruction import Unit
-from qdiff.calibration.second_moments import PATCH_BYTES, SecondMoments, columns_of, groups_of
 from qdiff.calibration.walk import Walker, leaves_in_execution_order
 from qdiff.errors import UserError
-from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
@@ -43,6 +41,11 @@ class ColumnRounding:
     factor: float | None = None
     damping: float = 0.01
     most_rows: int | None = 1 << 16
+
+    @property
+    def moments(self) -> dict[str, Any]:
+        """What `input_moments` collects for it."""
+        return {"most_rows": self.most_rows, "cross": self.target is not Target.PLAIN}
 
     def __post_init__(self) -> None:
         try:
@@ -78,77 +81,49 @@ def round_layers(unit: Unit, walker: Walker, settings: ColumnRounding, activatio
         activations: quantize activations as well as weights when computing a layer's inputs.
     """
     for name, leaf in leaves_in_execution_order(unit.module, unit.inputs, walker):
-        if isinstance(leaf, QuantModule):
-            round_layer(unit, name, leaf, walker, settings, activations)
+        if isinstance(leaf, QuantModule) and len(leaf.weight_quantizers):
+            moments = input_moments(unit, leaf, walker, activations, **settings.moments)
+            round_layer(part_name(unit, name), leaf, moments, settings)
 
 
 @torch.no_grad()
-def round_layer(
-    unit: Unit, name: str, layer: QuantModule, walker: Walker, settings: ColumnRounding, activations: bool
-) -> None:
-    """Round the weight of one layer of a unit in place; a weight without a width stays as it is.
-
-    Layers that run before it must be rounded already, and its activation quantizers must have their ranges.
+def round_layer(name: str, layer: QuantModule, moments: InputMoments, settings: ColumnRounding) -> None:
+    """Round the weight of one layer in place, on its grid; a weight without a width stays as it is.
 
     Args:
-        name: of the layer inside the unit.
-        activations: see `round_layers`.
+        name: of the layer, for messages.
+        moments: of the layer's inputs, with what ``settings.moments`` asks for.
 
     Raises:
         UserError: the layer's inputs are not finite.
     """
     if len(layer.weight_quantizers) == 0:
         return
-    path = ".".join(filter(None, (unit.name, name)))
-    samples = len(unit.target)
-    moments = SecondMoments(layer, samples, settings.most_rows, settings.target is not Target.PLAIN)
-    for first, x, quantized in _inputs(unit, layer, walker, activations):
-        moments.add(x, quantized, first)
     inputs, cross = moments.inputs, moments.cross
     if not torch.isfinite(inputs).all() or (cross is not None and not torch.isfinite(cross).all()):
-        raise UserError(f"the inputs of {path} are not finite on the calibration set; check the float weights")
+        raise UserError(f"the inputs of {name} are not finite on the calibration set; check the float weights")
     groups = len(inputs)
-    delta, zero_point = layer.weight_grid()
-    matrices = (t.expand_as(layer.weight).flatten(1).chunk(groups) for t in (layer.float_weight(), delta, zero_point))
+    tensors = (layer.float_weight(), *layer.weight_grid())
+    matrices = (t.expand_as(layer.weight).flatten(1).chunk(groups) for t in tensors)
     integers = []
     try:
         for group, (weight, *grid) in enumerate(zip(*matrices, strict=True)):
-            integers.append(
-                round_matrix(
-                    weight,
-                    Grid(*grid, layer.weight_quantizers[0].bits),
-                    inputs[group],
-                    None if cross is None else cross[group],
-                    target=settings.target,
-                    factor=settings.factor,
-                    damping=settings.damping,
-                )
+            q = round_matrix(
+                weight,
+                Grid(*grid, layer.weight_quantizers[0].bits),
+                inputs[group],
+                None if cross is None else cross[group],
+                target=settings.target,
+                factor=settings.factor,
+                damping=settings.damping,
             )
+            integers.append(q)
     except NotPositiveDefinite as error:
-        log.warning("%s keeps its rounding to nearest: %s", path, error)
+        log.warning("%s keeps its rounding to nearest: %s", name, error)
         return
     layer.set_weight_int(torch.cat(integers).view_as(layer.weight))
 
 
-def _inputs(unit: Unit, layer: QuantModule, walker: Walker, activations: bool) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield a layer's inputs in both networks, batch by batch and call by call: (first sample, x, x̂)."""
-    for rows in walker.slices(len(unit.target)):
-        with leaf_modes([unit.module], weights=False, activations=False):
-            in_float = _taken(unit.module, layer, walker.load(unit.float_inputs, rows))
-        with leaf_modes([unit.module], weights=True, activations=activations):
-            taken = _taken(unit.module, layer, walker.load(unit.inputs, rows))
-            quantized = [layer.quantized_input(x) if layer.acts_quantized else x for x in taken]
-        for x, x_hat in zip(in_float, quantized, strict=True):
-            yield rows.start, x, x_hat
-
-
-def _taken(module: nn.Module, layer: QuantModule, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Return what a layer takes in each of its calls while a module runs."""
-    seen: list[Tensor] = []
-    # Cloned, because what runs beside the layer may change its input in place.
-    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    try:
-        module(*inputs)
-    finally:
-        handle.remove()
-    return seen
+def part_name(unit: Unit, name: str) -> str:
+    """Return the path of a layer of a unit in the network."""
+    return ".".join(filter(None, (unit.name, name)))

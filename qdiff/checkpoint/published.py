@@ -197,8 +197,8 @@ def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path
 def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     """Return the published form of a calibrated network.
 
-    The format rounds every weight up or down. Where GPTQ chose another integer, the weight in the file is half a step above
-    it and rounds down. Biases are those of the quantized network.
+    The format rounds every weight up or down. Where GPTQ chose another integer, the weight in the file is half a step
+    above it and rounds down. Biases are those of the quantized network.
 
     A softmax quantizer that the published code makes signed (`Family.symmetric_softmax`) gets the 2^(b−1) − 1 positive
     levels of that code, which cannot express the unsigned one.

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qdiff.calibration.bias_correction import correct_bias
-from qdiff.calibration.layer_rounding import ColumnRounding, round_layer
+from qdiff.calibration.input_moments import input_moments
+from qdiff.calibration.layer_rounding import ColumnRounding, part_name, round_layer
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
@@ -56,9 +57,10 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: GptqConfig, run: Ca
                     observe_unit(unit, walker, qnn.config.act_range, part=leaf)
                 if not isinstance(leaf, QuantModule):
                     continue
+                moments = input_moments(unit, leaf, walker, activations, **config.moments, second=weights)
                 if weights:
-                    round_layer(unit, name, leaf, walker, config, activations)
+                    round_layer(part_name(unit, name), leaf, moments, config)
                 if config.bias_correction:
-                    correct_bias(unit, leaf, walker, activations)
+                    correct_bias(leaf, moments)
             opened.measure(lp_error(2.0))
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)
