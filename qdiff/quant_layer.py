@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from qdiff.errors import UserError
 from qdiff.kernels.integer_matmul import Geometry, Levels, integer_product
 from qdiff.modulation import LayerMemory
 from qdiff.quantizer import DynamicActQuantizer, act_quantizer
-from qdiff.weight_forms import WeightedModule
+from qdiff.weight_forms import WeightedModule, WeightForm
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
 
@@ -25,7 +27,8 @@ class QuantModule(WeightedModule):
         config: widths and ranges.
 
     State in addition to the weight's (`qdiff.weight_forms`):
-        bias: bias of the float layer, or None.
+        bias: bias of the quantized layer, or None; equals the float layer's unless it was corrected.
+        float_bias: bias of the float layer if ``bias`` was corrected, else None.
         act_quantizers: one per slice of the input channels (1, or 2 if split).
         first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty if that
             step stays in float.
@@ -39,6 +42,7 @@ class QuantModule(WeightedModule):
         slices = [channels] if boundary is None else [boundary, channels - boundary]
         super().__init__(layer.weight, slices, config)
         self.bias = layer.bias
+        self.register_buffer("float_bias", None)
         self.geometry = _geometry_of(layer)
 
         self.act_quantizers = nn.ModuleList()
@@ -63,12 +67,16 @@ class QuantModule(WeightedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.acts_quantized:
-            return self.apply_weight(x, self._current_weight(), self.bias)
+            return self.apply_weight(x, self._current_weight(), self._current_bias())
         if self.modulates:
             return self._modulated(x)
         if self.multiplies_integers:
             return self._integer_product(self._levels(x, self.act_quantizers), self.bias).to(x.dtype)
-        return self.apply_weight(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
+        return self.apply_weight(self.quantized_input(x), self._current_weight(), self.bias)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """Return an input as the activation quantizers give it to the product, in its shape."""
+        return self._quantized(x, self.act_quantizers)
 
     def _modulated(self, x: Tensor) -> Tensor:
         """Return o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
@@ -92,6 +100,38 @@ class QuantModule(WeightedModule):
     def _current_weight(self) -> Tensor:
         """Return the weight for the layer's current mode, in floating point."""
         return self.quantized_weight() if self.weights_quantized else self.float_weight()
+
+    def _current_bias(self) -> Tensor | None:
+        """Return the bias for a call with the input in float; the float layer's if the weight is float too."""
+        return self.bias if self.weights_quantized or self.float_bias is None else self.float_bias
+
+    @torch.no_grad()
+    def set_quantized_bias(self, bias: Tensor) -> None:
+        """Set the bias of the quantized layer; in float, the layer keeps its own.
+
+        Args:
+            bias: [C_out], for a layer that has a bias.
+        """
+        if self.float_bias is None and not torch.equal(bias, self.bias):
+            self.float_bias = self.bias.detach().clone()
+        self.bias.copy_(bias)
+
+    def release_float_weight(self) -> None:
+        super().release_float_weight()
+        self._drop_float_bias()
+
+    def pack(self, stream: Tensor | None = None) -> None:
+        super().pack(stream)
+        self._drop_float_bias()
+
+    def _drop_float_bias(self) -> None:
+        if self.form in (WeightForm.RELEASED, WeightForm.PACKED):
+            self.float_bias = None
+
+    def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        # Only a corrected layer has this tensor, so its place is made or removed before it is loaded.
+        self.float_bias = torch.empty_like(self.bias) if f"{prefix}float_bias" in state else None
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def assert_multiplies_integers(self, name: str) -> None:
         """Raise a `UserError` with the layer's name if `qdiff.kernels.integer_matmul` cannot compute it."""

@@ -146,6 +146,19 @@ class WeightedModule(nn.Module):
                 some.copy_(dequantize(*quantized))
         return weight
 
+    def weight_grid(self) -> tuple[Tensor, Tensor]:
+        """Return δ and z of the weights; they broadcast against the weight, and each slice has its own."""
+        return self._over_slices([q.delta for q in self.weight_quantizers]), self._over_slices(
+            [q.zero_point for q in self.weight_quantizers]
+        )
+
+    def _over_slices(self, parts: list[Tensor]) -> Tensor:
+        if len(parts) == 1:
+            return parts[0].detach()
+        shape = self.weight.shape
+        expanded = (p.detach().expand(-1, n, *shape[2:]) for p, n in zip(parts, self.slices, strict=True))
+        return torch.cat(list(expanded), dim=1)
+
     def integers(self) -> Tensor:
         """Return the quantized weight as integers, uint8."""
         return self.weight_int if self.packed is None else self.packed.integers()

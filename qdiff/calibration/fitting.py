@@ -31,6 +31,13 @@ class UnitKind(str, Enum):
     LAYER = "layer"
 
 
+class WeightStart(str, Enum):
+    """Where learned rounding starts."""
+
+    NEAREST = "nearest"  # at the float weights, which would round to nearest
+    GPTQ = "gptq"  # at the integers of `qdiff.calibration.layer_rounding`
+
+
 def fit_unit(
     unit: Unit,
     objective: Objective,
@@ -52,7 +59,7 @@ def fit_unit(
     if settings.lr_act is None:
         deltas = []
     with contextlib.ExitStack() as stack:
-        roundings = [stack.enter_context(LearnedRounding(layer)) for layer in layers]
+        roundings = [stack.enter_context(LearnedRounding(layer, settings.from_integers)) for layer in layers]
         sizes = torch.stack([d.detach() for d in deltas]).tolist() if deltas else []  # one GPU synchronisation
         groups = [
             {"params": [d], "lr": min(settings.lr_act, MAX_STEP_CHANGE * s)} for d, s in zip(deltas, sizes, strict=True)

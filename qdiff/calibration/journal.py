@@ -15,6 +15,8 @@ from qdiff.io.tensor_files import check_finite
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import Quantizer
 
+BIAS = "quantized_bias"  # in a unit's file, of the layers whose bias was corrected
+
 
 class CalibrationJournal:
     """One small safetensors file per finished unit, next to the settings that they were made with.
@@ -92,17 +94,28 @@ def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
     for name, part in module.named_modules():
         if isinstance(part, Quantizer):
             state |= {f"{name}.{k}": v.detach().cpu().contiguous() for k, v in part.state_dict().items()}
-        elif isinstance(part, QuantModule) and len(part.weight_quantizers):
-            state[f"{name}.weight_int"] = part.weight_int.cpu()
+        elif isinstance(part, QuantModule):
+            if len(part.weight_quantizers):
+                state[f"{name}.weight_int"] = part.weight_int.cpu()
+            if part.float_bias is not None:
+                state[f"{name}.{BIAS}"] = part.bias.detach().cpu()
     return state
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    expected = _quantizer_state(module)
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}:
+    layers = {
+        f"{name}.{BIAS}": part for name, part in module.named_modules() if getattr(part, "bias", None) is not None
+    }
+    corrected = {name: state.pop(name) for name in list(state) if name.endswith(f".{BIAS}")}
+    expected = {k: v for k, v in _quantizer_state(module).items() if k not in layers}
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()} or any(
+        layers[name].bias.shape != bias.shape for name, bias in corrected.items()
+    ):
         raise ValueError("its tensors do not belong to this unit")  # checked before any is copied
     for name, part in module.named_modules():
         if isinstance(part, Quantizer):
             part.load_state_dict({k: state[f"{name}.{k}"] for k in part.state_dict()})
         elif isinstance(part, QuantModule) and len(part.weight_quantizers):
             part.set_weight_int(state[f"{name}.weight_int"])
+    for name, bias in corrected.items():
+        layers[name].set_quantized_bias(bias.to(layers[name].bias))

@@ -33,7 +33,7 @@ class MemoryUse:
 
     Attributes:
         held: RAM that the process uses before calibration begins, including the weights if they are on the CPU.
-        unit: dequantized weights and rounding variables of the largest unit.
+        unit: dequantized weights and rounding variables of the largest unit, and second moments of the largest layer.
         in_pass: memory for one forward and backward pass.
         in_ram, on_disk, on_gpu: stored activations.
         pass_bytes: the budget for one pass.
@@ -88,7 +88,9 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
 
-def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None) -> MemoryUse:
+def plan_memory(
+    qnn: QuantModel, footprint: Footprint, samples: int, batch_size: int, budget: int | None, rounding: int = 0
+) -> MemoryUse:
     """Divide a budget between passes and stored activations.
 
     With the network on a GPU, passes use the GPU's free memory. All stored activations go there too if they fit;
@@ -99,13 +101,15 @@ def plan_memory(qnn: QuantModel, footprint: Footprint, samples: int, batch_size:
         batch_size: batch size of reconstruction.
         budget: bytes on top of what is used already, for RAM and the GPU each; None takes half of the RAM and 85 % of
             the GPU memory that are free now.
+        rounding: bytes that rounding a layer column by column holds (`layer_rounding.rounding_bytes`).
 
     Raises:
         UserError: the part that goes to disk does not fit there.
     """
     ram = available_memory() // 2 if budget is None else budget
     gpu = None if qnn.device.type in ("cpu", "meta") else qnn.device  # a network without values is planned for the CPU
-    unit = _largest_unit(qnn) * FLOAT * (ROUNDING_COPIES + 1)
+    # Learned rounding begins after the moments are freed, so the sum is an upper bound.
+    unit = _largest_unit(qnn) * FLOAT * (ROUNDING_COPIES + 1) + rounding
     stored = footprint.stored * samples
     if gpu is None:
         allowed = max(SMALLEST_PASS, min(DEFAULT_PASS, ram // 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker
@@ -19,18 +19,21 @@ def observe_unit(
     rows: Tensor | None = None,
     momentum: float | None = None,
     softmax_only: bool = False,
+    part: nn.Module | None = None,
 ) -> None:
     """Choose δ and z of every activation quantizer in a unit, including those of attention's operands.
 
-    While observing, weights are quantized and the observed activations are not.
+    While observing, weights are quantized and the observed activations are not. Quantizers outside of ``part`` quantize
+    and need ranges.
 
     Args:
         method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
         rows: the samples to observe, in this order; None takes all.
         momentum: momentum of a running average over batches; None takes the extremes over all samples.
         softmax_only: observe only softmax outputs; the other quantizers keep the ranges they have.
+        part: observe only the quantizers of this module inside the unit; None takes all.
     """
-    quantizers = list(calibrated_act_quantizers(unit.module).values())
+    quantizers = list(calibrated_act_quantizers(unit.module if part is None else part).values())
     if softmax_only:
         quantizers = [q for q in quantizers if q.unsigned]
     if not quantizers:

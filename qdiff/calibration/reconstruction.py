@@ -55,6 +55,7 @@ class FitSettings:
         drop: probability that an element of the unit's input, or of an activation quantizer's output, stays float
             during an iteration (QDrop, Wei et al. 2022).
         layer_weight: γ, weight of the layers' own errors against the unit's (EDA-DM's fine-grained reconstruction).
+        from_integers: roundings start at the layers' present integers, not at the float weights.
     """
 
     iterations: int
@@ -65,6 +66,7 @@ class FitSettings:
     decays: bool = False
     drop: float = 0.0
     layer_weight: float = 0.0
+    from_integers: bool = False
 
 
 @dataclass

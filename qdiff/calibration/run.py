@@ -22,6 +22,7 @@ from qdiff.calibration.walk import Walker, walk
 from qdiff.config import Ablation
 from qdiff.interface import State, SteppedNetwork
 from qdiff.io.progress import Progress, progress_bar
+from qdiff.modes import leaf_modes
 from qdiff.quant_model import QuantModel
 
 
@@ -146,6 +147,16 @@ class OpenUnit:
             partial(self._bar.update, share),
         )
         self._run.errors[self._phase.label + part.name] = error
+
+    @torch.no_grad()
+    def measure(self, objective: Objective) -> None:
+        """Record the error of the whole step as it is quantized now, for methods that do not iterate."""
+        unit, total = self.unit, 0.0
+        with leaf_modes([unit.module], weights=True, activations=self._phase.activations):
+            for rows in self.walker.slices(len(unit.target)):
+                output = unit.module(*self.walker.load(unit.inputs, rows))
+                total += objective(output, *self.walker.load((unit.target,), rows), None) * len(output)
+        self._run.errors[self._phase.label + unit.name] = float(total / len(unit.target))
 
 
 def units_to_fit(

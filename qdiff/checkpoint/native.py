@@ -127,7 +127,7 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
 def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
     """Fill the network from a native file; every mismatch is an error before anything is changed.
 
-    The float weight of each layer is left as it is, because the file holds only the quantized one.
+    The float weight and bias of each layer are left as they are, because the file holds only the quantized ones.
 
     Args:
         activations: False leaves activation quantizers alone.
@@ -179,6 +179,8 @@ class _Contents:
             module = qnn.model.get_submodule(path)
             if getattr(module, leaf).is_meta:
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            elif isinstance(module, QuantModule) and leaf == "bias":
+                module.set_quantized_bias(value.to(module.bias))
             else:
                 getattr(module, leaf).copy_(value)
         for quantizer, delta, zero_point in self.ranges:

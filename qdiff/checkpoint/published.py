@@ -12,11 +12,12 @@ import re
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.checkpoint.published_widths import check_softmax_ranges
 from qdiff.errors import UserError
-from qdiff.functional import max_level
+from qdiff.functional import dequantize, max_level
 from qdiff.io.tensor_files import check_finite, unwrapped
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -31,6 +32,8 @@ _SECOND_SLICE = re.compile(r"\.(weight|act)_quantizer_0\.")
 _WIDTH_BOUNDS = (0.6, 2.5)
 # An α with a larger magnitude is a decided rounding; the published code keeps |α| ≲ 2.4, where h(α) saturates.
 _DECIDED_ALPHA = 2.5
+# Cosine of the angle between a float and its quantized weight: 0.7 at one bit, about 0 for unrelated weights.
+LEAST_COSINE = 0.5
 
 
 def _published_prefix(qnn: QuantModel, name: str) -> str:
@@ -95,6 +98,7 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
         for prefix, quantizer in quantizers.items():
             quantizer.set(*values[prefix])
         for name, layer in qnn.layers().items():
+            layer.float_bias = None  # the file's bias is the only one it has
             layer.set_weight_int(integers[name])
 
 
@@ -193,6 +197,9 @@ def _rounded(state: dict[str, Tensor], name: str, layer: QuantModule, path: Path
 def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     """Return the published form of a calibrated network.
 
+    The format rounds every weight up or down. Where GPTQ chose another integer, the weight in the file is half a step
+    above it and rounds down. Biases are those of the quantized network.
+
     A softmax quantizer that the published code makes signed (`Family.symmetric_softmax`) gets the 2^(b−1) − 1 positive
     levels of that code, which cannot express the unsigned one.
 
@@ -221,13 +228,26 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
         parts = zip(layer.weight_slices(), layer.weight_int.split(layer.slices, dim=1), strict=True)
         for i, (weight, integers) in enumerate(parts):
             prefix = f"model.{name}.weight_quantizer{'_0' if i else ''}"
-            floor = (weight.cpu() / state[f"{prefix}.delta"]).floor() + state[f"{prefix}.zero_point"]
+            bits = layer.weight_quantizers[i].bits
+            delta, zero_point = state[f"{prefix}.delta"], state[f"{prefix}.zero_point"]
+            floor = (weight.cpu() / delta).floor() + zero_point
             # For clamped weights, either sign of α gives the same integer.
-            up, top = integers.cpu() - floor >= 1, max_level(layer.weight_quantizers[i].bits)
-            if not torch.equal((floor + up).clamp(0, top), integers.float().cpu()):
-                raise UserError(
-                    f"the float weights of {name} are not those that were quantized, but the published format needs "
-                    "them; load the float checkpoint before the quantized one, or save the native format"
-                )
+            up, levels = integers.cpu() - floor >= 1, integers.float().cpu()
+            far = (floor + up).clamp(0, max_level(bits)) != levels
+            if far.any():
+                _check_related(weight.cpu(), dequantize(levels, delta, zero_point), name)
+                columns = slice(0, layer.slices[0]) if i == 0 else slice(layer.slices[0], None)
+                whole = state[f"model.{name}.weight"] = state[f"model.{name}.weight"].clone()
+                whole[:, columns][far] = dequantize(levels + 0.5, delta, zero_point)[far].to(whole.dtype)
+                up &= ~far
             state[f"{prefix}.alpha"] = torch.where(up, _DECIDED_ALPHA, -_DECIDED_ALPHA)
     return state
+
+
+def _check_related(weight: Tensor, quantized: Tensor, name: str) -> None:
+    """Raise a `UserError` if a quantized weight cannot come from a float one, even by another rounding."""
+    if F.cosine_similarity(weight.flatten(), quantized.flatten(), dim=0) < LEAST_COSINE:
+        raise UserError(
+            f"the float weights of {name} are not those that were quantized, but the published format needs "
+            "them; load the float checkpoint before the quantized one, or save the native format"
+        )

@@ -12,6 +12,7 @@ from torch import Tensor
 from qdiff.api import calibrate
 from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.journal import CalibrationJournal
+from qdiff.calibration.layer_rounding import rounding_bytes
 from qdiff.calibration.memory_plan import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.run import CalibrationRun
@@ -139,7 +140,7 @@ class Quantization:
     @property
     def _calibration_advice(self) -> str:
         given, restart = self.plan.memory_budget, "free some memory"
-        if self.plan.recipe is not None or self.plan.changes is not None:
+        if hasattr(self.plan.recipe, "batch_size") or self.plan.changes is not None:
             restart = "start again with a smaller --cali_batch_size in another --logdir"
         if given == 0:
             return restart
@@ -160,8 +161,9 @@ class Quantization:
         samples = plan.samples * halves if self.data is None else len(self.data)
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
         recipe = plan.recipe or plan.changes
-        batch_size = recipe.batch_size if recipe is not None else 1
-        return plan_memory(self.qnn, footprint, samples, batch_size, budget)
+        batch_size = getattr(recipe, "batch_size", 1)
+        rounding = rounding_bytes(self.qnn) if getattr(recipe, "rounds_columns", False) else 0
+        return plan_memory(self.qnn, footprint, samples, batch_size, budget, rounding)
 
     def _zeros(self, shapes: list[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.zeros(1, *shape, device=self.qnn.device) for shape in shapes)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from qdiff.calibration.fitting import UnitKind
+from qdiff.calibration.bias_correction import correct_biases
+from qdiff.calibration.fitting import UnitKind, WeightStart
+from qdiff.calibration.layer_rounding import ColumnRounding, round_layers
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import FitSettings
@@ -32,6 +34,8 @@ class EdaDmConfig:
         layer_weight: γ, weight of the layers' own errors (FBR); 0 is plain block reconstruction.
         drop: probability that an element stays in float while a unit is fitted (QDrop).
         unit: block or layer.
+        start: where rounding starts (not in the paper); GPTQ aims at the float output, as `ColumnRounding` does.
+        bias_correction: shift each bias so that the layer's mean output is the float one (not in the paper).
     """
 
     reconstruct: bool = True
@@ -42,6 +46,8 @@ class EdaDmConfig:
     layer_weight: float = 0.0
     drop: float = 0.5
     unit: UnitKind = UnitKind.BLOCK
+    start: WeightStart = WeightStart.NEAREST
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         for name, option in (("iterations", "--cali_iters"), ("batch_size", "--cali_batch_size")):
@@ -55,6 +61,12 @@ class EdaDmConfig:
         if not 0 <= self.drop < 1:
             raise UserError(f"drop is {self.drop}; give --qdrop from 0 to below 1")
         object.__setattr__(self, "unit", UnitKind(self.unit))
+        object.__setattr__(self, "start", WeightStart(self.start))
+
+    @property
+    def rounds_columns(self) -> bool:
+        """Whether weights are rounded column by column first."""
+        return self.start is WeightStart.GPTQ
 
 
 def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: CalibrationRun) -> None:
@@ -77,6 +89,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
         decays=True,
         drop=config.drop,
         layer_weight=config.layer_weight,
+        from_integers=config.rounds_columns,
     )
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
@@ -86,6 +99,10 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
         for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
             if activations:
                 observe_unit(opened.unit, opened.walker, qnn.config.act_range, order)
+            if weights and config.rounds_columns:
+                round_layers(opened.unit, opened.walker, ColumnRounding(), activations)
             for part in opened.parts(config.unit) if config.reconstruct else ():
                 opened.fit(part, lp_error(2.0), settings)
+            if config.bias_correction:
+                correct_biases(opened.unit, opened.walker, activations)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)

@@ -9,8 +9,10 @@ from enum import Enum
 import torch
 from torch import nn
 
+from qdiff.calibration.bias_correction import correct_biases
 from qdiff.calibration.fisher import output_gradients
-from qdiff.calibration.fitting import UnitKind
+from qdiff.calibration.fitting import UnitKind, WeightStart
+from qdiff.calibration.layer_rounding import ColumnRounding, round_layers
 from qdiff.calibration.objectives import fisher_weights, lp_error, weighted_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser
@@ -50,6 +52,8 @@ class QDiffusionConfig:
         running_stat: take ranges from an exponential average over all samples instead.
         running_stat_softmax_only: use that average for softmax outputs only (``--rs_sm_only``).
         objective, unit: see the enums.
+        start: where rounding starts (not in the paper); GPTQ aims at the float output, as `ColumnRounding` does.
+        bias_correction: shift each bias so that the layer's mean output is the float one (not in the paper).
     """
 
     iterations: int = 20_000
@@ -64,6 +68,8 @@ class QDiffusionConfig:
     regulariser: RoundingRegulariser = field(default_factory=RoundingRegulariser)
     objective: WeightObjective = WeightObjective.MSE
     unit: UnitKind = UnitKind.BLOCK
+    start: WeightStart = WeightStart.NEAREST
+    bias_correction: bool = False
 
     def __post_init__(self) -> None:
         for name, option in (
@@ -79,10 +85,16 @@ class QDiffusionConfig:
             raise UserError(f"lr_act is {self.lr_act} and p is {self.p}; give --cali_lr and --cali_p above 0")
         object.__setattr__(self, "objective", WeightObjective(self.objective))
         object.__setattr__(self, "unit", UnitKind(self.unit))
+        object.__setattr__(self, "start", WeightStart(self.start))
         if self.objective is WeightObjective.FISHER and self.unit is UnitKind.LAYER:
             raise UserError(
                 "the Fisher objective needs gradients of whole blocks; give --recon_unit block or --objective mse"
             )
+
+    @property
+    def rounds_columns(self) -> bool:
+        """Whether weights are rounded column by column first."""
+        return self.start is WeightStart.GPTQ
 
     @property
     def rounding_rate(self) -> float:
@@ -129,17 +141,25 @@ def _fit_weights(
     walker, network = run.walker(qnn), qnn.as_steps(data.inputs)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
     settings = FitSettings(
-        config.iterations, config.batch_size, lr_rounding=config.rounding_rate, regulariser=config.regulariser
+        config.iterations,
+        config.batch_size,
+        lr_rounding=config.rounding_rate,
+        regulariser=config.regulariser,
+        from_integers=config.rounds_columns,
     )
     # Attention has no weights, so only modules with layers have work.
     phase = Phase("weights", 0, config.iterations, False, _contains(QuantModule), label="weights ")
     for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
+        if config.rounds_columns:
+            round_layers(opened.unit, walker, ColumnRounding(), activations=False)
         for part in opened.parts(config.unit):
             objective = lp_error(2.0)
             if final is not None:
                 objective = weighted_error
                 part.weights = fisher_weights(output_gradients(network, opened.index, opened.state, final, walker))
             opened.fit(part, objective, settings)
+        if config.bias_correction:
+            correct_biases(opened.unit, walker, activations=False)
 
 
 def _fit_activations(
@@ -158,3 +178,5 @@ def _fit_activations(
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
         for part in opened.parts(config.unit):
             opened.fit(part, lp_error(config.p), settings)
+        if config.bias_correction:
+            correct_biases(opened.unit, opened.walker, activations=True)

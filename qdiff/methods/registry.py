@@ -15,7 +15,7 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule
 from qdiff.errors import UserError
-from qdiff.methods import eda_dm, linear, ptq4dm, qdiffusion
+from qdiff.methods import eda_dm, gptq, linear, ptq4dm, qdiffusion
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
@@ -58,6 +58,7 @@ class Method:
         return self.config is not None
 
 
+_OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction"}
 _Q_DIFFUSION = {
     "cali_iters": "iterations",
     "cali_iters_a": "act_iterations",
@@ -69,6 +70,7 @@ _Q_DIFFUSION = {
     "rs_sm_only": "running_stat_softmax_only",
     "objective": "objective",
     "recon_unit": "unit",
+    **_OF_ROUNDING,
 }
 _EDA_DM = {
     "recon": "reconstruct",
@@ -78,6 +80,7 @@ _EDA_DM = {
     "cali_iters": "iterations",
     "cali_batch_size": "batch_size",
     "recon_unit": "unit",
+    **_OF_ROUNDING,
 }
 _ROWS = (
     Method("linear", "linear", linear.calibrate, ranges=RangeMethod.MIN_MAX),
@@ -101,6 +104,19 @@ _ROWS = (
         Scripts.EDA_DM,
         RangeMethod.SEARCH,
         Schedule.TDAC,
+    ),
+    Method(
+        "gptq",
+        "GPTQ",
+        gptq.calibrate,
+        gptq.GptqConfig,
+        {
+            "gptq_target": "target",
+            "gptq_factor": "factor",
+            "gptq_damping": "damping",
+            "gptq_rows": "most_rows",
+            "bias_correction": "bias_correction",
+        },
     ),
 )
 DEFAULT = "qdiff"

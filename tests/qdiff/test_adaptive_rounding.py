@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.adaptive_rounding import MARGIN, LearnedRounding, around_integers
 from qdiff.config import QuantConfig
 from qdiff.interface import split_input
 from qdiff.modes import leaf_modes
@@ -112,3 +112,41 @@ def test_nothing_of_it_enters_the_state():
     names = set(layer.state_dict())
     with LearnedRounding(layer):
         assert set(layer.state_dict()) == names
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("split", [False, True])
+def test_started_from_integers_it_hardens_to_them(symmetric, split):
+    layer = make_layer(symmetric=symmetric, split=split)
+    torch.manual_seed(2)
+    moved = layer.weight_int.int() + torch.randint(-3, 4, layer.weight.shape)
+    layer.set_weight_int(moved.clamp(0, 15))
+    expected = layer.weight_int.clone()
+    rounding = LearnedRounding(layer, from_integers=True)
+    h = rounding.h().detach()
+    assert h.min() > 0 - FRACTION_TOLERANCE and (h - 0.5).abs().min() >= MARGIN - FRACTION_TOLERANCE
+    assert (rounding.base >= -rounding.zero_point).all() and (rounding.base + 1 <= 15 - rounding.zero_point).all()
+    rounding.harden()
+    assert torch.equal(layer.weight_int, expected)
+
+
+def test_where_nearest_rounding_stayed_the_start_is_the_published_one():
+    layer = make_layer()
+    published, started = LearnedRounding(layer), LearnedRounding(layer, from_integers=True)
+    inside = layer.weight / published.delta + published.zero_point
+    inside = (inside > 0) & (inside < 15)
+    far = (published.h() - 0.5).abs() >= MARGIN
+    clear = inside & far & (published.h() >= 0) & (published.h() < 0.5)
+    assert clear.sum() > 20
+    assert torch.equal(published.alpha[clear], started.alpha[clear])
+
+
+def test_candidates_around_integers():
+    """Towards w/δ where the integer is beside it, and within the levels at their ends."""
+    scaled, integers = torch.tensor([1.3, 1.3, 1.3, 1.45, 9.0, -9.0]), torch.tensor([3, 2, 0, 1, 3, 0])
+    base, h = around_integers(scaled, integers, torch.tensor(0), 3)
+    assert base.tolist() == [2, 1, 0, 1, 2, 0]
+    # v = 1.3: r = 3 lies above its neighbour, r = 2 is farther than nearest, and r = 0 is two below.
+    assert h.tolist() == pytest.approx([0.7, 0.7, 0.3, 0.3, 0.7, 0.3])
+    _, kept = around_integers(torch.tensor([1.9]), torch.tensor([2]), torch.tensor(0), 3)
+    assert kept.tolist() == pytest.approx([0.9])

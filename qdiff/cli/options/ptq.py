@@ -9,13 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qdiff.calibration.timesteps import Draw
-from qdiff.cli.options import eda_dm, modiff
+from qdiff.cli.options import eda_dm, gptq, modiff
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
 from qdiff.ranges.estimators import RangeMethod
+
+# Fields of recipes that came later, and their defaults.
+_LATER = {"start": "nearest", "bias_correction": False}
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,12 @@ class PtqPlan:
         """Return plain values for the manifest: everything that decides the result, so not the memory budget."""
         values = {**asdict(self), "quant": self.quant.to_dict()}
         del values["memory_budget"]
-        if self.changes is None:  # so that runs from before this entry existed can be continued
+        # Entries that came later are left out at their defaults, so that runs from before can be continued.
+        if self.changes is None:
             del values["changes"]
+        for name, default in _LATER.items():
+            if values["recipe"] is not None and values["recipe"].get(name) == default and self.method != "gptq":
+                del values["recipe"][name]
         return values
 
 
@@ -81,6 +88,7 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
     add_calibration_options(parser, resume)
     eda_dm.add_eda_dm_options(parser)
     modiff.add_modiff_options(parser)
+    gptq.add_gptq_options(parser)
 
 
 def ignored_options(args: Namespace) -> list[str]:
@@ -102,6 +110,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "fused_kernels",
         *modiff.QUANTIZING,
         *eda_dm.IMPLYING,
+        *gptq.QUANTIZING,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -132,6 +141,7 @@ def resolve_ptq(
     if args.generate is not None:
         raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
     method, modulate = find_method(_method(args)), modiff.modulates(args)
+    gptq.check_gptq_options(args, method)
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
     if method.ranges is not None:
         weight_range = act_range = method.ranges

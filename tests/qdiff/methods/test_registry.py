@@ -33,8 +33,8 @@ def test_rows(name):
 
 def test_an_unknown_method_is_an_error():
     assert DEFAULT in METHODS
-    with pytest.raises(UserError, match=r"the method is 'gptq'; choose one of linear, qdiff, "):
-        find_method("gptq")
+    with pytest.raises(UserError, match=r"the method is 'none'; choose one of linear, qdiff, "):
+        find_method("none")
 
 
 def test_a_new_method_is_a_row(monkeypatch, wrap, data):

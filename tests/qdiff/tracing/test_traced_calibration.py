@@ -18,6 +18,7 @@ from qdiff.calibration.walk import walk
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods.gptq import GptqConfig
 from qdiff.methods.modiff import ChangesConfig, calibrate_changes
 from qdiff.methods.ptq4dm import Ptq4dmConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig, WeightObjective
@@ -35,6 +36,7 @@ SETTINGS = {
     ],
     "ptq4dm": [Ptq4dmConfig(**QUICK)],
     "eda-dm": [EdaDmConfig(**QUICK, layer_weight=0.5), EdaDmConfig(**QUICK, unit=UnitKind.LAYER)],
+    "gptq": [GptqConfig(), GptqConfig(target="gptaq", bias_correction=False)],
 }
 CASES = [(method, settings) for method in METHODS for settings in SETTINGS[method]]
 DATA = CalibrationSet(inputs(8))

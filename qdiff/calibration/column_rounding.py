@@ -1,0 +1,166 @@
+"""Round a weight column by column, so that the columns not yet rounded absorb the error: GPTQ and GPTAQ.
+
+GPTQ: Frantar et al., ICLR 2023 (arXiv 2210.17323), on the update of Optimal Brain Quantization. GPTAQ: Li et al., ICML
+2025 (arXiv 2504.02692), whose inputs differ between the float and the quantized network.
+
+Names: W [R, K] the weight, x and x̂ the layer's input in the float and in the quantized network, H = E 2x̂x̂ᵀ,
+D = E 2(x − x̂)x̂ᵀ, U the upper triangular factor of H⁻¹ = UᵀU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from qdiff.functional import quantize
+
+BLOCK = 128  # columns between two updates of all the rest; the result is the same for any number
+MORE_DAMPING, TRIES = 10.0, 6  # factor by which the damping grows where the factorisation fails, and how often
+
+
+class Target(str, Enum):
+    """What the rounded weight V should reproduce from the quantized network's input."""
+
+    CORRECTED = "corrected"  # Wx: GPTQ on W(I + aDH⁻¹), where E|Wx − Vx̂|² is least without rounding
+    GPTAQ = "gptaq"  # Wx: GPTAQ's update of the columns not yet rounded
+    PLAIN = "plain"  # Wx̂: GPTQ
+
+
+FACTORS = {Target.CORRECTED: 1.0, Target.GPTAQ: 0.25, Target.PLAIN: 0.0}
+"""The factor a of D by default; GPTAQ's paper has 1 and its code 0.25."""
+
+
+class NotPositiveDefinite(ArithmeticError):
+    """H cannot be factored, however much it is damped."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The fixed grid of a weight: δ·(q − z) with q in [0, 2^b − 1].
+
+    Attributes:
+        delta, zero_point: [R, K], or broadcast to it; columns of different slices have their own.
+        bits: width b.
+    """
+
+    delta: Tensor
+    zero_point: Tensor
+    bits: int
+
+    def ordered(self, order: Tensor) -> Grid:
+        """Return the grid with its columns in another order."""
+        return Grid(self.delta[:, order], self.zero_point[:, order], self.bits)
+
+
+@torch.no_grad()
+def round_matrix(
+    weight: Tensor,
+    grid: Grid,
+    inputs: Tensor,
+    cross: Tensor | None = None,
+    *,
+    target: Target = Target.PLAIN,
+    factor: float | None = None,
+    damping: float = 0.01,
+    block: int = BLOCK,
+) -> Tensor:
+    """Return the integers q [R, K], float64, of one weight.
+
+    Columns are rounded in descending order of H_jj. A column whose input is always 0 is rounded as a weight of 0.
+
+    Args:
+        weight: W [R, K].
+        grid: δ, z and b.
+        inputs, cross: H and D, [K, K]; D is not needed for the plain target.
+        target, factor: what to aim for, and a; None takes `FACTORS`.
+        damping: added to the diagonal of H, as a share of its mean over the columns that have an input.
+        block: columns per block.
+
+    Raises:
+        NotPositiveDefinite: H has no factor.
+    """
+    factor = FACTORS[target] if factor is None else factor
+    weight, inputs = weight.double(), inputs.double().clone()
+    dead = inputs.diagonal() == 0
+    strength = inputs.diagonal().sum() / (~dead).sum().clamp(min=1)
+    inputs.diagonal()[dead] = 1.0
+    order = inputs.diagonal().masked_fill(dead, 0.0).argsort(descending=True, stable=True)
+    inputs = inputs[order][:, order]
+    upper = inverse_factor(inputs, damping * strength)
+    coupling = None
+    if target is not Target.PLAIN:
+        cross = factor * cross.double()[order][:, order]
+        if target is Target.CORRECTED:
+            weight = corrected_weight(weight[:, order], cross, upper)[:, order.argsort()]
+        else:
+            coupling = (cross @ upper.mT).triu_(1) @ upper
+    weight = weight.masked_fill(dead, 0.0)[:, order]
+    return round_columns(weight, grid.ordered(order), upper, coupling, block)[:, order.argsort()]
+
+
+def inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor:
+    """Return the upper triangular U with UᵀU = (matrix + damping·I)⁻¹, in float64.
+
+    Args:
+        matrix: [K, K], symmetric.
+        damping: shape (); raised up to `TRIES` times where rounding errors leave no factor.
+
+    Raises:
+        NotPositiveDefinite: no factor exists even so.
+    """
+    for _ in range(TRIES):
+        damped = matrix.clone()
+        damped.diagonal().add_(damping)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        damping = torch.maximum(damping * MORE_DAMPING, torch.finfo(matrix.dtype).eps * matrix.diagonal().amax())
+    raise NotPositiveDefinite(f"second moments of {len(matrix)} columns have no Cholesky factor")
+
+
+def corrected_weight(weight: Tensor, cross: Tensor, upper: Tensor) -> Tensor:
+    """Return W(I + D·H⁻¹), where E|Wx − Vx̂|² is least over all V: there E(Wx − Vx̂)x̂ᵀ = 0.
+
+    Args:
+        weight: W [R, K].
+        cross: D [K, K], times a.
+        upper: U [K, K].
+    """
+    return weight + (weight @ cross) @ upper.mT @ upper
+
+
+def round_columns(weight: Tensor, grid: Grid, upper: Tensor, coupling: Tensor | None, block: int = BLOCK) -> Tensor:
+    """Round the columns from left to right and return their integers.
+
+    After column j, every later column k changes by −(w_j − v_j)/U_jj · U_jk, and by w_j · P_jk for GPTAQ.
+
+    Args:
+        weight: W [R, K].
+        grid: of the columns in this order.
+        upper: U [K, K].
+        coupling: P = a·striu(D·Uᵀ)·U [K, K] (GPTAQ, eq. 17 and its code), or None.
+        block: columns per block; the columns after a block are updated once per block, by a matrix product.
+    """
+    weight = weight.clone()
+    delta, zero_point = (t.to(weight.dtype).expand_as(weight) for t in (grid.delta, grid.zero_point))
+    integers = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], block):
+        stop = min(start + block, weight.shape[1])
+        errors, columns = torch.empty_like(weight[:, start:stop]), torch.empty_like(weight[:, start:stop])
+        for j in range(start, stop):
+            column = weight[:, j].clone()
+            q = quantize(column, delta[:, j], zero_point[:, j], grid.bits)
+            error = (column - (q - zero_point[:, j]) * delta[:, j]) / upper[j, j]
+            weight[:, j:stop] -= torch.outer(error, upper[j, j:stop])
+            if coupling is not None:
+                weight[:, j:stop] += torch.outer(column, coupling[j, j:stop])
+            integers[:, j], errors[:, j - start], columns[:, j - start] = q, error, column
+        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+        if coupling is not None:
+            weight[:, stop:] += columns @ coupling[start:stop, stop:]
+    return integers

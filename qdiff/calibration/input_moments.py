@@ -1,0 +1,200 @@
+"""Moments of a layer's inputs in the float and in the quantized network, summed batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qdiff.calibration.reconstruction import Unit
+from qdiff.calibration.walk import Walker
+from qdiff.functional import at_least_single
+from qdiff.modes import leaf_modes
+from qdiff.quant_layer import QuantModule
+
+PATCH_BYTES = 1 << 26  # bytes of patches that are unfolded at a time
+
+
+def columns_of(layer: QuantModule) -> int:
+    """Return K, the number of weights that one output sums over: C_in/groups · kernel size."""
+    return layer.weight[0].numel()
+
+
+def groups_of(layer: QuantModule) -> int:
+    """Return the number of groups G; 1 for a linear layer."""
+    return 1 if layer.geometry is None else layer.geometry.groups
+
+
+def input_rows(layer: QuantModule, x: Tensor) -> Tensor:
+    """Return what the layer multiplies its weight with at every position (im2col).
+
+    Args:
+        layer: has the kernel, padding, stride, dilation and groups.
+        x: [N, …, C_in] for a linear layer, [N, C_in, …] for a convolution.
+
+    Returns:
+        [N, positions, G, K]; group g of the output is rows[:, :, g] · weight[g-th C_out/G rows].flatten(1)ᵀ.
+    """
+    x = at_least_single(x)
+    if layer.geometry is None:
+        return x.reshape(len(x), -1, 1, x.shape[-1])
+    where, kernel = layer.geometry, tuple(layer.weight.shape[2:])
+    x = F.pad(x, _padding(where.padding, kernel, where.dilation))
+    stride, dilation = where.stride, where.dilation
+    if len(kernel) == 1:  # F.unfold takes images only
+        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # [N, C_in · kernel, positions]
+    return patches.unflatten(1, (where.groups, -1)).permute(0, 3, 1, 2)
+
+
+def _padding(padding: tuple[int, ...] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+    """Return the zeros before and after every dimension in the order of `F.pad`: the last dimension first."""
+    if padding == "valid":
+        return [0, 0] * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
+    return [side for pad in reversed(padding) for side in (pad, pad)]
+
+
+class InputMoments:
+    """Means, H = (2/n) Σ x̂x̂ᵀ and D = (2/n) Σ (x − x̂)x̂ᵀ of a layer's inputs, over samples, positions and calls.
+
+    x̂ is the layer's input in the quantized network, its own activation quantizer included; x is the float network's.
+    All results are float64.
+
+    Args:
+        layer: the layer.
+        samples: number of samples that will be added in all.
+        most_rows: most input rows to use for H and D; more are thinned out evenly, with other positions in every
+            sample. None uses all of them, and the means always do. How samples are batched makes no difference.
+        second: whether H is needed.
+        cross: whether D is needed as well.
+    """
+
+    def __init__(
+        self,
+        layer: QuantModule,
+        samples: int,
+        most_rows: int | None = None,
+        *,
+        second: bool = True,
+        cross: bool = True,
+    ) -> None:
+        self.layer, self.samples, self.most_rows = layer, samples, most_rows
+        groups, columns = groups_of(layer), columns_of(layer)
+        self._sums = [self._zeros(groups, columns) for _ in range(2)]
+        self._inputs = self._zeros(groups, columns, columns) if second else None
+        self._cross = self._zeros(groups, columns, columns) if second and cross else None
+        self.rows = self.used = 0
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=self.layer.weight.device)
+
+    @torch.no_grad()
+    def add(self, x: Tensor, quantized: Tensor, first: int = 0) -> None:
+        """Add the inputs of one call.
+
+        Args:
+            x, quantized: x and x̂ of the same samples, in the shape that the layer takes.
+            first: number of the first of these samples among all.
+        """
+        for start, size in self._parts(x):
+            pair = [input_rows(self.layer, t[start : start + size]) for t in (x, quantized)]
+            self.rows += pair[0].shape[0] * pair[0].shape[1]
+            for total, rows in zip(self._sums, pair, strict=True):
+                # Positions first, in the rows' own precision: converting every patch to float64 takes far longer.
+                total += rows.sum(dim=1).sum(dim=0, dtype=torch.float64)
+            if self._inputs is not None:
+                self._add_products(*(self._thinned(rows, first + start) for rows in pair))
+
+    def _add_products(self, x: Tensor, quantized: Tensor) -> None:
+        self.used += quantized.shape[1]
+        self._inputs += (quantized.mT @ quantized).double()
+        if self._cross is not None:
+            self._cross += ((x - quantized).mT @ quantized).double()
+
+    def _parts(self, x: Tensor) -> Iterator[tuple[int, int]]:
+        """Yield (start, size) of the samples that are unfolded together."""
+        one = input_rows(self.layer, x[:1])
+        size = max(1, PATCH_BYTES // max(1, one.numel() * one.element_size()))
+        for start in range(0, len(x), size):
+            yield start, min(size, len(x) - start)
+
+    def _thinned(self, rows: Tensor, first: int) -> Tensor:
+        """Return the chosen rows, [G, rows, K]."""
+        count, positions = rows.shape[:2]
+        every = 1 if self.most_rows is None else -(-self.samples * positions // self.most_rows)
+        if every == 1:
+            return rows.flatten(0, 1).transpose(0, 1)
+        sample = torch.arange(first, first + count, device=rows.device)
+        chosen = (sample[:, None] + torch.arange(positions, device=rows.device)) % every == 0
+        return rows[chosen].transpose(0, 1)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """The means of x and of x̂, each [G, K]."""
+        return self._sums[0] / max(1, self.rows), self._sums[1] / max(1, self.rows)
+
+    @property
+    def inputs(self) -> Tensor:
+        """H, [G, K, K]."""
+        return self._inputs * (2 / max(1, self.used))
+
+    @property
+    def cross(self) -> Tensor | None:
+        """D, [G, K, K], or None."""
+        return None if self._cross is None else self._cross * (2 / max(1, self.used))
+
+
+@torch.no_grad()
+def input_moments(unit: Unit, layer: QuantModule, walker: Walker, activations: bool, **kinds: Any) -> InputMoments:
+    """Run a unit in both networks and collect the moments of one layer's inputs.
+
+    Layers that run before it must be rounded already, and its activation quantizers must have their ranges.
+
+    Args:
+        activations: quantize activations as well as weights in the quantized network.
+        kinds: further arguments of `InputMoments`.
+    """
+    moments, calls = InputMoments(layer, len(unit.target), **kinds), None
+    for rows in walker.slices(len(unit.target)):
+        with leaf_modes([unit.module], weights=False, activations=False):
+            in_float = _taken(unit.module, layer, walker.load(unit.float_inputs, rows), calls)
+        calls = len(in_float)
+        with leaf_modes([unit.module], weights=True, activations=activations):
+            taken = _taken(unit.module, layer, walker.load(unit.inputs, rows), calls)
+            quantized = [layer.quantized_input(x) if layer.acts_quantized else x for x in taken]
+        for x, x_hat in zip(in_float, quantized, strict=True):
+            moments.add(x, x_hat, rows.start)
+    return moments
+
+
+class _Enough(Exception):
+    """Ends a forward of a unit after the last call of the layer that is looked at."""
+
+
+def _taken(module: nn.Module, layer: QuantModule, inputs: tuple[Tensor, ...], calls: int | None) -> list[Tensor]:
+    """Return what a layer takes in each of its calls while a module runs.
+
+    Args:
+        calls: number of calls, after which the rest of the module need not run; None if it is not known yet.
+    """
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].clone())  # what runs beside the layer may change its input in place
+        if len(seen) == calls:
+            raise _Enough
+
+    handle = layer.register_forward_pre_hook(see)
+    try:
+        module(*inputs)
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen
