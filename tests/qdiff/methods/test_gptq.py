@@ -252,6 +252,19 @@ def test_without_iterations_worth_the_name_the_start_remains(wrap, data):
         assert torch.equal(layer.weight_int, other.weight_int)
 
 
+def test_on_the_virtual_gpu(cuda, wrap, data):
+    """Moments and factors are where the network is; second moments in float32 sum in another order there."""
+    on_cpu = made(wrap, data)
+    given = tuple(i.to("cuda") for i in data.inputs)
+    qnn = QuantModel(Small().eval().to("cuda"), QuantConfig(**W4A8), tuple(i[:2] for i in given))
+    qnn.load_state_dict(wrap(**W4A8).state_dict(), strict=False)  # attention is not found there
+    calibrate(qnn, data, "gptq", run=quiet())
+    assert all(tensor.device.type == "cuda" for tensor in qnn.state_dict().values())
+    pairs = zip(qnn.layers().values(), on_cpu.layers().values(), strict=True)
+    equal = torch.cat([(a.weight_int.cpu() == b.weight_int).flatten() for a, b in pairs])
+    assert equal.double().mean() > 0.9  # integers of unrelated roundings agree in half of the places at most
+
+
 def test_the_recipes_are_off_by_default():
     for config in (QDiffusionConfig(), EdaDmConfig(), Ptq4dmConfig()):
         assert config.start == "nearest" and not config.bias_correction and not config.rounds_columns
