@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,26 +29,45 @@ def groups_of(layer: QuantModule) -> int:
     return 1 if layer.geometry is None else layer.geometry.groups
 
 
-def input_rows(layer: QuantModule, x: Tensor) -> Tensor:
-    """Return what the layer multiplies its weight with at every position (im2col).
+def input_patches(layer: QuantModule, x: Tensor) -> Tensor:
+    """Return what the layer multiplies its weight with at every position, as a view where that is possible.
 
     Args:
         layer: has the kernel, padding, stride, dilation and groups.
         x: [N, …, C_in] for a linear layer, [N, C_in, …] for a convolution.
 
     Returns:
-        [N, positions, G, K]; group g of the output is rows[:, :, g] · weight[g-th C_out/G rows].flatten(1)ᵀ.
+        [N, *positions, G, *weights]; a linear layer has one dimension of positions, and ``weights`` is (C_in,); for a
+        convolution it is (C_in/G, *kernel).
     """
     x = at_least_single(x)
     if layer.geometry is None:
         return x.reshape(len(x), -1, 1, x.shape[-1])
     where, kernel = layer.geometry, tuple(layer.weight.shape[2:])
-    x = F.pad(x, _padding(where.padding, kernel, where.dilation))
-    stride, dilation = where.stride, where.dilation
-    if len(kernel) == 1:  # F.unfold takes images only
-        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)  # [N, C_in · kernel, positions]
-    return patches.unflatten(1, (where.groups, -1)).permute(0, 3, 1, 2)
+    x = F.pad(x, _padding(where.padding, kernel, where.dilation)).contiguous()
+    (count, channels, *sizes), (by_sample, by_channel, *by_position) = x.shape, x.stride()
+    steps = list(zip(sizes, kernel, where.stride, where.dilation, by_position, strict=True))
+    positions = [(size - dilation * (width - 1) - 1) // stride + 1 for size, width, stride, dilation, _ in steps]
+    in_group = channels // where.groups
+    return x.as_strided(
+        (count, *positions, where.groups, in_group, *kernel),
+        (
+            by_sample,
+            *(stride * by for _, _, stride, _, by in steps),
+            by_channel * in_group,
+            by_channel,
+            *(dilation * by for _, _, _, dilation, by in steps),
+        ),
+    )
+
+
+def input_rows(layer: QuantModule, x: Tensor) -> Tensor:
+    """Return `input_patches` as rows [N, positions, G, K] (im2col).
+
+    Group g of the output is rows[:, :, g] · weight[g-th C_out/G rows].flatten(1)ᵀ.
+    """
+    patches = input_patches(layer, x)
+    return patches.reshape(len(x), -1, groups_of(layer), columns_of(layer))
 
 
 def _padding(padding: tuple[int, ...] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
@@ -102,14 +122,17 @@ class InputMoments:
             x, quantized: x and x̂ of the same samples, in the shape that the layer takes.
             first: number of the first of these samples among all.
         """
-        for start, size in self._parts(x):
-            pair = [input_rows(self.layer, t[start : start + size]) for t in (x, quantized)]
-            self.rows += pair[0].shape[0] * pair[0].shape[1]
-            for total, rows in zip(self._sums, pair, strict=True):
-                # Positions first, in the rows' own precision: converting every patch to float64 takes far longer.
-                total += rows.sum(dim=1).sum(dim=0, dtype=torch.float64)
+        positions = math.prod(input_patches(self.layer, x[:1]).shape[1 : -self.layer.weight.dim()])
+        every = 1 if self.most_rows is None else -(-self.samples * positions // self.most_rows)
+        for part in self._parts(x, positions, every):
+            pair = [input_patches(self.layer, t[part]) for t in (x, quantized)]
+            self.rows += len(pair[0]) * positions
+            for total, patches in zip(self._sums, pair, strict=True):
+                # Positions first, in the patches' own precision: converting every patch to float64 takes far longer.
+                by_sample = patches.sum(dim=tuple(range(1, patches.dim() - self.layer.weight.dim())))
+                total += by_sample.sum(dim=0, dtype=torch.float64).view_as(total)
             if self._inputs is not None:
-                self._add_products(*(self._thinned(rows, first + start) for rows in pair))
+                self._add_products(*(self._thinned(patches, first + part.start, every) for patches in pair))
 
     def _add_products(self, x: Tensor, quantized: Tensor) -> None:
         self.used += quantized.shape[1]
@@ -117,22 +140,28 @@ class InputMoments:
         if self._cross is not None:
             self._cross += ((x - quantized).mT @ quantized).double()
 
-    def _parts(self, x: Tensor) -> Iterator[tuple[int, int]]:
-        """Yield (start, size) of the samples that are unfolded together."""
-        one = input_rows(self.layer, x[:1])
-        size = max(1, PATCH_BYTES // max(1, one.numel() * one.element_size()))
+    def _parts(self, x: Tensor, positions: int, every: int) -> Iterator[slice]:
+        """Yield the samples whose rows are copied together."""
+        rows = -(-positions // every)
+        one = rows * groups_of(self.layer) * columns_of(self.layer) * max(x.element_size(), torch.float32.itemsize)
+        size = max(1, PATCH_BYTES // max(1, one))
         for start in range(0, len(x), size):
-            yield start, min(size, len(x) - start)
+            yield slice(start, min(start + size, len(x)))
 
-    def _thinned(self, rows: Tensor, first: int) -> Tensor:
-        """Return the chosen rows, [G, rows, K]."""
-        count, positions = rows.shape[:2]
-        every = 1 if self.most_rows is None else -(-self.samples * positions // self.most_rows)
-        if every == 1:
-            return rows.flatten(0, 1).transpose(0, 1)
-        sample = torch.arange(first, first + count, device=rows.device)
-        chosen = (sample[:, None] + torch.arange(positions, device=rows.device)) % every == 0
-        return rows[chosen].transpose(0, 1)
+    def _thinned(self, patches: Tensor, first: int, every: int) -> Tensor:
+        """Return the chosen rows, [G, rows, K].
+
+        Args:
+            first: number of the first of these samples among all.
+            every: a row is taken at every so many positions.
+        """
+        count, *positions = patches.shape[: -self.layer.weight.dim()]
+        if every > 1:
+            sample = torch.arange(first, first + count, device=patches.device)
+            position = torch.arange(math.prod(positions), device=patches.device)
+            chosen = (sample[:, None] + position) % every == 0
+            patches = patches[chosen.view(count, *positions)]
+        return patches.reshape(-1, groups_of(self.layer), columns_of(self.layer)).transpose(0, 1)
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,7 @@ class ColumnRounding:
     target: Target = Target.CORRECTED
     factor: float | None = None
     damping: float = 0.01
-    most_rows: int | None = 1 << 16
+    most_rows: int | None = 1 << 14
 
     @property
     def moments(self) -> dict[str, Any]:

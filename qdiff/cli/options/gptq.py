@@ -26,7 +26,7 @@ def add_gptq_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--gptq_factor", type=float, help="weight of the input's error (default: 1; gptaq: 0.25)")
     group.add_argument("--gptq_damping", type=float, help="share of the mean diagonal that is added (default: 0.01)")
-    group.add_argument("--gptq_rows", type=int, help="most input rows per layer to use (default: 65536)")
+    group.add_argument("--gptq_rows", type=int, help="most input rows per layer to use (default: 16384)")
     group.add_argument(
         "--weight_start",
         choices=[s.value for s in WeightStart],
