@@ -77,7 +77,7 @@ def test_other_programs_get_the_names_of_the_component(folder, quantized, tmp_pa
 
 def test_modulation_is_closer_to_float_at_low_widths(folder, tmp_path):
     """Each batch of a pipeline's loop is one trajectory, so layers quantize the changes between its steps."""
-    sampling = ["-n", "3", "--batch_size", "2", "--device", "cpu", "--steps", "40"]
+    sampling = ["-n", "3", "--batch_size", "2", "--device", "cpu", "--steps", "20"]
     widths = ["--ptq", "--cali_st", "2", "--cali_n", "2", "--quant_mode", "dynamic", "--method", "linear"]
     widths += ["--weight_bit", "8", "--quant_act", "--act_bit", "4"]
     errors = {}
