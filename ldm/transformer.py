@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,7 +40,7 @@ OPTIM = {
     **{name: Key(float, required=True, least=0) for name in ("lr", "beta1", "eps", "weight_decay", "grad_clip")},
     "warmup_steps": COUNT,
 }
-DATA = {"dataset": Key(str, required=True), "image_size": COUNT, "channels": COUNT}
+DATA = {"dataset": Key(str, required=True), "image_size": Key(int, required=True, least=1), "channels": COUNT}
 
 
 class ClassConditionalTransformer(nn.Module):
@@ -70,10 +70,11 @@ class TransformerTask(DenoisingTask):
     """Training on the latents of images; labels are dropped at random, for guidance (Ho & Salimans 2022).
 
     Args:
-        vae: the trained autoencoder; its ``scaling_factor`` multiplies latents.
         network: see `ClassConditionalTransformer`.
+        scale: the autoencoder's ``scaling_factor``, which multiplies latents.
         config: the section ``training`` of the config.
-        noise: see `DenoisingTask`.
+        total_steps: see `DenoisingTask`.
+        scheduler: describes the training noise.
     """
 
     def __init__(self, network: nn.Module, scale: float, config: Any, total_steps: int, scheduler: Any) -> None:
@@ -144,8 +145,6 @@ def train_transformer(args: Namespace) -> str:
 
 def _first_stage(folder: str) -> tuple[nn.Module, Any]:
     """Return the autoencoder and the scheduler of a pipeline's folder."""
-    from diffusers import AutoencoderKL, DDIMScheduler
-
     parts = component_names(folder)
     name = next((name for name, kind in parts.items() if kind == "AutoencoderKL"), None)
     if name is None or "scheduler" not in parts:
