@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdiff.calibration.input_moments import InputMoments, groups_of, input_moments
+from qdiff.calibration.input_moments import InputMoments, groups_of
 from qdiff.calibration.reconstruction import Unit
-from qdiff.calibration.walk import Walker, leaves_in_execution_order
+from qdiff.calibration.unit_inputs import UnitInputs
+from qdiff.calibration.walk import Walker
 from qdiff.quant_layer import QuantModule
 
 
@@ -17,9 +18,10 @@ def correct_biases(unit: Unit, walker: Walker, activations: bool) -> None:
     Args:
         activations: quantize activations as well as weights.
     """
-    for _, leaf in leaves_in_execution_order(unit.module, unit.inputs, walker):
-        if isinstance(leaf, QuantModule):
-            correct_bias(leaf, input_moments(unit, leaf, walker, activations, second=False))
+    inputs = UnitInputs(unit, walker, activations)
+    for _, layer in inputs.layers:
+        if layer.bias is not None:
+            correct_bias(layer, inputs.moments(layer, second=False))
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,18 @@ class Footprint:
     Attributes:
         stored: the most activations that a walk keeps at a time (two states, inputs, outputs).
         inside: per step, the inputs and outputs of its leaves during one forward pass.
+        layer_inputs: the inputs of the layers of one step, of the step that has the most.
     """
 
     stored: int
     inside: dict[str, int] = field(default_factory=dict)
+    layer_inputs: int = 0
+
+    @property
+    def with_layer_inputs(self) -> Footprint:
+        """The footprint of a walk that also stores the inputs of a unit's layers (`UnitInputs`)."""
+        # Those of one layer are held in the quantized network as well, so twice is an upper bound.
+        return replace(self, stored=self.stored + 2 * self.layer_inputs)
 
     def forward_batch(self, pass_bytes: int, limit: int) -> int:
         """Return how many samples fit in a forward pass of any step."""
@@ -63,28 +72,39 @@ def measure_footprint(network: SteppedNetwork, sample: tuple[Tensor, ...]) -> Fo
     """
     state = network.start(*sample)
     given = {id(t) for t in sample}
-    stored, inside = 0, {}
+    stored, inside, layer_inputs = 0, {}, 0
     for step in network.steps():
         inputs = step.inputs(state)
         with _counted(step.module) as count:
             output = step.module(*inputs)
-        inside[step.name] = count[0]
+        inside[step.name] = count.inside
+        layer_inputs = max(layer_inputs, count.layer_inputs)
         # `walk` holds a float and a quantized state, the unit's inputs in both, its target and its output.
         stored = max(stored, 2 * (_state_bytes(state, given) + _bytes(inputs) + _bytes(output)))
         step.output(state, output)
-    return Footprint(stored + _bytes(sample), inside)
+    return Footprint(stored + _bytes(sample), inside, layer_inputs)
+
+
+@dataclass
+class _Count:
+    """Bytes counted in one forward pass of a step; see `Footprint`."""
+
+    inside: int = 0
+    layer_inputs: int = 0
 
 
 @contextlib.contextmanager
-def _counted(module: nn.Module):
-    count = [0]
+def _counted(module: nn.Module) -> Iterator[_Count]:
+    count = _Count()
 
     def add(leaf: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        count[0] += _bytes(inputs) + _bytes(output)
+        count.inside += _bytes(inputs) + _bytes(output)
+        if isinstance(leaf, QuantModule):
+            count.layer_inputs += _bytes(inputs)
         if isinstance(leaf, AttentionCore | QuantAttention):
             # Quantized attention holds the logits, the softmax output and its quantized form.
             q, k, *_ = inputs
-            count[0] += 3 * FLOAT * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+            count.inside += 3 * FLOAT * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
 
     leaves = [m for m in module.modules() if not list(m.children()) or isinstance(m, QuantModule | QuantAttention)]
     handles = [leaf.register_forward_hook(add) for leaf in leaves]

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from qdiff.calibration.reconstruction import Unit
-from qdiff.calibration.walk import Walker
 from qdiff.functional import at_least_single
-from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 
 PATCH_BYTES = 1 << 26  # bytes of patches that are unfolded at a time
@@ -177,53 +173,3 @@ class InputMoments:
     def cross(self) -> Tensor | None:
         """D, [G, K, K], or None."""
         return None if self._cross is None else self._cross * (2 / max(1, self.used))
-
-
-@torch.no_grad()
-def input_moments(unit: Unit, layer: QuantModule, walker: Walker, activations: bool, **kinds: Any) -> InputMoments:
-    """Run a unit in both networks and collect the moments of one layer's inputs.
-
-    Layers that run before it must be rounded already, and its activation quantizers must have their ranges.
-
-    Args:
-        activations: quantize activations as well as weights in the quantized network.
-        kinds: further arguments of `InputMoments`.
-    """
-    moments, calls = InputMoments(layer, len(unit.target), **kinds), None
-    for rows in walker.slices(len(unit.target)):
-        with leaf_modes([unit.module], weights=False, activations=False):
-            in_float = _taken(unit.module, layer, walker.load(unit.float_inputs, rows), calls)
-        calls = len(in_float)
-        with leaf_modes([unit.module], weights=True, activations=activations):
-            taken = _taken(unit.module, layer, walker.load(unit.inputs, rows), calls)
-            quantized = [layer.quantized_input(x) if layer.acts_quantized else x for x in taken]
-        for x, x_hat in zip(in_float, quantized, strict=True):
-            moments.add(x, x_hat, rows.start)
-    return moments
-
-
-class _Enough(Exception):
-    """Ends a forward of a unit after the last call of the layer that is looked at."""
-
-
-def _taken(module: nn.Module, layer: QuantModule, inputs: tuple[Tensor, ...], calls: int | None) -> list[Tensor]:
-    """Return what a layer takes in each of its calls while a module runs.
-
-    Args:
-        calls: number of calls, after which the rest of the module need not run; None if it is not known yet.
-    """
-    seen: list[Tensor] = []
-
-    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].clone())  # what runs beside the layer may change its input in place
-        if len(seen) == calls:
-            raise _Enough
-
-    handle = layer.register_forward_pre_hook(see)
-    try:
-        module(*inputs)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return seen

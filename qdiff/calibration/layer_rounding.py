@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, Target, round_matrix
-from qdiff.calibration.input_moments import PATCH_BYTES, InputMoments, columns_of, groups_of, input_moments
+from qdiff.calibration.input_moments import PATCH_BYTES, InputMoments, columns_of, groups_of
 from qdiff.calibration.reconstruction import Unit
-from qdiff.calibration.walk import Walker, leaves_in_execution_order
+from qdiff.calibration.unit_inputs import UnitInputs
+from qdiff.calibration.walk import Walker
 from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -44,7 +45,7 @@ class ColumnRounding:
 
     @property
     def moments(self) -> dict[str, Any]:
-        """What `input_moments` collects for it."""
+        """What `InputMoments` collects for it."""
         return {"most_rows": self.most_rows, "cross": self.target is not Target.PLAIN}
 
     def __post_init__(self) -> None:
@@ -80,10 +81,10 @@ def round_layers(unit: Unit, walker: Walker, settings: ColumnRounding, activatio
     Args:
         activations: quantize activations as well as weights when computing a layer's inputs.
     """
-    for name, leaf in leaves_in_execution_order(unit.module, unit.inputs, walker):
-        if isinstance(leaf, QuantModule) and len(leaf.weight_quantizers):
-            moments = input_moments(unit, leaf, walker, activations, **settings.moments)
-            round_layer(part_name(unit, name), leaf, moments, settings)
+    inputs = UnitInputs(unit, walker, activations)
+    for name, layer in inputs.layers:
+        if len(layer.weight_quantizers):
+            round_layer(part_name(unit, name), layer, inputs.moments(layer, **settings.moments), settings)
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ class Unit:
         target: the float output [N, …].
         float_inputs: the same inputs in the float network.
         weights: weights of the errors in the objective, [N, …]; None for objectives without weights.
+        on_advance: called with the quantized output [N, …] when the walk advances past the unit; None for nothing.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Unit:
     target: Tensor
     float_inputs: tuple[Tensor, ...]
     weights: Tensor | None = None
+    on_advance: Callable[[Tensor], None] | None = None
 
 
 def optimise(

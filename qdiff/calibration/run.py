@@ -22,7 +22,6 @@ from qdiff.calibration.walk import Walker, walk
 from qdiff.config import Ablation
 from qdiff.interface import State, SteppedNetwork
 from qdiff.io.progress import Progress, progress_bar
-from qdiff.modes import leaf_modes
 from qdiff.quant_model import QuantModel
 
 
@@ -148,15 +147,17 @@ class OpenUnit:
         )
         self._run.errors[self._phase.label + part.name] = error
 
-    @torch.no_grad()
     def measure(self, objective: Objective) -> None:
-        """Record the error of the whole step as it is quantized now, for methods that do not iterate."""
-        unit, total = self.unit, 0.0
-        with leaf_modes([unit.module], weights=True, activations=self._phase.activations):
-            for rows in self.walker.slices(len(unit.target)):
-                output = unit.module(*self.walker.load(unit.inputs, rows))
-                total += objective(output, *self.walker.load((unit.target,), rows), None) * len(output)
-        self._run.errors[self._phase.label + unit.name] = float(total / len(unit.target))
+        """Record the error of the whole step as the walk advances past it, for methods that do not iterate."""
+        self.unit.on_advance = partial(self._measure, objective)
+
+    @torch.no_grad()
+    def _measure(self, objective: Objective, output: Tensor) -> None:
+        total, target = 0.0, self.unit.target
+        for rows in self.walker.slices(len(target)):
+            found, wanted = self.walker.load((output, target), rows)
+            total += objective(found, wanted, None) * len(found)
+        self._run.errors[self._phase.label + self.unit.name] = float(total / len(target))
 
 
 def units_to_fit(

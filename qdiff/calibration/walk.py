@@ -117,6 +117,8 @@ def walk(
             yield index, step, unit, quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):
             output = walker.run(step.module, quant_inputs)
+        if unit.on_advance is not None:
+            unit.on_advance(output)
         step.output(float_state, target)
         step.output(quant_state, output)
         # The caller may still hold the unit, so drop its activations here to free their memory.

@@ -162,7 +162,9 @@ class Quantization:
         budget = None if plan.memory_budget is None else int(plan.memory_budget * 2**30)
         recipe = plan.recipe or plan.changes
         batch_size = getattr(recipe, "batch_size", 1)
-        rounding = rounding_bytes(self.qnn) if getattr(recipe, "rounds_columns", False) else 0
+        rounding = 0
+        if getattr(recipe, "rounds_columns", False):
+            rounding, footprint = rounding_bytes(self.qnn), footprint.with_layer_inputs
         return plan_memory(self.qnn, footprint, samples, batch_size, budget, rounding)
 
     def _zeros(self, shapes: list[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:

@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qdiff.calibration.bias_correction import correct_bias
-from qdiff.calibration.input_moments import input_moments
 from qdiff.calibration.layer_rounding import ColumnRounding, part_name, round_layer
 from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.calibration.walk import leaves_in_execution_order
+from qdiff.calibration.unit_inputs import UnitInputs
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
@@ -49,15 +48,16 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: GptqConfig, run: Ca
     network = qnn.as_steps(data.inputs)
     with run.progress(network, 1) as bar:
         for opened in units_to_fit(qnn, network, data.inputs, Phase("gptq", 5, 1, activations), run, bar):
-            unit, walker = opened.unit, opened.walker
-            if activations:
-                observe_unit(unit, walker, qnn.config.act_range)  # so that the unit runs before all of it is settled
-            for name, leaf in leaves_in_execution_order(unit.module, unit.inputs, walker):
+            unit = opened.unit
+            inputs = UnitInputs(unit, opened.walker, activations)
+            if activations and inputs.repeats:  # what runs between two calls of a leaf needs some range
+                observe_unit(unit, opened.walker, qnn.config.act_range)
+            for name, leaf in inputs.leaves:
                 if activations:
-                    observe_unit(unit, walker, qnn.config.act_range, part=leaf)
+                    inputs.observe(leaf, qnn.config.act_range)
                 if not isinstance(leaf, QuantModule):
                     continue
-                moments = input_moments(unit, leaf, walker, activations, **config.moments, second=weights)
+                moments = inputs.moments(leaf, **config.moments, second=weights)
                 if weights:
                     round_layer(part_name(unit, name), leaf, moments, config)
                 if config.bias_correction:

@@ -10,7 +10,7 @@ from torch import nn
 
 from qdiff.calibration import layer_rounding
 from qdiff.calibration.column_rounding import Grid, Target, round_matrix
-from qdiff.calibration.input_moments import InputMoments, input_moments
+from qdiff.calibration.input_moments import InputMoments
 from qdiff.calibration.layer_rounding import ColumnRounding, round_layer, round_layers, rounding_bytes
 from qdiff.calibration.reconstruction import Unit
 from qdiff.config import QuantConfig
@@ -76,38 +76,6 @@ def test_the_output_is_nearer_to_the_float_one(kind, walker):
     nearest = error()
     round_layers(unit, walker, ColumnRounding(), activations=False)
     assert error() < 0.8 * nearest
-
-
-def test_the_layers_own_activation_quantizer_is_in_its_inputs(walker):
-    layer, x, quantized = layer_and_inputs("linear", act_bits=3)
-    layer.act_quantizers[0].set(torch.tensor(0.8), torch.tensor(4))
-    unit = unit_of(layer, x, quantized)
-    found = input_moments(unit, layer, walker, activations=True)
-    expected = InputMoments(layer, len(x))
-    expected.add(x, layer.act_quantizers[0](quantized))
-    assert torch.allclose(found.inputs, expected.inputs, rtol=1e-9) and torch.allclose(found.cross, expected.cross)
-    assert not torch.allclose(input_moments(unit, layer, walker, activations=False).inputs, expected.inputs)
-
-
-def test_a_unit_runs_only_as_far_as_the_layer(walker):
-    class Counting(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.last = layer_and_inputs("linear")[0], nn.Linear(6, 8).double()
-            self.ends = 0
-
-        def forward(self, x):
-            y = self.layer(self.last(self.layer(x)))
-            self.ends += 1
-            return y
-
-    module, (_, x, quantized) = Counting(), layer_and_inputs("linear")
-    with torch.no_grad():
-        unit = unit_of(module, x, quantized)
-    module.ends, small = 0, type(walker)(walker.storage, walker.device, 10)
-    found = input_moments(unit, module.layer, small, activations=False)
-    assert module.ends == 1  # the first of 8 forwards counts the calls
-    assert found.rows == 2 * len(x)
 
 
 def test_inputs_that_are_not_finite_are_an_error():

@@ -44,6 +44,23 @@ def test_footprint_is_what_a_walk_really_stores(wrap, data):
     assert set(footprint.inside) == {step.name for step in qnn.model.steps()}
 
 
+def test_layer_inputs_are_those_of_the_largest_unit(wrap, data):
+    """What `UnitInputs` stores: the float inputs of a unit's layers, and the quantized ones of one of them."""
+    qnn, sample = wrap(weight_bits=4), tuple(i[:1] for i in data.inputs)
+    footprint = measure_footprint(qnn.model, sample)
+    taken = {}
+    for name, layer in qnn.layers().items():
+        layer.register_forward_pre_hook(lambda _, args, name=name: taken.update({name: args[0].numel() * 4}))
+    with torch.no_grad():
+        qnn.model(*sample)
+    by_unit = [
+        sum(size for name, size in taken.items() if name.startswith((f"{step.name}.", step.name)))
+        for step in qnn.model.steps()
+    ]
+    assert footprint.layer_inputs == max(by_unit)
+    assert footprint.with_layer_inputs.stored == footprint.stored + 2 * footprint.layer_inputs
+
+
 def test_inside_counts_what_attention_multiplies(wrap, data):
     inside = measure_footprint(wrap(weight_bits=4).model, tuple(i[:1] for i in data.inputs)).inside
     twice = measure_footprint(wrap(weight_bits=4).model, tuple(torch.cat([i[:1]] * 2) for i in data.inputs)).inside
