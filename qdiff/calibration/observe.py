@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker
 from qdiff.modes import leaf_modes
-from qdiff.quantizer import calibrated_act_quantizers
+from qdiff.quantizer import TimestepActQuantizer, calibrated_act_quantizers
 from qdiff.ranges.estimators import ESTIMATORS
 
 
@@ -24,7 +24,8 @@ def observe_unit(
     """Choose δ and z of every activation quantizer in a unit, including those of attention's operands.
 
     While observing, weights are quantized and the observed activations are not. Quantizers outside of ``part`` quantize
-    and need ranges.
+    and need ranges. Quantizers with ranges per timestep see the samples of one timestep after another, and take each
+    range from those.
 
     Args:
         method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
@@ -39,14 +40,27 @@ def observe_unit(
     if not quantizers:
         return
     rows = (torch.arange(len(unit.target)) if rows is None else rows).to(unit.target.device)
-    for quantizer in quantizers:
-        quantizer.observer = ESTIMATORS[method](momentum)
+    if ESTIMATORS[method].averages:
+        # Samples are stored by timestep, and an average would mostly reflect the last ones.
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows))).to(rows.device)]
+    by_timestep = [q for q in quantizers if isinstance(q, TimestepActQuantizer)]
+    shared = [q for q in quantizers if not isinstance(q, TimestepActQuantizer)]
+    groups = walker.timesteps.groups(rows) if by_timestep else [(0, rows)]
     try:
-        with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
-            for part in walker.slices(len(rows)):
-                unit.module(*walker.load(unit.inputs, rows[part]))
-        for quantizer in quantizers:
+        for quantizer in shared:
+            quantizer.observer = ESTIMATORS[method](momentum)
+        for entry, some in groups:
+            for quantizer in by_timestep:
+                quantizer.observer = ESTIMATORS[method](momentum)
+            with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
+                for batch in walker.slices(len(some)):
+                    unit.module(*walker.load(unit.inputs, some[batch]))
+            for quantizer in by_timestep:
+                quantizer.settle_entry(entry)
+        for quantizer in shared:
             quantizer.settle()
+        for quantizer in by_timestep:
+            quantizer.finish()
     finally:
         for quantizer in quantizers:
             quantizer.observer = None
