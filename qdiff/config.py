@@ -11,7 +11,7 @@ from qdiff.ranges.estimators import ESTIMATORS, RangeMethod
 
 END_BITS = 8
 _OF_MODULATION = ("modulate", "rest_bits", "ablation")
-_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION)
+_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges")
 
 
 class ScalePer(str, Enum):
@@ -20,6 +20,13 @@ class ScalePer(str, Enum):
     TENSOR = "tensor"  # the whole batch
     SAMPLE = "sample"
     CHANNEL = "channel"  # one channel of all samples
+
+
+class ActRanges(str, Enum):
+    """What shares one calibrated range of a quantizer."""
+
+    SHARED = "shared"  # all timesteps
+    TIMESTEP = "timestep"  # the timesteps from one calibrated timestep to the next
 
 
 class Ablation(str, Enum):
@@ -51,6 +58,8 @@ class QuantConfig:
             modulation: the operands of attention's two products, and a modulated layer's input at the first step. Their
             ranges are dynamic. None leaves them in float.
         ablation: the part of modulation to leave out; None leaves out nothing.
+        act_ranges: what shares one calibrated range; ``timestep`` gives each quantizer a table with a range for each
+            timestep of the calibration set (`qdiff.ranges.calibrated_timesteps`), which is observed and not learned.
 
     Raises:
         UserError: a value is out of range, or fields contradict each other; the sentence names the option.
@@ -70,6 +79,7 @@ class QuantConfig:
     modulate: bool = False
     rest_bits: int | None = None
     ablation: Ablation | None = None
+    act_ranges: ActRanges = ActRanges.SHARED
 
     def __post_init__(self) -> None:
         for name, low, high, option in (
@@ -87,6 +97,7 @@ class QuantConfig:
             if getattr(self, name) not in tuple(ESTIMATORS):
                 raise UserError(f"{name} is {getattr(self, name)}; give it one of {', '.join(ESTIMATORS)}")
         self._make_enum("act_scale_per", ScalePer)
+        self._make_enum("act_ranges", ActRanges)
         if self.ablation is not None:
             self._make_enum("ablation", Ablation)
         self._check_dynamics()
@@ -115,10 +126,22 @@ class QuantConfig:
             raise UserError(
                 "--rest_abit needs --modulate or --quant_mode dynamic; add one of them, or leave --rest_abit out"
             )
+        if self.act_ranges is not ActRanges.SHARED:
+            self._check_act_ranges()
         if self.ablation is not None and not self.modulate:
             raise UserError(
                 f"the ablation {self.ablation.value} needs modulation; add --modulate, or leave out --modulate_ablation"
             )
+
+    def _check_act_ranges(self) -> None:
+        option = f"--act_ranges {self.act_ranges.value}"
+        if self.act_bits is None:
+            raise UserError(f"{option} needs quantized activations; add --quant_act, or leave --act_ranges out")
+        for given, other in ((self.act_dynamic, "--quant_mode dynamic"), (self.modulate, "--modulate")):
+            if given:
+                raise UserError(
+                    f"{option} calibrates ranges of activations and contradicts {other}; leave one of them out"
+                )
 
     @property
     def calibrates_acts(self) -> bool:
@@ -161,7 +184,8 @@ class QuantConfig:
         weight_bits = None if self.weight_bits is None else END_BITS
         if name == ends[0]:
             return replace(self, weight_bits=weight_bits)
-        off = {name: getattr(type(self), name) for name in ("act_dynamic", "act_scale_per", *_OF_MODULATION)}
+        of_acts = ("act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges")
+        off = {name: getattr(type(self), name) for name in of_acts}
         return replace(self, weight_bits=weight_bits, act_bits=None, **off)
 
     @classmethod

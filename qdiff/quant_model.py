@@ -18,7 +18,8 @@ from qdiff.kernels.packed_weight import WeightCache
 from qdiff.modes import leaf_modes, leaves, quantized_layers
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
-from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers
+from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers, share_timesteps
+from qdiff.ranges.calibrated_timesteps import at_timestep, watched
 from qdiff.tracing.attention_calls import route_attention
 from qdiff.tracing.replay import ReplayedNetwork
 from qdiff.tracing.trace import Call, call_directly, count_calls
@@ -51,6 +52,7 @@ class QuantModel(nn.Module):
     Attributes:
         left_in_float: the reason why a layer with products, or the products of a module itself, are not quantized, by
             name.
+        act_timesteps: the timesteps of the ranges per timestep; None if the config has no such ranges.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class QuantModel(nn.Module):
             for module in network.modules():
                 if isinstance(module, Quantizer):
                     module.to(device)
+        self.act_timesteps = share_timesteps(network)
         self.requires_grad_(False)
         self.eval()
 
@@ -153,7 +156,8 @@ class QuantModel(nn.Module):
             for layer in self.layers().values():
                 if layer.memory is not None:
                     layer.memory.clear()
-        return self.model(*inputs, **keywords) if keywords else self._call(self.model, *inputs)
+        with at_timestep(self.act_timesteps, inputs):
+            return self.model(*inputs, **keywords) if keywords else self._call(self.model, *inputs)
 
     def train(self, mode: bool = True) -> QuantModel:
         """Stay in eval mode: neither reconstruction nor sampling may run with dropout."""
@@ -179,7 +183,7 @@ class QuantModel(nn.Module):
             UserError: a quantizer that would be used is not set (no calibration, no checkpoint loaded).
         """
         self.assert_initialised(weights, activations)
-        with leaf_modes([self.model], weights=weights, activations=activations):
+        with leaf_modes([self.model], weights, activations), watched(self.act_timesteps):
             yield self
 
     @contextlib.contextmanager
@@ -192,7 +196,8 @@ class QuantModel(nn.Module):
         Raises:
             RuntimeError: a trajectory is open already.
         """
-        with memories(self.layers(), self.config.ablation is not Ablation.NO_COMPENSATION):
+        compensates = self.config.ablation is not Ablation.NO_COMPENSATION
+        with memories(self.layers(), compensates), watched(self.act_timesteps):
             yield self
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig, ScalePer
+from qdiff.config import ActRanges, QuantConfig, ScalePer
 from qdiff.functional import fake_quantize, fake_quantize_inference, quantize
 from qdiff.kernels.integer_matmul import Levels
+from qdiff.ranges.calibrated_timesteps import CalibratedTimesteps
 from qdiff.ranges.qparams import qparams
 from qdiff.ranges.range_estimator import RangeEstimator
 
@@ -126,10 +127,78 @@ class DynamicActQuantizer(ActQuantizer):
         return delta.to(x.dtype), zero_point
 
 
+class TimestepActQuantizer(ActQuantizer):
+    """Quantizes with a range of its own at each calibrated timestep; no gradients reach these ranges.
+
+    State: ``delta`` and ``zero_point`` are tables [T], in the order of ``timesteps.values``; empty before calibration.
+
+    Attributes:
+        timesteps: shared by all quantizers of a network (`share_timesteps`).
+    """
+
+    def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
+        super().__init__(bits, symmetric, unsigned)
+        self._timesteps = [CalibratedTimesteps()]  # in a list, because it is shared and not a part of this module
+        self.resize(0)
+
+    @property
+    def timesteps(self) -> CalibratedTimesteps:
+        return self._timesteps[0]
+
+    def resize(self, count: int) -> None:
+        """Make place for the ranges of ``count`` timesteps, none of which is set."""
+        self.delta = nn.Parameter(self.delta.new_ones(count), requires_grad=False)
+        self.zero_point = self.zero_point.new_zeros(count)
+        self.initialised.fill_(False)
+
+    def set(self, delta: Tensor, zero_point: Tensor) -> None:
+        """Set the whole table, δ and z [T]."""
+        if delta.shape != self.delta.shape:
+            self.resize(len(delta))
+        super().set(delta, zero_point)
+
+    @torch.no_grad()
+    def settle_entry(self, entry: int) -> None:
+        """End observing and set one entry from the observed values; `finish` follows the last."""
+        delta, zero_point = self.observer.qparams(self.bits, self.symmetric, self.unsigned)
+        self.delta[entry], self.zero_point[entry] = delta, zero_point
+        self.observer = None
+
+    def finish(self) -> None:
+        """Mark the table as set."""
+        self.initialised.fill_(True)
+
+    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, shape = self.timesteps.rows_of(x), (-1, *[1] * (x.dim() - 1))
+        return self.delta[rows].view(shape), self.zero_point[rows].view(shape)
+
+    def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
+        stored = state.get(f"{prefix}delta")
+        if stored is not None and stored.shape != self.delta.shape:
+            self.resize(len(stored))
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
+
+
+def share_timesteps(network: nn.Module) -> CalibratedTimesteps | None:
+    """Give all quantizers of a network with ranges per timestep the same timesteps; None if there are no such ones."""
+    quantizers = [m for m in network.modules() if isinstance(m, TimestepActQuantizer)]
+    if not quantizers:
+        return None
+    shared = CalibratedTimesteps().to(quantizers[0].delta.device)
+    for quantizer in quantizers:
+        quantizer._timesteps = [shared]
+    return shared
+
+
 def calibrated_act_quantizers(module: nn.Module) -> dict[str, ActQuantizer]:
     """Return the activation quantizers inside a module whose range is state, not dynamic."""
     named = module.named_modules()
     return {n: m for n, m in named if isinstance(m, ActQuantizer) and not isinstance(m, DynamicActQuantizer)}
+
+
+def learnable_act_quantizers(module: nn.Module) -> list[ActQuantizer]:
+    """Return the activation quantizers inside a module whose step size can be learned: one for all timesteps."""
+    return [q for q in calibrated_act_quantizers(module).values() if not isinstance(q, TimestepActQuantizer)]
 
 
 class WeightQuantizer(Quantizer):
@@ -147,4 +216,6 @@ def act_quantizer(config: QuantConfig, bits: int, symmetric: bool, unsigned: boo
     """
     if config.act_dynamic:
         return DynamicActQuantizer(bits, symmetric, unsigned, config.act_scale_per, channel_dim)
+    if config.act_ranges is ActRanges.TIMESTEP:
+        return TimestepActQuantizer(bits, symmetric, unsigned)
     return ActQuantizer(bits, symmetric, unsigned)

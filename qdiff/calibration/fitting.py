@@ -16,7 +16,7 @@ from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser, U
 from qdiff.calibration.walk import Walker, leaf_inputs_and_output, leaves_in_execution_order
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
-from qdiff.quantizer import calibrated_act_quantizers
+from qdiff.quantizer import learnable_act_quantizers
 from qdiff.ranges.qparams import TINY
 
 # Adam moves a step size by about its learning rate per iteration, however small the step size is. The learning rate is
@@ -55,7 +55,7 @@ def fit_unit(
     layers = [m for m in unit.module.modules() if isinstance(m, QuantModule)]
     if settings.lr_rounding is None or not any(len(layer.weight_quantizers) for layer in layers):
         layers = []
-    deltas = [q.delta for q in calibrated_act_quantizers(unit.module).values()]
+    deltas = [q.delta for q in learnable_act_quantizers(unit.module)]
     if settings.lr_act is None:
         deltas = []
     with contextlib.ExitStack() as stack:
@@ -111,7 +111,8 @@ def parts_of(
         with leaf_modes([unit.module], weights=False, activations=False):
             *float_inputs, target = leaf_inputs_and_output(unit.module, leaf, unit.float_inputs, walker)
         path = ".".join(filter(None, (unit.name, name)))
-        yield Unit(path, wrap(leaf), tuple(inputs), target, tuple(float_inputs)), 1 / len(leaves)
+        part = Unit(path, wrap(leaf), tuple(inputs), target, tuple(float_inputs), timesteps=unit.timesteps)
+        yield part, 1 / len(leaves)
 
 
 def _penalty(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from torch import Tensor
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker
 from qdiff.modes import leaf_modes
-from qdiff.quantizer import ActQuantizer, calibrated_act_quantizers
+from qdiff.quantizer import ActQuantizer, TimestepActQuantizer, calibrated_act_quantizers
 from qdiff.ranges.estimators import ESTIMATORS
+
+Samples = TypeVar("Samples")
 
 
 def observe_unit(
@@ -38,26 +40,60 @@ def observe_unit(
         quantizers = [q for q in quantizers if q.unsigned]
     if not quantizers:
         return
-    rows = (torch.arange(len(unit.target)) if rows is None else rows).to(unit.target.device)
-    modes = leaf_modes([unit.module], weights=True, activations=True)
-    with observing(quantizers, method, momentum), torch.no_grad(), modes:
-        for part in walker.slices(len(rows)):
-            unit.module(*walker.load(unit.inputs, rows[part]))
+
+    def show(some: Tensor) -> None:
+        with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
+            for batch in walker.slices(len(some)):
+                unit.module(*walker.load(unit.inputs, some[batch]))
+
+    rows = torch.arange(len(unit.target)) if rows is None else rows
+    observe(quantizers, method, samples_to_observe(walker, method, rows.to(unit.target.device)), show, momentum)
 
 
-@contextlib.contextmanager
-def observing(quantizers: Sequence[ActQuantizer], method: str, momentum: float | None = None) -> Iterator[None]:
-    """Have quantizers observe what passes through them inside the block, and set their ranges at its end.
+def samples_to_observe(walker: Walker, method: str, rows: Tensor) -> list[tuple[int, Tensor]]:
+    """Return samples by entry of the tables of ranges per timestep, in the order in which they should be observed.
+
+    Without ranges per timestep, all samples belong to entry 0.
+
+    Args:
+        method: as in `observe_unit`.
+        rows: the samples.
+    """
+    if ESTIMATORS[method].averages:
+        # Samples are stored by timestep, and an average would mostly reflect the last ones.
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows))).to(rows.device)]
+    return [(0, rows)] if walker.timesteps is None else list(walker.timesteps.groups(rows))
+
+
+def observe(
+    quantizers: Sequence[ActQuantizer],
+    method: str,
+    groups: Iterable[tuple[int, Samples]],
+    show: Callable[[Samples], None],
+    momentum: float | None = None,
+) -> None:
+    """Have quantizers observe samples and set their ranges; those with ranges per timestep set one for each group.
 
     Args:
         method, momentum: as in `observe_unit`.
+        groups: samples by entry, as `samples_to_observe` gives them.
+        show: runs the samples of a group through the quantizers.
     """
-    for quantizer in quantizers:
-        quantizer.observer = ESTIMATORS[method](momentum)
+    by_timestep = [q for q in quantizers if isinstance(q, TimestepActQuantizer)]
+    shared = [q for q in quantizers if not isinstance(q, TimestepActQuantizer)]
     try:
-        yield
-        for quantizer in quantizers:
+        for quantizer in shared:
+            quantizer.observer = ESTIMATORS[method](momentum)
+        for entry, some in groups:
+            for quantizer in by_timestep:
+                quantizer.observer = ESTIMATORS[method](momentum)
+            show(some)
+            for quantizer in by_timestep:
+                quantizer.settle_entry(entry)
+        for quantizer in shared:
             quantizer.settle()
+        for quantizer in by_timestep:
+            quantizer.finish()
     finally:
         for quantizer in quantizers:
             quantizer.observer = None

@@ -15,6 +15,7 @@ from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.layer_errors import LayerErrors
 from qdiff.calibration.objectives import Objective
 from qdiff.calibration.qdrop import Dropping
+from qdiff.calibration.sample_timesteps import SampleTimesteps
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Unit:
         target: the float output [N, …].
         float_inputs: the same inputs in the float network.
         weights: weights of the errors in the objective, [N, …]; None for objectives without weights.
+        timesteps: of the samples, for ranges per timestep; None without such ranges.
         on_advance: called with the quantized output [N, …] when the walk advances past the unit; None for nothing.
     """
 
@@ -89,6 +91,7 @@ class Unit:
     target: Tensor
     float_inputs: tuple[Tensor, ...]
     weights: Tensor | None = None
+    timesteps: SampleTimesteps | None = None
     on_advance: Callable[[Tensor], None] | None = None
 
 
@@ -126,13 +129,16 @@ def optimise(
         counts, inputs_count = feeding.pass_counts(batches.shape[1]), len(unit.inputs)
         float_inputs = unit.float_inputs if dropping is not None or layers is not None else ()
         weights = () if unit.weights is None else (unit.weights,)
-        samples = feeding.passes((unit.target, *unit.inputs, *float_inputs, *weights), batches)
+        entries = () if unit.timesteps is None else (unit.timesteps.of_rows(len(unit.target)),)
+        samples = feeding.passes((unit.target, *unit.inputs, *float_inputs, *weights, *entries), batches)
         stack.enter_context(contextlib.closing(samples))
         for iteration in range(iterations):
             optimiser.zero_grad(set_to_none=True)
             error, extra = torch.zeros((), device=device), penalty(iteration / iterations)
             for count in counts:
                 target, *rest = next(samples)
+                if entries:
+                    unit.timesteps.take(rest.pop())
                 weight = rest.pop() if weights else None
                 inputs, in_float = tuple(rest[:inputs_count]), tuple(rest[inputs_count:])
                 if dropping is not None:

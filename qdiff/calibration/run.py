@@ -16,6 +16,7 @@ from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.memory_plan import DEFAULT_PASS
 from qdiff.calibration.objectives import Objective
 from qdiff.calibration.reconstruction import FitSettings, Unit
+from qdiff.calibration.sample_timesteps import prepare_timesteps
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.calibration.walk import Walker, walk
@@ -51,10 +52,16 @@ class CalibrationRun:
     pass_bytes: int = DEFAULT_PASS
     resident_bytes: int = 0
 
-    def walker(self, qnn: QuantModel) -> Walker:
-        if self.footprint is None:
-            return Walker(self.storage, qnn.device)
-        return Walker(self.storage, qnn.device, self.footprint.forward_batch(self.pass_bytes, Walker.batch_size))
+    def walker(self, qnn: QuantModel, inputs: tuple[Tensor, ...]) -> Walker:
+        """Return what runs modules over a calibration set; ranges per timestep get its timesteps.
+
+        Args:
+            inputs: the network's inputs for all samples.
+        """
+        size = Walker.batch_size
+        if self.footprint is not None:
+            size = self.footprint.forward_batch(self.pass_bytes, size)
+        return Walker(self.storage, qnn.device, size, prepare_timesteps(qnn, inputs, self.storage.device))
 
     def feeding(self, qnn: QuantModel, step: str, batch_size: int) -> Feeding:
         """Return how a step's samples get to the network's device, at most as many at a time as fit in a pass."""
@@ -176,7 +183,7 @@ def units_to_fit(
         network: the network whose steps are walked over, ``qnn.model`` or a view of it.
         inputs: inputs of the network for all samples.
     """
-    walker = run.walker(qnn)
+    walker = run.walker(qnn, inputs)
     steps = walk(network, inputs, walker, weights=True, activations=phase.activations)
     for index, _, unit, state in steps:
         bar.set_postfix_str(f"{phase.name} of {unit.name}" if phase.label else unit.name, refresh=False)

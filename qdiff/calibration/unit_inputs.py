@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.input_moments import InputMoments
-from qdiff.calibration.observe import observing
+from qdiff.calibration.observe import observe, samples_to_observe
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker, leaves_in_execution_order
 from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
+from qdiff.ranges.estimators import RangeMethod
 
-Batches = list[list[Tensor]]
-"""Inputs of a layer: by batch of samples, and by call within a forward."""
+Taken = list[Tensor]
+"""What a layer takes in its calls within one forward."""
 
 
 class UnitInputs:
@@ -29,16 +30,23 @@ class UnitInputs:
 
     Args:
         activations: quantize activations as well as weights in the quantized network.
+        act_range: how `observe` chooses ranges, a name in `qdiff.ranges.estimators.ESTIMATORS`.
 
     Attributes:
         leaves: the unit's quantized leaves with their names, in execution order.
     """
 
-    def __init__(self, unit: Unit, walker: Walker, activations: bool) -> None:
-        self.unit, self.walker, self.activations = unit, walker, activations
+    def __init__(self, unit: Unit, walker: Walker, activations: bool, act_range: str = RangeMethod.MIN_MAX) -> None:
+        self.unit, self.walker, self.activations, self.act_range = unit, walker, activations, act_range
         self.leaves = leaves_in_execution_order(unit.module, unit.inputs, walker)
-        self._float: dict[nn.Module, Batches] = {leaf: [] for _, leaf in self.leaves}
-        self._quantized: tuple[nn.Module | None, Batches] = None, []  # of the layer in work
+        # Batches are in the order in which ranges are observed; with ranges per timestep, a batch has one timestep.
+        rows = torch.arange(len(unit.target), device=unit.target.device)
+        groups = samples_to_observe(walker, act_range, rows)
+        batches = [(entry, some[batch]) for entry, some in groups for batch in walker.slices(len(some))]
+        self._rows = [some for _, some in batches]
+        self._groups = [(entry, [i for i, (e, _) in enumerate(batches) if e == entry]) for entry, _ in groups]
+        self._float: dict[nn.Module, list[Taken]] = {leaf: [] for _, leaf in self.leaves}
+        self._quantized: tuple[nn.Module | None, list[Taken]] = None, []  # of the layer in work
         self._collect_float()
 
     @property
@@ -52,24 +60,27 @@ class UnitInputs:
         return any(len(calls) > 1 for batches in self._float.values() for calls in batches)
 
     @torch.no_grad()
-    def observe(self, leaf: nn.Module, method: str) -> None:
+    def observe(self, leaf: nn.Module) -> None:
         """Choose the ranges of a leaf's activation quantizers from what it takes in the quantized network.
 
         The leaves before it must have their ranges.
-
-        Args:
-            method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
         """
         quantizers = list(calibrated_act_quantizers(leaf).values())
         if not quantizers:
             return
-        with observing(quantizers, method):
-            if isinstance(leaf, QuantModule):
-                for _, calls in self._batches(self._of_quantized(leaf)):
-                    for x in calls:
-                        leaf.quantized_input(x)
-            else:
-                self._run_past(leaf)
+
+        def show(batches: list[int]) -> None:
+            if not isinstance(leaf, QuantModule):
+                self._run_past(leaf, batches)
+                return
+            taken = self._of_quantized(leaf)
+            for batch in batches:
+                for x in self._loaded(taken, batch):
+                    leaf.quantized_input(x)
+
+        if isinstance(leaf, QuantModule):
+            self._of_quantized(leaf)  # before the quantizers observe, since it runs the layer's first calls
+        observe(quantizers, self.act_range, self._groups, show)
 
     @torch.no_grad()
     def moments(self, layer: QuantModule, **kinds: Any) -> InputMoments:
@@ -81,19 +92,24 @@ class UnitInputs:
         moments = InputMoments(layer, len(self.unit.target), **kinds)
         in_float, quantized = self._float[layer], self._of_quantized(layer)
         quantizes = self.activations and len(layer.act_quantizers) > 0
-        for (rows, calls), (_, inputs) in zip(self._batches(in_float), self._batches(quantized), strict=True):
-            for x, x_hat in zip(calls, inputs, strict=True):
-                moments.add(x, layer.quantized_input(x_hat) if quantizes else x_hat, rows.start)
+        first = 0
+        for batch, rows in enumerate(self._rows):
+            pairs = zip(self._loaded(in_float, batch), self._loaded(quantized, batch), strict=True)
+            for x, x_hat in pairs:
+                moments.add(x, layer.quantized_input(x_hat) if quantizes else x_hat, first)
+            first += len(rows)
         return moments
 
-    def _batches(self, batches: Batches) -> Iterator[tuple[slice, list[Tensor]]]:
-        """Yield the samples of each batch and the layer's inputs on the device of the network."""
-        for rows, calls in zip(self.walker.slices(len(self.unit.target)), batches, strict=True):
-            yield rows, [x.to(self.walker.device) for x in calls]
+    def _loaded(self, taken: list[Taken], batch: int) -> Iterator[Tensor]:
+        """Yield a layer's inputs in one batch, on the network's device; quantizers take the ranges of the batch."""
+        if self.walker.timesteps is not None:
+            self.walker.timesteps.select(self._rows[batch], len(self.unit.target))
+        for x in taken[batch]:
+            yield x.to(self.walker.device)
 
     @torch.no_grad()
     def _collect_float(self) -> None:
-        seen: dict[nn.Module, list[Tensor]] = {}
+        seen: dict[nn.Module, Taken] = {}
 
         def see(leaf: nn.Module, args: tuple[Tensor, ...]) -> None:
             # Attention is only counted.
@@ -102,7 +118,7 @@ class UnitInputs:
         handles = [leaf.register_forward_pre_hook(see) for _, leaf in self.leaves]
         try:
             with leaf_modes([self.unit.module], weights=False, activations=False):
-                for rows in self.walker.slices(len(self.unit.target)):
+                for rows in self._rows:
                     seen.update({leaf: [] for _, leaf in self.leaves})
                     self.unit.module(*self.walker.load(self.unit.float_inputs, rows))
                     for leaf, calls in seen.items():
@@ -111,21 +127,21 @@ class UnitInputs:
             for handle in handles:
                 handle.remove()
 
-    def _of_quantized(self, layer: QuantModule) -> Batches:
-        """Return what a layer takes in the quantized network, before its own quantizers."""
+    def _of_quantized(self, layer: QuantModule) -> list[Taken]:
+        """Return what a layer takes in the quantized network, before its own quantizers, by batch."""
         if self._quantized[0] is not layer:
             self._quantized = None, []  # before the next is collected, so that only one is held
-            self._quantized = layer, self._run_past(layer)
+            self._quantized = layer, self._run_past(layer, list(range(len(self._rows))))
         return self._quantized[1]
 
-    def _run_past(self, leaf: nn.Module) -> Batches:
+    def _run_past(self, leaf: nn.Module, batches: list[int]) -> list[Taken]:
         """Run the quantized unit up to the last call of a leaf and return what the leaf takes in its calls.
 
         A layer's last call is not carried out; attention's is, for its quantizers, and what it takes is not kept.
         """
-        taken: list[Tensor] = []
+        taken: Taken = []
+        found: list[Taken] = []
         last = len(self._float[leaf][0])
-        batches: Batches = []
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             taken.append(self._stored(args[0]))
@@ -141,14 +157,14 @@ class UnitInputs:
         handle = hook(see if isinstance(leaf, QuantModule) else count)
         try:
             with leaf_modes([self.unit.module], weights=True, activations=self.activations):
-                for rows in self.walker.slices(len(self.unit.target)):
+                for batch in batches:
                     with contextlib.suppress(_Enough):
-                        self.unit.module(*self.walker.load(self.unit.inputs, rows))
-                    batches.append(taken.copy())
+                        self.unit.module(*self.walker.load(self.unit.inputs, self._rows[batch]))
+                    found.append(taken.copy())
                     taken.clear()
         finally:
             handle.remove()
-        return batches
+        return found
 
     def _stored(self, x: Tensor) -> Tensor:
         """Return a copy, because what runs beside a layer may change its input in place."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.reconstruction import Unit
+from qdiff.calibration.sample_timesteps import SampleTimesteps
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.errors import UserError
 from qdiff.interface import State, Step, SteppedNetwork
@@ -37,11 +38,13 @@ class Walker:
         storage: holds the results, on the device or in RAM.
         device: the device that modules run on.
         batch_size: samples per batch; it does not affect the values.
+        timesteps: of the samples, for ranges per timestep; None without such ranges.
     """
 
     storage: ActivationStorage
     device: torch.device
     batch_size: int = 64
+    timesteps: SampleTimesteps | None = None
 
     def slices(self, count: int) -> Iterator[slice]:
         for start in range(0, count, self.batch_size):
@@ -64,6 +67,9 @@ class Walker:
         return self.map(lambda rows: (module(*self.load(inputs, rows)),), len(inputs[0]))[0]
 
     def load(self, inputs: tuple[Tensor, ...], rows: slice | Tensor) -> tuple[Tensor, ...]:
+        """Return some samples on the device; until the next call, quantizers take the ranges of their timesteps."""
+        if self.timesteps is not None and inputs:
+            self.timesteps.select(rows, len(inputs[0]))
         return tuple(i[rows].to(self.device) for i in inputs)
 
     def step_inputs(self, step: Step, state: State) -> tuple[Tensor, ...]:
@@ -112,7 +118,7 @@ def walk(
         with leaf_modes([step.module], weights=False, activations=False):
             target = walker.run(step.module, float_inputs)
         quant_inputs = walker.step_inputs(step, quant_state)
-        unit = Unit(step.name, step.module, quant_inputs, target, float_inputs)
+        unit = Unit(step.name, step.module, quant_inputs, target, float_inputs, timesteps=walker.timesteps)
         if step.is_unit:
             yield index, step, unit, quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):

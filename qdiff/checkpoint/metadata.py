@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.config import QuantConfig
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
 from qdiff.ranges.estimators import RangeMethod
 
@@ -30,6 +30,8 @@ _ACT_OPTIONS = {
     "act_symmetric": "--a_sym",
     "softmax_bits": "--sm_abit",
 }
+
+_HELD = {ActRanges.SHARED: "the same for all timesteps", ActRanges.TIMESTEP: "those of one timestep each"}
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -127,6 +129,11 @@ def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layo
         held, other = ("changes of activations", "add") if there.modulate else ("activations themselves", "leave out")
         raise UserError(
             f"checkpoint {path} holds ranges of {held}; {other} --modulate, or calibrate others with --resume_w"
+        )
+    if activations and there.act_ranges is not here.act_ranges:
+        raise UserError(
+            f"checkpoint {path} holds ranges of activations that are {_HELD[there.act_ranges]}; give --act_ranges "
+            f"{there.act_ranges.value}, or calibrate others with --resume_w"
         )
     options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
     if here.calibrates_changes:  # only attention uses softmax_bits, and it has no calibrated ranges then

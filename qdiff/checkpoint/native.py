@@ -8,7 +8,9 @@ Tensors, each the concatenation over all layers in name order:
     ``float``             uint8: every other parameter and every weight step size in float32: first the lowest byte of
                           all values, then the next bytes, deflated (zlib). This shrinks exponents and signs to a
                           quarter; in networks of two million weights these floats are a tenth of the file;
-    ``act_delta``         float32, ``act_zero_point`` int32.
+    ``act_delta``         float32, ``act_zero_point`` int32;
+    ``act_timesteps``     float32: the calibrated timesteps, ascending, if there are ranges per timestep. Each quantizer
+                          then has as many δ and zero points, in this order.
 
 One tensor per layer would be neater, but each name costs about 100 bytes of header, more than many layers hold.
 Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
@@ -23,6 +25,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,8 @@ def content_hash(qnn: QuantModel) -> str:
     found.update(_concatenated(list(_plain(qnn).values()), torch.float32).numpy())
     found.update(_concatenated([q.delta for q in quantizers], torch.float32).numpy())
     found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
+    if qnn.act_timesteps is not None:
+        found.update(qnn.act_timesteps.values.cpu().numpy())
     return found.hexdigest()[:16]
 
 
@@ -113,6 +118,8 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     if act:
         tensors["act_delta"] = _concatenated([q.delta for q in act], torch.float32)
         tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
+    if qnn.act_timesteps is not None:
+        tensors["act_timesteps"] = qnn.act_timesteps.values.cpu()
     metadata = {
         "format": FORMAT,
         "config": json.dumps(qnn.config.to_dict(), separators=(",", ":")),
@@ -165,11 +172,13 @@ class _Contents:
         weights: by layer, as stored: packed integers, or float32.
         plain: parameters that are neither layer weights nor step sizes.
         ranges: quantizers, each with its δ and z from the file.
+        timesteps: [T], of ranges per timestep; None without such ranges.
     """
 
     weights: dict[str, Tensor]
     plain: dict[str, Tensor]
     ranges: list[tuple[Quantizer, Tensor, Tensor]]
+    timesteps: Tensor | None
 
     @torch.no_grad()
     def take_small_ones(self, qnn: QuantModel) -> None:
@@ -183,6 +192,8 @@ class _Contents:
                 module.set_quantized_bias(value.to(module.bias))
             else:
                 getattr(module, leaf).copy_(value)
+        if self.timesteps is not None:
+            qnn.act_timesteps.set(self.timesteps)
         for quantizer, delta, zero_point in self.ranges:
             quantizer.set(delta, zero_point)
 
@@ -203,9 +214,11 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             (quantizer, floats[f"{name}.delta"], zero_point)
             for (name, quantizer), zero_point in zip(quantizers.items(), _separated(zero_points, like), strict=True)
         ]
+        timesteps = _timesteps(tensors) if act and qnn.act_timesteps is not None else None
         if act:
-            deltas = _separated(tensors["act_delta"], [q.delta for q in act])
-            ranges += zip(act, deltas, _separated(tensors["act_zero_point"], [q.zero_point for q in act]), strict=True)
+            like = [q.delta if timesteps is None else timesteps for q in act]
+            deltas, zero_points = (_separated(tensors[f"act_{part}"], like) for part in ("delta", "zero_point"))
+            ranges += zip(act, deltas, zero_points, strict=True)
         for quantizer, delta, zero_point in ranges:
             levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
@@ -216,7 +229,16 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
-    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges)
+    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, timesteps)
+
+
+def _timesteps(tensors: Mapping[str, Tensor]) -> Tensor:
+    values = tensors["act_timesteps"]
+    if values.dtype != torch.float32 or values.dim() != 1 or len(values) == 0:
+        raise ValueError("the calibrated timesteps are no list of numbers")
+    if not torch.isfinite(values).all() or (values.diff() <= 0).any():
+        raise ValueError("the calibrated timesteps are not in ascending order")
+    return values
 
 
 Parts = tuple[dict[str, Tensor], Tensor, Tensor]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qdiff.checkpoint.published_widths import check_softmax_ranges
+from qdiff.config import ActRanges
 from qdiff.errors import UserError
 from qdiff.functional import dequantize, max_level
 from qdiff.io.tensor_files import check_finite, unwrapped
@@ -71,6 +72,11 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
     """
     if qnn.config.weight_bits is None:
         raise UserError(f"checkpoint {path} holds quantized weights; give --weight_bit")
+    if activations and qnn.config.act_ranges is not ActRanges.SHARED:
+        raise UserError(
+            f"{path} holds one range per quantizer and none per timestep; add --resume_w to calibrate these, or leave "
+            "out --act_ranges"
+        )
     quantizers = _quantizers(qnn, activations)
     plain = {n: p for n, p in qnn.named_parameters() if not n.endswith(".delta")}
     state = unwrapped(state, [*plain, *quantizers])
@@ -204,11 +210,16 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     levels of that code, which cannot express the unsigned one.
 
     Raises:
-        UserError: weights stay in float, or the float weights were released or are not those that were quantized (a
-            native file does not hold them).
+        UserError: weights stay in float, ranges are per timestep, or the float weights were released or are not those
+            that were quantized (a native file does not hold them).
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
+    if qnn.config.act_ranges is not ActRanges.SHARED:
+        raise UserError(
+            "the published format holds one range per quantizer and none per timestep; save the native format, or "
+            "calibrate without --act_ranges"
+        )
     if any(layer.form is WeightForm.RELEASED for layer in qnn.layers().values()):
         raise UserError(
             "the published format needs the float weights, which this network has released; save it before "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from qdiff.calibration.layer_rounding import rounding_bytes
 from qdiff.calibration.memory_plan import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.run import CalibrationRun
+from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import (
     CalibrationSet,
     check_context,
@@ -57,6 +58,7 @@ class Quantization:
         image_shape: (C, H, W) of the network's input.
         context_shape: (L, D) of a conditional network's context, else None.
         training_steps: T; a recording with a timestep of T or later is refused. None skips this check.
+        visited: returns the timesteps that sampling calls the network at, in order, for ranges per timestep.
         probe: makes inputs of the network (`Pipeline.probe`) to check the activation widths of a published file; None
             skips this check.
 
@@ -75,10 +77,11 @@ class Quantization:
         image_shape: tuple[int, ...],
         context_shape: tuple[int, ...] | None = None,
         training_steps: int | None = None,
+        visited: Callable[[], Sequence[float]] = tuple,
         probe: Callable[[], tuple[Tensor, ...]] | None = None,
     ) -> None:
         self.plan, self.run, self.image_shape, self.context_shape = plan, run, image_shape, context_shape
-        self.training_steps = training_steps
+        self.training_steps, self.visited = training_steps, visited
         self.finished = run.path / CHECKPOINT
         self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
         self.data: CalibrationSet | None = None
@@ -87,6 +90,8 @@ class Quantization:
         self.is_calibrated = plan.action == "load" or self.finished.is_file()
         if self.is_calibrated:
             load_checkpoint(self.qnn, self._source, probe=probe)
+            if self.qnn.act_timesteps is not None:
+                self.qnn.act_timesteps.check(visited())
             return
         if plan.action == "activations":
             load_checkpoint(self.qnn, plan.checkpoint, activations=False)
@@ -126,6 +131,7 @@ class Quantization:
             with self.run.timed("recording"):
                 save_recording(record(), self.recording)
             self._read_recording()
+        check_timesteps(self.qnn, self.data.inputs, self.visited())
         self.run.add_file("calibration data", self.recording)
         weights = None
         if self.plan.action == "activations":

@@ -35,6 +35,7 @@ from qdiff.cost.account import account
 from qdiff.deploy.runtimes import onnx_runtimes
 from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.errors import UserError, require_at_least
+from qdiff.interface import SteppedNetwork
 from qdiff.io.files import check_writable
 from qdiff.io.images import save_png, to_uint8
 from qdiff.io.repository import REPOSITORY
@@ -177,10 +178,10 @@ class SampleCommand:
                 if pipeline.labels is not None:
                     run.manifest.labels = pipeline.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
-                counted = packed or (pipeline.network if prepared is None else prepared.qnn)
-                cost = account(counted, pipeline.input_shape, pipeline.context_shape)
-                run.manifest.cost = cost.summary(pipeline.calls)
+                self._count_cost(run, packed or (pipeline.network if prepared is None else prepared.qnn))
                 self._complete(prepared, run)
+                if prepared is not None and prepared.qnn.act_timesteps is not None:
+                    self._count_cost(run, prepared.qnn)  # only now it is known how many ranges there are
             processes.wait()
             if packed is None and prepared is None and (prepared := self._prepare(run)) is not None:
                 prepared.qnn.release_float_weights()
@@ -217,12 +218,17 @@ class SampleCommand:
             made = sample_pending(run, images, pipeline.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
 
+    def _count_cost(self, run: RunFolder, network: SteppedNetwork | QuantModel) -> None:
+        cost = account(network, self.pipeline.input_shape, self.pipeline.context_shape)
+        run.manifest.cost = cost.summary(self.pipeline.calls)
+
     def _prepare(self, run: RunFolder) -> Quantization | None:
         if self.plan is None:
             return None
         pipeline = self.pipeline
         shapes = pipeline.input_shape, pipeline.context_shape
-        return Quantization(pipeline.network, self.plan, run, *shapes, pipeline.training_steps, pipeline.probe)
+        given = (pipeline.training_steps, pipeline.sampler.visited, pipeline.probe)
+        return Quantization(pipeline.network, self.plan, run, *shapes, *given)
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if needed, and measure once the error of ε against float on inputs outside the calibration set."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.checkpoint.native import FLOAT_BYTES, content_hash, layout
-from qdiff.config import QuantConfig
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 from qdiff.kernels.integer_matmul import check_one_scale
@@ -93,6 +93,11 @@ def _check_size(qnn: QuantModel) -> None:
 def check_exportable(config: QuantConfig) -> None:
     """Raise a `UserError` if a network cannot be written as ONNX."""
     check_one_scale(config)
+    if config.act_ranges is not ActRanges.SHARED:
+        raise UserError(
+            f"--act_ranges {config.act_ranges.value} cannot be written as ONNX, where an activation has one range for "
+            "all timesteps; leave it out, or give --runtime torch or torch-int8"
+        )
     if config.ablation is not None:
         raise UserError("--modulate_ablation cannot be written as ONNX; leave it out, or leave --runtime out")
 

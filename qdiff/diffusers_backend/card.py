@@ -19,6 +19,8 @@ def card_of(network: nn.Module) -> str:
     widths, notes = config.quant_config, config.notes
     base = notes.get("base_model") or getattr(network.config, "_name_or_path", "") or "unknown"
     acts = "float" if widths.act_bits is None else f"{widths.act_bits} bits"
+    if config.timesteps:
+        acts += f", a range for each of {len(config.timesteps)} timesteps"
     rows = [
         (
             "weights",

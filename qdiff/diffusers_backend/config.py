@@ -44,6 +44,7 @@ class QDiffConfig(QuantizationConfigMixin):
         left_in_float: why a module is not quantized, by name.
         fused_projections: whether attention has one layer for q, k and v (``fuse_qkv_projections``).
         ends: names of the first and the last layer, for ``keep_ends``.
+        timesteps: the calibrated ones, ascending, of ranges per timestep.
         notes: method, calibration and measured error; not used for loading.
         format_version: of what is stored in the component's tensors.
 
@@ -60,6 +61,7 @@ class QDiffConfig(QuantizationConfigMixin):
         left_in_float: dict[str, str] | None = None,
         fused_projections: bool = False,
         ends: list[str] | None = None,
+        timesteps: list[float] | None = None,
         notes: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
@@ -83,6 +85,7 @@ class QDiffConfig(QuantizationConfigMixin):
         self.left_in_float = dict(left_in_float or {})
         self.fused_projections = fused_projections
         self.ends = None if ends is None else tuple(ends)
+        self.timesteps = list(timesteps or ())
         self.notes = dict(notes or {})
         self.format_version = format_version
 
@@ -94,6 +97,7 @@ class QDiffConfig(QuantizationConfigMixin):
             "left_in_float": self.left_in_float,
             "fused_projections": self.fused_projections,
             "ends": list(self.ends or ()),
+            "timesteps": self.timesteps,
         }
         return {
             "quant_method": self.quant_method.value,

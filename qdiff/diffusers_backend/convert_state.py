@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.errors import UserError
 from qdiff.functional import max_level
@@ -34,6 +34,11 @@ def check_convertible(config: QuantConfig) -> None:
     if config.modulate:
         raise UserError(
             "a pipeline's loop opens no trajectory for modulation; give a checkpoint that was made without --modulate"
+        )
+    if config.act_ranges is not ActRanges.SHARED:
+        raise UserError(
+            "checkpoints with ranges per timestep are not converted; quantize the pipeline with "
+            f"scripts/quantize_pipeline.py --act_ranges {config.act_ranges.value}, or give another checkpoint"
         )
 
 

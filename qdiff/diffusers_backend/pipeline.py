@@ -38,6 +38,10 @@ class Loop:
     seed: int
     calls: int
 
+    def visited(self) -> list[float]:
+        """Return nothing: what the network gets as timesteps is not known before the loop runs."""
+        return []
+
 
 class _Reached(Exception):
     """Ends a pipeline's loop at its first call of the network."""
@@ -179,7 +183,7 @@ class DiffusersPipeline(Pipeline):
 
     def under_own_names(self, qnn: QuantModel) -> QuantModel:
         view = copy.copy(qnn)
-        view._modules = {"model": qnn.model.network}
+        view._modules = {**qnn._modules, "model": qnn.model.network}
         return view
 
     def precision(self) -> contextlib.AbstractContextManager:

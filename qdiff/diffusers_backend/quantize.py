@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from qdiff.api import calibrate, method_and_config
 from qdiff.calibration.run import CalibrationRun
+from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.config import QuantConfig
 from qdiff.diffusers_backend.card import writes_card
+from qdiff.diffusers_backend.component_timesteps import follow_timesteps, timestep_of
 from qdiff.diffusers_backend.config import QDiffConfig
-from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser
+from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser, listen
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 from qdiff.diffusers_backend.recording import check_options, record_pipeline
 from qdiff.diffusers_backend.refusals import check_is_plain, refuse_changes
@@ -88,12 +90,18 @@ def quantize_pipeline(
     check_options(pipe, prompts, options)
     started = time.monotonic()
     record = {"prompts": prompts, "batch_size": batch_size, "options": options}
-    data, call = record_pipeline(pipe, network, samples, steps, seed=seed, **record)
+    visited: set[float] = set()
+    handle = listen(network, lambda args, keywords: visited.update(timestep_of(network, args, keywords).tolist()))
+    try:
+        data, call = record_pipeline(pipe, network, samples, steps, seed=seed, **record)
+    finally:
+        handle.remove()
     held_out, _ = record_pipeline(pipe, network, max(1, samples // 8), steps, seed=seed + samples, **record)
     with _in_single_precision(network):
         example = [i[:2].to(network.device) for i in data.inputs]
         _check_attention(network, config, example, call)
         qnn = QuantModel(network, config, example, call=call, units=units, ends=ends_of(network))
+        check_timesteps(qnn, data.inputs, visited)
         calibrate(qnn, data, method, settings, seed=seed, run=run)
         error = measure_noise_error(qnn, held_out, batch_size)
     relative = error["mse"] / error["float_mean_square"]
@@ -125,6 +133,7 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         left_in_float={name.removeprefix(prefix): reason for name, reason in qnn.left_in_float.items()},
         fused_projections=has_fused_projections(network),
         ends=[name.removeprefix(prefix) for name in qnn.ends] if qnn.ends else None,
+        timesteps=None if qnn.act_timesteps is None else qnn.act_timesteps.values.tolist(),
         notes=notes,
         **qnn.config.to_dict(),
     )
@@ -143,6 +152,7 @@ def make_component(network: nn.Module, config: QDiffConfig) -> None:
     network.is_quantized, network.quantization_method = True, config.quant_method
     network.register_to_config(quantization_config=config)
     switch_on(network)
+    follow_timesteps(network)
     refuse_changes(network)
     writes_card(network)
 

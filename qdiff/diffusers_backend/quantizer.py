@@ -11,6 +11,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from qdiff.diffusers_backend.card import writes_card
+from qdiff.diffusers_backend.component_timesteps import follow_timesteps
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.refusals import refuse_changes
 from qdiff.diffusers_backend.structure import pack_without_values, replace_layers, switch_on
@@ -134,6 +135,7 @@ class QDiffQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         switch_on(model)
+        follow_timesteps(model)
         refuse_changes(model)
         writes_card(model)
         return model

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from qdiff.diffusers_backend.component_timesteps import make_timesteps
 from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.kernels.packed_weight import WeightCache
@@ -166,6 +167,7 @@ def replace_layers(network: nn.Module, config: QDiffConfig) -> None:
         for name in config.prescaled:
             network.get_submodule(name).prescale = True
     replace_leaves(network, config.quant_config, config.ends, config.left_in_float)
+    make_timesteps(network, config.timesteps)
 
 
 def pack_without_values(network: nn.Module) -> None:

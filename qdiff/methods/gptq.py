@@ -49,12 +49,12 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: GptqConfig, run: Ca
     with run.progress(network, 1) as bar:
         for opened in units_to_fit(qnn, network, data.inputs, Phase("gptq", 5, 1, activations), run, bar):
             unit = opened.unit
-            inputs = UnitInputs(unit, opened.walker, activations)
+            inputs = UnitInputs(unit, opened.walker, activations, qnn.config.act_range)
             if activations and inputs.repeats:  # what runs between two calls of a leaf needs some range
                 observe_unit(unit, opened.walker, qnn.config.act_range)
             for name, leaf in inputs.leaves:
                 if activations:
-                    inputs.observe(leaf, qnn.config.act_range)
+                    inputs.observe(leaf)
                 if not isinstance(leaf, QuantModule):
                     continue
                 moments = inputs.moments(leaf, **config.moments, second=weights)

@@ -21,7 +21,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: None, run: Calibrat
     if run.weights:
         init_weights(qnn)
     if qnn.config.calibrates_acts:
-        walker = run.walker(qnn)
+        walker = run.walker(qnn, data.inputs)
         for _, _, unit, _ in walk(qnn.as_steps(data.inputs), data.inputs, walker, weights=True, activations=True):
             observe_unit(unit, walker, qnn.config.act_range)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)

@@ -22,7 +22,7 @@ from qdiff.errors import UserError
 from qdiff.io.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import ActQuantizer
+from qdiff.quantizer import ActQuantizer, learnable_act_quantizers
 
 RUNNING_MOMENTUM = 0.95
 ALPHA_REACH = 20.0  # learning rate × iterations in the paper, i.e. how far Adam can move α
@@ -138,7 +138,7 @@ def _contains(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
 def _fit_weights(
     qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
 ) -> None:
-    walker, network = run.walker(qnn), qnn.as_steps(data.inputs)
+    walker, network = run.walker(qnn, data.inputs), qnn.as_steps(data.inputs)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
     settings = FitSettings(
         config.iterations,
@@ -176,7 +176,10 @@ def _fit_activations(
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, first)
         if config.running_stat:
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
-        for part in opened.parts(config.unit):
-            opened.fit(part, lp_error(config.p), settings)
+        if learnable_act_quantizers(opened.unit.module):
+            for part in opened.parts(config.unit):
+                opened.fit(part, lp_error(config.p), settings)
+        else:  # ranges per timestep are not learned
+            opened.measure(lp_error(config.p))
         if config.bias_correction:
             correct_biases(opened.unit, opened.walker, activations=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from qdiff.ranges.grid_search import GridSearch
 from qdiff.ranges.least_error import LeastError
 from qdiff.ranges.min_max import MinMax
+from qdiff.ranges.moving_average import MovingAverage
 from qdiff.ranges.range_estimator import RangeEstimator
 
 
@@ -19,12 +20,14 @@ class RangeMethod:
     MIN_MAX = "max"
     MSE = "mse"
     SEARCH = "search"  # EDA-DM's
+    AVERAGE = "ema"  # TFMQ-DM's
 
 
 ESTIMATORS: dict[str, type[RangeEstimator]] = {
     RangeMethod.MIN_MAX: MinMax,
     RangeMethod.MSE: LeastError,
     RangeMethod.SEARCH: GridSearch,
+    RangeMethod.AVERAGE: MovingAverage,
 }
 """The estimators by their name in ``--w_range``, ``--a_range``, `QuantConfig` and checkpoints."""
 

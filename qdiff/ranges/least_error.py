@@ -19,6 +19,14 @@ class LeastError(RangeEstimator):
     def choose(
         cls, rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool
     ) -> tuple[Tensor, Tensor]:
-        factors = torch.tensor([1.0 - 0.01 * step for step in range(SHRINK_STEPS)], dtype=low.dtype, device=low.device)
-        delta, zero_point = qparams(low[:, None] * factors, high[:, None] * factors, bits, symmetric, unsigned)
-        return pick(first_least(rows, delta, zero_point, bits), delta, zero_point)
+        return qparams(*shrunk(rows, low, high, bits, symmetric, unsigned), bits, symmetric, unsigned)
+
+
+def shrunk(
+    rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the extremes of each row, shrunk so that the error is least; arguments as in `LeastError.choose`."""
+    factors = torch.tensor([1.0 - 0.01 * step for step in range(SHRINK_STEPS)], dtype=low.dtype, device=low.device)
+    lows, highs = low[:, None] * factors, high[:, None] * factors
+    best = first_least(rows, *qparams(lows, highs, bits, symmetric, unsigned), bits)
+    return pick(best, lows, highs)

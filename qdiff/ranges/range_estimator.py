@@ -36,6 +36,8 @@ class RangeEstimator(ABC):
     SAMPLE = 1 << 18  # values used in the end: enough for the tails at 16 bits, few enough for any layer
     one_sided: ClassVar[bool] = False
     """Whether the symmetric range of values on one side of 0 puts all its levels on that side."""
+    averages: ClassVar[bool] = False
+    """Whether batches always count the less, the earlier they come, so that they must come in random order."""
 
     def __init__(self, running_momentum: float | None = None) -> None:
         self.momentum = running_momentum

@@ -54,6 +54,18 @@ class Sampler:
         self.timesteps = self._row.timesteps(options, schedule.num_train)
         self.calls = self._row.calls(options, self.timesteps)
 
+    def visited(self) -> list[float]:
+        """Return the timestep of every network call of a run, in order."""
+        times: list[float] = []
+
+        def listen(x: Tensor, t: Tensor) -> Tensor:
+            times.append(float(t[0]))
+            return torch.zeros_like(x)
+
+        noise = ImageNoise(self.seed, [0], (1, 1, 1), "cpu")
+        self._row.sample(listen, noise.draw(), SamplingRun(self.schedule, self.timesteps, self.options, noise, None))
+        return times
+
     def __call__(
         self,
         network: Network,

@@ -48,6 +48,7 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantization")
     group.add_argument("--ptq", action="store_true", help="quantize; without it, sample from the float model")
     # Here and not above: they load torch, which commands without these options need not wait for.
+    from qdiff.config import ActRanges
     from qdiff.methods.registry import METHODS
     from qdiff.ranges.estimators import ESTIMATORS
 
@@ -74,6 +75,12 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--w_range", choices=list(ESTIMATORS), help="how weight ranges are chosen")
     group.add_argument("--a_range", choices=list(ESTIMATORS), help="how activation ranges are chosen")
+    group.add_argument(
+        "--act_ranges",
+        choices=[r.value for r in ActRanges],
+        help="timestep: each activation has a range for every timestep of the calibration set (--cali_st), which is "
+        "observed and not learned; shared: one for all timesteps (default)",
+    )
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from qdiff.calibration.timesteps import Draw
 from qdiff.cli.options import eda_dm, gptq, modiff
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
-from qdiff.config import QuantConfig
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
@@ -106,6 +106,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "w_sym",
         "w_range",
         "a_range",
+        "act_ranges",
         "keep_ends",
         "fused_kernels",
         *modiff.QUANTIZING,
@@ -163,6 +164,7 @@ def resolve_ptq(
         modulate=modulate,
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
+        act_ranges=args.act_ranges or ActRanges.SHARED,
     )
     action = _action(args, method, quant)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qdiff.config import QuantConfig, ScalePer
+from qdiff.config import ActRanges, QuantConfig, ScalePer
 
 
 def quantization_words(quant: QuantConfig) -> list[str]:
@@ -27,6 +27,8 @@ def quantization_words(quant: QuantConfig) -> list[str]:
         made += ["--quant_mode", "dynamic"]
     if quant.act_scale_per is not ScalePer.TENSOR:
         made += ["--act_scale_per", quant.act_scale_per.value]
+    if quant.act_ranges is not ActRanges.SHARED:
+        made += ["--act_ranges", quant.act_ranges.value]
     if quant.rest_bits is not None:
         made += ["--rest_abit", quant.rest_bits]
     return [str(word) for word in made]

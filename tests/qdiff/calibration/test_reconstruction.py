@@ -201,10 +201,10 @@ def test_fisher_error_of_equal_gradients_is_the_squared_error():
 
 
 def test_a_unit_needs_no_more_than_its_fields():
-    """`optimise` reads inputs, target and weights alone, so any object with a callable module will do."""
+    """`optimise` reads inputs, target, weights and timesteps alone: any object with a callable module will do."""
     parameter = nn.Parameter(torch.zeros(3))
     inputs, target = (torch.zeros(4, 3),), torch.ones(4, 3)
-    unit = SimpleNamespace(module=lambda x: x + parameter, inputs=inputs, target=target, weights=None)
+    unit = SimpleNamespace(module=lambda x: x + parameter, inputs=inputs, target=target, weights=None, timesteps=None)
     error = optimise(
         unit,
         torch.optim.SGD([parameter], lr=0.3),

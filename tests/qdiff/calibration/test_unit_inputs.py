@@ -80,7 +80,7 @@ def test_moments_are_those_of_both_forwards(name, small):
     unit = unit_of(Block())
     inputs = UnitInputs(unit, small, activations=True)
     for _, leaf in inputs.leaves:
-        inputs.observe(leaf, "max")
+        inputs.observe(leaf)
     layer = getattr(unit.module, name)
     (x,) = inputs_seen(unit, layer, unit.float_inputs, weights=False, activations=False)
     (x_hat,) = inputs_seen(unit, layer, unit.inputs, weights=True, activations=True)
@@ -104,7 +104,7 @@ def test_ranges_are_those_of_observing_the_unit_leaf_by_leaf(small):
     inputs = UnitInputs(unit, small, activations=True)
     assert [name for name, _ in inputs.leaves] == ["first", "core", "last"]
     for _, leaf in inputs.leaves:
-        inputs.observe(leaf, "max")
+        inputs.observe(leaf)
         first = next(iter(calibrated_act_quantizers(leaf).values()))
         (x, *_) = inputs_seen(unit, leaf, unit.inputs, weights=True, activations=True)
         assert float(first.delta) == pytest.approx(float(x.max() - x.min()) / 15, rel=1e-6)
@@ -113,8 +113,8 @@ def test_ranges_are_those_of_observing_the_unit_leaf_by_leaf(small):
 def test_all_of_attention_is_observed(small):
     one, other = unit_of(Block()), unit_of(Block())
     inputs = UnitInputs(one, small, activations=True)
-    inputs.observe(one.module.first, "max")
-    inputs.observe(one.module.core, "max")
+    inputs.observe(one.module.first)
+    inputs.observe(one.module.core)
     observe_unit(other, small, "max")
     for operand in "qkvw":
         found = getattr(one.module.core, f"act_quantizer_{operand}")

@@ -6,8 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
+from small_network import Small
 
 from qdiff.api import calibrate
 from qdiff.calibration import run as calibration_run
@@ -16,7 +15,6 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.interface import split_input
 from qdiff.methods import gptq, qdiffusion
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.gptq import GptqConfig
@@ -35,29 +33,6 @@ WIDTHS = {
     "symmetric": {"weight_symmetric": True, "act_symmetric": True},
     "dynamic": {"act_dynamic": True},
 }
-
-
-class Small(nn.Module):
-    """Convolutions with stride and groups, linear layers, attention and a shortcut; a few hundred weights per layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv_in, self.embed = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(4, 8)
-        self.block = nn.Sequential(nn.SiLU(), nn.Conv2d(8, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 8, 1, groups=2))
-        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in "qkv")
-        self.join = split_input(nn.Conv2d(16, 8, 3, padding=1), 8)
-        self.conv_out = nn.Conv2d(8, 1, 3, padding=1)
-
-    def forward(self, x, t):
-        angles = t[:, None].to(x) * torch.tensor([0.001, 0.004, 0.016, 0.064]).to(x)
-        skip = self.conv_in(x) + self.embed(angles.sin())[:, :, None, None]
-        h = self.down(skip + self.block(skip))
-        tokens = h.flatten(2).mT
-        q, k, v = (layer(tokens)[:, None] for layer in (self.q, self.k, self.v))
-        h = h + F.scaled_dot_product_attention(q, k, v)[:, 0].mT.unflatten(2, h.shape[2:])
-        h = torch.cat([F.interpolate(h, scale_factor=2), skip], dim=1)
-        return self.conv_out(F.silu(self.join(h)))
 
 
 @pytest.fixture
@@ -134,8 +109,8 @@ def test_options_reach_the_result(wrap, data):
 
 def test_batches_do_not_matter(wrap, data):
     class InFives(CalibrationRun):
-        def walker(self, qnn):
-            walker = super().walker(qnn)
+        def walker(self, qnn, inputs):
+            walker = super().walker(qnn, inputs)
             return type(walker)(walker.storage, walker.device, 5)
 
     states = []

@@ -108,8 +108,8 @@ def test_batches_do_not_matter():
     """A walk in batches of three finds the ranges of a walk in one batch."""
 
     class InThrees(CalibrationRun):
-        def walker(self, qnn):
-            return replace(super().walker(qnn), batch_size=3)
+        def walker(self, qnn, inputs):
+            return replace(super().walker(qnn, inputs), batch_size=3)
 
     whole, parts = wrapped(SkipNetwork), wrapped(SkipNetwork)
     calibrate(whole, DATA, "linear", run=quiet())
@@ -128,7 +128,7 @@ def test_repeated_parts_run_as_they_were_fitted(method):
     qnn.model.last.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     with qnn.quantized():
         qnn(*DATA.inputs)
-    walker = quiet().walker(qnn)
+    walker = quiet().walker(qnn, DATA.inputs)
     steps = walk(qnn.as_steps(DATA.inputs), DATA.inputs, walker, weights=True, activations=True)
     units = {unit.name: unit.inputs[0] for _, _, unit, _ in steps}
     assert list(units) == ["blocks.0", "blocks.1", "last"]
