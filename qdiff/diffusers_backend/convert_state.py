@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig
+from qdiff.config import FIRST, LAST, QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.errors import UserError
 from qdiff.functional import max_level
@@ -34,6 +34,11 @@ def check_convertible(config: QuantConfig) -> None:
     if config.modulate:
         raise UserError(
             "a pipeline's loop opens no trajectory for modulation; give a checkpoint that was made without --modulate"
+        )
+    if named := config.named_layers(None) - {FIRST, LAST}:
+        raise UserError(
+            f"--layer_bits names {min(named)}, which has another name in the other network; quantize that network with "
+            f"--layer_bits (only {FIRST} and {LAST} can be converted)"
         )
 
 
