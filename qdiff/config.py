@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from typing import Any
@@ -10,8 +12,11 @@ from qdiff.errors import UserError
 from qdiff.ranges.estimators import ESTIMATORS, RangeMethod
 
 END_BITS = 8
+FLOAT_BITS = 32  # the width of floats, and how `LayerBits` leaves a weight or an input in float
+FIRST, LAST = "first", "last"  # in `QuantConfig.layer_bits`, the layers that are a network's ends
+_WEIGHT_WIDTHS, _ACT_WIDTHS = (1, 8), (2, 16)
 _OF_MODULATION = ("modulate", "rest_bits", "ablation")
-_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges")
+_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges", "layer_bits")
 
 
 class ScalePer(str, Enum):
@@ -34,6 +39,51 @@ class Ablation(str, Enum):
 
     NO_COMPENSATION = "no-compensation"  # changes relative to the last input, not its reconstruction: errors add up
     CLEARED_STATE = "cleared-state"  # state cleared before every step: no activation is quantized
+
+
+@dataclass(frozen=True)
+class LayerBits:
+    """Widths of one layer where they differ from the network's, written ``W8A16``, ``W8`` or ``A16``.
+
+    Attributes:
+        weight_bits: width of the weight, 1 to 8, or 32 for float; None takes the network's.
+        act_bits: width of the input, 2 to 16, or 32 for float; None takes the network's. An attention's is that of q, k
+            and v, and 32 leaves both of its products in float.
+
+    Raises:
+        UserError: a width is out of range.
+    """
+
+    weight_bits: int | None = None
+    act_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        for bits, (low, high) in ((self.weight_bits, _WEIGHT_WIDTHS), (self.act_bits, _ACT_WIDTHS)):
+            if bits is not None and not (_is_whole(bits) and (low <= bits <= high or bits == FLOAT_BITS)):
+                raise UserError(_wrong_widths(bits))
+
+    @classmethod
+    def parse(cls, text: str) -> LayerBits:
+        """Inverse of `str`."""
+        found = re.fullmatch(r"(?:W(\d+))?(?:A(\d+))?", str(text).strip().upper())
+        if found is None or found[0] == "":
+            raise UserError(_wrong_widths(repr(text)))
+        return cls(*(None if bits is None else int(bits) for bits in found.groups()))
+
+    def __str__(self) -> str:
+        parts = (("W", self.weight_bits), ("A", self.act_bits))
+        return "".join(f"{letter}{bits}" for letter, bits in parts if bits is not None)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wrong_widths(given: Any) -> str:
+    return (
+        f"a layer's width is {given}; write W8A16, W8 or A16, with weights of {_WEIGHT_WIDTHS[0]} to "
+        f"{_WEIGHT_WIDTHS[1]} bits and activations of {_ACT_WIDTHS[0]} to {_ACT_WIDTHS[1]}, or {FLOAT_BITS} for float"
+    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +110,9 @@ class QuantConfig:
         ablation: the part of modulation to leave out; None leaves out nothing.
         act_ranges: what shares one calibrated range; ``timestep`` gives each quantizer a table with a range for each
             timestep of the calibration set (`qdiff.ranges.calibrated_timesteps`), which is observed and not learned.
+        layer_bits: layers with widths of their own, by name: ``{"conv_in": "W8A16", "last": "A32"}`` or pairs of names
+            and `LayerBits`, which are kept in order of names. ``first`` and ``last`` are the network's ends; a layer's
+            own name counts before them, and both before ``keep_ends``. An attention is named like a layer.
 
     Raises:
         UserError: a value is out of range, or fields contradict each other; the sentence names the option.
@@ -80,13 +133,14 @@ class QuantConfig:
     rest_bits: int | None = None
     ablation: Ablation | None = None
     act_ranges: ActRanges = ActRanges.SHARED
+    layer_bits: tuple[tuple[str, LayerBits], ...] | Mapping[str, LayerBits | str] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high, option in (
-            ("weight_bits", 1, 8, "--weight_bit"),
-            ("act_bits", 2, 16, "--act_bit"),
-            ("softmax_bits", 2, 16, "--sm_abit"),
-            ("rest_bits", 2, 16, "--rest_abit"),
+        for name, (low, high), option in (
+            ("weight_bits", _WEIGHT_WIDTHS, "--weight_bit"),
+            ("act_bits", _ACT_WIDTHS, "--act_bit"),
+            ("softmax_bits", _ACT_WIDTHS, "--sm_abit"),
+            ("rest_bits", _ACT_WIDTHS, "--rest_abit"),
         ):
             bits = getattr(self, name)
             if bits is None and name != "softmax_bits":
@@ -101,6 +155,7 @@ class QuantConfig:
         if self.ablation is not None:
             self._make_enum("ablation", Ablation)
         self._check_dynamics()
+        self._make_layer_bits()
 
     def _make_enum(self, name: str, kind: type[Enum]) -> None:
         try:
@@ -109,6 +164,19 @@ class QuantConfig:
             raise UserError(
                 f"{name} is {getattr(self, name)}; give it one of {', '.join(k.value for k in kind)}"
             ) from None
+
+    def _make_layer_bits(self) -> None:
+        made = {n: b if isinstance(b, LayerBits) else LayerBits.parse(b) for n, b in dict(self.layer_bits).items()}
+        object.__setattr__(self, "layer_bits", tuple(sorted((n, b) for n, b in made.items() if b != LayerBits())))
+        for name, bits in self.layer_bits:
+            for kind, width, own, option in (
+                ("weights", self.weight_bits, bits.weight_bits, "--weight_bit"),
+                ("activations", self.act_bits, bits.act_bits, "--quant_act"),
+            ):
+                if width is None and own not in (None, FLOAT_BITS):
+                    raise UserError(
+                        f"--layer_bits gives {name} {bits}, but {kind} are not quantized; add {option}, or leave it out"
+                    )
 
     def _check_dynamics(self) -> None:
         if self.modulate and self.act_bits is None:
@@ -171,6 +239,8 @@ class QuantConfig:
         for f in fields(self):
             if f.name in _LATER and values[f.name] == f.default:
                 del values[f.name]
+        if self.layer_bits:
+            values["layer_bits"] = {name: str(bits) for name, bits in self.layer_bits}
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
     def of_layer(self, name: str, ends: tuple[str, str] | None) -> QuantConfig:
@@ -179,14 +249,41 @@ class QuantConfig:
         Args:
             ends: names of the network's first and last layer.
         """
-        if not self.keep_ends or ends is None or name not in ends:
+        weight_bits, act_bits = self.weight_bits, self.act_bits
+        if self.keep_ends and ends is not None and name in ends:
+            weight_bits = None if weight_bits is None else END_BITS
+            act_bits = act_bits if name == ends[0] else None
+        own = self.bits_of(name, ends)
+        weight_bits, act_bits = _chosen(own.weight_bits, weight_bits), _chosen(own.act_bits, act_bits)
+        if (weight_bits, act_bits) == (self.weight_bits, self.act_bits):
             return self
-        weight_bits = None if self.weight_bits is None else END_BITS
-        if name == ends[0]:
-            return replace(self, weight_bits=weight_bits)
-        of_acts = ("act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges")
-        off = {name: getattr(type(self), name) for name in of_acts}
-        return replace(self, weight_bits=weight_bits, act_bits=None, **off)
+        return replace(self, weight_bits=weight_bits, layer_bits=(), **self._acts_of(act_bits))
+
+    def of_attention(self, name: str) -> QuantConfig:
+        """Return the config of one attention; `attention_widths` are its own."""
+        own = self.bits_of(name, None).act_bits
+        if own is None:
+            return self
+        config = replace(self, layer_bits=(), **self._acts_of(_chosen(own, None)))
+        return replace(config, rest_bits=own) if config.act_dynamic or config.modulate else config
+
+    def bits_of(self, name: str, ends: tuple[str, str] | None) -> LayerBits:
+        """Return what `layer_bits` says about a layer; arguments as in `of_layer`."""
+        given = dict(self.layer_bits)
+        symbols = [symbol for symbol, end in zip((FIRST, LAST), ends or (), strict=False) if end == name]
+        return next((given[known] for known in (name, *symbols) if known in given), LayerBits())
+
+    def named_layers(self, ends: tuple[str, str] | None) -> set[str]:
+        """Return the names in `layer_bits`, those of the ends in place of ``first`` and ``last``."""
+        own = dict(zip((FIRST, LAST), ends or (), strict=False))
+        return {own.get(name, name) for name, _ in self.layer_bits}
+
+    def _acts_of(self, bits: int | None) -> dict[str, Any]:
+        """Return the fields of activations of a width; without one, nothing is dynamic or modulated."""
+        if bits is not None:
+            return {"act_bits": bits}
+        of_acts = ("act_dynamic", "act_scale_per", "act_ranges", *_OF_MODULATION)
+        return {"act_bits": None, **{name: getattr(type(self), name) for name in of_acts}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:
@@ -197,3 +294,8 @@ class QuantConfig:
                 f"quantization config has unknown fields {sorted(unknown)}; update qdiff if a newer version wrote it"
             )
         return cls(**values)
+
+
+def _chosen(own: int | None, otherwise: int | None) -> int | None:
+    """Return a layer's width, None for float: its own if it has one."""
+    return otherwise if own is None else None if own == FLOAT_BITS else own

@@ -114,6 +114,7 @@ class Family:
             checkpoints with symmetric activations; None if there are none.
         ends: names of the layer that takes the network's input and of the layer that returns its output.
         middle: name of the module whose output is the input of the middle attention block.
+        prefix: what the names of all layers begin with, and `QuantConfig.layer_bits` leaves out.
     """
 
     network: type[nn.Module]
@@ -121,6 +122,7 @@ class Family:
     symmetric_softmax: str | None = None
     ends: tuple[str, str] | None = None
     middle: str | None = None
+    prefix: str = ""
 
     def published_name(self, name: str) -> str:
         for pattern, replacement in self.published_names:

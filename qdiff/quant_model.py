@@ -24,7 +24,7 @@ from qdiff.tracing.attention_calls import route_attention
 from qdiff.tracing.replay import ReplayedNetwork
 from qdiff.tracing.trace import Call, call_directly, count_calls
 from qdiff.weight_forms import WeightForm
-from qdiff.wrapping import log, replace_leaves
+from qdiff.wrapping import log, replace_leaves, without_prefix
 
 
 class QuantModel(nn.Module):
@@ -43,7 +43,8 @@ class QuantModel(nn.Module):
         call: ``call(network, *inputs)`` runs the network; None calls it with the inputs.
         units: names of modules to reconstruct as a whole; None cuts the network automatically. Not for a
             `SteppedNetwork`.
-        ends: names of the first and the last layer, for ``keep_ends``; None takes the family's.
+        ends: names of the first and the last layer, for ``keep_ends`` and `QuantConfig.layer_bits`; None takes the
+            family's.
 
     ``qnn(x, t, context)``: x [N, C, H, W], t [N], context [N, L, D] or None → [N, C, H, W]. Keywords are passed on.
     Attributes that this class does not have are looked up in the network; ``config`` is this class's, and the
@@ -80,7 +81,7 @@ class QuantModel(nn.Module):
             example = network.example_inputs()
         if example is not None and not isinstance(network, SteppedNetwork):
             unused, products = self._route_attention(example)
-        self.left_in_float = {**replace_leaves(network, config, ends, unused), **products}
+        self.left_in_float = {**replace_leaves(network, config, ends, unused, self.family.prefix), **products}
         if not leaves(network):
             raise UserError(f"{type(network).__name__} has no layer that can be quantized")
         device = self.device
@@ -175,6 +176,11 @@ class QuantModel(nn.Module):
         """Return the activation quantizers whose range is state, not dynamic, by name."""
         return calibrated_act_quantizers(self.model)
 
+    @property
+    def own_ends(self) -> tuple[str, str] | None:
+        """`ends` as `QuantConfig.layer_bits` names them."""
+        return without_prefix(self.ends, self.family.prefix)
+
     @contextlib.contextmanager
     def quantized(self, weights: bool = True, activations: bool = True) -> Iterator[QuantModel]:
         """Quantize inside the block; weights or activations whose width is None stay in float.
@@ -239,7 +245,7 @@ class QuantModel(nn.Module):
             cache_bytes: size of the cache of dequantized weights that all layers share (`WeightCache`).
             integer: multiply quantized inputs and weights as integers (`qdiff.kernels.integer_matmul`); results equal
                 the simulation's up to float32 rounding. Attention's two products stay simulated, and so do layers whose
-                input is in float: all layers outside of ``quantized(activations=True)``, the last layer under
+                input or weight is in float: all layers outside of ``quantized(activations=True)``, the last layer under
                 ``keep_ends``, and in a modulated network without ``rest_bits`` all layers at the first step.
 
         Raises:
@@ -258,8 +264,9 @@ class QuantModel(nn.Module):
             )  # checked now because it waits for the device, which a network call should not do
         cache = WeightCache(cache_bytes)
         for layer in self.layers().values():
-            layer.pack()
-            layer.packed.cache, layer.packed.multiplies_integers = cache, integer and len(layer.act_quantizers) > 0
+            if len(layer.weight_quantizers) > 0:
+                layer.pack()
+                layer.packed.cache, layer.packed.multiplies_integers = cache, integer and len(layer.act_quantizers) > 0
 
     def _assert_multiplies_integers(self) -> None:
         check_integer_products(self.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Collection, Iterator
 
@@ -10,8 +11,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from qdiff.config import QuantConfig
-from qdiff.errors import first_few
+from qdiff.config import FIRST, LAST, QuantConfig
+from qdiff.errors import UserError, first_few
 from qdiff.interface import AttentionCore
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
@@ -32,7 +33,11 @@ _HOOKS = (
 
 
 def replace_leaves(
-    network: nn.Module, config: QuantConfig, ends: tuple[str, str] | None, unused: Collection[str] = ()
+    network: nn.Module,
+    config: QuantConfig,
+    ends: tuple[str, str] | None,
+    unused: Collection[str] = (),
+    prefix: str = "",
 ) -> dict[str, str]:
     """Replace convolutions, linear layers and attention cores in place; parameters and hooks are kept.
 
@@ -43,26 +48,33 @@ def replace_leaves(
     Args:
         ends: see `QuantConfig.of_layer`.
         unused: names of layers that no forward calls; they stay in float.
+        prefix: of the layers' names, which `QuantConfig.layer_bits` leaves out.
 
     Returns:
         The reason why a layer with products stays in float, by layer name.
+
+    Raises:
+        UserError: `QuantConfig.layer_bits` names what is not replaced, or gives attention the width of a weight.
     """
+    own_ends, children = without_prefix(ends, prefix), list(_children(network))
+    if config.layer_bits:
+        _check_layer_bits(type(network).__name__, config, own_ends, children, unused, prefix)
     left: dict[str, str] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     weights: set[int] = set()
-    for parent, path, name, child in list(_children(network)):
+    for parent, path, name, child in children:
         if child not in replaced:
             reason = "it is never called" if path in unused else why_not(child)
             if reason is not None:
                 left[path] = reason
                 continue
             if isinstance(child, AttentionCore):
-                made: nn.Module = QuantAttention(child, config)
+                made: nn.Module = QuantAttention(child, config.of_attention(path.removeprefix(prefix)))
             else:
                 if id(child.weight) in weights:
                     child.weight = nn.Parameter(child.weight.detach().clone())
                 weights.add(id(child.weight))
-                made = QuantModule(child, config.of_layer(path, ends))
+                made = QuantModule(child, config.of_layer(path.removeprefix(prefix), own_ends))
             for hooks in _HOOKS:  # keep the same dicts, so that existing handles can still remove their hooks
                 setattr(made, hooks, getattr(child, hooks))
             replaced[child] = made
@@ -70,6 +82,36 @@ def replace_leaves(
     if left:
         log.warning("%d layers stay in float: %s", len(left), first_few(left))
     return left
+
+
+def without_prefix(ends: tuple[str, str] | None, prefix: str) -> tuple[str, str] | None:
+    """Return the names of the first and the last layer without a prefix."""
+    return None if ends is None else tuple(name.removeprefix(prefix) for name in ends)
+
+
+def _check_layer_bits(
+    kind: str,
+    config: QuantConfig,
+    ends: tuple[str, str] | None,
+    children: list[tuple[nn.Module, str, str, nn.Module]],
+    unused: Collection[str],
+    prefix: str,
+) -> None:
+    """Raise a `UserError` for the first entry of `QuantConfig.layer_bits` that a network cannot have."""
+    found = {path.removeprefix(prefix): child for _, path, _, child in children}
+    for name, bits in config.layer_bits:
+        if name in (FIRST, LAST) and name not in found:
+            if ends is None:
+                raise UserError(f"the first and last layer of {kind} are not known; give --layer_bits their names")
+        elif name not in found:
+            near = ", ".join(difflib.get_close_matches(name, found, cutoff=0.0))
+            raise UserError(f"--layer_bits names {name}, which is no layer of {kind}; give a layer's name, e.g. {near}")
+        elif reason := "it is never called" if f"{prefix}{name}" in unused else why_not(found[name]):
+            raise UserError(f"--layer_bits names {name}, which stays in float ({reason}); leave it out")
+        elif isinstance(found[name], AttentionCore) and bits.weight_bits is not None:
+            raise UserError(
+                f"--layer_bits gives {name} {bits}, but attention has no weight; give it A{bits.act_bits or 8}"
+            )
 
 
 def _children(network: nn.Module) -> Iterator[tuple[nn.Module, str, str, nn.Module]]:

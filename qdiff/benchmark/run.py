@@ -192,6 +192,7 @@ def widths(quant: QuantConfig) -> str:
     """Return the widths as shown in a table."""
     flags = {"split": quant.split_shortcut, "w_sym": quant.weight_symmetric, "a_sym": quant.act_symmetric}
     flags |= {"dynamic": quant.act_dynamic, "modulated": quant.modulate}
+    flags |= {"layer_bits": bool(quant.layer_bits)}
     return " ".join([f"W{quant.weight_bits}A{quant.act_bits or 32}", *(flag for flag, on in flags.items() if on)])
 
 

@@ -52,9 +52,9 @@ def fit_unit(
         generator: decides the batches and QDrop's masks.
         feeding: where the unit runs, and how its samples get there.
     """
-    layers = [m for m in unit.module.modules() if isinstance(m, QuantModule)]
-    if settings.lr_rounding is None or not any(len(layer.weight_quantizers) for layer in layers):
-        layers = []
+    layers = []
+    if settings.lr_rounding is not None:
+        layers = [m for m in unit.module.modules() if isinstance(m, QuantModule) and len(m.weight_quantizers)]
     deltas = [q.delta for q in learnable_act_quantizers(unit.module)]
     if settings.lr_act is None:
         deltas = []

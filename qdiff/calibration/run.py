@@ -202,7 +202,8 @@ def init_weights(qnn: QuantModel) -> None:
     if qnn.config.weight_bits is None:
         return
     for layer in qnn.layers().values():
-        layer.init_weight_ranges(qnn.config.weight_range)
+        if len(layer.weight_quantizers) > 0:
+            layer.init_weight_ranges(qnn.config.weight_range)
 
 
 @torch.no_grad()

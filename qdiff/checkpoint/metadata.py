@@ -16,6 +16,7 @@ from qdiff.errors import UserError
 from qdiff.ranges.estimators import RangeMethod
 
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
+MOST_NAMED = 6  # layers of a file that an error names
 CHECKSUM, TEXTS = "checksum", "metadata"
 _TEXTS = ("format", "config", "layout", "notes")
 # Config fields that must be equal in a file and in a run, and the option that sets each.
@@ -106,7 +107,14 @@ def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
         ) from error
 
 
-def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layout: str, activations: bool) -> None:
+def check_metadata(
+    metadata: dict[str, str],
+    path: Path,
+    here: QuantConfig,
+    layout: str,
+    activations: bool,
+    ends: tuple[str, str] | None = None,
+) -> None:
     """Raise a `UserError` if a file cannot be loaded into a network.
 
     Args:
@@ -114,6 +122,7 @@ def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layo
         here: the config that the network was wrapped with.
         layout: the network's layout (`qdiff.checkpoint.native.layout`).
         activations: whether the activation quantizers are needed too.
+        ends: names of the network's first and last layer (`QuantModel.own_ends`).
     """
     there = _config_of(metadata, path)
     if activations and there.act_bits is None:
@@ -145,8 +154,31 @@ def check_metadata(metadata: dict[str, str], path: Path, here: QuantConfig, layo
             if field == "act_symmetric" and RangeMethod.SEARCH in (there.act_range, here.act_range):
                 change = f"{option} has the opposite meaning in EDA-DM; give the --method that the file was made with"
             raise UserError(f"checkpoint {path} was made with {field} {a} but this run has {b}; {change}")
+    _check_layer_bits(path, there, here, activations, ends)
     if metadata.get("layout") != layout:
         raise UserError(
             f"checkpoint {path} belongs to another network (names or shapes of its layers differ); give the --config "
             "that it was calibrated with"
         )
+
+
+def _check_layer_bits(
+    path: Path, there: QuantConfig, here: QuantConfig, activations: bool, ends: tuple[str, str] | None
+) -> None:
+    """Raise a `UserError` that names a layer whose own width in a file is not that of the run."""
+    kinds = {"weight": "weight_bits"} | ({"input": "act_bits"} if activations else {})
+    for name in sorted(there.named_layers(ends) | here.named_layers(ends)):
+        for kind, field in kinds.items():
+            a, b = (getattr(config.of_layer(name, ends), field) for config in (there, here))
+            if a == b:
+                continue
+            words = ",".join(f"{n}={bits}" for n, bits in there.layer_bits[:MOST_NAMED])
+            given = f"give --layer_bits {words}{',…' if len(there.layer_bits) > MOST_NAMED else ''}"
+            raise UserError(
+                f"checkpoint {path} was made with {_bits(a)} for the {kind} of {name} but this run has {_bits(b)}; "
+                + (given if there.layer_bits else "leave out --layer_bits")
+            )
+
+
+def _bits(width: int | None) -> str:
+    return "float" if width is None else f"{width} bits"

@@ -5,7 +5,8 @@ Tensors, each the concatenation over all layers in name order:
     ``weight``            uint8: the packed integers of every layer (`qdiff.kernels.packing`), or float32 if not
                           quantized;
     ``weight_zero_point`` uint8: packed likewise, at the widths of the weights;
-    ``float``             uint8: every other parameter and every weight step size in float32: first the lowest byte of
+    ``float``             uint8: every other parameter, the weights of layers that stay in float among others that do
+                          not, and every weight step size in float32: first the lowest byte of
                           all values, then the next bytes, deflated (zlib). This shrinks exponents and signs to a
                           quarter; in networks of two million weights these floats are a tenth of the file;
     ``act_delta``         float32, ``act_zero_point`` int32;
@@ -62,9 +63,14 @@ def _weight_quantizers(qnn: QuantModel) -> dict[str, WeightQuantizer]:
     return dict(sorted((n, m) for n, m in qnn.model.named_modules() if isinstance(m, WeightQuantizer)))
 
 
+def _stored_layers(qnn: QuantModel) -> dict[str, QuantModule]:
+    """Layers whose weight is in the tensor ``weight``: those with a width, or all if none has one."""
+    return {n: m for n, m in _layers(qnn).items() if qnn.config.weight_bits is None or len(m.weight_quantizers)}
+
+
 def _plain(qnn: QuantModel) -> dict[str, Tensor]:
-    """Parameters that are neither layer weights nor step sizes: biases and normalisation."""
-    weights = {f"{n}.weight" for n in qnn.layers()}
+    """Parameters that are neither stored as layer weights nor step sizes: biases, normalisation, layers in float."""
+    weights = {f"{n}.weight" for n in _stored_layers(qnn)}
     return {n: p for n, p in qnn.model.named_parameters() if n not in weights and not n.endswith(".delta")}
 
 
@@ -104,7 +110,7 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     """Write the file atomically."""
     from safetensors.torch import save_file
 
-    layers = _layers(qnn).values()
+    layers = _stored_layers(qnn).values()
     if qnn.config.weight_bits is None:
         tensors = {"weight": _concatenated([layer.weight for layer in layers], torch.float32)}
     else:
@@ -141,7 +147,7 @@ def load_native(qnn: QuantModel, path: Path, activations: bool) -> None:
     """
     contents = _read(qnn, path, activations)
     contents.take_small_ones(qnn)
-    for name, layer in qnn.layers().items():
+    for name, layer in _stored_layers(qnn).items():
         stored = contents.weights[name]
         if qnn.config.weight_bits is None:
             layer.weight.data.copy_(stored.view(layer.weight.shape))
@@ -160,7 +166,7 @@ def load_native_packed(qnn: QuantModel, path: Path, activations: bool) -> None:
         raise UserError(f"the weights in {path} are not quantized and cannot be packed; load it without packing")
     contents = _read(qnn, path, activations)
     contents.take_small_ones(qnn)
-    for name, layer in qnn.layers().items():
+    for name, layer in _stored_layers(qnn).items():
         layer.pack(contents.weights[name])
 
 
@@ -201,7 +207,7 @@ class _Contents:
 def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     metadata = read_metadata(path)
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())] if activations else []
-    check_metadata(metadata, path, qnn.config, layout(qnn), bool(act))
+    check_metadata(metadata, path, qnn.config, layout(qnn), bool(act), qnn.own_ends)
     tensors, expected = read_safetensors(path), _float_tensors(qnn)
     check_checksum(tensors, metadata, path)
     try:
@@ -223,7 +229,7 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
                 raise ValueError("step sizes or zero points are out of range")
-        for (name, layer), size in zip(_layers(qnn).items(), _weight_sizes(qnn), strict=True):
+        for (name, layer), size in zip(_stored_layers(qnn).items(), _weight_sizes(qnn), strict=True):
             if weights[name].numel() != size:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
@@ -246,13 +252,13 @@ Parts = tuple[dict[str, Tensor], Tensor, Tensor]
 
 
 def _first_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
-    weights = {name: tensors[f"{name}.weight"].reshape(-1) for name in qnn.layers()}
+    weights = {name: tensors[f"{name}.weight"].reshape(-1) for name in _stored_layers(qnn)}
     none = torch.empty(0, dtype=torch.uint8)
     return weights, tensors["float"], none if qnn.config.weight_bits is None else tensors["weight_zero_point"]
 
 
 def _this_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
-    weights = dict(zip(_layers(qnn), _split(tensors["weight"], _weight_sizes(qnn)), strict=True))
+    weights = dict(zip(_stored_layers(qnn), _split(tensors["weight"], _weight_sizes(qnn)), strict=True))
     floats = inflate_floats(tensors["float"], sum(t.numel() for t in _float_tensors(qnn).values()))
     zero_points = [torch.empty(0, dtype=torch.uint8)]
     if quantizers := _weight_quantizers(qnn).values():
@@ -266,7 +272,7 @@ def _weight_sizes(qnn: QuantModel) -> list[int]:
     """Return how many stored values each layer's weight has: bytes if packed, otherwise numbers."""
     return [
         packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if len(m.weight_quantizers) else m.weight.numel()
-        for m in _layers(qnn).values()
+        for m in _stored_layers(qnn).values()
     ]
 
 

@@ -77,6 +77,8 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
             f"{path} holds one range per quantizer and none per timestep; add --resume_w to calibrate these, or leave "
             "out --act_ranges"
         )
+    if qnn.config.layer_bits:
+        raise UserError(f"checkpoint {path} is a published file, whose layers have one width; leave out --layer_bits")
     quantizers = _quantizers(qnn, activations)
     plain = {n: p for n, p in qnn.named_parameters() if not n.endswith(".delta")}
     state = unwrapped(state, [*plain, *quantizers])
@@ -220,6 +222,9 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
             "the published format holds one range per quantizer and none per timestep; save the native format, or "
             "calibrate without --act_ranges"
         )
+    if qnn.config.layer_bits:
+        named = ", ".join(f"{name}={bits}" for name, bits in qnn.config.layer_bits[:3])
+        raise UserError(f"the published format has one width for all layers ({named} differ); save the native format")
     if any(layer.form is WeightForm.RELEASED for layer in qnn.layers().values()):
         raise UserError(
             "the published format needs the float weights, which this network has released; save it before "

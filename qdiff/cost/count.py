@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Literal
 
-FLOAT_BITS = 32
+from qdiff.config import FLOAT_BITS
+
 # Fields that only modulated layers have.
 _OF_MODULATION = ("first_act_bits", "state_bytes", "additions")
 

@@ -63,7 +63,8 @@ class WeightPlan:
         if path in self.encodings:
             own = self.encodings[path].tensors(layer, self.options.dtype)
         else:
-            own = {"weight": self._as_stored(layer.dequantized_weight())}
+            in_float = len(layer.weight_quantizers) == 0
+            own = {"weight": self._as_stored(layer.float_weight() if in_float else layer.dequantized_weight())}
         return own if layer.bias is None else {**own, "bias": self._as_stored(layer.bias)}
 
     def _floats_of(self, module: nn.Module) -> dict[str, Tensor]:
@@ -143,6 +144,6 @@ def _check_allowed(
 
 
 def layers_by_every_name(qnn: QuantModel) -> dict[str, QuantModule]:
-    """Return the network's layers; one that is used in several places comes under each of its names."""
+    """Return the layers with quantized weights; one that is used in several places comes under each of its names."""
     named = qnn.model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in named if isinstance(module, QuantModule)}
+    return {n: module for n, module in named if isinstance(module, QuantModule) and len(module.weight_quantizers)}

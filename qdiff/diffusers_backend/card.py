@@ -29,6 +29,7 @@ def card_of(network: nn.Module) -> str:
         ("activations", acts),
         ("softmax outputs", "float" if widths.attention_widths is None else f"{widths.attention_widths[1]} bits"),
         ("method", notes.get("method", "nearest rounding, no calibration")),
+        *((f"{name}'s widths", bits) for name, bits in widths.layer_bits),
         *((name, notes[name]) for name in ("calibration", "noise_error", "seed") if name in notes),
         ("layers left in float", len(config.left_in_float)),
     ]

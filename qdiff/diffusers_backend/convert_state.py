@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import ActRanges, QuantConfig
+from qdiff.config import FIRST, LAST, ActRanges, QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.errors import UserError
 from qdiff.functional import max_level
@@ -39,6 +39,11 @@ def check_convertible(config: QuantConfig) -> None:
         raise UserError(
             "checkpoints with ranges per timestep are not converted; quantize the pipeline with "
             f"scripts/quantize_pipeline.py --act_ranges {config.act_ranges.value}, or give another checkpoint"
+        )
+    if named := config.named_layers(None) - {FIRST, LAST}:
+        raise UserError(
+            f"--layer_bits names {min(named)}, which has another name in the other network; quantize that network with "
+            f"--layer_bits (only {FIRST} and {LAST} can be converted)"
         )
 
 

@@ -137,7 +137,8 @@ class CheckpointOfUnet:
         names = network.state_dict().keys()
         self.qnn, self.notes = QuantModel(network, quantization.quant_config), quantization.notes
         to_ours(_read_network(kind, config, quantization, folder), layout, self.qnn, str(folder))
-        weights = {f"{n}.weight": layer.dequantized_weight() for n, layer in self.qnn.layers().items()}
+        layers = {n: layer for n, layer in self.qnn.layers().items() if len(layer.weight_quantizers)}
+        weights = {f"{n}.weight": layer.dequantized_weight() for n, layer in layers.items()}
         return {name: weights[name] if name in weights else network.get_parameter(name) for name in names}
 
     def save(self) -> None:

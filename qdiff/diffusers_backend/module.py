@@ -73,6 +73,7 @@ class Denoiser(nn.Module):
             Denoiser,
             ends=None if ends is None else tuple(f"network.{name}" for name in ends),
             middle=None if middle is None else f"network.{middle}",
+            prefix="network.",
         )
         with contextlib.suppress(UserError):  # a network that has no such up blocks is not split
             mark_concatenations(network)

@@ -73,6 +73,12 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="8-bit weights in the first and last layer, float input of the last (default with EDA-DM)",
     )
+    group.add_argument(
+        "--layer_bits",
+        metavar="NAME=WIDTHS,…|FILE",
+        help="widths of single layers, e.g. first=A16,last=W8A16 (first and last: the network's ends; 32 is float), or "
+        "a YAML or JSON file of them",
+    )
     group.add_argument("--w_range", choices=list(ESTIMATORS), help="how weight ranges are chosen")
     group.add_argument("--a_range", choices=list(ESTIMATORS), help="how activation ranges are chosen")
     group.add_argument(

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from qdiff.calibration.timesteps import Draw
 from qdiff.cli.options import eda_dm, gptq, modiff
+from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError, require_at_least
@@ -108,6 +109,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "a_range",
         "act_ranges",
         "keep_ends",
+        "layer_bits",
         "fused_kernels",
         *modiff.QUANTIZING,
         *eda_dm.IMPLYING,
@@ -165,6 +167,7 @@ def resolve_ptq(
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
         act_ranges=args.act_ranges or ActRanges.SHARED,
+        layer_bits=read_layer_bits(args.layer_bits),
     )
     action = _action(args, method, quant)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)

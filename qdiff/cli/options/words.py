@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qdiff.cli.options.layer_bits import layer_bits_word
 from qdiff.config import ActRanges, QuantConfig, ScalePer
 
 
@@ -31,4 +32,6 @@ def quantization_words(quant: QuantConfig) -> list[str]:
         made += ["--act_ranges", quant.act_ranges.value]
     if quant.rest_bits is not None:
         made += ["--rest_abit", quant.rest_bits]
+    if quant.layer_bits:
+        made += ["--layer_bits", layer_bits_word(quant.layer_bits)]
     return [str(word) for word in made]

@@ -57,7 +57,8 @@ def random_weights(network: nn.Module, short_steps: bool = False, seed: int = 0,
             quantizer.set(
                 delta.bfloat16().float() if short_steps else delta, middle if quantizer.symmetric else zero_point
             )
-        layer.set_weight_int(torch.randint(2**quantizer.bits, layer.weight.shape))
+        if len(layer.weight_quantizers):
+            layer.set_weight_int(torch.randint(2**quantizer.bits, layer.weight.shape))
     return qnn
 
 

@@ -1,0 +1,57 @@
+"""``--layer_bits``: the layers that have widths of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from qdiff.config import LayerBits
+from qdiff.errors import UserError
+from qdiff.io.yaml_files import read_table
+
+ENTRY = "layer_bits"  # in a file with other entries
+
+
+def read_layer_bits(given: str | None) -> dict[str, LayerBits]:
+    """Return widths by layer name from the option's value.
+
+    Args:
+        given: ``NAME=WIDTHS`` separated by commas, or a YAML or JSON file: names and widths, or an entry
+            ``layer_bits`` with them; None is no layer.
+
+    Raises:
+        UserError: it is neither, a layer comes twice, or a width is wrong.
+    """
+    if given is None:
+        return {}
+    is_file = os.path.isfile(given)  # unlike `Path.is_file`, without an error for long lists of layers
+    if not is_file and "=" not in given:
+        raise UserError(f"--layer_bits {given} is neither a file nor NAME=WIDTHS; give e.g. first=A16,last=W8A16")
+    values = _of_file(Path(given)) if is_file else _of_words(given)
+    return {name: LayerBits.parse(bits) for name, bits in values.items()}
+
+
+def _of_words(given: str) -> dict[str, str]:
+    values: dict[str, str] = {}
+    for word in given.split(","):
+        name, _, bits = (part.strip() for part in word.partition("="))
+        if name in values:
+            raise UserError(f"--layer_bits names {name} twice; name it once")
+        if not (name and bits):
+            raise UserError(f"--layer_bits has {word!r}, which is not NAME=WIDTHS; give e.g. first=A16,last=W8A16")
+        values[name] = bits
+    return values
+
+
+def _of_file(path: Path) -> dict[str, str]:
+    values = read_table(path)
+    inner = values.get(ENTRY, values)
+    if not isinstance(inner, Mapping) or not all(isinstance(v, str) for pair in inner.items() for v in pair):
+        raise UserError(f"--layer_bits {path} does not hold widths by layer; write lines such as conv_in: W8A16")
+    return dict(inner)
+
+
+def layer_bits_word(layer_bits: tuple[tuple[str, LayerBits], ...]) -> str:
+    """Return the option's value for `QuantConfig.layer_bits`."""
+    return ",".join(f"{name}={bits}" for name, bits in layer_bits)

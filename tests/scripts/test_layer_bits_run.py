@@ -1,0 +1,58 @@
+"""``--layer_bits`` from the command line: a run, what it leaves, its continuation, and other commands on its file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from run_checks import succeeded
+
+SCRIPT = "sample_diffusion_ddim"
+SAMPLER = ("--timesteps", 2, "--max_images", 1, "--seed", 3)
+WIDTHS = ("--split", "--weight_bit", 4, "--quant_act", "--layer_bits", "first=A16,last=W8A16,mid.block_1.conv1=W32")
+CALIBRATION = ("--method", "gptq", "--cali_st", 2, "--cali_n", 2)
+
+
+def manifest(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_run_is_calibrated_loaded_and_counted(call, tiny, tmp_path):
+    succeeded(call(SCRIPT, *tiny.options, *SAMPLER, "--ptq", *WIDTHS, *CALIBRATION, "-l", tmp_path / "run"))
+    run, checkpoint = manifest(tmp_path / "run"), tmp_path / "run" / "quantized.safetensors"
+    assert run["config"]["ptq"]["quant"]["layer_bits"] == {
+        "first": "A16",
+        "last": "W8A16",
+        "mid.block_1.conv1": "W32",
+    }
+    assert run["activation_quantizers"]["silent"] == []
+    (tmp_path / "widths.yaml").write_text("conv_in: A16\nconv_out: W8A16\nmid.block_1.conv1: W32\n")
+    words = ("--ptq", "--split", "--weight_bit", 4, "--quant_act", "--layer_bits", tmp_path / "widths.yaml")
+    for runtime in ("simulated", "torch-int8"):
+        options = (*tiny.options, *SAMPLER, *words, "--cali_ckpt", checkpoint, "--runtime", runtime)
+        succeeded(call(SCRIPT, *options, "-l", tmp_path / runtime))
+    assert manifest(tmp_path / "simulated")["noise_error"] == run["noise_error"]
+    assert manifest(tmp_path / "torch-int8")["cost"] == run["cost"]
+    counted = call("count_cost", "--config", tiny.config, "--timesteps", 2, *words, "--json")
+    succeeded(counted)
+    assert json.loads(counted.out)["quantized"]["size_bytes"] == run["cost"]["size_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("layer_bits", "says"),
+    [
+        ("mid.block_1.conv3=W8", "mid.block_1.conv3, which is no layer of Model"),
+        ("first=W9", "width is 9"),
+        ("nowhere.yaml", "neither a file nor NAME=WIDTHS"),
+    ],
+)
+def test_bad_widths_are_one_sentence(layer_bits, says, call, tiny, tmp_path):
+    words = ("--ptq", "--weight_bit", 4, "--layer_bits", layer_bits, *CALIBRATION, "-l", tmp_path / "run")
+    assert says in call(SCRIPT, *tiny.options, *SAMPLER, *words).error_line()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_other_widths_is_another_run(call, tiny, tmp_path):
+    words = (*tiny.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--quant_mode", "linear", "-l", tmp_path / "run")
+    succeeded(call(SCRIPT, *words, "--layer_bits", "last=W8"))
+    assert "layer_bits" in call(SCRIPT, *words).error_line()
