@@ -101,10 +101,17 @@ def noise_std(
     Returns:
         Per step a number, or with ``error_std`` a tensor [C or 1, 1, 1].
 
+    Raises:
+        UserError: ``error_std`` is for another number of steps.
+
     Source: He et al. 2023, "PTQD" (arXiv 2305.10657), section 3.3, with σ in the direction term left as it is.
     """
     if error_std is None:
         return [sqrt(variance) for variance in variances]
+    if len(error_std) != len(variances):
+        raise UserError(
+            f"error_std has {len(error_std)} rows for {len(variances)} sampling steps; give it one for each step"
+        )
     left = torch.tensor(variances, dtype=torch.float64)[:, None]
     taken = torch.tensor(eps_weights, dtype=torch.float64)[:, None] * error_std
     return per_channel((left - taken.square()).clamp(min=0.0).sqrt(), like)
