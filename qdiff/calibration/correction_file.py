@@ -104,9 +104,12 @@ def check_use(
             raise UserError(f"noise correction {path} was collected {what}; {fix}")
     times = sampler.call_times()
     missing = [t for call, t in enumerate(times) if correction.times[call : call + 1] != (t,)]
-    if missing or len(correction.times) != len(times):
-        at = f"timestep {missing[0]:g}" if missing else f"{len(times)} network calls alone"
-        raise UserError(f"noise correction {path} has no entry for {at}; {fix}")
+    if missing:
+        raise UserError(f"noise correction {path} has no entry for timestep {missing[0]:g}; {fix}")
+    if len(correction.times) > len(times):
+        raise UserError(
+            f"noise correction {path} has {len(correction.times)} entries for {len(times)} network calls; {fix}"
+        )
     channels = correction.scale.shape[1]
     if channels not in (1, sampler.shape[0]):
         raise UserError(f"noise correction {path} is for {channels} channels, not {sampler.shape[0]}; {fix}")
