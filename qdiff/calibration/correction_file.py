@@ -28,7 +28,7 @@ def describe_use(sampler: Sampler, quant: QuantConfig, checkpoint: str) -> dict[
     """Return what a correction is valid for, as JSON values by name.
 
     Args:
-        checkpoint: SHA-256 of the quantized checkpoint.
+        checkpoint: `qdiff.checkpoint.metadata.content_hash` of the quantized checkpoint.
     """
     options = {name: value for name, value in asdict(sampler.options).items() if name not in _IRRELEVANT}
     widths = {name: value for name, value in quant.to_dict().items() if name not in _ORIGIN_OF_RANGES}

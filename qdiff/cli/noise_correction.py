@@ -11,14 +11,13 @@ from qdiff.calibration.correction_file import FIX, check_use, describe_use, read
 from qdiff.calibration.noise_pairs import collect_noise_pairs
 from qdiff.calibration.noise_regression import Kind, Per, correction_error, fit_correction
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.checkpoint.metadata import content_hash
 from qdiff.cli.options.noise_correction import CorrectionPlan, resolve_correction
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.quantize import CHECKPOINT
 from qdiff.cli.run_folder import RunFolder
 from qdiff.errors import UserError
-from qdiff.io.files import sha256
-from qdiff.io.tensor_files import check_readable
 from qdiff.machine.memory import available_memory
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
@@ -65,7 +64,6 @@ class RunCorrection:
             )
         self.wanted, self.plan, self.pipeline = wanted, plan, pipeline
         if wanted.path is not None:
-            check_readable(plan.checkpoint)
             self._read(Path(wanted.path), Path(plan.checkpoint), FIX)
 
     def file(self, run: RunFolder) -> Path:
@@ -127,7 +125,7 @@ class RunCorrection:
         return Path(self.plan.checkpoint) if self.plan.action == "load" else run.path / CHECKPOINT
 
     def _use(self, checkpoint: Path) -> dict[str, Any]:
-        return describe_use(self.pipeline.sampler, self.plan.quant, sha256(checkpoint))
+        return describe_use(self.pipeline.sampler, self.plan.quant, content_hash(checkpoint))
 
     def _read(self, path: Path, checkpoint: Path, fix: str) -> tuple[NoiseCorrection, dict[str, Any]]:
         correction, found, origin = read_correction(path, fix)
