@@ -146,9 +146,9 @@ def test_other_samplers(sampler, loaded, call, tmp_path):
 
 def test_after_guidance(latent, call, tmp_path):
     """PLMS calls the network twice in its first step, and both calls have their entry."""
-    model = (*latent("text").options, "--prompt", "two", "--n_samples", 2, "--n_iter", 1, "--seed", 7)
-    words = (*model, "--plms", "--ddim_steps", 4, "--scale", 3, *LINEAR, *CORRECTED, "--correction_per", "channel")
-    succeeded(call("txt2img", *words, "-l", tmp_path))
+    model = (*latent("class").options, "--n_samples", 2, "--seed", 7, "--sampler", "plms", "--ddim_steps", 4)
+    words = (*model, "--scale", 3, *LINEAR, *CORRECTED, "--correction_per", "channel")
+    succeeded(call("sample_diffusion_ldm_imagenet", *words, "-l", tmp_path))
     held = json.loads((tmp_path / FILE).read_text())
     assert held["for"]["scale"] == 3.0 and held["timesteps"] == [31, 21, 21, 11, 1]
     assert len(held["scale"][0]) == held["for"]["shape"][0] > 1
