@@ -16,7 +16,7 @@ from qdiff.errors import UserError, require_at_least
 from qdiff.interface import SteppedNetwork
 from qdiff.io.diffusers_files import MakeComponent, component_of
 from qdiff.ranges.estimators import RangeMethod
-from qdiff.sampling import Network, OnCall, OnStep, Sampler, find_sampler
+from qdiff.sampling import Correction, Network, OnCall, OnStep, Sampler, find_sampler
 
 
 def trajectory_of(network: Network) -> contextlib.AbstractContextManager:
@@ -153,6 +153,7 @@ class Pipeline:
         calibration: bool = False,
         on_call: OnCall | None = None,
         on_step: OnStep | None = None,
+        correction: Correction | None = None,
     ) -> Tensor:
         """Run the sampler for the images numbered ``rows`` and return x_0 in the network's space, [N, C, H, W].
 
@@ -161,10 +162,12 @@ class Pipeline:
             calibration: use the calibration streams instead of the run's.
             on_call: called for every network call.
             on_step: called after every sampler step with (i, t, x, predicted x_0).
+            correction: see `qdiff.sampling.NoiseCorrection`.
         """
         with self.precision():
             condition, unconditional = self.encoded or self.conditions(rows, calibration)
-            return self.sampler(network, rows, self.device, condition, unconditional, calibration, on_call, on_step)
+            context = condition, unconditional
+            return self.sampler(network, rows, self.device, *context, calibration, on_call, on_step, correction)
 
     def to_images(self, x_0: Tensor) -> Tensor:
         """Turn the result of `sample` into images [N, C, H, W] in [−1, 1]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
+from qdiff.io.files import sha256
+from qdiff.io.tensor_files import is_pickle
 from qdiff.ranges.estimators import RangeMethod
 
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
@@ -76,6 +79,19 @@ def check_checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], p
         raise UserError(
             f"checkpoint {path} is damaged: the checksum of {wrong[0]} does not match; download or create it again"
         )
+
+
+def content_hash(path: Path) -> str:
+    """Return a SHA-256 that says whether two quantized checkpoints are the same.
+
+    That of a native file is taken of its checksum, because safetensors writes metadata in any order: two files of one
+    calibration may differ in their bytes.
+
+    Raises:
+        UserError: the file is missing, or is damaged.
+    """
+    written = None if is_pickle(path) else read_metadata(path).get(CHECKSUM)
+    return sha256(path) if written is None else hashlib.sha256(written.encode()).hexdigest()
 
 
 def read_notes(path: Path) -> dict[str, Any]:

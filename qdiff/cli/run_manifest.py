@@ -41,6 +41,7 @@ class Manifest:
         reconstruction_errors: the final error of every unit, by phase and name.
         checkpoint_notes: notes on its calibration that a loaded checkpoint carries.
         noise_error: error of ε against float on held-out inputs; see `qdiff.evaluation.noise_error`.
+        noise_correction: kind, origin and measured benefit of the sampler's noise correction, as its file has them.
         device: the device that sampled.
         gpu: its name, TF32 and precision; null on the CPU.
         processes, torch_threads: number of processes that sampled, and of CPU threads per process.
@@ -72,6 +73,7 @@ class Manifest:
     reconstruction_errors: dict[str, float] | None = None
     checkpoint_notes: dict[str, Any] | None = None
     noise_error: dict[str, Any] | None = None
+    noise_correction: dict[str, Any] | None = None
     device: str | None = None
     gpu: dict[str, Any] | None = None
     processes: int | None = None

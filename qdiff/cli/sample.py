@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -10,7 +11,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from qdiff.calibration.collect import check_recorded_steps, record_evenly, recor
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
 from qdiff.cli.held_out import held_out_error
+from qdiff.cli.noise_correction import run_correction
 from qdiff.cli.options.eda_dm import of_width
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
@@ -89,6 +91,9 @@ class SampleCommand:
             self.config["runtime"] = self.args.runtime
         if self.args.tf32:
             self.config["tf32"] = True
+        self.correction = run_correction(self.args, self.plan, pipeline)
+        if self.correction is not None:
+            self.config["noise_correction"] = self.correction.wanted.to_dict()
 
     @contextlib.contextmanager
     def notes_told(self) -> Iterator[None]:
@@ -143,7 +148,8 @@ class SampleCommand:
             log.info("%s is finished already", run.path)
             run.discard_images()  # the run may have been killed before all were deleted
             return
-        packs = starts_packed(args, self.plan)
+        collects = self.correction is not None and self.correction.is_missing(run)
+        packs = starts_packed(args, self.plan) and not collects
         device = choose_device(args.device, args.tf32)
         if args.fused_kernels:
             check_available(device)
@@ -188,7 +194,9 @@ class SampleCommand:
             self._sample(run, packed if prepared is None else prepared.qnn, processes)
 
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
-        pipeline = self.pipeline
+        pipeline, sample = self.pipeline, self.pipeline.sample
+        if self.correction is not None:
+            sample = functools.partial(sample, correction=self.correction.load(run, processes.is_first))
         denoiser = pipeline.network if qnn is None else qnn
         if qnn is not None:
             pack(self.args, qnn)
@@ -204,7 +212,7 @@ class SampleCommand:
 
         def images(rows: Sequence[int]) -> Tensor:
             with trajectory_of(denoiser):
-                x_0 = pipeline.sample(denoiser, rows)
+                x_0 = sample(denoiser, rows)
                 found = pipeline.to_images(x_0)
             # A first stage with a codebook returns finite images even for latents that are not finite.
             finite = x_0.isfinite().flatten(1).all(dim=1)
@@ -214,7 +222,7 @@ class SampleCommand:
         with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():
             if self.args.sequence and processes.is_first:
                 with trajectory_of(denoiser):
-                    self._write_sequence(run, denoiser)
+                    self._write_sequence(run, functools.partial(sample, denoiser))
             made = sample_pending(run, images, pipeline.batch_size, processes)
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
 
@@ -236,6 +244,8 @@ class SampleCommand:
             return
         seed = self.args.seed if self.plan.seed is None else self.plan.seed
         qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
+        if self.correction is not None:
+            self.correction.collect(run, qnn)
         if run.manifest.noise_error is None:
             halves = self.pipeline.precision_name not in (None, "full")
             run.manifest.noise_error = held_out_error(self.pipeline, qnn, halves)
@@ -245,13 +255,13 @@ class SampleCommand:
         qnn.reset_fired()
 
     @torch.no_grad()
-    def _write_sequence(self, run: RunFolder, denoiser: Any) -> None:
+    def _write_sequence(self, run: RunFolder, sample: Callable[..., Tensor]) -> None:
         def on_step(i: int, t: float, x: Tensor, x0: Tensor) -> None:
             for number, image in enumerate(to_uint8(self.pipeline.to_images(x0))):
                 save_png(image, run.path / "sequence" / f"{number}_{i:04d}.png")
 
         if not (run.path / "sequence").is_dir():
-            self.pipeline.sample(denoiser, range(SEQUENCE_IMAGES), on_step=on_step)
+            sample(range(SEQUENCE_IMAGES), on_step=on_step)
 
     def _finish(self, run: RunFolder, qnn: QuantModel | None, processes: Processes, made: int, seconds: float) -> None:
         device = self.pipeline.device

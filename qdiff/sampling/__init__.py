@@ -4,11 +4,12 @@ sampler = Sampler(schedule, (3, 32, 32), SamplerOptions("ddim", steps=100), seed
 images = sampler(network, rows=range(16), device="cuda")
 """
 
+from qdiff.sampling.correction import NoiseCorrection
 from qdiff.sampling.ddim import sample_ddim
 from qdiff.sampling.ddpm import sample_ddpm_noisy
 from qdiff.sampling.dpm_solver import SolverMethod, sample_dpm_solver
 from qdiff.sampling.guidance import guided
-from qdiff.sampling.interface import Network, NoisePrediction, NoiseSource, OnCall, OnStep
+from qdiff.sampling.interface import Correction, Network, NoisePrediction, NoiseSource, OnCall, OnStep
 from qdiff.sampling.noise import CALIBRATION_STREAM, ImageNoise
 from qdiff.sampling.parameterization import Parameterization, as_noise_prediction, training_target
 from qdiff.sampling.plms import plms_calls, sample_plms
@@ -27,9 +28,11 @@ __all__ = [
     "CALIBRATION_STREAM",
     "SAMPLERS",
     "BetaKind",
+    "Correction",
     "DiffusionSchedule",
     "ImageNoise",
     "Network",
+    "NoiseCorrection",
     "NoisePrediction",
     "NoiseSource",
     "OnCall",

@@ -8,6 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
+from qdiff.sampling.correction import noise_std
 from qdiff.sampling.interface import NoisePrediction, NoiseSource, OnStep
 from qdiff.sampling.schedule import DiffusionSchedule
 
@@ -19,6 +20,7 @@ def sample_ddpm_noisy(
     timesteps: Sequence[int],
     noise: NoiseSource,
     *,
+    error_std: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Sample with DDPM's larger variance, σ_t² = β_t.
@@ -33,6 +35,8 @@ def sample_ddpm_noisy(
         schedule: ᾱ_t of the network's training.
         timesteps: visited times, ascending (`select_timesteps`).
         noise: drawn from once per noisy step.
+        error_std: standard deviation of ε's random error, [steps, C or 1]; so much less noise is added (`noise_std`).
+            It is taken as it would be without clipping.
         on_step: see `qdiff.sampling.interface`; x0_pred is the clipped prediction.
 
     Returns:
@@ -45,16 +49,19 @@ def sample_ddpm_noisy(
     """
     steps = schedule.steps(timesteps)
     last = len(steps) - 1
+    # 0 if quad spacing repeats a timestep; the step then changes nothing
+    betas = [1.0 - a / a_next for _, a, a_next in steps]
+    weights = [-beta * sqrt(a_next / (a * (1.0 - a))) for (_, a, a_next), beta in zip(steps, betas, strict=True)]
+    added = noise_std(betas, weights, error_std, x_T)
     x = x_T
     with torch.no_grad():
-        for i, (t, a, a_next) in enumerate(steps):
+        for i, ((t, a, a_next), beta) in enumerate(zip(steps, betas, strict=True)):
             e = eps(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
             x0 = ((x - sqrt(1.0 - a) * e) / sqrt(a)).clamp(-1.0, 1.0)
-            beta = 1.0 - a / a_next  # 0 if quad spacing repeats a timestep; the step then changes nothing
             # eq. (7), the mean of q(x_s | x_t, x_0)
             x = (sqrt(a_next) * beta / (1.0 - a)) * x0 + (sqrt(1.0 - beta) * (1.0 - a_next) / (1.0 - a)) * x
             if i < last and beta > 0.0:
-                x = x + sqrt(beta) * noise.draw().to(x)
+                x = x + added[i] * noise.draw().to(x)
             if on_step:
                 on_step(i, t, x, x0)
     return x

@@ -35,3 +35,17 @@ class OnCall(Protocol):
         self, x: Tensor, t: Tensor, condition: Tensor | None = None, unconditional: Tensor | None = None
     ) -> None:
         """x [N, C, H, W], t [N]; condition and unconditional context [N, L, D], or None if not used."""
+
+
+class Correction(Protocol):
+    """What a sampling run makes of the noise prediction, such as a `qdiff.sampling.NoiseCorrection`.
+
+    Attributes:
+        error_std: see `qdiff.sampling.registry.SamplingRun`.
+    """
+
+    error_std: Tensor | None
+
+    def applied_to(self, eps: NoisePrediction) -> NoisePrediction:
+        """Return the noise prediction that one run of the sampler uses instead of ``eps``."""
+        ...

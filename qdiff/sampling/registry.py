@@ -57,6 +57,8 @@ class SamplingRun:
         options: see `SamplerOptions`.
         noise: drawn from once per noisy step.
         on_step: see `qdiff.sampling.interface`.
+        error_std: standard deviation of ε's random error at each network call, [calls, C or 1]; samplers that add noise
+            add so much less. None is 0.
     """
 
     schedule: DiffusionSchedule
@@ -64,6 +66,7 @@ class SamplingRun:
     options: SamplerOptions
     noise: NoiseSource
     on_step: OnStep | None = None
+    error_std: Tensor | None = None
 
     @property
     def final_alpha_bar(self) -> float:
@@ -135,16 +138,28 @@ def _ddim(eps: NoisePrediction, x_T: Tensor, run: SamplingRun) -> Tensor:
         eta=run.options.eta,
         noise=run.noise,
         final_alpha_bar=run.final_alpha_bar,
+        error_std=run.error_std,
         on_step=run.on_step,
     )
 
 
 def _ancestral(eps: NoisePrediction, x_T: Tensor, run: SamplingRun) -> Tensor:
-    return sample_ddim(eps, x_T, run.schedule, run.timesteps, eta=1.0, noise=run.noise, on_step=run.on_step)
+    return sample_ddim(
+        eps,
+        x_T,
+        run.schedule,
+        run.timesteps,
+        eta=1.0,
+        noise=run.noise,
+        error_std=run.error_std,
+        on_step=run.on_step,
+    )
 
 
 def _ddpm_noisy(eps: NoisePrediction, x_T: Tensor, run: SamplingRun) -> Tensor:
-    return sample_ddpm_noisy(eps, x_T, run.schedule, run.timesteps, run.noise, on_step=run.on_step)
+    return sample_ddpm_noisy(
+        eps, x_T, run.schedule, run.timesteps, run.noise, error_std=run.error_std, on_step=run.on_step
+    )
 
 
 def _dpm_solver(eps: NoisePrediction, x_T: Tensor, run: SamplingRun) -> Tensor:

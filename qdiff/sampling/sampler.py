@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qdiff.errors import UserError
 from qdiff.sampling.guidance import guided
-from qdiff.sampling.interface import Network, OnCall, OnStep
+from qdiff.sampling.interface import Correction, Network, NoisePrediction, OnCall, OnStep
 from qdiff.sampling.noise import CALIBRATION_STREAM, ImageNoise
 from qdiff.sampling.parameterization import Parameterization, as_noise_prediction
 from qdiff.sampling.registry import SamplerOptions, SamplingRun, find_sampler
@@ -76,6 +76,7 @@ class Sampler:
         calibration: bool = False,
         on_call: OnCall | None = None,
         on_step: OnStep | None = None,
+        correction: Correction | None = None,
     ) -> Tensor:
         """Return the images or latents numbered ``rows``, [N, C, H, W], in the range that the network was trained on.
 
@@ -86,18 +87,41 @@ class Sampler:
             calibration: use the calibration streams instead of the run's.
             on_call: called for every network call, before guidance doubles the batch.
             on_step: see `qdiff.sampling.interface`.
+            correction: applied to ε after guidance.
         """
-        # Guidance and the conversion to ε commute: both are linear in the prediction.
-        guided_network = guided(network, condition, unconditional, self.options.scale)
-        predicted = as_noise_prediction(guided_network, self.schedule, self.parameterization)
+        predicted = self.noise_prediction(network, condition, unconditional)
 
         def eps(x: Tensor, t: Tensor) -> Tensor:
             if on_call is not None:
                 on_call(x, t, condition, unconditional)
             return predicted(x, t)
 
+        used = eps if correction is None else correction.applied_to(eps)
+        error_std = None if correction is None else correction.error_std
         noise = ImageNoise(self.seed + (CALIBRATION_STREAM if calibration else 0), rows, self.shape, device)
         x_T, shared = noise.draw(), self.options.fixed_code
         if shared is not None and not calibration:
             x_T = ImageNoise(self.seed, [i % shared for i in rows], self.shape, device).draw()
-        return self._row.sample(eps, x_T, SamplingRun(self.schedule, self.timesteps, self.options, noise, on_step))
+        run = SamplingRun(self.schedule, self.timesteps, self.options, noise, on_step, error_std)
+        return self._row.sample(used, x_T, run)
+
+    def noise_prediction(
+        self, network: Network, condition: Tensor | None = None, unconditional: Tensor | None = None
+    ) -> NoisePrediction:
+        """Return ε(x, t) after guidance, as the sampler uses it; arguments as above."""
+        # Guidance and the conversion to ε commute: both are linear in the prediction.
+        guided_network = guided(network, condition, unconditional, self.options.scale)
+        return as_noise_prediction(guided_network, self.schedule, self.parameterization)
+
+    def call_times(self) -> list[float]:
+        """Return the timestep of every network call of a run, in order, from a run of one pixel without a network."""
+        times: list[float] = []
+
+        def eps(x: Tensor, t: Tensor) -> Tensor:
+            times.append(float(t[0]))
+            return torch.zeros_like(x)
+
+        pixel = (1, 1, 1)
+        run = SamplingRun(self.schedule, self.timesteps, self.options, ImageNoise(0, [0], pixel))
+        self._row.sample(eps, torch.zeros(1, *pixel), run)
+        return times

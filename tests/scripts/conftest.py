@@ -20,7 +20,7 @@ from run_checks import succeeded
 from safetensors.torch import save_file
 from script_device import IS_VIRTUAL, ON_DEVICE
 
-from qdiff.cli import held_out
+from qdiff.cli import held_out, noise_correction
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -82,6 +82,7 @@ def few_held_out():
     """The error of ε of two images, not of 16: most of a tiny run's time would be its measurement."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(held_out, "IMAGES", 2)
+        patch.setattr(noise_correction, "HELD_OUT", 2)
         yield
 
 

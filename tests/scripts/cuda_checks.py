@@ -6,8 +6,8 @@ from virtual_cuda import Counts
 
 SAMPLERS = ("qdiff/sampling/",)
 """Where the loop over the steps is: nothing below may make the host wait."""
-KEEPING = ("qdiff/calibration/recording.py", "qdiff/cli/sample.py:on_step")
-"""But for what is kept of a step: calibration sets, and --sequence's pictures."""
+KEEPING = ("qdiff/calibration/recording.py", "qdiff/calibration/noise_pairs.py", "qdiff/cli/sample.py:on_step")
+"""But for what is kept of a step: calibration sets, ε of noise corrections, and --sequence's pictures."""
 LEARNING = ("qdiff/calibration/reconstruction.py:optimise",)
 
 

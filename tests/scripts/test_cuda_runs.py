@@ -54,6 +54,7 @@ QUANTIZED_RUNS = {
     "modulated": (*W4A8, *MODULATED),
     "modulated by channel": (*W4A8, *MODULATED, "--act_scale_per", "channel"),
     "modulated, calibrated": (*W4A8, "--modulate", *LINEAR),
+    "corrected": (*W4A8, *LINEAR, "--eta", 1, "--noise_correction", "d2", "--correction_samples", 2),
 }
 
 

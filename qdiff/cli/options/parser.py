@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Collection, Sequence
 from typing import NoReturn
 
+from qdiff.cli.options.noise_correction import add_correction_options
 from qdiff.cli.options.paper_options import check_paper_options, refused_values
 from qdiff.errors import UserError
 
@@ -182,6 +183,7 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
         "timed on a GPU yet)",
     )
     group.add_argument("--onnx", help="exported model (default: export one into the run folder)")
+    add_correction_options(parser)
     for name, value in OF_SOME_SCRIPTS.items():
         if parser.get_default(name) is None:
             parser.set_defaults(**{name: value})

@@ -21,7 +21,7 @@ from ldm.util import instantiate_from_config
 from qdiff.checkpoint import load_checkpoint, load_packed, save_checkpoint
 from qdiff.checkpoint import metadata as native_metadata
 from qdiff.checkpoint import native as native_format
-from qdiff.checkpoint.metadata import FIRST_FORMAT, FORMAT, read_metadata
+from qdiff.checkpoint.metadata import FIRST_FORMAT, FORMAT, content_hash, read_metadata
 from qdiff.config import QuantConfig
 from qdiff.cost.account import account
 from qdiff.errors import UserError
@@ -274,3 +274,17 @@ def test_the_checksum_copies_nothing(calibrated, monkeypatch):
     tensor = torch.arange(6, dtype=torch.int32).reshape(2, 3)
     native_metadata.checksum({"a": tensor}, {})
     assert any(getattr(data, "ctypes", None) and data.ctypes.data == tensor.data_ptr() for data in seen)
+
+
+def test_the_hash_of_the_content(calibrated, tmp_path):
+    """Two files of one calibration are the same, in whatever order safetensors wrote their metadata."""
+    qnn, notes = calibrated(weight_bits=4), {"seed": 1}
+    for name in "abcd":
+        save_checkpoint(qnn, tmp_path / name, notes=notes)
+    assert len({content_hash(tmp_path / name) for name in "abcd"}) == 1
+    save_checkpoint(qnn, tmp_path / "b", notes={"seed": 2})
+    save_checkpoint(calibrated(weight_bits=3), tmp_path / "c", notes=notes)
+    save_checkpoint(qnn, tmp_path / "d", "published")
+    assert len({content_hash(tmp_path / name) for name in "abcd"}) == 4
+    with pytest.raises(UserError, match="does not exist"):
+        content_hash(tmp_path / "none")
