@@ -80,6 +80,23 @@ class Step:
         self.output(state, self.module(*self.inputs(state)))
 
 
+@dataclass(frozen=True)
+class TemporalParts:
+    """The layers of a network that compute from the timestep alone: the time embedding, and its projections in blocks.
+
+    Attributes:
+        key: the state's entry that holds the sinusoidal embedding at first, and then what the steps make of it.
+        steps: names of the steps that compute the embedding.
+        projections: names of the layers that project it, [N, C] → [N, C_i], in execution order.
+        activation: what the embedding goes through before each projection.
+    """
+
+    key: str
+    steps: tuple[str, ...]
+    projections: tuple[str, ...]
+    activation: Callable[[Tensor], Tensor] = F.silu
+
+
 class SteppedNetwork(nn.Module):
     """A network whose forward is a sequence of named steps over an explicit state.
 
@@ -94,6 +111,10 @@ class SteppedNetwork(nn.Module):
     def steps(self) -> Iterator[Step]:
         """Yield the steps in execution order; modules are looked up at every call, to include replaced layers."""
         raise NotImplementedError
+
+    def temporal_parts(self) -> TemporalParts | None:
+        """Return what depends on the timestep alone; None if that is not known."""
+        return None
 
     def forward(self, *inputs: Tensor | None) -> Tensor:
         state = self.start(*inputs)

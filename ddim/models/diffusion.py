@@ -17,7 +17,7 @@ from ddim.models.layers import (
     group_norm,
     timestep_embedding,
 )
-from qdiff.interface import Family, State, Step, SteppedNetwork, register_family
+from qdiff.interface import Family, State, Step, SteppedNetwork, TemporalParts, register_family
 
 
 class Model(SteppedNetwork):
@@ -93,6 +93,11 @@ class Model(SteppedNetwork):
     def start(self, x: Tensor, t: Tensor) -> State:
         """State: ``x`` and ``t`` as given, ``temb``, the running activation ``h``, and the ``skips`` stack."""
         return {"x": x, "temb": timestep_embedding(t, self.ch, x.dtype), "h": x, "skips": []}
+
+    def temporal_parts(self) -> TemporalParts:
+        blocks = [step for step in self.steps() if isinstance(step.module, ResnetBlock)]
+        names = tuple(f"{step.name}.temb_proj" for step in blocks)
+        return TemporalParts("temb", ("temb.dense.0", "temb.dense.1"), names)
 
     def steps(self) -> Iterator[Step]:
         yield Step("temb.dense.0", self.temb.dense[0], lambda s: (s["temb"],), _set("temb"))

@@ -26,6 +26,7 @@ from qdiff.calibration.samples import (
     select_samples,
 )
 from qdiff.calibration.storage import ActivationStorage
+from qdiff.calibration.temporal_unit import calibration_steps
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.checkpoint.metadata import read_notes
 from qdiff.cli.options.ptq import PtqPlan
@@ -159,9 +160,10 @@ class Quantization:
         """Plan the memory of the calibration; before the recording exists, for the size that it will have."""
         plan = self.plan
         shapes = [self.image_shape, (), *([] if self.context_shape is None else [self.context_shape])]
-        network = self.qnn.as_steps(self._zeros(shapes))
+        temporal_unit = getattr(plan.recipe, "temporal_unit", False)
+        network = calibration_steps(self.qnn, self._zeros(shapes), temporal_unit)
         if plan.changes is not None:
-            network, shapes = PairedNetwork(network), [(2, *shape) for shape in shapes]
+            network, shapes = PairedNetwork(self.qnn.as_steps(self._zeros(shapes))), [(2, *shape) for shape in shapes]
         footprint = measure_footprint(network, self._zeros(shapes))
         halves = 1 if self.context_shape is None else 2  # without guidance it would be 1, but that is not known here
         samples = plan.samples * halves if self.data is None else len(self.data)

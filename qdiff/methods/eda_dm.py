@@ -19,6 +19,7 @@ from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import FitSettings
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.temporal_unit import calibration_steps
 from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
 
@@ -36,6 +37,7 @@ class EdaDmConfig:
         unit: block or layer.
         start: where rounding starts (not in the paper); GPTQ aims at the float output, as `ColumnRounding` does.
         bias_correction: shift each bias so that the layer's mean output is the float one (not in the paper).
+        temporal_unit: fit what depends on t alone first, as one unit (TFMQ-DM's; `qdiff.calibration.temporal_unit`).
     """
 
     reconstruct: bool = True
@@ -48,6 +50,7 @@ class EdaDmConfig:
     unit: UnitKind = UnitKind.BLOCK
     start: WeightStart = WeightStart.NEAREST
     bias_correction: bool = False
+    temporal_unit: bool = False
 
     def __post_init__(self) -> None:
         for name, option in (("iterations", "--cali_iters"), ("batch_size", "--cali_batch_size")):
@@ -94,7 +97,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
     phase = Phase("joint", 3, config.iterations, activations)
-    network = qnn.as_steps(data.inputs)
+    network = calibration_steps(qnn, data.inputs, config.temporal_unit)
     with run.progress(network, config.iterations) as bar:
         for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
             if activations:

@@ -15,6 +15,7 @@ from qdiff.calibration.objectives import lp_error
 from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.temporal_unit import calibration_steps
 from qdiff.calibration.unit_inputs import UnitInputs
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -26,9 +27,11 @@ class GptqConfig(ColumnRounding):
 
     Attributes:
         bias_correction: shift each bias so that the layer's mean output is the float one.
+        temporal_unit: fit what depends on t alone first, as one unit (TFMQ-DM's; `qdiff.calibration.temporal_unit`).
     """
 
     bias_correction: bool = True
+    temporal_unit: bool = False
 
     rounds_columns = True
 
@@ -45,7 +48,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: GptqConfig, run: Ca
     weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
     if weights:
         init_weights(qnn)  # the grids, which stay; and values for layers that are not rounded yet
-    network = qnn.as_steps(data.inputs)
+    network = calibration_steps(qnn, data.inputs, config.temporal_unit)
     with run.progress(network, 1) as bar:
         for opened in units_to_fit(qnn, network, data.inputs, Phase("gptq", 5, 1, activations), run, bar):
             unit = opened.unit

@@ -18,7 +18,9 @@ from qdiff.calibration.observe import observe_unit
 from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser
 from qdiff.calibration.run import CalibrationRun, Phase, assert_all_fired, init_weights, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.temporal_unit import calibration_steps
 from qdiff.errors import UserError
+from qdiff.interface import SteppedNetwork
 from qdiff.io.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -54,6 +56,7 @@ class QDiffusionConfig:
         objective, unit: see the enums.
         start: where rounding starts (not in the paper); GPTQ aims at the float output, as `ColumnRounding` does.
         bias_correction: shift each bias so that the layer's mean output is the float one (not in the paper).
+        temporal_unit: fit what depends on t alone first, as one unit (TFMQ-DM's; `qdiff.calibration.temporal_unit`).
     """
 
     iterations: int = 20_000
@@ -70,6 +73,7 @@ class QDiffusionConfig:
     unit: UnitKind = UnitKind.BLOCK
     start: WeightStart = WeightStart.NEAREST
     bias_correction: bool = False
+    temporal_unit: bool = False
 
     def __post_init__(self) -> None:
         for name, option in (
@@ -120,25 +124,35 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, r
         run: seed, storage, journal, progress, and whether weights are kept.
     """
     weights, activations = run.fits_weights(qnn), qnn.config.calibrates_acts
-    with run.progress(
-        qnn.as_steps(data.inputs), weights * config.iterations + activations * config.act_iterations
-    ) as bar:
+    network = calibration_steps(qnn, data.inputs, config.temporal_unit)
+    with run.progress(network, weights * config.iterations + activations * config.act_iterations) as bar:
         if weights:
             init_weights(qnn)
-            _fit_weights(qnn, data, config, run, bar)
+            fit_weights(qnn, network, data, config, run, bar)
         if activations:
-            _fit_activations(qnn, data, config, run, bar)
+            _fit_activations(qnn, network, data, config, run, bar)
     assert_all_fired(qnn, data, activations=not qnn.config.calibrates_changes)
 
 
-def _contains(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+def contains(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    """Return a function that says whether a module has one of a kind inside."""
     return lambda module: any(isinstance(m, kind) for m in module.modules())
 
 
-def _fit_weights(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
+def fit_weights(
+    qnn: QuantModel,
+    network: SteppedNetwork,
+    data: CalibrationSet,
+    config: QDiffusionConfig,
+    run: CalibrationRun,
+    bar: Progress,
 ) -> None:
-    walker, network = run.walker(qnn, data.inputs), qnn.as_steps(data.inputs)
+    """Learn the roundings of all weights, whose ranges are set, with activations in float.
+
+    Args:
+        network: the steps to walk over.
+    """
+    walker = run.walker(qnn, data.inputs)
     final = walker.run(qnn, data.inputs) if config.objective is WeightObjective.FISHER else None
     settings = FitSettings(
         config.iterations,
@@ -148,7 +162,7 @@ def _fit_weights(
         from_integers=config.rounds_columns,
     )
     # Attention has no weights, so only modules with layers have work.
-    phase = Phase("weights", 0, config.iterations, False, _contains(QuantModule), label="weights ")
+    phase = Phase("weights", 0, config.iterations, False, contains(QuantModule), label="weights ")
     for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
         if config.rounds_columns:
             round_layers(opened.unit, walker, ColumnRounding(), activations=False)
@@ -163,15 +177,20 @@ def _fit_weights(
 
 
 def _fit_activations(
-    qnn: QuantModel, data: CalibrationSet, config: QDiffusionConfig, run: CalibrationRun, bar: Progress
+    qnn: QuantModel,
+    network: SteppedNetwork,
+    data: CalibrationSet,
+    config: QDiffusionConfig,
+    run: CalibrationRun,
+    bar: Progress,
 ) -> None:
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
     first = order[: config.range_samples].sort().values
     softmax_only = config.running_stat_softmax_only
     settings = FitSettings(config.act_iterations, config.batch_size, lr_act=config.lr_act, decays=True)
-    phase = Phase("activations", 1, config.act_iterations, True, _contains(ActQuantizer), label="activations ")
-    for opened in units_to_fit(qnn, qnn.as_steps(data.inputs), data.inputs, phase, run, bar):
+    phase = Phase("activations", 1, config.act_iterations, True, contains(ActQuantizer), label="activations ")
+    for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
         if softmax_only or not config.running_stat:
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, first)
         if config.running_stat:

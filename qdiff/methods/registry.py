@@ -14,8 +14,9 @@ from typing import Any
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule
+from qdiff.config import ActRanges
 from qdiff.errors import UserError
-from qdiff.methods import eda_dm, gptq, linear, ptq4dm, qdiffusion
+from qdiff.methods import eda_dm, gptq, linear, ptq4dm, qdiffusion, tfmq_dm
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
@@ -39,6 +40,8 @@ class Method:
         options: command-line option → the field that it sets.
         scripts: the scripts whose conventions the command line follows.
         ranges: how the first ranges are found; None takes the script's default.
+        act_range: likewise for activations, if they differ.
+        act_ranges: what shares one calibrated range.
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
     """
@@ -50,6 +53,8 @@ class Method:
     options: Mapping[str, str] = field(default_factory=dict)
     scripts: Scripts = Scripts.Q_DIFFUSION
     ranges: str | None = None
+    act_range: str | None = None
+    act_ranges: ActRanges = ActRanges.SHARED
     draws: Schedule | None = None
 
     @property
@@ -58,7 +63,7 @@ class Method:
         return self.config is not None
 
 
-_OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction"}
+_OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction", "temporal_unit": "temporal_unit"}
 _Q_DIFFUSION = {
     "cali_iters": "iterations",
     "cali_iters_a": "act_iterations",
@@ -93,7 +98,7 @@ _ROWS = (
         _EDA_DM,
         Scripts.EDA_DM,
         RangeMethod.SEARCH,
-        Schedule.NORMAL,
+        draws=Schedule.NORMAL,
     ),
     Method(
         "eda-dm",
@@ -103,7 +108,7 @@ _ROWS = (
         {**_EDA_DM, "add_loss": "layer_weight"},
         Scripts.EDA_DM,
         RangeMethod.SEARCH,
-        Schedule.TDAC,
+        draws=Schedule.TDAC,
     ),
     Method(
         "gptq",
@@ -116,7 +121,26 @@ _ROWS = (
             "gptq_damping": "damping",
             "gptq_rows": "most_rows",
             "bias_correction": "bias_correction",
+            "temporal_unit": "temporal_unit",
         },
+    ),
+    Method(
+        "tfmq-dm",
+        "TFMQ-DM",
+        tfmq_dm.calibrate,
+        tfmq_dm.TfmqDmConfig,
+        {
+            "cali_iters": "iterations",
+            "cali_batch_size": "batch_size",
+            "cali_lr_w": "lr_rounding",
+            "objective": "objective",
+            "recon_unit": "unit",
+            "tfmq_every": "every",
+            **_OF_ROUNDING,
+        },
+        ranges=RangeMethod.MSE,
+        act_range=RangeMethod.AVERAGE,
+        act_ranges=ActRanges.TIMESTEP,
     ),
 )
 DEFAULT = "qdiff"

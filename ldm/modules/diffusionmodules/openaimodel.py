@@ -11,7 +11,7 @@ from ldm.modules.attention import SpatialTransformer
 from ldm.modules.diffusionmodules.blocks import AttentionBlock, Downsample, ResBlock, Upsample
 from ldm.modules.diffusionmodules.util import normalization, timestep_embedding, zero_module
 from qdiff.errors import UserError
-from qdiff.interface import Family, State, Step, SteppedNetwork, register_family
+from qdiff.interface import Family, State, Step, SteppedNetwork, TemporalParts, register_family
 
 
 class UNetModel(SteppedNetwork):
@@ -145,6 +145,11 @@ class UNetModel(SteppedNetwork):
             raise ValueError(f"this UNetModel {needs} (context_dim {self.context_dim})")
         emb = timestep_embedding(t, self.model_channels, x.dtype)
         return {"x": x, "emb": emb, "context": context, "h": x, "skips": []}
+
+    def temporal_parts(self) -> TemporalParts:
+        blocks = [step for step in self.steps() if isinstance(step.module, ResBlock)]
+        names = tuple(f"{step.name}.emb_layers.1" for step in blocks)
+        return TemporalParts("emb", ("time_embed.0", "time_embed.2"), names)
 
     def steps(self) -> Iterator[Step]:
         first, _, second = self.time_embed

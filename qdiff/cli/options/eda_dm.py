@@ -23,7 +23,9 @@ _DRAW = {
     "lamda": "lamda",
     "tdac_radius": "radius",
 }
-_PRESET = METHODS["eda-dm"].options.keys() - {"recon_unit", "weight_start", "bias_correction"} | _DRAW.keys()
+_PRESET = (
+    METHODS["eda-dm"].options.keys() - {"recon_unit", "weight_start", "bias_correction", "temporal_unit"} | _DRAW.keys()
+)
 # The section of a preset whose values the papers use only for 8-bit weights.
 WIDE, WIDE_BITS = "w8", 8
 _WHOLE = ("calib_num_samples", "batch_samples", "cali_iters", "cali_batch_size")

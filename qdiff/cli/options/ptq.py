@@ -9,17 +9,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from qdiff.calibration.timesteps import Draw
-from qdiff.cli.options import eda_dm, gptq, modiff
+from qdiff.cli.options import eda_dm, gptq, modiff, tfmq_dm
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
-from qdiff.config import ActRanges, QuantConfig
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
 from qdiff.ranges.estimators import RangeMethod
 
 # Fields of recipes that came later, and their defaults.
-_LATER = {"start": "nearest", "bias_correction": False}
+_LATER = {"start": "nearest", "bias_correction": False, "temporal_unit": False}
+_FROM_THE_FIRST = {"gptq": ("bias_correction",), "tfmq-dm": tuple(_LATER)}  # whose recipes always had some of them
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ class PtqPlan:
         if self.changes is None:
             del values["changes"]
         for name, default in _LATER.items():
-            if values["recipe"] is not None and values["recipe"].get(name) == default and self.method != "gptq":
-                del values["recipe"][name]
+            recipe = values["recipe"] or {}
+            if recipe.get(name, not default) == default and name not in _FROM_THE_FIRST.get(self.method, ()):
+                del recipe[name]
         return values
 
 
@@ -90,6 +92,7 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
     eda_dm.add_eda_dm_options(parser)
     modiff.add_modiff_options(parser)
     gptq.add_gptq_options(parser)
+    tfmq_dm.add_tfmq_dm_options(parser)
 
 
 def ignored_options(args: Namespace) -> list[str]:
@@ -114,6 +117,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *modiff.QUANTIZING,
         *eda_dm.IMPLYING,
         *gptq.QUANTIZING,
+        *tfmq_dm.OPTIONS,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -145,9 +149,10 @@ def resolve_ptq(
         raise UserError("--generate records from the float model and contradicts --ptq; leave one of them out")
     method, modulate = find_method(_method(args)), modiff.modulates(args)
     gptq.check_gptq_options(args, method)
+    tfmq_dm.check_tfmq_dm_options(args, method)
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
     if method.ranges is not None:
-        weight_range = act_range = method.ranges
+        weight_range, act_range = method.ranges, method.act_range or method.ranges
     if modulate:  # these are ranges of changes
         act_range = RangeMethod.MIN_MAX
     quant = QuantConfig(
@@ -166,7 +171,7 @@ def resolve_ptq(
         modulate=modulate,
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
-        act_ranges=args.act_ranges or ActRanges.SHARED,
+        act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
         layer_bits=read_layer_bits(args.layer_bits),
     )
     action = _action(args, method, quant)
