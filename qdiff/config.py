@@ -47,8 +47,7 @@ class LayerBits:
 
     Attributes:
         weight_bits: width of the weight, 1 to 8, or 32 for float; None takes the network's.
-        act_bits: width of the input, 2 to 16, or 32 for float; None takes the network's. An attention's is that of q, k
-            and v, and 32 leaves both of its products in float.
+        act_bits: width of the input, or of q, k and v, 2 to 16, or 32 for float; None takes the network's.
 
     Raises:
         UserError: a width is out of range.

@@ -122,8 +122,7 @@ class QuantModel(nn.Module):
         """Return the network as a sequence of steps, the units of reconstruction.
 
         Args:
-            inputs: some inputs of the network, batch first; used the first time, if the network is not a
-                `SteppedNetwork`.
+            inputs: some inputs, batch first; used the first time, if the network is not a `SteppedNetwork`.
 
         Raises:
             UserError: the network cannot be cut into units.
@@ -154,9 +153,8 @@ class QuantModel(nn.Module):
         while inputs and inputs[-1] is None:  # a missing condition is not passed on
             inputs = inputs[:-1]
         if self.config.ablation is Ablation.CLEARED_STATE:
-            for layer in self.layers().values():
-                if layer.memory is not None:
-                    layer.memory.clear()
+            for memory in filter(None, (layer.memory for layer in self.layers().values())):
+                memory.clear()
         with at_timestep(self.act_timesteps, inputs):
             return self.model(*inputs, **keywords) if keywords else self._call(self.model, *inputs)
 
@@ -259,9 +257,7 @@ class QuantModel(nn.Module):
         self.assert_initialised(weights=True, activations=False)
         if integer:
             self._assert_multiplies_integers()
-            int8_is_exact(
-                self.device
-            )  # checked now because it waits for the device, which a network call should not do
+            int8_is_exact(self.device)  # checked now, since it waits for the device, which a call should not do
         cache = WeightCache(cache_bytes)
         for layer in self.layers().values():
             if len(layer.weight_quantizers) > 0:

@@ -14,9 +14,9 @@ from typing import Any
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule
-from qdiff.config import ActRanges
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
-from qdiff.methods import eda_dm, gptq, linear, ptq4dm, qdiffusion, tfmq_dm
+from qdiff.methods import eda_dm, gptq, grip, linear, ptq4dm, qdiffusion, tfmq_dm
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
@@ -25,7 +25,7 @@ class Scripts(Enum):
     """The scripts whose conventions a method's command line follows: some options mean or default to something else."""
 
     Q_DIFFUSION = "Q-Diffusion"
-    EDA_DM = "EDA-DM"  # symmetric ranges without --a_sym; 8-bit first and last layers; presets; drawn calibration sets
+    EDA_DM = "EDA-DM"  # symmetric ranges without --a_sym; presets; drawn calibration sets
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,7 @@ class Method:
         config: dataclass of the method's numbers; None for methods without settings.
         options: command-line option → the field that it sets.
         scripts: the scripts whose conventions the command line follows.
-        ranges: how the first ranges are found; None takes the script's default.
-        act_range: likewise for activations, if they differ.
-        act_ranges: what shares one calibrated range.
+        quant: fields of `QuantConfig` that the method sets where nothing else is asked for.
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
     """
@@ -52,15 +50,17 @@ class Method:
     config: type | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     scripts: Scripts = Scripts.Q_DIFFUSION
-    ranges: str | None = None
-    act_range: str | None = None
-    act_ranges: ActRanges = ActRanges.SHARED
+    quant: Mapping[str, Any] = field(default_factory=dict)
     draws: Schedule | None = None
 
     @property
     def learns(self) -> bool:
         """Whether the method fits anything."""
         return self.config is not None
+
+    def quant_config(self, **given: Any) -> QuantConfig:
+        """Return the method's widths and ranges, with fields of one's own."""
+        return QuantConfig(**{**self.quant, **given})
 
 
 _OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction", "temporal_unit": "temporal_unit"}
@@ -87,8 +87,14 @@ _EDA_DM = {
     "recon_unit": "unit",
     **_OF_ROUNDING,
 }
+_SEARCHED_WITH_ENDS = {"weight_range": RangeMethod.SEARCH, "act_range": RangeMethod.SEARCH, "keep_ends": True}
 _ROWS = (
-    Method("linear", "linear", linear.calibrate, ranges=RangeMethod.MIN_MAX),
+    Method(
+        "linear",
+        "linear",
+        linear.calibrate,
+        quant={"weight_range": RangeMethod.MIN_MAX, "act_range": RangeMethod.MIN_MAX},
+    ),
     Method("qdiff", "Q-Diffusion", qdiffusion.calibrate, qdiffusion.QDiffusionConfig, _Q_DIFFUSION),
     Method(
         "ptq4dm",
@@ -97,8 +103,8 @@ _ROWS = (
         ptq4dm.Ptq4dmConfig,
         _EDA_DM,
         Scripts.EDA_DM,
-        RangeMethod.SEARCH,
-        draws=Schedule.NORMAL,
+        _SEARCHED_WITH_ENDS,
+        Schedule.NORMAL,
     ),
     Method(
         "eda-dm",
@@ -107,8 +113,8 @@ _ROWS = (
         eda_dm.EdaDmConfig,
         {**_EDA_DM, "add_loss": "layer_weight"},
         Scripts.EDA_DM,
-        RangeMethod.SEARCH,
-        draws=Schedule.TDAC,
+        _SEARCHED_WITH_ENDS,
+        Schedule.TDAC,
     ),
     Method(
         "gptq",
@@ -138,10 +144,13 @@ _ROWS = (
             "tfmq_every": "every",
             **_OF_ROUNDING,
         },
-        ranges=RangeMethod.MSE,
-        act_range=RangeMethod.AVERAGE,
-        act_ranges=ActRanges.TIMESTEP,
+        quant={
+            "weight_range": RangeMethod.MSE,
+            "act_range": RangeMethod.AVERAGE,
+            "act_ranges": ActRanges.TIMESTEP,
+        },
     ),
+    Method("grip", "GRIP", grip.calibrate, grip.GripConfig, grip.OPTIONS, quant=grip.QUANT),
 )
 DEFAULT = "qdiff"
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})

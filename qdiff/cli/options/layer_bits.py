@@ -4,26 +4,36 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from qdiff.config import LayerBits
 from qdiff.errors import UserError
 from qdiff.io.yaml_files import read_table
 
 ENTRY = "layer_bits"  # in a file with other entries
+NONE = "none"
 
 
-def read_layer_bits(given: str | None) -> dict[str, LayerBits]:
+def read_layer_bits(
+    given: str | None, own: Mapping[str, str] = MappingProxyType({}), activations: bool = True
+) -> dict[str, LayerBits]:
     """Return widths by layer name from the option's value.
 
     Args:
         given: ``NAME=WIDTHS`` separated by commas, or a YAML or JSON file: names and widths, or an entry
-            ``layer_bits`` with them; None is no layer.
+            ``layer_bits`` with them; ``none`` is no layer, and None those of the method.
+        own: the method's.
+        activations: whether activations are quantized; if not, the method's layers have no width for them.
 
     Raises:
         UserError: it is neither, a layer comes twice, or a width is wrong.
     """
     if given is None:
+        widths = {name: LayerBits.parse(bits) for name, bits in own.items()}
+        return widths if activations else {n: replace(bits, act_bits=None) for n, bits in widths.items()}
+    if given == NONE:
         return {}
     is_file = os.path.isfile(given)  # unlike `Path.is_file`, without an error for long lists of layers
     if not is_file and "=" not in given:

@@ -20,7 +20,8 @@ from qdiff.ranges.estimators import RangeMethod
 
 # Fields of recipes that came later, and their defaults.
 _LATER = {"start": "nearest", "bias_correction": False, "temporal_unit": False}
-_FROM_THE_FIRST = {"gptq": ("bias_correction",), "tfmq-dm": tuple(_LATER)}  # whose recipes always had some of them
+# Methods whose recipes always had some of them.
+_FROM_THE_FIRST = {"gptq": ("bias_correction",), "tfmq-dm": tuple(_LATER), "grip": tuple(_LATER)}
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,7 @@ def resolve_ptq(
     """Return the plan that the options in ``args`` ask for, or None without ``--ptq``.
 
     Args:
-        weight_range, act_range: the script's defaults; the linear method always starts from min-max, EDA-DM and PTQ4DM
-            from their search.
+        weight_range, act_range: the script's defaults, for methods that do not choose ranges themselves.
         preset: EDA-DM's values by option name, for options that were not given.
 
     Raises:
@@ -151,28 +151,27 @@ def resolve_ptq(
     gptq.check_gptq_options(args, method)
     tfmq_dm.check_tfmq_dm_options(args, method)
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
-    if method.ranges is not None:
-        weight_range, act_range = method.ranges, method.act_range or method.ranges
+    own = {"weight_range": weight_range, "act_range": act_range, **method.quant}
     if modulate:  # these are ranges of changes
-        act_range = RangeMethod.MIN_MAX
+        own["act_range"] = RangeMethod.MIN_MAX
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,
         # In EDA-DM's scripts the flag has the opposite meaning: without it, the search is symmetric.
         act_symmetric=args.a_sym != eda_dm_scripts,
         softmax_bits=args.sm_abit,
-        split_shortcut=args.split,
+        split_shortcut=args.split or own.get("split_shortcut", False),
         weight_symmetric=args.w_sym,
-        weight_range=args.w_range or weight_range,
-        act_range=args.a_range or act_range,
-        keep_ends=eda_dm_scripts if args.keep_ends is None else args.keep_ends,
+        weight_range=args.w_range or own["weight_range"],
+        act_range=args.a_range or own["act_range"],
+        keep_ends=own.get("keep_ends", False) if args.keep_ends is None else args.keep_ends,
         act_dynamic=args.quant_mode == "dynamic",
         act_scale_per=modiff.scale_per(args),
         modulate=modulate,
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
-        layer_bits=read_layer_bits(args.layer_bits),
+        layer_bits=read_layer_bits(args.layer_bits, own.get("layer_bits", {}), args.quant_act),
     )
     action = _action(args, method, quant)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)

@@ -46,4 +46,5 @@ def act_ranges(args: Namespace, method: Method, dynamic: bool) -> ActRanges:
     """
     if args.act_ranges is not None:
         return ActRanges(args.act_ranges)
-    return method.act_ranges if args.quant_act and not dynamic else ActRanges.SHARED
+    calibrated = args.quant_act and not dynamic
+    return method.quant.get("act_ranges", ActRanges.SHARED) if calibrated else ActRanges.SHARED

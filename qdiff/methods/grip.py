@@ -1,0 +1,39 @@
+"""GRIP, our own recipe: weights rounded in closed form, and precise inputs where they cost little.
+
+GPTQ-Rounded, Input-Precise. It is GPTQ towards the float network's output (`qdiff.methods.gptq`) with
+
+- 8-bit weights and 16-bit inputs in the first and the last layer. The first one takes x_t, and at the last steps 8 bits
+  of it are coarser than the noise that is left in it; both layers together are less than 1 % of the bit operations;
+- quantizers of their own for both parts of a concatenation (Q-Diffusion's split);
+- weight ranges of least error, without which the column rounding has to work on a grid for outliers.
+
+Nothing is learned, and there is nothing to set. docs/results.md has the ablation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from qdiff.config import FIRST, LAST
+from qdiff.methods import gptq
+from qdiff.ranges.estimators import RangeMethod
+
+calibrate = gptq.calibrate
+END_BITS = "W8A16"
+QUANT: Mapping[str, Any] = MappingProxyType(
+    {
+        "split_shortcut": True,
+        "weight_range": RangeMethod.MSE,
+        "layer_bits": MappingProxyType({FIRST: END_BITS, LAST: END_BITS}),
+    }
+)
+"""Its fields of `QuantConfig` besides the widths."""
+OPTIONS: Mapping[str, str] = MappingProxyType({"bias_correction": "bias_correction"})
+
+
+@dataclass(frozen=True)
+class GripConfig(gptq.GptqConfig):
+    """The method's numbers: those of GPTQ."""
