@@ -135,12 +135,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the block's wall time to ``seconds`` (over all continuations of the run)."""
-        started = time.perf_counter()
+        """Add the block's time to ``seconds`` and ``cpu_seconds`` (over all continuations of the run)."""
+        started, cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            self.manifest.add_seconds(what, time.perf_counter() - started)
+            self.manifest.add_seconds(what, time.perf_counter() - started, time.process_time() - cpu)
 
     def image_path(self, index: int) -> Path:
         return self.images / f"{index:05d}.png"

@@ -27,7 +27,7 @@ class Manifest:
         packages: versions by name.
         machine: ``platform``, ``python``, ``cpus``.
         files: ``path`` and ``sha256`` of every file that was read, by role.
-        seconds: wall time by phase, over all continuations of the run.
+        seconds, cpu_seconds: wall time and CPU time of the process by phase, over all continuations of the run.
         image_shape: [H, W, C] of the images.
         images_kept: False if the images were deleted as asked.
         labels: the requested class of each image.
@@ -59,6 +59,7 @@ class Manifest:
     machine: dict[str, Any] = field(default_factory=dict)
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    cpu_seconds: dict[str, float] | None = None
     image_shape: list[int] | None = None
     images_kept: bool | None = None
     labels: list[int] | None = None
@@ -115,9 +116,12 @@ class Manifest:
         with written_whole(file) as temporary:
             temporary.write_text(json.dumps({**held, **self.others}, indent=1) + "\n")
 
-    def add_seconds(self, phase: str, seconds: float) -> None:
-        """Add wall time to a phase."""
+    def add_seconds(self, phase: str, seconds: float, cpu_seconds: float | None = None) -> None:
+        """Add wall time, and CPU time if it is known, to a phase."""
         self.seconds[phase] = round(self.seconds.get(phase, 0.0) + seconds, 3)
+        if cpu_seconds is not None:
+            before = (self.cpu_seconds or {}).get(phase, 0.0)
+            self.cpu_seconds = {**(self.cpu_seconds or {}), phase: round(before + cpu_seconds, 3)}
 
 
 def read_manifest(file: Path, fix: str) -> Manifest:
@@ -168,6 +172,7 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "packages": lambda value: isinstance(value, dict),
     "machine": lambda value: isinstance(value, dict),
     "seconds": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "cpu_seconds": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
     "noise_error": lambda value: isinstance(value, dict) and _is_number(value.get("mse")),
     "labels": lambda value: value is None or _is_list(value, int),
 }

@@ -7,12 +7,12 @@ import shlex
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
-from qdiff.config import ScalePer
+from qdiff.cli.table_numbers import file_bytes, misses, ranges
+from qdiff.cli.table_seeds import summarise
 from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns
 from qdiff.io.files import written_whole
@@ -20,7 +20,6 @@ from qdiff.io.repository import REPOSITORY
 from qdiff.report.columns import markdown
 from qdiff.report.comparison import comparison_picture
 
-TOLERANCE = 0.05  # largest accepted relative difference of the float model from its published number
 FLOAT_BITS = 32
 
 
@@ -136,12 +135,12 @@ class TableRun:
         missing = [row.label for row in table.rows if row.label not in shown]
         if missing:
             notes.append(f"Rows not yet run, or not with the table's present options: {', '.join(missing)}.")
+        results, folders = summarise(table.rows, results, table.folder)
         flags = [f"{row['label']}: {flag}" for row in results for flag in row["flags"]]
         text = "".join(f"**{flag}.**\n\n" for flag in flags)
         text += f"{markdown(results)}\n\nProtocol: {'; '.join(f'{k} {v}' for k, v in protocol)}.\n"
         text += "".join(f"\n{note}\n" for note in notes)
         about = {"title": table.title, "source": table.source, "protocol": dict(protocol), "notes": notes}
-        folders = {label: table.folder(label) / "img" for label in shown}
         with written_whole(table.out / "table.md") as path:
             path.write_text(f"# {table.title}\n\n{text}")
         with written_whole(table.out / "table.json") as path:
@@ -179,9 +178,12 @@ class TableRun:
         float_folder = None if row is table.float_row else table.folder(table.float_row.label)
         metrics = self._measuring.run(folder, manifest, float_folder)
         calibration = manifest.seconds.get("calibration", 0.0)
+        cpu = (manifest.cpu_seconds or {}).get("calibration")
         base = table.base(row)
         if base is not None:  # the time that its weights took counts too
-            calibration += self._manifest(base).seconds.get("calibration", 0.0)
+            of_weights = self._manifest(base)
+            calibration += of_weights.seconds.get("calibration", 0.0)
+            cpu = None if cpu is None else cpu + (of_weights.cpu_seconds or {}).get("calibration", 0.0)
         quant = (manifest.config.get("ptq") or {}).get("quant", {})
         cost = manifest.cost or {}
         keys = [column.key for column in metric_columns()]
@@ -192,18 +194,19 @@ class TableRun:
             "act_bits": quant.get("act_bits") or FLOAT_BITS,
             "split": quant.get("split_shortcut", False),
             "modulate": quant.get("modulate", False),
-            "ranges": _ranges(manifest.config.get("ptq") or {}),
+            "ranges": ranges(manifest.config.get("ptq") or {}),
             "ablation": quant.get("ablation"),
             "images": manifest.num_images,
             **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
             "published": dict(row.published),
             "noise_mse": (manifest.noise_error or {}).get("mse"),
-            "bytes": _file_bytes(folder, manifest),
+            "bytes": file_bytes(folder, manifest),
             "counted_bytes": cost.get("size_bytes"),
             "gbops": cost["bops"] / 1e9 if cost else None,
             "state_bytes": cost.get("state_bytes"),
             "additions": cost.get("additions"),
             "calibration_s": calibration,
+            "calibration_cpu_s": cpu,
             "sampling_s": manifest.seconds["sampling"],
             "command": shlex.join(["python", *table.command(row, self.device)]),
         }
@@ -236,47 +239,17 @@ class TableRun:
                 ("state", "float32 tensors that modulated layers keep from step to step, bytes per image"),
                 ("additions", "what modulated layers add and subtract at a later step, per image; in no GBops"),
             ]
+        if any(row.group for row in self.table.rows):
+            protocol[-2:-2] = [
+                ("±", "standard deviation over the calibration seeds, each with a calibration set of its own"),
+                ("bold, =", "the best of its widths, and what is equal to it within √(s² + s²) of both deviations"),
+                ("CPU", "CPU seconds of the calibration"),
+            ]
         if any("asked_share" in row for row in results):
             protocol.insert(-2, ("asked", "images in which the classifier sees what was asked for"))
         if self.table.source is not None:
             protocol.insert(0, ("published numbers", self.table.source))
         return protocol
-
-
-def misses(row: dict[str, Any]) -> list[str]:
-    """Return one sentence per published number that the row misses by more than 5 %."""
-    sentences = []
-    for column in metric_columns():
-        wanted, found = row["published"].get(column.key), row.get(column.key)
-        if wanted and found is not None and abs(found - wanted) > TOLERANCE * abs(wanted):
-            off = abs(found - wanted) / abs(wanted)
-            sentences.append(
-                f"{column.title} {column.write(found)} misses the published {column.write(wanted)} by {100 * off:.0f} %"
-            )
-    return sentences
-
-
-def _ranges(ptq: dict[str, Any]) -> str | None:
-    """Describe the activation ranges of a row that is modulated or has dynamic ranges; None for any other row."""
-    quant = ptq.get("quant", {})
-    if quant.get("act_dynamic"):
-        ranges = quant.get("act_scale_per", ScalePer.TENSOR.value)
-    elif quant.get("modulate"):
-        ranges = "calibrated" if ptq["changes"]["learn"] else "min-max"
-    else:
-        return None
-    return f"{ranges}, rest {quant['rest_bits']}" if quant.get("rest_bits") else ranges
-
-
-def _file_bytes(folder: Path, manifest: Manifest) -> int:
-    """Return the bytes of the quantized checkpoint, or of the network's float weights in float32."""
-    calibrated, files = folder / "quantized.safetensors", manifest.files
-    if calibrated.is_file():
-        return calibrated.stat().st_size
-    if "quantized checkpoint" in files:
-        return Path(files["quantized checkpoint"]["path"]).stat().st_size
-    # The file of a float latent model also holds an autoencoder; only the quantized network counts.
-    return manifest.network_bytes or Path(files["float weights"]["path"]).stat().st_size
 
 
 def _shown(sampler: Any) -> str:

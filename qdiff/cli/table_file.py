@@ -32,6 +32,7 @@ class TableRow:
         published: numbers that a paper reports, by metric (keys of `qdiff.evaluation.registry.metric_columns`).
         own_recording: the row records its own calibration set (with another ``--cali_seed``) and not the shared one.
         unverified: the published numbers were quoted from memory of the paper.
+        group: label of the row that shows this one together with those of other calibration seeds; None shows it alone.
     """
 
     label: str
@@ -40,6 +41,7 @@ class TableRow:
     published: dict[str, float] = field(default_factory=dict)
     unverified: bool = False
     own_recording: bool = False
+    group: str | None = None
 
     def __post_init__(self) -> None:
         _check_words(self.options)

@@ -1,4 +1,4 @@
-"""Expand an entry of a table file with a grid of values into one row per combination."""
+"""Expand an entry of a table file into rows: one per combination of a grid's values, and one per seed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
     Args:
         row: the entry as in the file. Its ``grid`` maps names to lists of values; for every combination, with the
             first name varying slowest, the names in braces in ``label``, ``options`` and ``weights_from`` are replaced
-            by the values (`str.format`). The other keys are copied to every row.
+            by the values (`str.format`). The other keys are copied to every row. ``seeds`` lists the calibration seeds
+            with which each of these rows is run; every one is a row of its own, records its own calibration set and takes weights from the same seed.
 
     Raises:
         UserError: the grid is malformed, a name in braces is not in the grid, or the entry has published numbers, which
             would apply to all rows.
     """
+    if "seeds" in row:
+        return [one for entry in expand({k: v for k, v in row.items() if k != "seeds"}) for one in _by_seed(entry, row)]
     if "grid" not in row:
         return [row]
     label = row.get("label")
@@ -36,6 +39,27 @@ def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
         filled = {key: _fill(rest[key], names, label, key) for key in _FILLED if isinstance(rest.get(key), str)}
         rows.append({**rest, **filled})
     return rows
+
+
+def _by_seed(entry: dict[str, Any], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return an entry once for each of the seeds of the row that it comes from."""
+    label, seeds = entry.get("label"), row["seeds"]
+    if not isinstance(seeds, list) or not seeds or any(type(s) is not int or s < 0 for s in seeds):
+        raise UserError(f"row {label}: seeds is {seeds!r}; give a list of whole numbers from 0, such as [1234, 7, 99]")
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"row {label}: a seed is listed twice; list it once")
+    base = entry.get("weights_from")
+    return [
+        {
+            **entry,
+            **({} if base is None else {"weights_from": f"{base} seed {seed}"}),
+            "label": f"{label} seed {seed}",
+            "options": f"{entry.get('options') or ''} --cali_seed {seed}",
+            "own_recording": True,
+            "group": label,
+        }
+        for seed in seeds
+    ]
 
 
 def _axes(grid: Any, label: Any) -> dict[str, list[str | int | float]]:

@@ -44,8 +44,12 @@ class Column:
         return (row.get("published") or {} if self.published else row).get(self.key)
 
     def spread_in(self, row: Row) -> float:
-        """Return the spread to show with the number; 0 if there is none, as for published numbers."""
-        return row.get(f"{self.key}_std") or 0.0 if self.spread and not self.published else 0.0
+        """Return the spread to show with the number; 0 if there is none, as for published numbers.
+
+        In a row that stands for several seeds (``seeds``) every number has the spread over these.
+        """
+        shown = (self.spread or row.get("seeds")) and not self.published
+        return row.get(f"{self.key}_std") or 0.0 if shown else 0.0
 
     def text(self, row: Row) -> str:
         """Return the text of the row's cell."""

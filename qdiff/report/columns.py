@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from qdiff.evaluation.column import LOWER, NOTHING, Column, Row
 from qdiff.evaluation.registry import metric_columns
+from qdiff.report.ranking import marked, standings
 
 
 def _megabytes(size: float) -> str:
@@ -28,6 +29,7 @@ COSTS = (
     Column("state_bytes", "state", LOWER, _megabytes),  # per image
     Column("additions", "additions", LOWER, _millions),  # per image and step
     Column("calibration_s", "calibration", LOWER, _seconds),
+    Column("calibration_cpu_s", "CPU", LOWER, _seconds),
     Column("sampling_s", "sampling", LOWER, _seconds),
 )
 
@@ -43,7 +45,11 @@ def columns_of(rows: list[Row]) -> list[Column]:
 def markdown(rows: list[Row], header: bool = True) -> str:
     """Return rows as a markdown table, with or without its header."""
     columns = columns_of(rows)
-    lines = [[row["label"], *(column.text(row) for column in columns)] for row in rows]
+    ranks = [standings(column, rows) for column in columns]
+    lines = [
+        [row["label"], *(marked(c.text(row), rank[i]) for c, rank in zip(columns, ranks, strict=True))]
+        for i, row in enumerate(rows)
+    ]
     if header:
         lines = [["", *(column.heading for column in columns)], ["---"] * (1 + len(columns)), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

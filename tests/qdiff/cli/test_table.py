@@ -11,7 +11,7 @@ from digit_runs import COUNT, QUANTIZED
 from PIL import Image
 
 from qdiff.cli import table as module
-from qdiff.cli.table import misses
+from qdiff.cli.table_numbers import misses
 from qdiff.errors import UserError
 from qdiff.evaluation import extractors
 from qdiff.evaluation.registry import metric_columns

@@ -1,0 +1,45 @@
+"""Which rows are the best of their widths, and which of the others are as good within the spread of their seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import Enum
+
+from qdiff.evaluation.column import LOWER, Column, Row
+
+
+class Standing(Enum):
+    """A number among those of rows with the same widths."""
+
+    BEST = "best"
+    EQUAL = "equal"
+    OTHER = "other"
+
+
+def standings(column: Column, rows: Sequence[Row]) -> list[Standing]:
+    """Return the standing of every row's number, among the rows that stand for several seeds.
+
+    A number is equal to the best if they differ by no more than √(s² + s²), s being the deviation of each over its seeds.
+    """
+    found = [Standing.OTHER] * len(rows)
+    groups: dict[tuple, list[int]] = {}
+    for i, row in enumerate(rows):
+        if row.get("seeds") and column.value(row) is not None and not column.published:
+            groups.setdefault((row.get("weight_bits"), row.get("act_bits")), []).append(i)
+    for members in groups.values():
+        values = {i: column.value(rows[i]) for i in members}
+        best = (min if column.better == LOWER else max)(members, key=values.__getitem__)
+        if len(set(values.values())) == 1:
+            continue
+        found[best] = Standing.BEST
+        for i in members:
+            spread = math.hypot(column.spread_in(rows[i]), column.spread_in(rows[best]))
+            if i != best and abs(values[i] - values[best]) <= spread:
+                found[i] = Standing.EQUAL
+    return found
+
+
+def marked(text: str, standing: Standing) -> str:
+    """Return a cell of a markdown table with the mark of its standing."""
+    return {Standing.BEST: f"**{text}**", Standing.EQUAL: f"{text} =", Standing.OTHER: text}[standing]
