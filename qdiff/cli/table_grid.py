@@ -18,7 +18,8 @@ def expand(row: dict[str, Any]) -> list[dict[str, Any]]:
         row: the entry as in the file. Its ``grid`` maps names to lists of values; for every combination, with the
             first name varying slowest, the names in braces in ``label``, ``options`` and ``weights_from`` are replaced
             by the values (`str.format`). The other keys are copied to every row. ``seeds`` lists the calibration seeds
-            with which each of these rows is run; every one is a row of its own, records its own calibration set and takes weights from the same seed.
+            with which each of these rows is run; every one is a row of its own, records its own calibration set and
+            takes weights from the same seed.
 
     Raises:
         UserError: the grid is malformed, a name in braces is not in the grid, or the entry has published numbers, which

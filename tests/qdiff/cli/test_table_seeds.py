@@ -33,7 +33,7 @@ def test_a_grid_of_seeds():
 
 @pytest.mark.parametrize("seeds", [[], 3, ["1"], [True], [-1]])
 def test_seeds_are_whole_numbers(seeds):
-    with pytest.raises(UserError, match="row A: seeds is .*; give a list of whole numbers from 0"):
+    with pytest.raises(UserError, match=r"row A: seeds is .*; give a list of whole numbers from 0"):
         expand({"label": "A", "options": "--ptq", "seeds": seeds})
 
 
