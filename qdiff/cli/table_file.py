@@ -177,16 +177,18 @@ class TableFile:
     def named(self, text: str) -> list[TableRow]:
         """Return the rows whose labels ``text`` lists, separated by commas, in the table's order.
 
+        The label of a row with several seeds stands for all of them.
+
         Raises:
             UserError: a label names no row.
         """
-        labels = [row.label for row in self.rows]
+        labels = list(dict.fromkeys(label for row in self.rows for label in (row.group, row.label) if label))
         # A label that contains a comma can only be given alone.
         wanted = {text} if text in labels else {part.strip() for part in text.split(",")}
         unknown = sorted(wanted.difference(labels))
         if unknown:
             raise UserError(f"the table has no row {unknown[0]!r}; give --rows labels among: {', '.join(labels)}")
-        return [row for row in self.rows if row.label in wanted]
+        return [row for row in self.rows if {row.label, row.group} & wanted]
 
     def base(self, row: TableRow) -> TableRow | None:
         """Return the row whose weights ``row`` starts from."""

@@ -20,7 +20,7 @@ class Standing(Enum):
 def standings(column: Column, rows: Sequence[Row]) -> list[Standing]:
     """Return the standing of every row's number, among the rows that stand for several seeds.
 
-    A number is equal to the best if they differ by no more than √(s² + s²), s being each one's deviation over its seeds.
+    A number is equal to the best if they differ by at most √(s² + s²), s being each one's deviation over its seeds.
     """
     found = [Standing.OTHER] * len(rows)
     groups: dict[tuple, list[int]] = {}

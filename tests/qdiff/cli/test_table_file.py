@@ -224,3 +224,15 @@ def test_methods_that_draw_their_own_samples_take_no_recording(file):
     # Its recording is another one, of as many steps and samples.
     assert "--cali_data_path" not in own and own[own.index("--cali_st") + 1] == "2"
     assert not any(row.calibrates for row in table.rows)
+
+
+def test_the_label_of_a_group_stands_for_all_its_seeds(file):
+    row = {"label": "W4", "options": QUANTIZED, "seeds": [1, 7]}
+    table = TableFile(file(rows=[{"label": "float"}, row]))
+    assert [r.label for r in table.named("W4")] == ["W4 seed 1", "W4 seed 7"]
+    assert [r.label for r in table.named("float,W4 seed 7")] == ["float", "W4 seed 7"]
+    command = table.command(table.rows[2], None)
+    assert (
+        command[-4:] == ["-l", str(table.folder("W4 seed 7")), "--cali_st", "2"] and "--cali_data_path" not in command
+    )
+    assert command[command.index("--cali_seed") + 1] == "7"
