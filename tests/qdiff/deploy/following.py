@@ -8,6 +8,7 @@ given what the runtime made of its own. Everything in between is then equal but 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,11 @@ class Followed:
         return found
 
 
+# Opened once: OpenVINO compiles a network for seconds.
+followed_network = functools.cache(Followed)
+opened_network = functools.cache(OnnxNetwork)
+
+
 @contextmanager
 def _quantizers_replaced(replaced: Callable[..., Tensor]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
@@ -164,7 +170,7 @@ def check_samples(
         calls: of the sampler.
         tolerance: of ε at every step, relative, on the runtime's integers.
     """
-    real, followed, fed = OnnxNetwork(path, runtime), Followed(path, runtime), []
+    real, followed, fed = opened_network(path, runtime), followed_network(path, runtime), []
 
     def sampled(network: Callable[..., Tensor]) -> Tensor:
         return model.sample(network, range(2))

@@ -13,7 +13,7 @@ import torch
 from deploy_networks import network_inputs
 from exact_runtimes import require_runtimes
 from families import SCRIPTS
-from following import RUNTIMES, Followed, check_samples, relative
+from following import RUNTIMES, check_samples, followed_network, opened_network, relative
 from torch import Tensor
 
 from qdiff.calibration.run import CalibrationRun
@@ -171,15 +171,13 @@ PLANTED = ("input_blocks.0.0", "middle_block.0.out_layers.3", "out.2")
 @pytest.mark.parametrize("name", LATENTS)
 @torch.no_grad()
 def test_exported(name, runtime, exported):
-    from qdiff.deploy.onnx_network import OnnxNetwork
-
     qnn, model, path, given = exported(name)
-    followed = Followed(path, runtime)
+    followed = followed_network(path, runtime)
     found = followed.differences(qnn, *given)
     assert found.sums() < SUM_TOLERANCE, max(found.inputs.items(), key=lambda item: item[1])
     assert found.levels() < LEVEL_TOLERANCE, max(found.rounding.items(), key=lambda item: item[1])
     with qnn.quantized():
-        assert relative(OnnxNetwork(path, runtime)(*given), qnn(*given)) < FREE_TOLERANCE
+        assert relative(opened_network(path, runtime)(*given), qnn(*given)) < FREE_TOLERANCE
     check_samples(qnn, path, runtime, model, "out.2", STEPS, SUM_TOLERANCE)
     if name != "vq":  # the same layers in all of them
         return

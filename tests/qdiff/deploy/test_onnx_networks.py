@@ -9,7 +9,7 @@ import pytest
 import torch
 from deploy_networks import STEPS
 from exact_runtimes import require_runtimes
-from following import FREE_STEP_TOLERANCE, RUNTIMES, Followed, check_samples, relative
+from following import FREE_STEP_TOLERANCE, RUNTIMES, check_samples, followed_network, opened_network, relative
 from torch import Tensor
 
 from qdiff.deploy.onnx_network import OnnxNetwork
@@ -53,7 +53,7 @@ def set_weights_anew(qnn: QuantModel) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_layer_is_the_simulated_one(name, runtime, exported):
     network = exported(name)
-    followed = Followed(network.path, runtime)
+    followed = followed_network(network.path, runtime)
     for seed in (1, 2):
         found = followed.differences(network.qnn, *network.inputs(2, seed))
         assert found.sums() < SUM_TOLERANCE, max(found.inputs.items(), key=lambda item: item[1])
@@ -74,7 +74,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_scale_one_level_off_is_seen(name, runtime, exported):
     network = exported(name)
-    followed, given = Followed(network.path, runtime), network.inputs(2, 1)
+    followed, given = followed_network(network.path, runtime), network.inputs(2, 1)
     layers = network.qnn.layers()
     for layer_name in PLANTED[name]:
         layer = layers[layer_name]
@@ -94,7 +94,7 @@ def test_a_scale_one_level_off_is_seen(name, runtime, exported):
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_one_weight_one_level_off_is_seen(runtime, exported_digits):
     qnn, given = exported_digits.qnn, exported_digits.inputs(2, 1)
-    followed = Followed(exported_digits.path, runtime)
+    followed = followed_network(exported_digits.path, runtime)
     layer = qnn.layers()["mid.block_1.conv1"]
     before = layer.weight_int.clone()
     layer.weight_int[0, 0, 1, 1] += 1 if before[0, 0, 1, 1] == 0 else -1
@@ -111,7 +111,7 @@ def test_one_weight_one_level_off_is_seen(runtime, exported_digits):
 @pytest.mark.parametrize("name", ["ddim", "text"])
 def test_one_file_takes_any_batch(name, runtime, exported):
     network = exported(name)
-    followed, real = Followed(network.path, runtime), OnnxNetwork(network.path, runtime)
+    followed, real = followed_network(network.path, runtime), opened_network(network.path, runtime)
     for count in (1, 2, 5):
         given = network.inputs(count, 3)
         assert followed.differences(network.qnn, *given).sums() < SUM_TOLERANCE

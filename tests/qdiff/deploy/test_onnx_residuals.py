@@ -50,25 +50,32 @@ class Residuals(nn.Module):
         return torch.cat(outputs, dim=1) + t[:, None, None, None]
 
 
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_a_residual_is_added_to_what_was_scaled(weights, split, tmp_path, monkeypatch):
-    from qdiff.deploy import onnx_network
+@pytest.fixture(scope="module", params=WEIGHTS)
+def exported(request, tmp_path_factory):
+    """A network's file, its input and what it computes of it."""
     from qdiff.deploy.onnx_export import export_onnx
 
-    if split:  # as where there is no VNNI, on every machine
-        monkeypatch.setattr(onnx_network, "check_exact", lambda *runtime: SPLIT)
     torch.manual_seed(0)
-    qnn = QuantModel(Residuals(), QuantConfig(**weights, act_bits=8)).requires_grad_(False)
+    qnn = QuantModel(Residuals(), QuantConfig(**request.param, act_bits=8)).requires_grad_(False)
     for layer in qnn.layers().values():
         layer.init_weight_ranges(RangeMethod.MIN_MAX)
     for number, quantizer in enumerate(qnn.act_quantizers().values()):
         quantizer.set(torch.tensor(0.02 + 0.003 * number), torch.tensor(100 + number))
-    export_onnx(qnn, tmp_path / "model.onnx", SHAPE)
+    path = tmp_path_factory.mktemp("residuals") / "model.onnx"
+    export_onnx(qnn, path, SHAPE)
     given = torch.randn(2, *SHAPE), torch.zeros(2)
     with qnn.quantized():
-        expected = qnn(*given).split(8, dim=1)
+        return path, given, dict(zip(qnn.model.pairs, qnn(*given).split(8, dim=1), strict=True))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_residual_is_added_to_what_was_scaled(exported, split, monkeypatch):
+    from qdiff.deploy import onnx_network
+
+    if split:  # as where there is no VNNI, on every machine
+        monkeypatch.setattr(onnx_network, "check_exact", lambda *runtime: SPLIT)
+    path, given, expected = exported
     for runtime in RUNTIMES:
-        out = onnx_network.OnnxNetwork(tmp_path / "model.onnx", runtime)(*given).split(8, dim=1)
-        for name, there, wanted in zip(qnn.model.pairs, out, expected, strict=True):
+        out = onnx_network.OnnxNetwork(path, runtime)(*given).split(8, dim=1)
+        for (name, wanted), there in zip(expected.items(), out, strict=True):
             assert relative(there, wanted) < TOLERANCE, (runtime, name)

@@ -1,4 +1,4 @@
-"""Published data sets: cropped as LDM does it, read from each form they come in, fetched only when asked, checked."""
+"""Published data sets: read from each form they come in, fetched only when asked, checked."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dataset_files import ldm_square, random_pixels, write_images
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -38,101 +39,12 @@ def offline(monkeypatch):
     monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: pytest.fail("fetched without being asked"))
 
 
-def random_pixels(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-def write_images(folder: Path, images, suffix: str = "png") -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(images):
-        Image.fromarray(image).save(folder / f"{i:02}.{suffix}")
-    return folder
-
-
 def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
 def all_of(images) -> np.ndarray:
     return torch.cat(list(images.batches(3))).permute(0, 2, 3, 1).numpy()
-
-
-# --- LDM's crop and resize
-
-SIZES = [(301, 401), (301, 402), (402, 301), (300, 301), (301, 300), (256, 341), (341, 256), (256, 256), (5, 8)]
-
-
-def ldm_square(pixels: np.ndarray, shift: int = 0) -> np.ndarray:
-    """Crop as ldm/data/lsun.py does: from (side − crop) // 2 to (side + crop) // 2 on the array."""
-    height, width = pixels.shape[:2]
-    crop = min(height, width)
-    rows = slice((height - crop) // 2 + shift * (height > crop), (height + crop) // 2 + shift * (height > crop))
-    columns = slice((width - crop) // 2 + shift * (width > crop), (width + crop) // 2 + shift * (width > crop))
-    return pixels[rows, columns]
-
-
-def bicubic(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize [H, W, 3] by the definition of Pillow's filter in float64: cubic with a = −½, widened when shrinking."""
-
-    def weights(length: int) -> np.ndarray:
-        scale = length / size
-        support = max(scale, 1.0)
-        centre = (np.arange(size) + 0.5) * scale
-        x = np.abs((np.arange(length)[None] + 0.5 - centre[:, None]) / support)
-        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-        kernel = np.where(x < 1, near, np.where(x < 2, far, 0))
-        return kernel / kernel.sum(1, keepdims=True)
-
-    def rounded(values: np.ndarray) -> np.ndarray:  # Pillow rounds to 8 bits after each of its two passes
-        return np.clip(np.floor(values + 0.5), 0, 255)
-
-    across = rounded(np.einsum("ow,hwc->hoc", weights(pixels.shape[1]), pixels.astype(np.float64)))
-    return rounded(np.einsum("oh,hwc->owc", weights(pixels.shape[0]), across)).astype(np.uint8)
-
-
-# Pillow's weights have 22 bits after the point: a value that lies on a half may be rounded to either side.
-RESIZE_TOLERANCE = 1
-PLANTED = 5 * RESIZE_TOLERANCE  # errors below change some pixel by 11 at least
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_crop_is_ldms_on_odd_and_even_sides(size):
-    pixels = random_pixels(*size, 3)
-    prepared = np.asarray(CropResize(64)(Image.fromarray(pixels)))
-    square = Image.fromarray(ldm_square(pixels))
-    assert square.size[0] == square.size[1] == min(size)
-    assert np.array_equal(prepared, np.asarray(square.resize((64, 64), Image.Resampling.BICUBIC)))
-
-
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_resize_is_the_antialiased_bicubic_filter(size):
-    pixels = random_pixels(*size, 3)
-    prepared = np.asarray(CropResize(64)(Image.fromarray(pixels))).astype(int)
-    assert np.abs(prepared - bicubic(ldm_square(pixels), 64)).max() <= RESIZE_TOLERANCE
-
-
-@pytest.mark.parametrize("shift", [-1, 1])
-def test_planted_crop_that_is_off_by_one_pixel_would_be_noticed(shift):
-    pixels = random_pixels(301, 402, 3)
-    prepared = np.asarray(CropResize(64)(Image.fromarray(pixels))).astype(int)
-    assert np.abs(prepared - bicubic(ldm_square(pixels, shift), 64)).max() > PLANTED
-    image = Image.fromarray(ldm_square(pixels))
-    for other in (Image.Resampling.BILINEAR, Image.Resampling.LANCZOS, Image.Resampling.NEAREST):
-        assert np.abs(prepared - np.asarray(image.resize((64, 64), other))).max() > PLANTED
-
-
-def test_torchvisions_crop_is_another_one():
-    from torchvision.transforms import CenterCrop
-
-    pixels = random_pixels(4, 7, 3)  # (7 − 4) / 2 = 1.5: LDM starts at 1, torchvision at 2
-    assert not np.array_equal(np.asarray(CenterCrop(4)(Image.fromarray(pixels))), ldm_square(pixels))
-    assert np.array_equal(np.asarray(CropResize(4)(Image.fromarray(pixels))), ldm_square(pixels))
-
-
-def test_crop_has_a_stable_name_for_fingerprints(tmp_path):
-    folder = write_images(tmp_path / "a", [random_pixels(5, 8, 3)])
-    assert FolderImages(folder, CropResize(4)).fingerprint() == FolderImages(folder, CropResize(4)).fingerprint()
-    assert FolderImages(folder, CropResize(4)).fingerprint() != FolderImages(folder, CropResize(5)).fingerprint()
 
 
 # --- The registry
