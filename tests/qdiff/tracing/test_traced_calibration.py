@@ -23,6 +23,7 @@ from qdiff.methods.modiff import ChangesConfig, calibrate_changes
 from qdiff.methods.ptq4dm import Ptq4dmConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig, WeightObjective
 from qdiff.methods.registry import METHODS
+from qdiff.methods.tfmq_dm import TfmqDmConfig
 from qdiff.quant_model import QuantModel
 from qdiff.tracing.replay import OUTPUT
 
@@ -37,6 +38,7 @@ SETTINGS = {
     "ptq4dm": [Ptq4dmConfig(**QUICK)],
     "eda-dm": [EdaDmConfig(**QUICK, layer_weight=0.5), EdaDmConfig(**QUICK, unit=UnitKind.LAYER)],
     "gptq": [GptqConfig(), GptqConfig(target="gptaq", bias_correction=False)],
+    "tfmq-dm": [TfmqDmConfig(**QUICK, lr_rounding=0.5, temporal_unit=False)],
 }
 CASES = [(method, settings) for method in METHODS for settings in SETTINGS[method]]
 DATA = CalibrationSet(inputs(8))
