@@ -21,6 +21,7 @@ from qdiff.calibration.collect import check_recorded_steps, record_evenly, recor
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
 from qdiff.cli.held_out import held_out_error
+from qdiff.cli.mixed_precision import with_chosen_widths
 from qdiff.cli.options.eda_dm import of_width
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
@@ -221,14 +222,19 @@ class SampleCommand:
         if self.plan is None:
             return None
         pipeline = self.pipeline
+        plan = with_chosen_widths(self.plan, pipeline, run, self._calibration_seed, self.args.sensitivities)
         shapes = pipeline.input_shape, pipeline.context_shape
-        return Quantization(pipeline.network, self.plan, run, *shapes, pipeline.training_steps, pipeline.probe)
+        return Quantization(pipeline.network, plan, run, *shapes, pipeline.training_steps, pipeline.probe)
+
+    @property
+    def _calibration_seed(self) -> int:
+        return self.args.seed if self.plan.seed is None else self.plan.seed
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if needed, and measure once the error of ε against float on inputs outside the calibration set."""
         if prepared is None:
             return
-        seed = self.args.seed if self.plan.seed is None else self.plan.seed
+        seed = self._calibration_seed
         qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
         if run.manifest.noise_error is None:
             halves = self.pipeline.precision_name not in (None, "full")

@@ -18,7 +18,7 @@ def read_layer_bits(given: str | None) -> dict[str, LayerBits]:
 
     Args:
         given: ``NAME=WIDTHS`` separated by commas, or a YAML or JSON file: names and widths, or an entry
-            ``layer_bits`` with them; None is no layer.
+            ``layer_bits`` with them, or a native checkpoint; None is no layer.
 
     Raises:
         UserError: it is neither, a layer comes twice, or a width is wrong.
@@ -45,6 +45,10 @@ def _of_words(given: str) -> dict[str, str]:
 
 
 def _of_file(path: Path) -> dict[str, str]:
+    if path.suffix == ".safetensors":
+        from qdiff.checkpoint.metadata import read_config  # loads torch, which other files do not need
+
+        return read_config(path).to_dict().get(ENTRY, {})
     values = read_table(path)
     inner = values.get(ENTRY, values)
     if not isinstance(inner, Mapping) or not all(isinstance(v, str) for pair in inner.items() for v in pair):

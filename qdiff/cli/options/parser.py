@@ -76,7 +76,7 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         "--layer_bits",
         metavar="NAME=WIDTHS,…|FILE",
         help="widths of single layers, e.g. first=A16,last=W8A16 (first and last: the network's ends; 32 is float), or "
-        "a YAML or JSON file of them",
+        "a YAML or JSON file or a checkpoint that holds them",
     )
     group.add_argument("--w_range", choices=list(ESTIMATORS), help="how weight ranges are chosen")
     group.add_argument("--a_range", choices=list(ESTIMATORS), help="how activation ranges are chosen")

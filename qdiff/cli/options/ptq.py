@@ -8,8 +8,9 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qdiff.calibration.mixed_precision import MixedPrecision
 from qdiff.calibration.timesteps import Draw
-from qdiff.cli.options import eda_dm, gptq, modiff
+from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig
@@ -39,6 +40,7 @@ class PtqPlan:
         memory_budget: GiB of RAM for activations; None has no limit.
         seed: seed of the calibration; None takes the run's.
         changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
+        mixed: how widths of layers are chosen before calibrating (`qdiff.cli.mixed_precision`); None if they are not.
     """
 
     method: str
@@ -53,6 +55,7 @@ class PtqPlan:
     draw: Draw | None = None
     seed: int | None = None
     changes: ChangesConfig | None = None
+    mixed: MixedPrecision | None = None
 
     @property
     def name(self) -> str:
@@ -71,8 +74,9 @@ class PtqPlan:
         values = {**asdict(self), "quant": self.quant.to_dict()}
         del values["memory_budget"]
         # Entries that came later are left out at their defaults, so that runs from before can be continued.
-        if self.changes is None:
-            del values["changes"]
+        for name in ("changes", "mixed"):
+            if values[name] is None:
+                del values[name]
         for name, default in _LATER.items():
             if values["recipe"] is not None and values["recipe"].get(name) == default and self.method != "gptq":
                 del values["recipe"][name]
@@ -113,6 +117,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *modiff.QUANTIZING,
         *eda_dm.IMPLYING,
         *gptq.QUANTIZING,
+        *mixed_precision.OPTIONS,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -196,6 +201,7 @@ def resolve_ptq(
         draw=draw,
         seed=args.cali_seed,
         changes=changes,
+        mixed=mixed_precision.resolve_mixed_precision(args, quant, action),
     )
 
 
