@@ -84,6 +84,20 @@ def replace_leaves(
     return left
 
 
+def layer_places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return where a float network has the layers that `replace_leaves` would replace, attention apart.
+
+    Returns:
+        (parent, attribute) of all places where a layer is used, by its first name.
+    """
+    names: dict[nn.Module, str] = {}
+    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    for parent, path, attribute, child in _children(network):
+        if not isinstance(child, AttentionCore) and why_not(child) is None:
+            found.setdefault(names.setdefault(child, path), []).append((parent, attribute))
+    return found
+
+
 def without_prefix(ends: tuple[str, str] | None, prefix: str) -> tuple[str, str] | None:
     """Return the names of the first and the last layer without a prefix."""
     return None if ends is None else tuple(name.removeprefix(prefix) for name in ends)

@@ -26,6 +26,7 @@ SCRIPT = SCRIPTS["sample_pipeline"]
 
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
+    from qdiff.cli.options.mixed_precision import add_mixed_precision_options
     from qdiff.cli.options.ptq import add_ptq_options
 
     parser = Parser(__doc__)
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max_shard_size", default="10GB", help="size of a file of weights")
     SCRIPT.add_options(parser)
     add_ptq_options(parser, SCRIPT.resume)
+    add_mixed_precision_options(parser)
     add_run_options(parser, SCRIPT.folder)
     args = parser.parse_args(arguments)
     from qdiff.cli.quantize_pipeline import QuantizePipelineCommand

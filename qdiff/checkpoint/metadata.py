@@ -19,7 +19,6 @@ from qdiff.io.tensor_files import is_pickle
 from qdiff.ranges.estimators import RangeMethod
 
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
-MOST_NAMED = 6  # layers of a file that an error names
 CHECKSUM, TEXTS = "checksum", "metadata"
 _TEXTS = ("format", "config", "layout", "notes")
 # Config fields that must be equal in a file and in a run, and the option that sets each.
@@ -188,11 +187,13 @@ def _check_layer_bits(
             a, b = (getattr(config.of_layer(name, ends), field) for config in (there, here))
             if a == b:
                 continue
-            words = ",".join(f"{n}={bits}" for n, bits in there.layer_bits[:MOST_NAMED])
-            given = f"give --layer_bits {words}{',…' if len(there.layer_bits) > MOST_NAMED else ''}"
             raise UserError(
                 f"checkpoint {path} was made with {_bits(a)} for the {kind} of {name} but this run has {_bits(b)}; "
-                + (given if there.layer_bits else "leave out --layer_bits")
+                + (
+                    f"give --layer_bits {path}, which holds its widths"
+                    if there.layer_bits
+                    else "leave out --layer_bits"
+                )
             )
 
 

@@ -1,13 +1,15 @@
-"""Record the calibration set that a plan asks for."""
+"""Record the calibration set that a plan asks for, and read what it takes from a recording."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import fields
+from pathlib import Path
 
 from torch import Tensor
 
 from qdiff.calibration.collect import record_draw, record_evenly
+from qdiff.calibration.samples import CalibrationSet, check_context, load_recording, select_pairs, select_samples
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.run_folder import RunFolder
@@ -17,6 +19,33 @@ log = logging.getLogger("qdiff")
 
 # First image of the calibration streams for --cali_seed 0, and the number of images per such seed.
 SEEDED_FROM, SEEDED_IMAGES = 1 << 24, 1 << 20
+
+
+def read_planned(
+    plan: PtqPlan,
+    path: Path,
+    image_shape: tuple[int, ...],
+    context_shape: tuple[int, ...] | None,
+    training_steps: int | None,
+) -> tuple[CalibrationSet, CalibrationSet | None]:
+    """Return the samples that a plan takes from a recording, and the pairs of steps if it calibrates changes.
+
+    Args:
+        path: the recording.
+        image_shape: (C, H, W) of the network's input.
+        context_shape: (L, D) of a conditional network's context, else None.
+        training_steps: T; a recording with a timestep of T or later is refused. None skips this check.
+
+    Raises:
+        UserError: the file is missing, damaged, or does not fit.
+    """
+    recording = load_recording(path, training_steps)
+    # A draw's samples already are at the steps that its distribution chose, so all are used.
+    steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)
+    chosen = (recording, steps, per_step, image_shape, context_shape is not None, path)
+    data = select_samples(*chosen)
+    check_context(data, context_shape, path)
+    return data, None if plan.changes is None else select_pairs(*chosen)
 
 
 def record_planned(pipeline: Pipeline, plan: PtqPlan, run: RunFolder, seed: int) -> dict[str, Tensor | list[Tensor]]:

@@ -17,20 +17,14 @@ from qdiff.calibration.memory_plan import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.sample_timesteps import check_timesteps
-from qdiff.calibration.samples import (
-    CalibrationSet,
-    check_context,
-    load_recording,
-    save_recording,
-    select_pairs,
-    select_samples,
-)
+from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.calibration.temporal_unit import calibration_steps
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.checkpoint.metadata import read_notes
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice
+from qdiff.cli.planned_recording import read_planned
 from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.run_folder import RunFolder
 from qdiff.interface import SteppedNetwork
@@ -104,16 +98,8 @@ class Quantization:
         return self.plan.checkpoint if self.plan.action == "load" else self.finished
 
     def _read_recording(self) -> None:
-        plan = self.plan
-        recording = load_recording(self.recording, self.training_steps)
-        conditional = self.context_shape is not None
-        # A draw's samples already are at the steps that its distribution chose, so all are used.
-        steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)
-        chosen = (recording, steps, per_step, self.image_shape, conditional, self.recording)
-        self.data = select_samples(*chosen)
-        check_context(self.data, self.context_shape, self.recording)
-        if plan.changes is not None:
-            self.pairs = select_pairs(*chosen)
+        shapes = self.image_shape, self.context_shape, self.training_steps
+        self.data, self.pairs = read_planned(self.plan, self.recording, *shapes)
 
     def complete(self, seed: int, record: Callable[[], dict[str, Tensor]], show_progress: bool = True) -> QuantModel:
         """Record and calibrate unless that is done already, and return the quantized network.

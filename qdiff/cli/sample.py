@@ -22,6 +22,7 @@ from qdiff.calibration.collect import check_recorded_steps, record_evenly, recor
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
 from qdiff.cli.held_out import held_out_error
+from qdiff.cli.mixed_precision import with_chosen_widths
 from qdiff.cli.noise_correction import run_correction
 from qdiff.cli.options.eda_dm import of_width
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
@@ -72,6 +73,7 @@ class SampleCommand:
         pipeline.notes += ignored_options(self.args)
         preset_values = {**of_width(values, bits), **of_width(pipeline.eda_dm, bits)}
         self.plan = resolve_ptq(self.args, pipeline.weight_range, pipeline.act_range, preset_values)
+        self._calibration_seed = args.seed if self.plan is None or self.plan.seed is None else self.plan.seed
         if self.plan is not None:
             pipeline.check_modulation(self.plan.quant)
         records_steps = self.plan is not None and self.plan.draw is None
@@ -234,15 +236,16 @@ class SampleCommand:
         if self.plan is None:
             return None
         pipeline = self.pipeline
+        plan = with_chosen_widths(self.plan, pipeline, run, self._calibration_seed, self.args.sensitivities)
         shapes = pipeline.input_shape, pipeline.context_shape
         given = (pipeline.training_steps, pipeline.sampler.visited, pipeline.probe)
-        return Quantization(pipeline.network, self.plan, run, *shapes, *given)
+        return Quantization(pipeline.network, plan, run, *shapes, *given)
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if needed, and measure once the error of ε against float on inputs outside the calibration set."""
         if prepared is None:
             return
-        seed = self.args.seed if self.plan.seed is None else self.plan.seed
+        seed = self._calibration_seed
         qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
         if self.correction is not None:
             self.correction.collect(run, qnn)

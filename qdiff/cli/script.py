@@ -85,11 +85,13 @@ def sampling_script(script: Script, about: str | None) -> Callable[..., None]:
 
     @exits_cleanly
     def main(arguments: list[str] | None = None) -> None:
+        from qdiff.cli.options.mixed_precision import add_mixed_precision_options
         from qdiff.cli.options.ptq import add_ptq_options
 
         parser = Parser(about)
         (script.add_more_options or script.add_options)(parser)
         add_ptq_options(parser, script.resume)
+        add_mixed_precision_options(parser)
         add_run_options(parser, script.folder)
         args = parser.parse_args(arguments)
         from qdiff.cli.sample import SampleCommand

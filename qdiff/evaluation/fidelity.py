@@ -109,6 +109,16 @@ def compare_runs(
     return {name: int(v.sum()) if name == "identical" else float(v.mean()) for name, v in each.items()}
 
 
+def mean_ssim(images: Tensor, float_images: Tensor) -> float:
+    """Return the mean structural similarity of images, as `compare_runs` does.
+
+    Args:
+        images, float_images: uint8 [N, C, H, W] with 1 or 3 channels.
+    """
+    _check_sizes(images, float_images, None)
+    return float(_similarities()(images, float_images)[1].mean())
+
+
 def _similarities() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the function from two batches uint8 [n, 3, H, W] to their PSNR [n] and SSIM [n]."""
     functions = require_torchmetrics().functional.image

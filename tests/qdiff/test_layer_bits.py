@@ -189,7 +189,7 @@ def test_in_double_precision_each_layer_is_its_own_formula(wrap, held_out):
         (
             {"conv_out": "W8"},
             {},
-            "8 bits for the weight of conv_out but this run has 4 bits; give --layer_bits conv_out=W8",
+            "8 bits for the weight of conv_out but this run has 4 bits; give --layer_bits .*q.safetensors",
         ),
         ({}, {"first": "A16"}, "8 bits for the input of conv_in but this run has 16 bits; leave out --layer_bits"),
         ({"last": "W32A16"}, {"last": "A16"}, "float for the weight of conv_out but"),

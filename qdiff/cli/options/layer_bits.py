@@ -23,7 +23,7 @@ def read_layer_bits(
 
     Args:
         given: ``NAME=WIDTHS`` separated by commas, or a YAML or JSON file: names and widths, or an entry
-            ``layer_bits`` with them; ``none`` is no layer, and None those of the method.
+            ``layer_bits`` with them, or a native checkpoint; ``none`` is no layer, and None those of the method.
         own: the method's.
         activations: whether activations are quantized; if not, the method's layers have no width for them.
 
@@ -55,6 +55,10 @@ def _of_words(given: str) -> dict[str, str]:
 
 
 def _of_file(path: Path) -> dict[str, str]:
+    if path.suffix == ".safetensors":
+        from qdiff.checkpoint.metadata import read_config  # loads torch, which other files do not need
+
+        return read_config(path).to_dict().get(ENTRY, {})
     values = read_table(path)
     inner = values.get(ENTRY, values)
     if not isinstance(inner, Mapping) or not all(isinstance(v, str) for pair in inner.items() for v in pair):

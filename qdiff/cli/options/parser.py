@@ -78,7 +78,7 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         "--layer_bits",
         metavar="NAME=WIDTHS,…|FILE",
         help="widths of single layers, e.g. first=A16,last=W8A16 (first and last: the network's ends; 32 is float), "
-        "a YAML or JSON file of them, or none (default, except with --method grip)",
+        "a YAML or JSON file or a checkpoint that holds them, or none (default, except with --method grip)",
     )
     group.add_argument("--w_range", choices=list(ESTIMATORS), help="how weight ranges are chosen")
     group.add_argument("--a_range", choices=list(ESTIMATORS), help="how activation ranges are chosen")

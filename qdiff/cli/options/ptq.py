@@ -8,8 +8,9 @@ from argparse import Namespace
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qdiff.calibration.mixed_precision import MixedPrecision
 from qdiff.calibration.timesteps import Draw
-from qdiff.cli.options import eda_dm, gptq, modiff, tfmq_dm
+from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, tfmq_dm
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig
@@ -41,6 +42,7 @@ class PtqPlan:
         memory_budget: GiB of RAM for activations; None has no limit.
         seed: seed of the calibration; None takes the run's.
         changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
+        mixed: how widths of layers are chosen before calibrating (`qdiff.cli.mixed_precision`); None if they are not.
     """
 
     method: str
@@ -55,6 +57,7 @@ class PtqPlan:
     draw: Draw | None = None
     seed: int | None = None
     changes: ChangesConfig | None = None
+    mixed: MixedPrecision | None = None
 
     @property
     def name(self) -> str:
@@ -73,8 +76,9 @@ class PtqPlan:
         values = {**asdict(self), "quant": self.quant.to_dict()}
         del values["memory_budget"]
         # Entries that came later are left out at their defaults, so that runs from before can be continued.
-        if self.changes is None:
-            del values["changes"]
+        for name in ("changes", "mixed"):
+            if values[name] is None:
+                del values[name]
         for name, default in _LATER.items():
             recipe = values["recipe"] or {}
             if recipe.get(name, not default) == default and name not in _FROM_THE_FIRST.get(self.method, ()):
@@ -119,6 +123,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *eda_dm.IMPLYING,
         *gptq.QUANTIZING,
         *tfmq_dm.OPTIONS,
+        *mixed_precision.OPTIONS,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -202,6 +207,7 @@ def resolve_ptq(
         draw=draw,
         seed=args.cali_seed,
         changes=changes,
+        mixed=mixed_precision.resolve_mixed_precision(args, quant, action),
     )
 
 

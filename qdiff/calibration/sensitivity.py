@@ -1,0 +1,136 @@
+"""The sensitivity of a network to one layer's width: that layer is quantized, everything else is in float."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.config import QuantConfig
+from qdiff.modes import set_modes
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizer import calibrated_act_quantizers
+from qdiff.ranges.estimators import ESTIMATORS
+from qdiff.wrapping import layer_places
+
+SQNR_CAP = 200.0  # dB; that of an output without an error is infinite, which JSON cannot hold
+
+
+class Measure(str, Enum):
+    """What is compared with the float network's."""
+
+    SQNR = "sqnr"  # ε, as the ratio of signal and quantization noise in dB
+    SSIM = "ssim"  # images of the same noise
+
+    def loss(self, value: float) -> float:
+        """Return what is summed over layers: noise relative to the signal, or what SSIM lacks of 1.
+
+        Noise of several layers adds up as far as it is independent; decibels do not.
+        """
+        return 10 ** (-value / 10) if self is Measure.SQNR else max(0.0, 1 - value)
+
+
+class Operand(str, Enum):
+    """Which operand of a layer's product is quantized."""
+
+    WEIGHTS = "weights"
+    ACTIVATIONS = "activations"
+
+
+class OutputQuality:
+    """SQNR of a network's output, against what it computed when this was made.
+
+    Args:
+        network: the float network.
+        inputs: its inputs, batch first.
+        batch_size: samples per call.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], inputs: Sequence[Tensor], batch_size: int) -> None:
+        device = next(network.parameters()).device
+        self.network = network
+        self.batches = list(zip(*(part.to(device).split(batch_size) for part in inputs), strict=True))
+        with torch.no_grad():
+            self.wanted = [network(*batch).double() for batch in self.batches]
+        self._signal = sum(wanted.square().sum() for wanted in self.wanted)
+
+    @torch.no_grad()
+    def __call__(self) -> float:
+        """Return 10·log₁₀(Σ ε² / Σ (ε̂ − ε)²) of the network as it is now, in dB, at most `SQNR_CAP`."""
+        noises = (self.network(*b).double() - w for b, w in zip(self.batches, self.wanted, strict=True))
+        ratio = float(self._signal / sum(noise.square().sum() for noise in noises))
+        return min(SQNR_CAP, 10 * math.log10(ratio)) if 0 < ratio < math.inf else SQNR_CAP if ratio > 0 else -SQNR_CAP
+
+
+@torch.no_grad()
+def layer_sensitivity(
+    network: nn.Module,
+    name: str,
+    config: QuantConfig,
+    operand: Operand,
+    widths: Sequence[int],
+    quality: Callable[[], float],
+) -> dict[int, float] | None:
+    """Return the quality of a network by the width of one operand of one layer; None if the layer is never called.
+
+    Weights are rounded to nearest, and ranges are those of the config's estimators; ranges of activations come from
+    the calls that ``quality`` makes.
+
+    Args:
+        network: the float network; it is unchanged afterwards.
+        name: a name in `qdiff.wrapping.layer_places`.
+        config: how ranges are chosen, and what is split; with a width for this operand.
+        quality: runs the network as it is, and returns its quality.
+    """
+    found = {}
+    for bits in widths:
+        words = f"W{bits}A32" if operand is Operand.WEIGHTS else f"W32A{bits}"
+        own = replace(config, keep_ends=False, layer_bits={name: words}).of_layer(name, None)
+        with _replaced(network, name, own) as layer:
+            seen: list[object] = []
+            handle = layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(None))
+            if operand is Operand.WEIGHTS:
+                layer.init_weight_ranges(config.weight_range)
+            else:
+                _observe(layer, config.act_range, quality)
+            found[bits] = quality()
+            handle.remove()
+        if not seen:
+            return None
+    return found
+
+
+@contextlib.contextmanager
+def _replaced(network: nn.Module, name: str, config: QuantConfig) -> Iterator[QuantModule]:
+    """Have one layer of a float network quantized inside the block, wherever it is used."""
+    places = layer_places(network)[name]
+    before = [parent._modules[attribute] for parent, attribute in places]
+    layer = QuantModule(before[0], config).to(before[0].weight.device).eval()
+    set_modes(layer, weights=True, activations=True)
+    try:
+        for parent, attribute in places:
+            setattr(parent, attribute, layer)
+        yield layer
+    finally:
+        for (parent, attribute), module in zip(places, before, strict=True):
+            setattr(parent, attribute, module)
+
+
+def _observe(layer: QuantModule, method: str, run: Callable[[], float]) -> None:
+    """Set the ranges of a layer's input from what passes while the network runs; dynamic ranges need none."""
+    quantizers = list(calibrated_act_quantizers(layer).values())
+    if not quantizers:
+        return
+    for quantizer in quantizers:
+        quantizer.observer = ESTIMATORS[method](None)
+    run()
+    for quantizer in quantizers:
+        if quantizer.observer.low is None:  # never called
+            quantizer.observer = None
+        else:
+            quantizer.settle()

@@ -1,0 +1,208 @@
+"""Carry out mixed precision inside a run folder: measure the layers, choose their widths, and keep both."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
+from qdiff.calibration.samples import CalibrationSet, save_recording
+from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
+from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.cli.options.layer_bits import read_layer_bits
+from qdiff.cli.options.ptq import PtqPlan
+from qdiff.cli.out_of_memory import memory_advice, smaller_batch
+from qdiff.cli.planned_recording import read_planned, record_planned
+from qdiff.cli.processes import arithmetic_of
+from qdiff.cli.quantize import RECORDING
+from qdiff.cli.run_folder import RunFolder
+from qdiff.cost.account import account
+from qdiff.errors import UserError, first_line
+from qdiff.evaluation.fidelity import mean_ssim
+from qdiff.io.files import sha256, written_whole
+from qdiff.io.images import to_uint8
+from qdiff.io.progress import progress_bar
+from qdiff.pipeline import Pipeline
+
+log = logging.getLogger("qdiff")
+
+WIDTHS, SENSITIVITIES = "widths.json", "sensitivities.json"
+
+
+class SensitivityFile:
+    """``sensitivities.json``: quality by operand, layer and width, beside what it depends on; kept layer by layer.
+
+    Args:
+        path: the file; may not exist yet.
+        settings: what the values depend on (JSON values).
+        start: a file of another run to begin with, if ``path`` does not exist.
+
+    Raises:
+        UserError: a file is damaged, or holds values of other settings.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], start: Path | None = None) -> None:
+        self.path, self.settings = path, json.loads(json.dumps(settings))
+        self._values: dict[str, dict[str, dict[str, float] | None]] = {operand.value: {} for operand in Operand}
+        source = path if path.is_file() else start
+        if source is None:
+            return
+        try:
+            there = json.loads(source.read_text(encoding="utf-8"))
+            for operand in Operand:
+                self._values[operand.value] = {
+                    name: None if found is None else {str(int(b)): float(value) for b, value in found.items()}
+                    for name, found in there[operand.value].items()
+                }
+            before = dict(there["settings"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{source} holds no sensitivities ({first_line(error)}); delete it, or give another"
+            ) from error
+        names = sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k))
+        if names:
+            raise UserError(
+                f"{source} holds sensitivities of other settings ({', '.join(names)}); leave out --sensitivities, or "
+                "choose another --logdir"
+            )
+
+    def __contains__(self, key: tuple[Operand, str]) -> bool:
+        return key[1] in self._values[key[0].value]
+
+    def add(self, operand: Operand, name: str, found: dict[int, float] | None) -> None:
+        """Keep what was found for a layer; None if it is never called."""
+        values = None if found is None else {str(bits): value for bits, value in found.items()}
+        self._values[operand.value][name] = values
+        with written_whole(self.path) as temporary:
+            temporary.write_text(json.dumps({"settings": self.settings, **self._values}, indent=1))
+
+    def of(self, operand: Operand) -> dict[str, dict[int, float] | None]:
+        """Return the quality by layer and width."""
+        return {
+            name: None if values is None else {int(bits): value for bits, value in values.items()}
+            for name, values in self._values[operand.value].items()
+        }
+
+
+def with_chosen_widths(
+    plan: PtqPlan, pipeline: Pipeline, run: RunFolder, seed: int, start: str | None = None
+) -> PtqPlan:
+    """Return a plan whose config has the widths that its ``mixed`` asks for; without it, the plan.
+
+    The calibration set is recorded first if there is none.
+
+    Args:
+        pipeline: its float network must be loaded, and not wrapped.
+        run: widths and sensitivities that are there already are read.
+        seed: seed of the calibration.
+        start: ``--sensitivities``, a file of another run.
+
+    Raises:
+        UserError: a target cannot be reached, or a file is damaged, does not fit or has other settings.
+    """
+    if plan.mixed is None:
+        return plan
+    path = run.path / WIDTHS
+    if not path.is_file():
+        data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
+        shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
+        data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
+        run.open()
+        with run.logged():
+            if data is None:
+                with run.timed("recording"):
+                    save_recording(record_planned(pipeline, plan, run, seed), data_file)
+                data = read_planned(plan, data_file, *shapes)[0]
+            settings = {"data": sha256(data_file), **arithmetic_of(pipeline.device)}
+            file = SensitivityFile(run.path / SENSITIVITIES, _settings(plan, settings), start and Path(start))
+            advice = smaller_batch(pipeline.batch_size)
+            with run.timed("sensitivities"), memory_advice("measuring sensitivities", advice):
+                _measure(plan, pipeline, data, file)
+            _choose(plan, pipeline, file, path)
+    layer_bits = {**dict(plan.quant.layer_bits), **read_layer_bits(str(path))}
+    return replace(plan, quant=replace(plan.quant, layer_bits=layer_bits))
+
+
+def _settings(plan: PtqPlan, others: dict[str, Any]) -> dict[str, Any]:
+    """Return what the sensitivities depend on."""
+    quant, mixed = plan.quant.to_dict(), plan.mixed
+    quant.pop("layer_bits", None)  # decides which layers are measured, not what is found
+    widths = {operand.value: list(mixed.widths(operand)) for operand in Operand}
+    return {"measure": mixed.measure.value, "samples": mixed.samples, "widths": widths, "quant": quant, **others}
+
+
+def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: SensitivityFile) -> None:
+    """Measure the layers that are not in the file yet."""
+    mixed = plan.mixed
+    left = [
+        (operand, name, path)
+        for operand in Operand
+        if mixed.widths(operand)
+        for name, path in layers_to_measure(pipeline.network, plan.quant, operand).items()
+        if (operand, name) not in file
+    ]
+    if not left:
+        return
+    log.info("measuring how sensitive the network is to %d operands of layers", len(left))
+    quality = (
+        _image_quality(pipeline, mixed) if mixed.measure is Measure.SSIM else _output_quality(pipeline, data, mixed)
+    )
+    with progress_bar(total=len(left), desc="sensitivities", unit="layer") as bar:
+        for operand, name, path in left:
+            widths = mixed.widths(operand)
+            file.add(operand, name, layer_sensitivity(pipeline.network, path, plan.quant, operand, widths, quality))
+            bar.update()
+
+
+def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path) -> None:
+    """Choose the widths and write them."""
+    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
+    found = {operand: file.of(operand) for operand in Operand}
+    chosen = choose_widths(pipeline.network, plan.quant, plan.mixed, found, {c.name: c.macs for c in costs})
+    words = {
+        "mean_bits": chosen.mean_bits,
+        "mean_act_bits": chosen.mean_act_bits,
+        "layer_bits": chosen.quant.to_dict()["layer_bits"],
+    }
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(words, indent=1) + "\n")
+    for what, mean, field in (
+        ("weights", chosen.mean_bits, "weight_bits"),
+        ("inputs of layers", chosen.mean_act_bits, "act_bits"),
+    ):
+        if mean is not None:
+            counts = Counter(getattr(bits, field) for _, bits in chosen.quant.layer_bits)
+            told = ", ".join(
+                f"{count} of {bits}" for bits, count in sorted(counts.items(), key=str) if bits is not None
+            )
+            log.info("mean width of %s: %.4f bits (layers: %s)", what, mean, told)
+
+
+def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecision) -> OutputQuality:
+    """SQNR of ε on samples that are spread over the calibration set."""
+    chosen = evenly_spaced(len(data), min(mixed.samples, len(data)))
+    return OutputQuality(pipeline.network, [part[chosen] for part in data.inputs], pipeline.batch_size)
+
+
+def _image_quality(pipeline: Pipeline, mixed: MixedPrecision) -> Callable[[], float]:
+    """Mean SSIM of the calibration stream's first images, against those of the float network."""
+
+    @torch.no_grad()
+    def images() -> Tensor:
+        made = []
+        for first in range(0, mixed.samples, pipeline.batch_size):
+            rows = range(first, min(first + pipeline.batch_size, mixed.samples))
+            x_0 = pipeline.sample(pipeline.network, rows, calibration=True)
+            made.append(torch.from_numpy(to_uint8(pipeline.to_images(x_0))).permute(0, 3, 1, 2))
+        return torch.cat(made)
+
+    in_float = images()
+    return lambda: mean_ssim(images(), in_float)

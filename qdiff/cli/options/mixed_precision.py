@@ -1,0 +1,114 @@
+"""The options of mixed precision: a mean width, and how the widths of layers are chosen for it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from argparse import Namespace
+
+from qdiff.calibration.mixed_precision import MixedPrecision
+from qdiff.calibration.sensitivity import Measure
+from qdiff.config import QuantConfig
+from qdiff.errors import UserError
+
+OPTIONS = (
+    "target_bits",
+    "target_act_bits",
+    "candidate_bits",
+    "candidate_act_bits",
+    "sensitivity",
+    "sensitivity_samples",
+    "sensitivities",
+)
+IMAGES = 4  # of each sensitivity by SSIM, by default
+
+
+def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that calibrate."""
+    default = {f.name: f.default for f in dataclasses.fields(MixedPrecision)}
+    group = parser.add_argument_group("mixed precision")
+    group.add_argument(
+        "--target_bits", type=float, help="mean width of weights; widths of layers are chosen for the least error of ε"
+    )
+    group.add_argument("--candidate_bits", help=f"widths to choose from (default: {_words(default['candidates'])})")
+    group.add_argument("--target_act_bits", type=float, help="likewise for inputs of layers, as the mean over MACs")
+    group.add_argument(
+        "--candidate_act_bits", help=f"widths to choose from (default: {_words(default['act_candidates'])})"
+    )
+    group.add_argument(
+        "--sensitivity",
+        choices=[m.value for m in Measure],
+        help="what shows how sensitive a layer is: noise of ε (sqnr, default), or images (ssim), far slower",
+    )
+    group.add_argument(
+        "--sensitivity_samples",
+        type=int,
+        help=f"calibration samples to measure it on (default: {default['samples']}), or images with ssim ({IMAGES})",
+    )
+    group.add_argument(
+        "--sensitivities",
+        help="sensitivities.json of another run on the same calibration set, instead of measuring again",
+    )
+
+
+def _words(widths: tuple[int, ...]) -> str:
+    return ",".join(map(str, widths))
+
+
+def resolve_mixed_precision(args: Namespace, quant: QuantConfig, action: str) -> MixedPrecision | None:
+    """Return how widths are chosen; None if no target is given.
+
+    Args:
+        args: a command's options; commands that do not calibrate lack these.
+        action: see `qdiff.cli.options.ptq.PtqPlan`.
+
+    Raises:
+        UserError: options contradict each other or are out of range.
+    """
+    given = {name: value for name in OPTIONS if (value := getattr(args, name, None)) is not None}
+    if not given:
+        return None
+    if "sensitivities" in given:
+        _check_file(given["sensitivities"])
+    if "target_bits" not in given and "target_act_bits" not in given:
+        raise UserError(f"--{next(iter(given))} needs a mean width; add --target_bits or --target_act_bits")
+    for kind in ("", "act_"):
+        if f"candidate_{kind}bits" in given and f"target_{kind}bits" not in given:
+            raise UserError(
+                f"--candidate_{kind}bits needs --target_{kind}bits; add it, or leave --candidate_{kind}bits out"
+            )
+    target = "target_bits" if "target_bits" in given else "target_act_bits"
+    if action != "calibrate":
+        raise UserError(
+            f"--{target} chooses widths before a calibration, but --cali_ckpt names a calibrated file; give "
+            "--layer_bits with that file or its run's widths.json instead"
+        )
+    if "target_act_bits" in given and quant.act_bits is None:
+        raise UserError("--target_act_bits needs quantized activations; add --quant_act")
+    if "target_act_bits" in given and quant.modulate:
+        raise UserError("--target_act_bits measures activations, not their changes; leave out --modulate")
+    measure = given.get("sensitivity", Measure.SQNR.value)
+    usual = IMAGES if measure == Measure.SSIM.value else MixedPrecision.samples
+    return MixedPrecision(
+        target=given.get("target_bits"),
+        candidates=_widths("candidate_bits", given, MixedPrecision.candidates),
+        act_target=given.get("target_act_bits"),
+        act_candidates=_widths("candidate_act_bits", given, MixedPrecision.act_candidates),
+        measure=measure,
+        samples=given.get("sensitivity_samples", usual),
+    )
+
+
+def _check_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise UserError(f"--sensitivities {path} does not exist; give the sensitivities.json of another run")
+
+
+def _widths(option: str, given: dict[str, str], otherwise: tuple[int, ...]) -> tuple[int, ...]:
+    if option not in given:
+        return otherwise
+    words = given[option].split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise UserError(f"--{option} is {given[option]}; give whole numbers separated by commas")
+    return tuple(sorted(int(word) for word in words))

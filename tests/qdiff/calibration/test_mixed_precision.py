@@ -1,0 +1,94 @@
+"""The widths of a network's layers, from sensitivities and mean widths."""
+
+from __future__ import annotations
+
+import pytest
+
+from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
+from qdiff.calibration.sensitivity import Operand
+from qdiff.config import QuantConfig
+from qdiff.cost.account import account
+from qdiff.errors import UserError
+from qdiff.quant_model import QuantModel
+from qdiff.wrapping import layer_places
+
+W4A8 = QuantConfig(4, 8)
+IMAGE = (1, 8, 8)
+
+
+@pytest.fixture
+def chosen(tiny_network):
+    """``chosen(quant, mixed)``: widths for sensitivities by which layers with few weights matter most."""
+    macs = {cost.name: cost.macs for cost in account(tiny_network, IMAGE).layers}
+    sizes = {n: p._modules[a].weight.numel() for n, [(p, a)] in layer_places(tiny_network).items()}
+
+    def made(quant=W4A8, **mixed):
+        mixed = MixedPrecision(**mixed)
+        found = {
+            operand: {n: {b: 6.0 * b + 0.001 * sizes[n] for b in mixed.widths(operand)} for n in sizes}
+            for operand in Operand
+        }
+        return choose_widths(tiny_network, quant, mixed, found, macs)
+
+    return made
+
+
+def test_what_is_chosen_is_what_is_counted(chosen, tiny_network):
+    """Size and bit operations of the network are those of the means that were asked for."""
+    made = chosen(target=4.5, act_target=7)
+    before = account(tiny_network, IMAGE)
+    counted = account(QuantModel(tiny_network, made.quant), IMAGE)
+    layers = [c for c in counted.layers if c.kind in ("Conv2d", "Linear")]
+    weights = {n: m.weight.numel() for n, m in tiny_network.named_modules() if n in {c.name for c in layers}}
+    mean = sum(weights[c.name] * c.weight_bits for c in layers) / sum(weights.values())
+    act_mean = sum(c.macs * c.act_bits for c in layers) / sum(c.macs for c in layers)
+    assert mean == pytest.approx(made.mean_bits, abs=1e-12) and 4.4 < mean <= 4.5
+    assert act_mean == pytest.approx(made.mean_act_bits, abs=1e-12) and 6.8 < act_mean <= 7
+    assert len({c.weight_bits for c in layers}) > 1 and len({c.act_bits for c in layers}) > 1
+    assert counted.parameters == before.parameters
+
+
+def test_only_what_is_asked_for_is_chosen(chosen):
+    made = chosen(target=4)
+    assert made.mean_act_bits is None and all(bits.act_bits is None for _, bits in made.quant.layer_bits)
+    made = chosen(act_target=6)
+    assert made.mean_bits is None and all(bits.weight_bits is None for _, bits in made.quant.layer_bits)
+
+
+def test_layers_with_their_own_width_keep_it_and_count(chosen, tiny_network):
+    quant = QuantConfig(4, 8, keep_ends=True, layer_bits={"first": "A16", "mid.block_1.conv1": "W32"})
+    measured = {operand: set(layers_to_measure(tiny_network, quant, operand)) for operand in Operand}
+    every = set(layer_places(tiny_network))
+    assert every - measured[Operand.WEIGHTS] == {"conv_in", "conv_out", "mid.block_1.conv1"}
+    assert every - measured[Operand.ACTIVATIONS] == {"conv_in", "conv_out"}
+    with pytest.raises(UserError, match="a mean of 2 bits cannot be reached, because the smallest widths have"):
+        chosen(quant, target=2)
+    made = chosen(quant, target=6)
+    own = QuantModel(tiny_network, made.quant)
+    layers = own.layers()
+    assert [q.bits for q in layers["conv_in"].weight_quantizers] == [8]
+    assert [q.bits for q in layers["conv_in"].act_quantizers] == [16]
+    assert len(layers["mid.block_1.conv1"].weight_quantizers) == 0
+    weights = {n: layer.weight.numel() for n, layer in layers.items()}
+    bits = {n: layer.weight_quantizers[0].bits if len(layer.weight_quantizers) else 32 for n, layer in layers.items()}
+    mean = sum(weights[n] * bits[n] for n in weights) / sum(weights.values())
+    assert mean == pytest.approx(made.mean_bits, abs=1e-12) and mean <= 6
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"target": 9.0}, "--target_bits is 9; give a mean width from 2 to 8"),
+        ({"target": float("nan")}, "--target_bits is nan"),
+        (
+            {"target": 4.0, "candidates": (2, 9)},
+            "--candidate_bits is 2,9; give different widths of weights, from 1 to 8",
+        ),
+        ({"target": 4.0, "candidates": (4, 4)}, "--candidate_bits is 4,4"),
+        ({"act_target": 3.0}, "--target_act_bits is 3; give a mean width from 4 to 16"),
+        ({"target": 4.0, "samples": 0}, "--sensitivity_samples is 0"),
+    ],
+)
+def test_values_out_of_range(values, says):
+    with pytest.raises(UserError, match=says):
+        MixedPrecision(**values)
