@@ -7,7 +7,9 @@ form of what GPTAQ approximates (`qdiff.calibration.column_rounding`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from qdiff.calibration.bias_correction import correct_bias
 from qdiff.calibration.layer_rounding import ColumnRounding, part_name, round_layer
@@ -19,6 +21,18 @@ from qdiff.calibration.temporal_unit import calibration_steps
 from qdiff.calibration.unit_inputs import UnitInputs
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
+
+OPTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        "gptq_target": "target",
+        "gptq_factor": "factor",
+        "gptq_damping": "damping",
+        "gptq_rows": "most_rows",
+        "bias_correction": "bias_correction",
+        "temporal_unit": "temporal_unit",
+    }
+)
+"""Command-line option → the field of `GptqConfig` that it sets."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ GPTQ-Rounded, Input-Precise. It is GPTQ towards the float network's output (`qdi
 - quantizers of their own for both parts of a concatenation (Q-Diffusion's split);
 - weight ranges of least error, without which the column rounding has to work on a grid for outliers.
 
-Nothing is learned, and there is nothing to set. docs/results.md has the ablation.
+Nothing is learned, and nothing has to be set. docs/results.md has the ablation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUANT: Mapping[str, Any] = MappingProxyType(
     }
 )
 """Its fields of `QuantConfig` besides the widths."""
-OPTIONS: Mapping[str, str] = MappingProxyType({"bias_correction": "bias_correction"})
+OPTIONS: Mapping[str, str] = gptq.OPTIONS
 
 
 @dataclass(frozen=True)

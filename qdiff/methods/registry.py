@@ -116,20 +116,7 @@ _ROWS = (
         _SEARCHED_WITH_ENDS,
         Schedule.TDAC,
     ),
-    Method(
-        "gptq",
-        "GPTQ",
-        gptq.calibrate,
-        gptq.GptqConfig,
-        {
-            "gptq_target": "target",
-            "gptq_factor": "factor",
-            "gptq_damping": "damping",
-            "gptq_rows": "most_rows",
-            "bias_correction": "bias_correction",
-            "temporal_unit": "temporal_unit",
-        },
-    ),
+    Method("gptq", "GPTQ", gptq.calibrate, gptq.GptqConfig, gptq.OPTIONS),
     Method(
         "tfmq-dm",
         "TFMQ-DM",

@@ -34,7 +34,13 @@ def shipped(request, tmp_path, monkeypatch):
 def test_rows_resolve(shipped, call):
     shown = json.loads(call("reproduce", shipped, "--out", "never-made", "--dry-run").out)
     assert "float" in next(iter(shown["commands"])).lower()  # float comes first
+    groups = {row.label: row.group for row in TableFile(shipped).rows}
+    seen: set[str] = set()
     for label, command in shown["commands"].items():
+        group = groups[label] or label
+        if group in seen:  # the others of a group differ in their calibration seed
+            continue
+        seen.add(group)
         python, script, *words = shlex.split(command)
         outcome = call(Path(script).stem, *words, "--dry-run")
         assert python == "python" and outcome.code == 0, (label, outcome.err)

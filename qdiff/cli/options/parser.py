@@ -68,7 +68,11 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sm_abit", type=int, default=8, help="width of the softmax output, 2-16")
     group.add_argument("--a_sym", action="store_true", help="symmetric activation ranges")
     group.add_argument("--w_sym", action="store_true", help="symmetric weight ranges, as int8 kernels need at 8 bits")
-    group.add_argument("--split", action="store_true", help="split shortcut layers at the h|skip boundary")
+    group.add_argument(
+        "--split",
+        action=argparse.BooleanOptionalAction,
+        help="split shortcut layers at the h|skip boundary (default: with grip)",
+    )
     group.add_argument(
         "--keep_ends",
         action=argparse.BooleanOptionalAction,

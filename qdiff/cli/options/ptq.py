@@ -165,7 +165,7 @@ def resolve_ptq(
         # In EDA-DM's scripts the flag has the opposite meaning: without it, the search is symmetric.
         act_symmetric=args.a_sym != eda_dm_scripts,
         softmax_bits=args.sm_abit,
-        split_shortcut=args.split or own.get("split_shortcut", False),
+        split_shortcut=own.get("split_shortcut", False) if args.split is None else args.split,
         weight_symmetric=args.w_sym,
         weight_range=args.w_range or own["weight_range"],
         act_range=args.a_range or own["act_range"],

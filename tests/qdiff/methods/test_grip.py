@@ -51,10 +51,15 @@ def test_weights_alone_have_8_bit_ends():
         ("--layer_bits none", "layer_bits", ()),
         ("--layer_bits last=W8", "layer_bits", (("last", LayerBits(8)),)),
         ("--keep_ends", "keep_ends", True),
+        ("--no-split", "split_shortcut", False),
     ],
 )
 def test_what_is_asked_for_comes_first(words, field, expected):
     assert getattr(plan(f"{W4A8} {words}").quant, field) == expected
+
+
+def test_it_has_the_options_of_gptq():
+    assert plan(f"{W4A8} --gptq_target plain --no-bias_correction").recipe == GripConfig("plain", bias_correction=False)
 
 
 def test_it_rounds_as_gptq_does(wrap, data):
