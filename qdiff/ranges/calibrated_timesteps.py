@@ -24,13 +24,14 @@ class CalibratedTimesteps(nn.Module):
 
     Attributes:
         values: [T] float32, ascending; empty before calibration.
-        rows: int64 [N] or [1], the entry of each sample of the batch; None outside of a call.
+        rows: int64 [N] or [1], the entry of each sample of the batch; None outside of a call, and until it is needed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("values", torch.empty(0))
         self.rows: Tensor | None = None
+        self._called: Tensor | None = None  # the timesteps of a call of which no quantizer has asked for its range yet
         self._listed: list[float] = []  # the values, so that reading them does not wait for a GPU
         self._extremes: Tensor | None = None  # of the timesteps on a GPU that nobody has looked at yet
 
@@ -61,15 +62,23 @@ class CalibratedTimesteps(nn.Module):
 
     @contextlib.contextmanager
     def at(self, t: Tensor) -> Iterator[None]:
-        """Take the ranges of these timesteps inside the block: a call of the network.
+        """Take the ranges of these timesteps inside the block: a call of the network, which may compute in float.
 
         Args:
             t: [N], or one for all samples.
 
         Raises:
-            UserError: a timestep has no entry. On a GPU this is found by `check_seen`, so that a call does not wait.
+            UserError: inside, where a quantizer asks for the range of a timestep that has none. On a GPU `check_seen`
+                finds this, so that a call does not wait.
         """
-        t, before = t.detach().reshape(-1), self.rows
+        before = self.rows, self._called
+        self.rows, self._called = None, t.detach().reshape(-1)
+        try:
+            yield
+        finally:
+            self.rows, self._called = before
+
+    def _look_up(self, t: Tensor) -> None:
         if t.device.type == "cpu":
             self.check(t)
         else:
@@ -77,11 +86,7 @@ class CalibratedTimesteps(nn.Module):
             if self._extremes is not None:
                 seen = torch.stack(torch.aminmax(torch.cat([seen, self._extremes])))
             self._extremes = seen
-        self.rows = self.entries(t.to(self.values.device))
-        try:
-            yield
-        finally:
-            self.rows = before
+        self.rows, self._called = self.entries(t.to(self.values.device)), None
 
     def check_seen(self) -> None:
         """Raise a `UserError` if a call on a GPU had a timestep without an entry; waits for the GPU."""
@@ -96,6 +101,8 @@ class CalibratedTimesteps(nn.Module):
             x: [M, …]; of M = k·N rows, each sample has k that follow one another. Any other M is a tensor that is the
                 same for all samples.
         """
+        if self._called is not None:
+            self._look_up(self._called)
         if self.rows is None:
             raise RuntimeError("ranges per timestep need the timestep; call the whole network")
         each, rest = divmod(len(x), len(self.rows))

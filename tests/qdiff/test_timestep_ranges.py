@@ -172,6 +172,17 @@ def test_files_and_packed_weights(packs, tiny, data, tmp_path, relative):
     assert relative(output(loaded, (x, t)), wanted) < 1e-9 < relative(output(loaded, (x, t.flip(0))), wanted)
 
 
+@torch.no_grad()
+def test_in_float_any_timestep_will_do(wrap, data):
+    qnn = made(wrap, data)
+    far = data.inputs[0], data.inputs[1] + 5000
+    assert torch.equal(qnn(*far), wrap(**W4A8)(*far))
+    with pytest.raises(UserError, match="timestep 5010"):
+        output(qnn, far)
+    with qnn.quantized(activations=False):
+        qnn(*far)
+
+
 def test_its_state_dict_and_a_copy(wrap, data):
     qnn = made(wrap, data)
     other = wrap(**W4A8)

@@ -55,7 +55,6 @@ def test_a_call_takes_the_entries_of_its_samples():
     with pytest.raises(RuntimeError, match="call the whole network"):
         made.rows_of(torch.zeros(3))
     with made.at(torch.tensor([5, 150, 20])):
-        assert made.rows.tolist() == [0, 1, 0]
         assert made.rows_of(torch.zeros(3, 2)).tolist() == [0, 1, 0]
         assert made.rows_of(torch.zeros(6, 2)).tolist() == [0, 0, 1, 1, 0, 0]
         assert made.rows_of(torch.zeros(1, 2)).tolist() == made.rows_of(torch.zeros(4, 2)).tolist() == [0]
@@ -89,15 +88,13 @@ def test_its_state_moves_and_stays_exact():
 def test_on_a_gpu_a_call_does_not_wait(cuda):
     made, t = calibrated(0, 100).to("cuda"), torch.tensor([5, 150], device="cuda")
     far = torch.tensor([5, 500], device="cuda")
-    with cuda.counting() as counts, made.at(t):
-        assert made.rows.device.type == "cuda"
+    with watched(made), cuda.counting() as counts, made.at(t):
+        assert made.rows_of(t).device.type == "cuda"
     assert counts.waits == []
-    with watched(made), made.at(t):
-        pass
     with pytest.raises(UserError, match="timestep 500"), watched(made):
         for given in (far, t):
             with made.at(given):
-                pass
+                made.rows_of(given)
 
 
 def averaged(batches, bits, symmetric, unsigned):
