@@ -35,6 +35,8 @@ from qdiff.pipeline import Pipeline
 log = logging.getLogger("qdiff")
 
 WIDTHS, SENSITIVITIES = "widths.json", "sensitivities.json"
+DATA = "data"  # in the settings of sensitivities, the hash of the recording
+_OTHERS = "leave out --sensitivities, or choose another --logdir"
 
 
 class SensitivityFile:
@@ -42,7 +44,7 @@ class SensitivityFile:
 
     Args:
         path: the file; may not exist yet.
-        settings: what the values depend on (JSON values).
+        settings: what the values depend on, apart from the samples (JSON values).
         start: a file of another run to begin with, if ``path`` does not exist.
 
     Raises:
@@ -52,6 +54,7 @@ class SensitivityFile:
     def __init__(self, path: Path, settings: dict[str, Any], start: Path | None = None) -> None:
         self.path, self.settings = path, json.loads(json.dumps(settings))
         self._values: dict[str, dict[str, dict[str, float] | None]] = {operand.value: {} for operand in Operand}
+        self._data: str | None = None
         source = path if path.is_file() else start
         if source is None:
             return
@@ -67,12 +70,22 @@ class SensitivityFile:
             raise UserError(
                 f"{source} holds no sensitivities ({first_line(error)}); delete it, or give another"
             ) from error
-        names = sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k))
-        if names:
-            raise UserError(
-                f"{source} holds sensitivities of other settings ({', '.join(names)}); leave out --sensitivities, or "
-                "choose another --logdir"
-            )
+        self._data = before.pop(DATA, None)
+        if names := sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k)):
+            raise UserError(f"{source} holds sensitivities of other settings ({', '.join(names)}); {_OTHERS}")
+
+    def settle(self, data: str) -> None:
+        """Say on which samples the values are measured.
+
+        Args:
+            data: hash of the recording.
+
+        Raises:
+            UserError: the values in the file were measured on others.
+        """
+        if self._data not in (None, data):
+            raise UserError(f"the sensitivities were measured on another calibration set; {_OTHERS}")
+        self._data = data
 
     def __contains__(self, key: tuple[Operand, str]) -> bool:
         return key[1] in self._values[key[0].value]
@@ -82,7 +95,9 @@ class SensitivityFile:
         values = None if found is None else {str(bits): value for bits, value in found.items()}
         self._values[operand.value][name] = values
         with written_whole(self.path) as temporary:
-            temporary.write_text(json.dumps({"settings": self.settings, **self._values}, indent=1))
+            temporary.write_text(
+                json.dumps({"settings": {**self.settings, DATA: self._data}, **self._values}, indent=1)
+            )
 
     def of(self, operand: Operand) -> dict[str, dict[int, float] | None]:
         """Return the quality by layer and width."""
@@ -115,14 +130,14 @@ def with_chosen_widths(
         data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
         shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
         data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
+        file = SensitivityFile(run.path / SENSITIVITIES, _settings(plan, pipeline), start and Path(start))
         run.open()
         with run.logged():
             if data is None:
                 with run.timed("recording"):
                     save_recording(record_planned(pipeline, plan, run, seed), data_file)
                 data = read_planned(plan, data_file, *shapes)[0]
-            settings = {"data": sha256(data_file), **arithmetic_of(pipeline.device)}
-            file = SensitivityFile(run.path / SENSITIVITIES, _settings(plan, settings), start and Path(start))
+            file.settle(sha256(data_file))
             advice = smaller_batch(pipeline.batch_size)
             with run.timed("sensitivities"), memory_advice("measuring sensitivities", advice):
                 _measure(plan, pipeline, data, file)
@@ -131,12 +146,17 @@ def with_chosen_widths(
     return replace(plan, quant=replace(plan.quant, layer_bits=layer_bits))
 
 
-def _settings(plan: PtqPlan, others: dict[str, Any]) -> dict[str, Any]:
-    """Return what the sensitivities depend on."""
+def _settings(plan: PtqPlan, pipeline: Pipeline) -> dict[str, Any]:
+    """Return what the sensitivities depend on, apart from the calibration set."""
     quant, mixed = plan.quant.to_dict(), plan.mixed
     quant.pop("layer_bits", None)  # decides which layers are measured, not what is found
-    widths = {operand.value: list(mixed.widths(operand)) for operand in Operand}
-    return {"measure": mixed.measure.value, "samples": mixed.samples, "widths": widths, "quant": quant, **others}
+    return {
+        "measure": mixed.measure.value,
+        "samples": mixed.samples,
+        "widths": {operand.value: list(mixed.widths(operand)) for operand in Operand},
+        "quant": quant,
+        **arithmetic_of(pipeline.device),
+    }
 
 
 def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: SensitivityFile) -> None:

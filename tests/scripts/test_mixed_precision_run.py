@@ -1,0 +1,126 @@
+"""``--target_bits`` from the command line: what is measured and chosen, kept, continued and used by other runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from run_checks import succeeded
+
+from qdiff.calibration import sensitivity
+from qdiff.cli import mixed_precision
+
+SCRIPT = "sample_diffusion_ddim"
+SAMPLER = ("--timesteps", 2, "--max_images", 1, "--seed", 3)
+PTQ = ("--ptq", "--weight_bit", 4, "--quant_act", "--method", "linear", "--cali_st", 2, "--cali_n", 2)
+MIXED = ("--target_bits", 4.5, "--candidate_bits", "3,8", "--target_act_bits", 7, "--candidate_act_bits", "6,8")
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def refused(outcome):
+    """Return the last line of a command that began to work."""
+    assert outcome.code == 2
+    return outcome.err.splitlines()[-1]
+
+
+def test_widths_are_chosen_kept_and_used_again(call, tiny, tmp_path, monkeypatch):
+    words = (*tiny.options, *SAMPLER, *PTQ, *MIXED)
+    measured, measure = [], mixed_precision.layer_sensitivity
+
+    def counting(network, name, *rest):
+        measured.append(name)
+        if stop and len(measured) == stop:
+            raise KeyboardInterrupt
+        return measure(network, name, *rest)
+
+    monkeypatch.setattr(mixed_precision, "layer_sensitivity", counting)
+    stop = 20
+    call(SCRIPT, *words, "-l", tmp_path / "run")
+    kept = read(tmp_path / "run" / "sensitivities.json")
+    assert len(kept["weights"]) + len(kept["activations"]) == 19
+    stop = None
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
+    assert len(measured) == len(set(measured)) * 2 + 1, "a layer is measured once for each operand, unless interrupted"
+    run, widths = read(tmp_path / "run" / "run.json"), read(tmp_path / "run" / "widths.json")
+    assert widths["mean_bits"] <= 4.5 and widths["mean_act_bits"] <= 7
+    assert {bits[:2] for bits in widths["layer_bits"].values()} == {"W3", "W8"}
+    assert run["config"]["ptq"]["mixed"]["target"] == 4.5 and run["seconds"]["sensitivities"] > 0
+
+    measured.clear()  # another target on the same sensitivities
+    again = (*words, "--target_bits", 5, "--sensitivities", tmp_path / "run" / "sensitivities.json")
+    succeeded(call(SCRIPT, *again, "-l", tmp_path / "more"))
+    more = read(tmp_path / "more" / "widths.json")
+    assert measured == [] and 4.5 < more["mean_bits"] <= 5
+    assert read(tmp_path / "more" / "run.json")["cost"]["size_bytes"] > run["cost"]["size_bytes"]
+
+    other = (*again, "--seed", 4, "-l", tmp_path / "other")
+    assert refused(call(SCRIPT, *other)) == (
+        "error: the sensitivities were measured on another calibration set; leave out --sensitivities, or choose "
+        "another --logdir"
+    )
+    assert (
+        "other settings (widths)" in call(SCRIPT, *again, "--candidate_bits", "4,5", "-l", tmp_path / "o").error_line()
+    )
+    changed = call(SCRIPT, *words, "--target_bits", 5, "-l", tmp_path / "run").error_line()
+    assert "target" in changed
+
+    checkpoint = tmp_path / "run" / "quantized.safetensors"
+    plain = (*tiny.options, *SAMPLER, *PTQ[:4], "--cali_ckpt", checkpoint, "-l", tmp_path / "loaded")
+    assert f"give --layer_bits {checkpoint}" in call(SCRIPT, *plain).error_line()
+    succeeded(call(SCRIPT, *plain, "--layer_bits", checkpoint))
+    assert read(tmp_path / "loaded" / "run.json")["noise_error"] == run["noise_error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--target_bits", 9), "--target_bits is 9; give a mean width from 2 to 8"),
+        (("--candidate_bits", "2,4"), "--candidate_bits needs a mean width; add --target_bits"),
+        (("--target_bits", 4, "--candidate_bits", "2,x"), "--candidate_bits is 2,x"),
+        (("--target_bits", 4, "--candidate_act_bits", "4,8"), "--candidate_act_bits needs --target_act_bits"),
+        (("--target_bits", 4, "--sensitivities", "nowhere.json"), "--sensitivities nowhere.json does not exist"),
+        (("--target_act_bits", 8, "--modulate"), "--target_act_bits measures activations, not their changes"),
+        (("--target_bits", 4, "--cali_ckpt", "x.safetensors"), "--target_bits chooses widths before a calibration"),
+    ],
+)
+def test_bad_options_are_one_sentence(words, says, call, tiny, tmp_path):
+    outcome = call(SCRIPT, *tiny.options, *SAMPLER, *PTQ, *words, "-l", tmp_path / "run")
+    assert says in outcome.error_line()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"settings": {}, "weights": {"conv_in": {"a": 1}}, "activations": {}}'])
+def test_damaged_sensitivities(text, call, tiny, tmp_path):
+    (tmp_path / "s.json").write_text(text)
+    words = (*PTQ, *MIXED, "--sensitivities", tmp_path / "s.json", "-l", tmp_path / "run")
+    assert "s.json holds no sensitivities" in call(SCRIPT, *tiny.options, *SAMPLER, *words).error_line()
+
+
+def test_images_are_compared_if_asked(call, tiny, tmp_path, monkeypatch):
+    """The tiny model's images are smaller than a window of SSIM, so equal pixels are counted instead."""
+    compared = []
+
+    def alike(images, float_images):
+        assert images.shape == float_images.shape == (3, 1, 8, 8)
+        compared.append(float((images == float_images).float().mean()))
+        return compared[-1]
+
+    words = (*tiny.options, *SAMPLER, *PTQ, "--target_bits", 6, "--candidate_bits", "2,8", "--sensitivity", "ssim")
+    words = (*words, "--sensitivity_samples", 3)
+    assert "too small for SSIM" in refused(call(SCRIPT, *words, "-l", tmp_path / "small"))
+    monkeypatch.setattr(mixed_precision, "mean_ssim", alike)
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
+    found = read(tmp_path / "run" / "sensitivities.json")
+    assert found["settings"]["measure"] == sensitivity.Measure.SSIM.value
+    values = [value for widths in found["weights"].values() for value in widths.values()]
+    assert sorted(values) == sorted(compared) and min(values) < max(values)
+    assert read(tmp_path / "run" / "widths.json")["mean_bits"] <= 6
+
+
+def test_without_ptq_it_has_no_effect(call, tiny, tmp_path):
+    outcome = call(SCRIPT, *tiny.options, *SAMPLER, "--target_bits", 4, "-l", tmp_path / "run")
+    succeeded(outcome)
+    assert "--target_bits has no effect" in outcome.err
