@@ -30,7 +30,7 @@ class LearnedRounding:
 
     def __init__(self, layer: QuantModule, from_integers: bool = False) -> None:
         self.layer = layer
-        weight = layer.float_weight().detach().float()
+        weight = layer.weight_to_quantize().detach().float()
         self.top = max_level(layer.weight_quantizers[0].bits)
         self.delta, self.zero_point = layer.weight_grid()
         scaled = weight / self.delta

@@ -25,6 +25,11 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantModule]:
     return {n: m for n, m in module.named_modules() if isinstance(m, QuantModule)}
 
 
+def scaled_layers(module: nn.Module) -> list[str]:
+    """Return the names of the quantized layers inside a module that scale the channels of their input."""
+    return [name for name, layer in quantized_layers(module).items() if layer.input_scale is not None]
+
+
 def set_modes(leaf: nn.Module, weights: bool, activations: bool) -> None:
     """Have a leaf quantize its weight and/or activations from now on, as far as it has quantizers for them."""
     if isinstance(leaf, QuantModule):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.kernels.integer_matmul import Geometry, Levels, integer_product
 from qdiff.modulation import LayerMemory
-from qdiff.quantizer import DynamicActQuantizer, act_quantizer
+from qdiff.quantizer import DynamicActQuantizer, act_quantizer, kept_wide
 from qdiff.weight_forms import WeightedModule, WeightForm
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -29,6 +29,8 @@ class QuantModule(WeightedModule):
     State in addition to the weight's (`qdiff.weight_forms`):
         bias: bias of the quantized layer, or None; equals the float layer's unless it was corrected.
         float_bias: bias of the float layer if ``bias`` was corrected, else None.
+        input_scale: float32 [C_in] (1/τ in papers): in a quantized forward the input's channels are multiplied by it
+            before anything is quantized, and what is quantized of the weight is W divided by it; None for no scale.
         act_quantizers: one per slice of the input channels (1, or 2 if split).
         first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty if that
             step stays in float.
@@ -43,6 +45,7 @@ class QuantModule(WeightedModule):
         super().__init__(layer.weight, slices, config)
         self.bias = layer.bias
         self.register_buffer("float_bias", None)
+        self.register_buffer("input_scale", None)
         self.geometry = _geometry_of(layer)
 
         self.act_quantizers = nn.ModuleList()
@@ -66,17 +69,59 @@ class QuantModule(WeightedModule):
         self.acts_quantized = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.weights_quantized or self.acts_quantized:
+            x = self.scaled_input(x)
         if not self.acts_quantized:
             return self.apply_weight(x, self._current_weight(), self._current_bias())
         if self.modulates:
             return self._modulated(x)
         if self.multiplies_integers:
             return self._integer_product(self._levels(x, self.act_quantizers), self.bias).to(x.dtype)
-        return self.apply_weight(self.quantized_input(x), self._current_weight(), self.bias)
+        return self.apply_weight(self._quantized(x, self.act_quantizers), self._current_weight(), self.bias)
+
+    def scaled_input(self, x: Tensor) -> Tensor:
+        """Return an input with its channels multiplied by ``input_scale``, in its shape and dtype."""
+        return x if self.input_scale is None else self.times_channels(x, self.input_scale)
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """Return an input as the activation quantizers give it to the product, in its shape."""
-        return self._quantized(x, self.act_quantizers)
+        """Return an input as the activation quantizers give it to the product: scaled, in its shape."""
+        return self._quantized(self.scaled_input(x), self.act_quantizers)
+
+    def weight_to_quantize(self) -> Tensor:
+        return self.float_weight() if self.input_scale is None else self.weight_over(self.input_scale)
+
+    def times_channels(self, x: Tensor, scale: Tensor) -> Tensor:
+        """Return an input times a factor for each of its channels [C_in], in its shape and dtype."""
+        trailing = 0 if self.geometry is None else len(self.geometry.stride)
+        return (x * scale.view(-1, *[1] * trailing)).to(x.dtype)
+
+    def weight_over(self, scale: Tensor) -> Tensor:
+        """Return the float weight divided by a factor for each input channel [C_in], in its shape and dtype."""
+        weight = self.float_weight()
+        by_group = scale.view(self.groups, 1, -1, *[1] * (weight.dim() - 2))
+        return (weight.unflatten(0, (self.groups, -1)) / by_group).to(weight.dtype).flatten(0, 1)
+
+    @torch.no_grad()
+    def set_input_scale(self, scale: Tensor | None) -> None:
+        """Set the factors of the input's channels; the weight's ranges and integers must be chosen after that.
+
+        Args:
+            scale: positive [C_in]; factors of 1 alone are the same as None, no scale.
+
+        Raises:
+            ValueError: another number of factors, or some that are not positive and finite.
+        """
+        if scale is not None:
+            if tuple(scale.shape) != (self.in_channels,):
+                raise ValueError(f"{tuple(scale.shape)} factors for a weight of shape {tuple(self.weight.shape)}")
+            if not (torch.isfinite(scale) & (scale > 0)).all():
+                raise ValueError("factors of an input's channels must be positive and finite")
+            scale = None if (scale == 1).all() else scale.detach()
+        if scale is not None:
+            device = scale.device if self.weight.is_meta else self.weight.device
+            scale = scale.to(device, torch.promote_types(self.weight.dtype, torch.float32), copy=True)
+        self.input_scale = scale
+        self.drop_dequantized()
 
     def _modulated(self, x: Tensor) -> Tensor:
         """Return o + W·Q(x − â), with â and o carried from step to step; the first step computes W·x + b."""
@@ -99,7 +144,9 @@ class QuantModule(WeightedModule):
 
     def _current_weight(self) -> Tensor:
         """Return the weight for the layer's current mode, in floating point."""
-        return self.quantized_weight() if self.weights_quantized else self.float_weight()
+        if self.weights_quantized:
+            return self.quantized_weight()
+        return self.weight_to_quantize() if self.acts_quantized else self.float_weight()
 
     def _current_bias(self) -> Tensor | None:
         """Return the bias for a call with the input in float; the float layer's if the weight is float too."""
@@ -129,9 +176,18 @@ class QuantModule(WeightedModule):
             self.float_bias = None
 
     def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
-        # Only a corrected layer has this tensor, so its place is made or removed before it is loaded.
+        # Only some layers have these tensors, so their places are made or removed before they are loaded.
         self.float_bias = torch.empty_like(self.bias) if f"{prefix}float_bias" in state else None
+        scale = state.get(f"{prefix}input_scale")
+        self.input_scale = None if scale is None else torch.empty_like(scale, device=self.weight.device)
         super()._load_from_state_dict(state, prefix, *args, **kwargs)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantModule:
+        """Move or convert the module, but keep ``input_scale`` in at least float32, as step sizes."""
+        scale, self.input_scale = self.input_scale, None
+        super()._apply(fn, recurse)
+        self.input_scale = None if scale is None else kept_wide(fn)(scale)
+        return self
 
     def assert_multiplies_integers(self, name: str) -> None:
         """Raise a `UserError` with the layer's name if `qdiff.kernels.integer_matmul` cannot compute it."""
@@ -176,6 +232,16 @@ class QuantModule(WeightedModule):
         convolve = F.conv1d if weight.dim() == 3 else F.conv2d
         where = self.geometry
         return convolve(x, weight, bias, where.stride, where.padding, where.dilation, where.groups)
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of a convolution; 1 for a linear layer."""
+        return 1 if self.geometry is None else self.geometry.groups
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels of an input."""
+        return self.weight.shape[1] * self.groups
 
     @property
     def channel_dim(self) -> int:

@@ -46,16 +46,21 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Move or convert the module, but keep δ in at least float32: 16-bit step sizes underflow in float16."""
-
-        def kept_wide(t: Tensor) -> Tensor:
-            made = fn(t)
-            narrowed = t.is_floating_point() and made.element_size() < torch.float32.itemsize
-            return t.to(made.device) if narrowed else made
-
-        return super()._apply(kept_wide, recurse)
+        return super()._apply(kept_wide(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"bits={self.bits}, symmetric={self.symmetric}, unsigned={self.unsigned}"
+
+
+def kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return what moves or converts a tensor as ``fn`` does, but leaves floats in at least float32."""
+
+    def moved(t: Tensor) -> Tensor:
+        made = fn(t)
+        narrowed = t.is_floating_point() and made.element_size() < torch.float32.itemsize
+        return t.to(made.device) if narrowed else made
+
+    return moved
 
 
 class ActQuantizer(Quantizer):

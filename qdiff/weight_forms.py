@@ -118,9 +118,13 @@ class WeightedModule(nn.Module):
             raise RuntimeError(f"{RELEASED}; load it again to calibrate it or to run it in float")
         return self.weight
 
+    def weight_to_quantize(self) -> Tensor:
+        """Return the weight that the integers stand for: the float weight, unless the layer scales its input."""
+        return self.float_weight()
+
     def weight_slices(self) -> Sequence[Tensor]:
-        """Return views of the float weight, one per slice; raises the same errors as `float_weight`."""
-        return self.float_weight().detach().split(self.slices, dim=1)
+        """Return `weight_to_quantize` in parts, one per slice; raises the same errors as `float_weight`."""
+        return self.weight_to_quantize().detach().split(self.slices, dim=1)
 
     def quantized_weight(self) -> Tensor:
         """Return the weight that a quantized layer uses, in floating point; FLOAT becomes DEQUANTIZED."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qdiff.calibration.input_moments import InputMoments, groups_of
+from qdiff.calibration.input_moments import InputMoments
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.unit_inputs import UnitInputs
 from qdiff.calibration.walk import Walker
@@ -37,13 +37,14 @@ def correct_bias(layer: QuantModule, moments: InputMoments) -> None:
     if layer.bias is None:
         return
     in_float, quantized = moments.means
-    rounded = layer.dequantized_weight() if len(layer.weight_quantizers) else layer.float_weight()
+    weight = layer.weight_to_quantize()
+    rounded = layer.dequantized_weight() if len(layer.weight_quantizers) else weight
     own = layer.bias if layer.float_bias is None else layer.float_bias
-    shift = _mean_product(layer, layer.float_weight(), in_float) - _mean_product(layer, rounded, quantized)
+    shift = _mean_product(layer, weight, in_float) - _mean_product(layer, rounded, quantized)
     layer.set_quantized_bias(own + shift.to(own.dtype))
 
 
 def _mean_product(layer: QuantModule, weight: Tensor, mean: Tensor) -> Tensor:
     """Return W·mean per output channel, [C_out] in float64, for a mean input [G, K]."""
-    by_group = weight.double().flatten(1).unflatten(0, (groups_of(layer), -1))
+    by_group = weight.double().flatten(1).unflatten(0, (layer.groups, -1))
     return torch.einsum("grk,gk->gr", by_group, mean).flatten()

@@ -20,11 +20,6 @@ def columns_of(layer: QuantModule) -> int:
     return layer.weight[0].numel()
 
 
-def groups_of(layer: QuantModule) -> int:
-    """Return the number of groups G; 1 for a linear layer."""
-    return 1 if layer.geometry is None else layer.geometry.groups
-
-
 def input_patches(layer: QuantModule, x: Tensor) -> Tensor:
     """Return what the layer multiplies its weight with at every position, as a view where that is possible.
 
@@ -63,7 +58,7 @@ def input_rows(layer: QuantModule, x: Tensor) -> Tensor:
     Group g of the output is rows[:, :, g] · weight[g-th C_out/G rows].flatten(1)ᵀ.
     """
     patches = input_patches(layer, x)
-    return patches.reshape(len(x), -1, groups_of(layer), columns_of(layer))
+    return patches.reshape(len(x), -1, layer.groups, columns_of(layer))
 
 
 def _padding(padding: tuple[int, ...] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
@@ -101,7 +96,7 @@ class InputMoments:
         cross: bool = True,
     ) -> None:
         self.layer, self.samples, self.most_rows = layer, samples, most_rows
-        groups, columns = groups_of(layer), columns_of(layer)
+        groups, columns = layer.groups, columns_of(layer)
         self._sums = [self._zeros(groups, columns) for _ in range(2)]
         self._inputs = self._zeros(groups, columns, columns) if second else None
         self._cross = self._zeros(groups, columns, columns) if second and cross else None
@@ -139,7 +134,7 @@ class InputMoments:
     def _parts(self, x: Tensor, positions: int, every: int) -> Iterator[slice]:
         """Yield the samples whose rows are copied together."""
         rows = -(-positions // every)
-        one = rows * groups_of(self.layer) * columns_of(self.layer) * max(x.element_size(), torch.float32.itemsize)
+        one = rows * self.layer.groups * columns_of(self.layer) * max(x.element_size(), torch.float32.itemsize)
         size = max(1, PATCH_BYTES // max(1, one))
         for start in range(0, len(x), size):
             yield slice(start, min(start + size, len(x)))
@@ -157,7 +152,7 @@ class InputMoments:
             position = torch.arange(math.prod(positions), device=patches.device)
             chosen = (sample[:, None] + position) % every == 0
             patches = patches[chosen.view(count, *positions)]
-        return patches.reshape(-1, groups_of(self.layer), columns_of(self.layer)).transpose(0, 1)
+        return patches.reshape(-1, self.layer.groups, columns_of(self.layer)).transpose(0, 1)
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

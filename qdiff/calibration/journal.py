@@ -15,7 +15,8 @@ from qdiff.io.tensor_files import check_finite
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import Quantizer
 
-BIAS = "quantized_bias"  # in a unit's file, of the layers whose bias was corrected
+# In a unit's file, of the layers whose bias was corrected, and of those that scale their input.
+BIAS, SCALE = "quantized_bias", "input_scale"
 
 
 class CalibrationJournal:
@@ -99,23 +100,29 @@ def _quantizer_state(module: nn.Module) -> dict[str, Tensor]:
                 state[f"{name}.weight_int"] = part.weight_int.cpu()
             if part.float_bias is not None:
                 state[f"{name}.{BIAS}"] = part.bias.detach().cpu()
+            if part.input_scale is not None:
+                state[f"{name}.{SCALE}"] = part.input_scale.cpu()
     return state
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor]) -> None:
-    layers = {
-        f"{name}.{BIAS}": part for name, part in module.named_modules() if getattr(part, "bias", None) is not None
-    }
-    corrected = {name: state.pop(name) for name in list(state) if name.endswith(f".{BIAS}")}
-    expected = {k: v for k, v in _quantizer_state(module).items() if k not in layers}
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()} or any(
-        layers[name].bias.shape != bias.shape for name, bias in corrected.items()
+    layers = {name: part for name, part in module.named_modules() if isinstance(part, QuantModule)}
+    biases, scales = (
+        {name: state.pop(f"{name}.{kind}") for name in layers if f"{name}.{kind}" in state} for kind in (BIAS, SCALE)
+    )
+    expected = {k: v for k, v in _quantizer_state(module).items() if not k.endswith((f".{BIAS}", f".{SCALE}"))}
+    if (
+        {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in expected.items()}
+        or any(layers[name].bias is None or layers[name].bias.shape != bias.shape for name, bias in biases.items())
+        or any(scale.shape != (layers[name].in_channels,) for name, scale in scales.items())
     ):
         raise ValueError("its tensors do not belong to this unit")  # checked before any is copied
     for name, part in module.named_modules():
         if isinstance(part, Quantizer):
             part.load_state_dict({k: state[f"{name}.{k}"] for k in part.state_dict()})
-        elif isinstance(part, QuantModule) and len(part.weight_quantizers):
-            part.set_weight_int(state[f"{name}.weight_int"])
-    for name, bias in corrected.items():
-        layers[name].set_quantized_bias(bias.to(layers[name].bias))
+    for name, layer in layers.items():
+        layer.set_input_scale(scales.get(name))
+        if len(layer.weight_quantizers):
+            layer.set_weight_int(state[f"{name}.weight_int"])
+        if name in biases:
+            layer.set_quantized_bias(biases[name].to(layer.bias))

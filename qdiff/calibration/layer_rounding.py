@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, Target, round_matrix
-from qdiff.calibration.input_moments import PATCH_BYTES, InputMoments, columns_of, groups_of
+from qdiff.calibration.input_moments import PATCH_BYTES, InputMoments, columns_of
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.unit_inputs import UnitInputs
 from qdiff.calibration.walk import Walker
@@ -68,7 +68,7 @@ class ColumnRounding:
 def rounding_bytes(qnn: QuantModel) -> int:
     """Return an upper bound of what rounding the largest layer holds besides its weights."""
     squares = (
-        (groups_of(layer) * 4 + MATRICES) * columns_of(layer) ** 2
+        (layer.groups * 4 + MATRICES) * columns_of(layer) ** 2
         for layer in qnn.layers().values()
         if len(layer.weight_quantizers)
     )
@@ -104,7 +104,7 @@ def round_layer(name: str, layer: QuantModule, moments: InputMoments, settings: 
     if not torch.isfinite(inputs).all() or (cross is not None and not torch.isfinite(cross).all()):
         raise UserError(f"the inputs of {name} are not finite on the calibration set; check the float weights")
     groups = len(inputs)
-    tensors = (layer.float_weight(), *layer.weight_grid())
+    tensors = (layer.weight_to_quantize(), *layer.weight_grid())
     matrices = (t.expand_as(layer.weight).flatten(1).chunk(groups) for t in tensors)
     integers = []
     try:

@@ -125,7 +125,7 @@ def optimise(
     with torch.enable_grad(), contextlib.ExitStack() as stack:
         dropping = stack.enter_context(Dropping(unit.module, drop, generator, device)) if drop > 0 else None
         layers = LayerErrors(unit.module) if settings.layer_weight > 0 else None
-        batches = torch.stack(list(islice(_batches(len(unit.target), settings.batch_size, generator), iterations)))
+        batches = random_batches(len(unit.target), settings.batch_size, iterations, generator)
         counts, inputs_count = feeding.pass_counts(batches.shape[1]), len(unit.inputs)
         float_inputs = unit.float_inputs if dropping is not None or layers is not None else ()
         weights = () if unit.weights is None else (unit.weights,)
@@ -161,9 +161,12 @@ def optimise(
     return float(torch.stack(tail).mean()) if tail else float("nan")
 
 
+def random_batches(count: int, size: int, iterations: int, generator: torch.Generator) -> Tensor:
+    """Return random rows [iterations, size]; each epoch uses every sample once, and a batch may span two epochs."""
+    return torch.stack(list(islice(_batches(count, min(size, count), generator), iterations)))
+
+
 def _batches(count: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield random row indices; each epoch uses every sample once, and a batch may span two epochs."""
-    size = min(size, count)
     order = torch.empty(0, dtype=torch.long)
     while True:
         while len(order) < size:

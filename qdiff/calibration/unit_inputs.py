@@ -96,7 +96,8 @@ class UnitInputs:
         for batch, rows in enumerate(self._rows):
             pairs = zip(self._loaded(in_float, batch), self._loaded(quantized, batch), strict=True)
             for x, x_hat in pairs:
-                moments.add(x, layer.quantized_input(x_hat) if quantizes else x_hat, first)
+                x_hat = layer.quantized_input(x_hat) if quantizes else layer.scaled_input(x_hat)
+                moments.add(layer.scaled_input(x), x_hat, first)
             first += len(rows)
         return moments
 

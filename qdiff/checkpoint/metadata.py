@@ -19,6 +19,7 @@ from qdiff.io.tensor_files import is_pickle
 from qdiff.ranges.estimators import RangeMethod
 
 FORMAT, FIRST_FORMAT = "qdiff-2", "qdiff-1"
+SCALED_FORMAT = "qdiff-3"  # as FORMAT, but layers scale their inputs, which readers of FORMAT would not do
 CHECKSUM, TEXTS = "checksum", "metadata"
 _TEXTS = ("format", "config", "layout", "notes")
 # Config fields that must be equal in a file and in a run, and the option that sets each.
@@ -111,7 +112,7 @@ def read_config(path: Path) -> QuantConfig:
 
 
 def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
-    if metadata.get("format") not in (FORMAT, FIRST_FORMAT):
+    if metadata.get("format") not in (FORMAT, FIRST_FORMAT, SCALED_FORMAT):
         found = metadata.get("format", "none")
         raise UserError(f"{path} is no native quantized checkpoint (format {found}, not {FORMAT}); give another file")
     try:

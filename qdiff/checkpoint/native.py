@@ -11,7 +11,9 @@ Tensors, each the concatenation over all layers in name order:
                           quarter; in networks of two million weights these floats are a tenth of the file;
     ``act_delta``         float32, ``act_zero_point`` int32;
     ``act_timesteps``     float32: the calibrated timesteps, ascending, if there are ranges per timestep. Each quantizer
-                          then has as many δ and zero points, in this order.
+                          then has as many δ and zero points, in this order;
+    ``input_scale``       uint8: the factors of all layers' input channels (1 where a layer has none), stored as
+                          ``float``; only in files of the format ``qdiff-3``, which older readers refuse.
 
 One tensor per layer would be neater, but each name costs about 100 bytes of header, more than many layers hold.
 Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
@@ -34,10 +36,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoint.input_scales import scales_by_layer, stored_scales
 from qdiff.checkpoint.metadata import (
     CHECKSUM,
     FIRST_FORMAT,
     FORMAT,
+    SCALED_FORMAT,
     check_checksum,
     check_metadata,
     checksum,
@@ -103,6 +107,7 @@ def content_hash(qnn: QuantModel) -> str:
     found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
     if qnn.act_timesteps is not None:
         found.update(qnn.act_timesteps.values.cpu().numpy())
+    found.update(_concatenated(stored_scales(_layers(qnn)), torch.float32).numpy())
     return found.hexdigest()[:16]
 
 
@@ -126,8 +131,10 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
         tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
     if qnn.act_timesteps is not None:
         tensors["act_timesteps"] = qnn.act_timesteps.values.cpu()
+    if scales := stored_scales(_layers(qnn)):
+        tensors["input_scale"] = deflate_floats(_concatenated(scales, torch.float32))
     metadata = {
-        "format": FORMAT,
+        "format": SCALED_FORMAT if scales else FORMAT,
         "config": json.dumps(qnn.config.to_dict(), separators=(",", ":")),
         "layout": layout(qnn),
         "notes": json.dumps(notes, separators=(",", ":")),
@@ -179,12 +186,14 @@ class _Contents:
         plain: parameters that are neither layer weights nor step sizes.
         ranges: quantizers, each with its δ and z from the file.
         timesteps: [T], of ranges per timestep; None without such ranges.
+        scales: of the input channels, by layer; empty if no layer has any.
     """
 
     weights: dict[str, Tensor]
     plain: dict[str, Tensor]
     ranges: list[tuple[Quantizer, Tensor, Tensor]]
     timesteps: Tensor | None
+    scales: dict[str, Tensor]
 
     @torch.no_grad()
     def take_small_ones(self, qnn: QuantModel) -> None:
@@ -202,6 +211,8 @@ class _Contents:
             qnn.act_timesteps.set(self.timesteps)
         for quantizer, delta, zero_point in self.ranges:
             quantizer.set(delta, zero_point)
+        for name, layer in qnn.layers().items():
+            layer.set_input_scale(self.scales.get(name))
 
 
 def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
@@ -229,13 +240,15 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
                 raise ValueError("step sizes or zero points are out of range")
+        scaled = metadata["format"] == SCALED_FORMAT
+        scales = scales_by_layer(_layers(qnn), tensors["input_scale"]) if scaled else {}
         for (name, layer), size in zip(_stored_layers(qnn).items(), _weight_sizes(qnn), strict=True):
             if weights[name].numel() != size:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
-    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, timesteps)
+    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, timesteps, scales)
 
 
 def _timesteps(tensors: Mapping[str, Tensor]) -> Tensor:

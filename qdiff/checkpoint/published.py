@@ -20,6 +20,7 @@ from qdiff.config import ActRanges
 from qdiff.errors import UserError
 from qdiff.functional import dequantize, max_level
 from qdiff.io.tensor_files import check_finite, unwrapped
+from qdiff.modes import scaled_layers
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
@@ -107,6 +108,7 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
             quantizer.set(*values[prefix])
         for name, layer in qnn.layers().items():
             layer.float_bias = None  # the file's bias is the only one it has
+            layer.set_input_scale(None)
             layer.set_weight_int(integers[name])
 
 
@@ -212,8 +214,8 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     levels of that code, which cannot express the unsigned one.
 
     Raises:
-        UserError: weights stay in float, ranges are per timestep, or the float weights were released or are not those
-            that were quantized (a native file does not hold them).
+        UserError: weights stay in float, ranges are per timestep, inputs are scaled, or the float weights were released
+            or are not those that were quantized (a native file does not hold them).
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
@@ -225,6 +227,11 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     if qnn.config.layer_bits:
         named = ", ".join(f"{name}={bits}" for name, bits in qnn.config.layer_bits[:3])
         raise UserError(f"the published format has one width for all layers ({named} differ); save the native format")
+    if scaled := scaled_layers(qnn.model):
+        raise UserError(
+            f"the published format has no factors of input channels ({scaled[0]} has some, from --scaling); save the "
+            "native format, or calibrate without --scaling"
+        )
     if any(layer.form is WeightForm.RELEASED for layer in qnn.layers().values()):
         raise UserError(
             "the published format needs the float weights, which this network has released; save it before "

@@ -145,6 +145,8 @@ def _layer_costs(name: str, layer: nn.Module, macs: int, inputs: int, outputs: i
         own_bias = bias if i == 0 else 0
         size = packed_bytes(count, weight_bits) if weights else count * FLOAT_BYTES
         size += own_bias * FLOAT_BYTES + _act_range_bytes(acts[j] for j in group if acts)
+        if i == 0 and isinstance(layer, QuantModule) and layer.input_scale is not None:
+            size += layer.input_scale.numel() * FLOAT_BYTES
         for quantizer in (weights[j] for j in group if weights):
             size += quantizer.delta.numel() * FLOAT_BYTES + _weight_zero_point_bytes(quantizer)
         label = name if len(groups) == 1 else f"{name}[{i}]"

@@ -50,6 +50,10 @@ class OnnxLayer(nn.Module):
         if any(isinstance(q, DynamicActQuantizer) for q in (*layer.act_quantizers, *layer.first_quantizers)):
             layer.assert_multiplies_integers(name)
         quantizes_weight = len(layer.weight_quantizers) > 0
+        scale = layer.input_scale if quantizes_weight or len(layer.act_quantizers) else None
+        if scale is not None:  # in the shape that multiplies an input
+            scale = scale.float().view(-1, *[1] * (0 if self.geometry is None else len(self.geometry.stride)))
+        self.register_buffer("input_scale", scale)
         self.ranges, self.first_ranges = (
             nn.ModuleList(onnx_range(q, in_bytes=quantizes_weight) for q in quantizers)
             for quantizers in (layer.act_quantizers, layer.first_quantizers)
@@ -60,9 +64,11 @@ class OnnxLayer(nn.Module):
             for part, q in zip(parts, layer.weight_quantizers, strict=True):
                 self.slices.append(_WeightSlice(part, q.delta, q.zero_point))
         else:
-            self.weight = layer.float_weight()
+            self.weight = layer.float_weight() if scale is None else layer.weight_to_quantize()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_scale is not None:
+            x = x * self.input_scale
         if self.memory is None:
             return self._product(self._quantized(x, self.ranges), self.bias)
         if self.memory.is_empty:  # the first step has no change to quantize

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qdiff.deploy.weight_format import DEQUANTIZED, Encoding, WriteOptions, Written
 from qdiff.errors import UserError, first_few
 from qdiff.kernels.packed_weight import PackedWeight
+from qdiff.modes import scaled_layers
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer
@@ -106,12 +107,17 @@ def plan_weights(
         encoding_of: returns the encoding that suits a layer's width.
 
     Raises:
-        UserError: the weights are not quantized; a layer does not fit and the options do not let it be dequantized; or
-            no layer would be stored as integers.
+        UserError: the weights are not quantized; inputs are scaled; a layer does not fit and the options do not let it
+            be dequantized; or no layer would be stored as integers.
     """
     if qnn.config.weight_bits is None:
         raise UserError(f"the weights of this network have no width, and {title} is for quantized ones; give it one")
     qnn.assert_initialised(weights=True, activations=False)
+    if scaled := scaled_layers(qnn.model):
+        raise UserError(
+            f"{scaled[0]} multiplies its input's channels by factors (--scaling), for which {title} has no place; "
+            "calibrate without --scaling"
+        )
     layers = layers_by_every_name(qnn)
     if unknown := [name for name in options.as_floats if name not in layers]:
         raise UserError(f"--as_floats names {unknown[0]}, which is not a quantized layer; give names of its layers")

@@ -18,7 +18,7 @@ from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.io.tensor_layout import NetworkLayout
 from qdiff.kernels.packing import pack
-from qdiff.modes import quantized_layers
+from qdiff.modes import quantized_layers, scaled_layers
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -58,6 +58,11 @@ def quantization_of(qnn: QuantModel, layout: NetworkLayout, notes: dict[str, Any
         UserError: a network quantized so cannot be a component of a pipeline.
     """
     check_convertible(qnn.config)
+    if scaled := scaled_layers(qnn.model):
+        raise UserError(
+            f"{scaled[0]} multiplies its input's channels by factors (--scaling), for which a pipeline's component has "
+            "no place; give a checkpoint that was made without --scaling"
+        )
     theirs = {pair.ours: pair.theirs for pair in layout.layers}
     cores = {n: t for n, t in layout.attentions.items() if _is_quantized_attention(qnn.model.get_submodule(n))}
     return QDiffConfig(
