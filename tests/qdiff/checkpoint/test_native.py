@@ -200,8 +200,8 @@ def test_a_damaged_file_of_the_first_version(tensor, how, first, tmp_path):
 def test_a_later_version_is_refused(wrap, calibrated, tmp_path):
     path = tmp_path / "q"
     save_checkpoint(calibrated(weight_bits=4), path)
-    save_file(load_file(path), path, metadata={**read_metadata(path), "format": "qdiff-3"})
-    with pytest.raises(UserError, match=r"format qdiff-3, not qdiff-2"):
+    save_file(load_file(path), path, metadata={**read_metadata(path), "format": "qdiff-4"})
+    with pytest.raises(UserError, match=r"format qdiff-4, not qdiff-2"):
         load_checkpoint(wrap(weight_bits=4), path)
 
 
