@@ -31,6 +31,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "pillow>=10.0",
     ],
     extras_require={
