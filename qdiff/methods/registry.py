@@ -11,11 +11,13 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule
+from qdiff.config import ActRanges
 from qdiff.errors import UserError
-from qdiff.methods import eda_dm, gptq, linear, ptq4dm, qdiffusion
+from qdiff.methods import dmq, eda_dm, gptq, linear, ptq4dm, qdiffusion
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
@@ -41,6 +43,8 @@ class Method:
         ranges: how the first ranges are found; None takes the script's default.
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
+        act_ranges: what shares one range of an activation, where no option says it.
+        scaling: how layers get factors of their input's channels before anything is quantized.
     """
 
     name: str
@@ -51,6 +55,8 @@ class Method:
     scripts: Scripts = Scripts.Q_DIFFUSION
     ranges: str | None = None
     draws: Schedule | None = None
+    act_ranges: ActRanges = ActRanges.SHARED
+    scaling: InputScaling = field(default_factory=InputScaling)
 
     @property
     def learns(self) -> bool:
@@ -117,6 +123,16 @@ _ROWS = (
             "gptq_rows": "most_rows",
             "bias_correction": "bias_correction",
         },
+    ),
+    Method(
+        "dmq",
+        "DMQ",
+        dmq.calibrate,
+        dmq.DmqConfig,
+        _Q_DIFFUSION,
+        ranges=RangeMethod.AVERAGE,
+        act_ranges=ActRanges.TIMESTEP,
+        scaling=InputScaling(Scaling.LEARNED),
     ),
 )
 DEFAULT = "qdiff"

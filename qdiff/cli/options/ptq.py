@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.timesteps import Draw
-from qdiff.cli.options import eda_dm, gptq, modiff
+from qdiff.cli.options import eda_dm, gptq, modiff, scaling
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import ActRanges, QuantConfig
@@ -39,6 +40,7 @@ class PtqPlan:
         memory_budget: GiB of RAM for activations; None has no limit.
         seed: seed of the calibration; None takes the run's.
         changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
+        scaling: how layers get their input scales.
     """
 
     method: str
@@ -53,6 +55,7 @@ class PtqPlan:
     draw: Draw | None = None
     seed: int | None = None
     changes: ChangesConfig | None = None
+    scaling: InputScaling = field(default_factory=InputScaling)
 
     @property
     def name(self) -> str:
@@ -73,6 +76,8 @@ class PtqPlan:
         # Entries that came later are left out at their defaults, so that runs from before can be continued.
         if self.changes is None:
             del values["changes"]
+        if self.scaling.kind is Scaling.NONE:
+            del values["scaling"]
         for name, default in _LATER.items():
             if values["recipe"] is not None and values["recipe"].get(name) == default and self.method != "gptq":
                 del values["recipe"][name]
@@ -90,6 +95,7 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
     eda_dm.add_eda_dm_options(parser)
     modiff.add_modiff_options(parser)
     gptq.add_gptq_options(parser)
+    scaling.add_scaling_options(parser)
 
 
 def ignored_options(args: Namespace) -> list[str]:
@@ -114,6 +120,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *modiff.QUANTIZING,
         *eda_dm.IMPLYING,
         *gptq.QUANTIZING,
+        *scaling.QUANTIZING,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -166,7 +173,7 @@ def resolve_ptq(
         modulate=modulate,
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
-        act_ranges=args.act_ranges or ActRanges.SHARED,
+        act_ranges=args.act_ranges or _act_ranges(args, method, modulate),
         layer_bits=read_layer_bits(args.layer_bits),
     )
     action = _action(args, method, quant)
@@ -198,7 +205,14 @@ def resolve_ptq(
         draw=draw,
         seed=args.cali_seed,
         changes=changes,
+        scaling=scaling.resolve_scaling(args, method, action),
     )
+
+
+def _act_ranges(args: Namespace, method: Method, modulate: bool) -> ActRanges:
+    """Return what shares a range if no option says it: as the method has it, where it sets ranges of activations."""
+    sets = args.quant_act and not modulate and args.quant_mode != "dynamic"
+    return method.act_ranges if sets else ActRanges.SHARED
 
 
 def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
