@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.input_scales import InputScaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
+from qdiff.calibration.scaling import set_input_scales
 from qdiff.calibration.timesteps import evenly_spaced
 from qdiff.errors import UserError
 from qdiff.methods.registry import DEFAULT, Method, find_method
@@ -61,6 +63,7 @@ def calibrate(
     *,
     seed: int = 0,
     run: CalibrationRun | None = None,
+    scaling: InputScaling | None = None,
 ) -> dict[str, float]:
     """Set all quantizers of a network, in place.
 
@@ -71,6 +74,8 @@ def calibrate(
         config: the method's settings, an instance of its config class; None takes the paper's values.
         seed: seed of the calibration.
         run: memory, journal, progress and seed; None keeps all activations in memory and shows a progress bar.
+        scaling: how layers get factors of their input's channels before anything is quantized; None does as the method
+            does (only DMQ scales).
 
     Returns:
         The final reconstruction error of every fitted unit, by its name.
@@ -80,6 +85,8 @@ def calibrate(
     """
     row, config = method_and_config(method, config)
     run = run or CalibrationRun(seed)
+    if run.weights:
+        set_input_scales(qnn, data, row.scaling if scaling is None else scaling, run)
     row.calibrate(qnn, data, config, run)
     return run.errors
 

@@ -95,9 +95,10 @@ class Phase:
         name: names the journal's files.
         number: distinguishes the phase's random generators from those of other phases.
         iterations: iterations per unit, for the progress bar.
-        activations: quantize activations as well as weights when computing a unit's inputs.
+        activations: quantize activations when computing a unit's inputs.
         has_work: whether a module has anything to fit.
         label: prefix of the names of the phase's units.
+        weights: quantize weights when computing a unit's inputs; without either, these are the float network's.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Phase:
     activations: bool
     has_work: Callable[[nn.Module], bool] = lambda module: True
     label: str = ""
+    weights: bool = True
 
 
 class OpenUnit:
@@ -184,7 +186,7 @@ def units_to_fit(
         inputs: inputs of the network for all samples.
     """
     walker = run.walker(qnn, inputs)
-    steps = walk(network, inputs, walker, weights=True, activations=phase.activations)
+    steps = walk(network, inputs, walker, weights=phase.weights, activations=phase.activations)
     for index, _, unit, state in steps:
         bar.set_postfix_str(f"{phase.name} of {unit.name}" if phase.label else unit.name, refresh=False)
         before, journal = bar.n, run.journal

@@ -59,6 +59,24 @@ class UnitInputs:
         """Whether a leaf is called several times per forward, so that others may run between its calls."""
         return any(len(calls) > 1 for batches in self._float.values() for calls in batches)
 
+    def float_inputs(self, layer: QuantModule) -> tuple[Tensor, Tensor]:
+        """Return what a layer takes in the float network [M, …], stored, and the sample of each of its rows [M].
+
+        Where its calls have several shapes, those of the first one's are returned.
+        """
+        shape = self._float[layer][0][0].shape[1:]
+        found = [
+            (x, rows)
+            for taken, rows in zip(self._float[layer], self._rows, strict=True)
+            for x in taken
+            if x.shape[1:] == shape
+        ]
+        inputs = self.walker.storage.empty((sum(len(x) for x, _ in found), *shape), found[0][0].dtype)
+        torch.cat([x for x, _ in found], out=inputs)
+        # Rows of a sample follow one another.
+        samples = [rows[torch.arange(len(x), device=rows.device) * len(rows) // len(x)] for x, rows in found]
+        return inputs, torch.cat(samples)
+
     @torch.no_grad()
     def observe(self, leaf: nn.Module) -> None:
         """Choose the ranges of a leaf's activation quantizers from what it takes in the quantized network.

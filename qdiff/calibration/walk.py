@@ -104,7 +104,7 @@ def walk(
     float and one quantized forward pass.
 
     Args:
-        weights, activations: what is quantized in the advancing quantized state.
+        weights, activations: what is quantized in the advancing quantized state; without either, it is the float one.
 
     Yields:
         index, step, unit, and the quantized state before the step. The unit is emptied when the walk continues.
@@ -113,16 +113,17 @@ def walk(
     with torch.no_grad():
         float_state = network.start(*inputs)
         quant_state = network.start(*inputs)
+    in_float = not (weights or activations)
     for index, step in enumerate(network.steps()):
         float_inputs = walker.step_inputs(step, float_state)
         with leaf_modes([step.module], weights=False, activations=False):
             target = walker.run(step.module, float_inputs)
-        quant_inputs = walker.step_inputs(step, quant_state)
+        quant_inputs = float_inputs if in_float else walker.step_inputs(step, quant_state)
         unit = Unit(step.name, step.module, quant_inputs, target, float_inputs, timesteps=walker.timesteps)
         if step.is_unit:
             yield index, step, unit, quant_state
         with leaf_modes([step.module], weights=weights, activations=activations):
-            output = walker.run(step.module, quant_inputs)
+            output = target if in_float else walker.run(step.module, quant_inputs)
         if unit.on_advance is not None:
             unit.on_advance(output)
         step.output(float_state, target)

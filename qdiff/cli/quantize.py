@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qdiff.api import calibrate
 from qdiff.calibration.footprint import measure_footprint
+from qdiff.calibration.input_scales import Scaling
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.layer_rounding import rounding_bytes
 from qdiff.calibration.memory_plan import MemoryUse, plan_memory
@@ -158,7 +159,9 @@ class Quantization:
         batch_size = getattr(recipe, "batch_size", 1)
         rounding = 0
         if getattr(recipe, "rounds_columns", False):
-            rounding, footprint = rounding_bytes(self.qnn), footprint.with_layer_inputs
+            rounding = rounding_bytes(self.qnn)
+        if rounding or plan.scaling.kind not in (Scaling.NONE, Scaling.DILATE):
+            footprint = footprint.with_layer_inputs
         return plan_memory(self.qnn, footprint, samples, batch_size, budget, rounding)
 
     def _zeros(self, shapes: list[tuple[int, ...]]) -> tuple[torch.Tensor, ...]:
@@ -180,7 +183,7 @@ class Quantization:
         log.info("calibrating with %s on %d samples", plan.name, len(self.data))
         with run.timed("calibration"):
             if weights or plan.changes is None:
-                calibrate(self.qnn, self.data, plan.method, plan.recipe, run=calibration)
+                calibrate(self.qnn, self.data, plan.method, plan.recipe, run=calibration, scaling=plan.scaling)
             if plan.changes is not None:
                 modiff.calibrate_changes(self.qnn, self.pairs, plan.changes, calibration)
         run.manifest.estimated_peak_bytes = memory.peak

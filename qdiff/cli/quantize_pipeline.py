@@ -6,11 +6,13 @@ import logging
 from argparse import Namespace
 from pathlib import Path
 
+from qdiff.calibration.input_scales import Scaling
 from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.processes import choose_device
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.sample import SampleCommand
 from qdiff.diffusers_backend.pipeline import DiffusersPipeline
+from qdiff.diffusers_backend.refusals import NO_SCALES
 from qdiff.errors import UserError
 from qdiff.methods.registry import find_method
 
@@ -36,6 +38,8 @@ class QuantizePipelineCommand(SampleCommand):
         super().__init__(script, pipeline, args)
         if self.plan.quant.modulate:
             raise UserError("a pipeline's loop opens no trajectory for modulation; leave out --modulate")
+        if self.plan.scaling.kind is not Scaling.NONE:
+            raise UserError(f"{NO_SCALES}; give --scaling none")
 
     def run(self) -> None:
         """Calibrate in the run folder, or read what is finished there, and write the pipeline to ``--out``."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qdiff.config import FIRST, LAST, ActRanges, QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
+from qdiff.diffusers_backend.refusals import NO_SCALES
 from qdiff.errors import UserError
 from qdiff.functional import max_level
 from qdiff.io.tensor_layout import NetworkLayout
@@ -58,11 +59,8 @@ def quantization_of(qnn: QuantModel, layout: NetworkLayout, notes: dict[str, Any
         UserError: a network quantized so cannot be a component of a pipeline.
     """
     check_convertible(qnn.config)
-    if scaled := scaled_layers(qnn.model):
-        raise UserError(
-            f"{scaled[0]} multiplies its input's channels by factors (--scaling), for which a pipeline's component has "
-            "no place; give a checkpoint that was made without --scaling"
-        )
+    if scaled_layers(qnn.model):
+        raise UserError(f"{NO_SCALES}; give a checkpoint that was made without --scaling")
     theirs = {pair.ours: pair.theirs for pair in layout.layers}
     cores = {n: t for n, t in layout.attentions.items() if _is_quantized_attention(qnn.model.get_submodule(n))}
     return QDiffConfig(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.api import calibrate, method_and_config
+from qdiff.calibration.input_scales import Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.config import QuantConfig
@@ -21,7 +22,7 @@ from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser, listen
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 from qdiff.diffusers_backend.recording import check_options, record_pipeline
-from qdiff.diffusers_backend.refusals import check_is_plain, refuse_changes
+from qdiff.diffusers_backend.refusals import NO_SCALES, check_is_plain, refuse_changes
 from qdiff.diffusers_backend.structure import (
     check_rebuilds,
     ends_of,
@@ -84,6 +85,8 @@ def quantize_pipeline(
             anything is sampled.
     """
     row, settings = method_and_config(method, settings)
+    if row.scaling.kind is not Scaling.NONE:
+        raise UserError(f"{NO_SCALES}, and {row.title} begins with them; choose another method")
     require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     name, network = find_denoiser(pipe, component)
     _check_network(name, network, config)

@@ -15,6 +15,7 @@ _LORA = (
     "a LoRA cannot be added to quantized weights; fuse it into the float pipeline (pipe.fuse_lora(), "
     "pipe.unload_lora_weights()) and quantize that"
 )
+NO_SCALES = "a pipeline's component has no place for factors of its layers' input channels"
 _FUSING = "the projections of quantized attention stay as they are; fuse or unfuse them in the float pipeline"
 _REFUSED = {
     "load_lora_adapter": _LORA,

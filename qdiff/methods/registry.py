@@ -11,12 +11,13 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
-from qdiff.methods import eda_dm, gptq, grip, linear, ptq4dm, qdiffusion, tfmq_dm
+from qdiff.methods import dmq, eda_dm, gptq, grip, linear, ptq4dm, qdiffusion, tfmq_dm
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
@@ -42,6 +43,7 @@ class Method:
         quant: fields of `QuantConfig` that the method sets where nothing else is asked for.
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
+        scaling: how layers get factors of their input's channels before anything is quantized.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Method:
     scripts: Scripts = Scripts.Q_DIFFUSION
     quant: Mapping[str, Any] = field(default_factory=dict)
     draws: Schedule | None = None
+    scaling: InputScaling = field(default_factory=InputScaling)
 
     @property
     def learns(self) -> bool:
@@ -136,6 +139,19 @@ _ROWS = (
             "act_range": RangeMethod.AVERAGE,
             "act_ranges": ActRanges.TIMESTEP,
         },
+    ),
+    Method(
+        "dmq",
+        "DMQ",
+        dmq.calibrate,
+        dmq.DmqConfig,
+        _Q_DIFFUSION,
+        quant={
+            "weight_range": RangeMethod.MSE,
+            "act_range": RangeMethod.AVERAGE,
+            "act_ranges": ActRanges.TIMESTEP,
+        },
+        scaling=InputScaling(Scaling.LEARNED),
     ),
     Method("grip", "GRIP", grip.calibrate, grip.GripConfig, grip.OPTIONS, quant=grip.QUANT),
 )

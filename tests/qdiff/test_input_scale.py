@@ -117,6 +117,16 @@ def test_scales_of_one_change_nothing_to_the_bit(name):
     assert torch.equal(quantized(layer, x), wanted)
 
 
+def test_a_scaled_layer_does_not_wait_for_the_gpu(cuda, relative):
+    layer, x = layer_of("split")
+    wanted = quantized(layer, x)
+    layer, x = layer.to("cuda"), x.to("cuda")
+    with torch.no_grad(), leaf_modes([layer], weights=True, activations=True), cuda.counting() as counts:
+        found = layer(x)
+    assert not counts.waits
+    assert relative(found.cpu(), wanted) < SUM_TOLERANCE
+
+
 def test_what_is_no_scale_is_refused():
     layer, _ = layer_of("conv2d")
     for wrong in (torch.ones(5), torch.tensor([1.0, 0, 1, 1, 1, 1]), torch.tensor([1.0, torch.inf, 1, 1, 1, 1])):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.mixed_precision import MixedPrecision
 from qdiff.calibration.timesteps import Draw
-from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, tfmq_dm
+from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, scaling, tfmq_dm
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.config import QuantConfig
@@ -43,6 +44,7 @@ class PtqPlan:
         seed: seed of the calibration; None takes the run's.
         changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
         mixed: how widths of layers are chosen before calibrating (`qdiff.cli.mixed_precision`); None if they are not.
+        scaling: how layers get their input scales.
     """
 
     method: str
@@ -58,6 +60,7 @@ class PtqPlan:
     seed: int | None = None
     changes: ChangesConfig | None = None
     mixed: MixedPrecision | None = None
+    scaling: InputScaling = field(default_factory=InputScaling)
 
     @property
     def name(self) -> str:
@@ -79,6 +82,8 @@ class PtqPlan:
         for name in ("changes", "mixed"):
             if values[name] is None:
                 del values[name]
+        if self.scaling.kind is Scaling.NONE:
+            del values["scaling"]
         for name, default in _LATER.items():
             recipe = values["recipe"] or {}
             if recipe.get(name, not default) == default and name not in _FROM_THE_FIRST.get(self.method, ()):
@@ -98,6 +103,7 @@ def add_ptq_options(parser: argparse.ArgumentParser, resume: bool = True) -> Non
     modiff.add_modiff_options(parser)
     gptq.add_gptq_options(parser)
     tfmq_dm.add_tfmq_dm_options(parser)
+    scaling.add_scaling_options(parser)
 
 
 def ignored_options(args: Namespace) -> list[str]:
@@ -124,6 +130,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *gptq.QUANTIZING,
         *tfmq_dm.OPTIONS,
         *mixed_precision.OPTIONS,
+        *scaling.QUANTIZING,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -208,6 +215,7 @@ def resolve_ptq(
         seed=args.cali_seed,
         changes=changes,
         mixed=mixed_precision.resolve_mixed_precision(args, quant, action),
+        scaling=scaling.resolve_scaling(args, method, action),
     )
 
 
