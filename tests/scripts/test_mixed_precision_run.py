@@ -6,6 +6,7 @@ import json
 
 import pytest
 from run_checks import succeeded
+from safetensors.torch import load_file
 
 from qdiff.calibration import sensitivity
 from qdiff.cli import mixed_precision
@@ -108,8 +109,12 @@ def test_images_are_compared_if_asked(call, tiny, tmp_path, monkeypatch):
         compared.append(float((images == float_images).float().mean()))
         return compared[-1]
 
-    words = (*tiny.options, *SAMPLER, *PTQ, "--target_bits", 6, "--candidate_bits", "2,8", "--sensitivity", "ssim")
-    words = (*words, "--sensitivity_samples", 3)
+    layers = [name for name, tensor in load_file(tiny.weights).items() if tensor.dim() > 1]
+    (tmp_path / "widths.yaml").write_text(
+        "".join(f"{n.removesuffix('.weight')}: W8\n" for n in layers[6:])
+    )  # 6 are left
+    words = (*tiny.options, *SAMPLER, *PTQ, "--target_bits", 7.99, "--candidate_bits", "2,8", "--sensitivity", "ssim")
+    words = (*words, "--sensitivity_samples", 3, "--layer_bits", tmp_path / "widths.yaml")
     assert "too small for SSIM" in refused(call(SCRIPT, *words, "-l", tmp_path / "small"))
     monkeypatch.setattr(mixed_precision, "mean_ssim", alike)
     succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
@@ -117,7 +122,7 @@ def test_images_are_compared_if_asked(call, tiny, tmp_path, monkeypatch):
     assert found["settings"]["measure"] == sensitivity.Measure.SSIM.value
     values = [value for widths in found["weights"].values() for value in widths.values()]
     assert sorted(values) == sorted(compared) and min(values) < max(values)
-    assert read(tmp_path / "run" / "widths.json")["mean_bits"] <= 6
+    assert len(values) == 12 and read(tmp_path / "run" / "widths.json")["mean_bits"] <= 7.99
 
 
 def test_without_ptq_it_has_no_effect(call, tiny, tmp_path):
