@@ -118,6 +118,10 @@ METHODS = {
         {"act_bits": 6, "keep_ends": True, "act_symmetric": True, "split_shortcut": True},
     ),
     "symmetric weights": ("church_w8a8", {"weight_symmetric": True, "act_bits": 8}),
+    "ends of their own": (
+        "imagenet_w4a8_split",
+        {"weight_bits": 4, "act_bits": 8, "split_shortcut": True, "layer_bits": {"first": "W32A16", "last": "W7A32"}},
+    ),
     "float weights": ("church_w8a8", {"weight_bits": None, "act_bits": 8}),
     "dynamic": ("sd_w4a8_sm16_split", {"act_bits": 8, "act_dynamic": True, "act_scale_per": "sample", "rest_bits": 6}),
     "dynamic, float attention": ("bedroom_w4a8", {"act_bits": 8, "act_dynamic": True, "act_scale_per": "channel"}),
@@ -182,6 +186,14 @@ def test_the_same_checkpoint_comes_back(name, tmp_path):
     list(quantized_layers(theirs).values())[-1].packed.stream[0] ^= 1
     wrong = native(back(golden, theirs, qnn.config), tmp_path)
     assert {key for key in expected if wrong[key] != expected[key]} == {"weight", "checksum"}
+
+
+def test_layers_with_other_names_are_refused():
+    golden = GoldenCase("bedroom_w4a8")
+    config = QuantConfig(4, layer_bits={"last": "W8", "input_blocks.0.0": "W8"})
+    qnn = ours_without_values(golden, config)
+    with pytest.raises(UserError, match=r"--layer_bits names input_blocks\.0\.0, which has another name"):
+        quantized_component(qnn, *class_and_arguments(golden), layout_of(golden.name), "x")
 
 
 def test_a_fused_layer_needs_one_range():
