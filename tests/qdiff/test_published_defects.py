@@ -108,7 +108,7 @@ def test_dropout_is_off_during_reconstruction(tiny_network, data):
 @pytest.mark.parametrize("recipe", [{}, {"running_stat_softmax_only": True}])
 def test_running_statistics_cover_attention_quantizers(wrap, data, monkeypatch, recipe):
     """Over three batches the average must have moved the ranges of q, k, v and the softmax output."""
-    monkeypatch.setattr(CalibrationRun, "walker", lambda run, qnn: Walker(run.storage, qnn.device, batch_size=4))
+    monkeypatch.setattr(CalibrationRun, "walker", lambda run, qnn, _: Walker(run.storage, qnn.device, batch_size=4))
     monkeypatch.setattr("qdiff.calibration.run.fit_unit", lambda *_: 0.0)
     deltas = []
     for running in (False, True):

@@ -230,7 +230,7 @@ def test_running_statistics_reach_every_quantizer(wrap, data, monkeypatch):
 def test_running_statistics_of_softmax_alone(wrap, data, monkeypatch):
     """All others keep the range of the first samples, as without the option."""
     # Three batches make an average.
-    monkeypatch.setattr(CalibrationRun, "walker", lambda run, qnn: Walker(run.storage, qnn.device, batch_size=4))
+    monkeypatch.setattr(CalibrationRun, "walker", lambda run, qnn, _: Walker(run.storage, qnn.device, batch_size=4))
     plain = observed_deltas(wrap, data, quick(range_samples=4), monkeypatch)
     running = {"range_samples": 4, "running_stat": True}
     both = observed_deltas(wrap, data, quick(**running, running_stat_softmax_only=True), monkeypatch)

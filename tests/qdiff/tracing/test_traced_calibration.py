@@ -17,8 +17,10 @@ from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.walk import walk
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.methods.dmq import DmqConfig
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.gptq import GptqConfig
+from qdiff.methods.grip import GripConfig
 from qdiff.methods.modiff import ChangesConfig, calibrate_changes
 from qdiff.methods.ptq4dm import Ptq4dmConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig, WeightObjective
@@ -38,6 +40,8 @@ SETTINGS = {
     "ptq4dm": [Ptq4dmConfig(**QUICK)],
     "eda-dm": [EdaDmConfig(**QUICK, layer_weight=0.5), EdaDmConfig(**QUICK, unit=UnitKind.LAYER)],
     "gptq": [GptqConfig(), GptqConfig(target="gptaq", bias_correction=False)],
+    "grip": [GripConfig()],
+    "dmq": [DmqConfig(**QUICK, act_iterations=3, lr_rounding=0.5)],
     "tfmq-dm": [TfmqDmConfig(**QUICK, lr_rounding=0.5, temporal_unit=False)],
 }
 CASES = [(method, settings) for method in METHODS for settings in SETTINGS[method]]
