@@ -25,6 +25,7 @@ class Measure(str, Enum):
     """What is compared with the float network's."""
 
     SQNR = "sqnr"  # ε, as the ratio of signal and quantization noise in dB
+    PROBE = "probe"  # likewise, estimated for all layers at once (`qdiff.calibration.probed_sensitivity`)
     SSIM = "ssim"  # images of the same noise
 
     def loss(self, value: float) -> float:
@@ -32,7 +33,7 @@ class Measure(str, Enum):
 
         Noise of several layers adds up as far as it is independent; decibels do not.
         """
-        return 10 ** (-value / 10) if self is Measure.SQNR else max(0.0, 1 - value)
+        return max(0.0, 1 - value) if self is Measure.SSIM else 10 ** (-value / 10)
 
 
 class Operand(str, Enum):
@@ -40,6 +41,15 @@ class Operand(str, Enum):
 
     WEIGHTS = "weights"
     ACTIVATIONS = "activations"
+
+
+def sqnr(signal: float, noise: float) -> float:
+    """Return the ratio of two sums of squares in dB: `SQNR_CAP` without noise, and -`SQNR_CAP` if it is not finite."""
+    if noise == 0:
+        return SQNR_CAP
+    if not (math.isfinite(noise) and signal > 0):
+        return -SQNR_CAP
+    return max(-SQNR_CAP, min(SQNR_CAP, 10 * (math.log10(signal) - math.log10(noise))))
 
 
 class OutputQuality:
@@ -57,14 +67,13 @@ class OutputQuality:
         self.batches = list(zip(*(part.to(device).split(batch_size) for part in inputs), strict=True))
         with torch.no_grad():
             self.wanted = [network(*batch).double() for batch in self.batches]
-        self._signal = sum(wanted.square().sum() for wanted in self.wanted)
+        self._signal = float(sum(wanted.square().sum() for wanted in self.wanted))
 
     @torch.no_grad()
     def __call__(self) -> float:
         """Return 10·log₁₀(Σ ε² / Σ (ε̂ − ε)²) of the network as it is now, in dB, at most `SQNR_CAP`."""
         noises = (self.network(*b).double() - w for b, w in zip(self.batches, self.wanted, strict=True))
-        ratio = float(self._signal / sum(noise.square().sum() for noise in noises))
-        return min(SQNR_CAP, 10 * math.log10(ratio)) if 0 < ratio < math.inf else SQNR_CAP if ratio > 0 else -SQNR_CAP
+        return sqnr(self._signal, float(sum(noise.square().sum() for noise in noises)))
 
 
 @torch.no_grad()

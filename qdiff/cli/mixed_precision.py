@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
+from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
 from qdiff.calibration.timesteps import evenly_spaced
@@ -35,6 +36,7 @@ from qdiff.pipeline import Pipeline
 log = logging.getLogger("qdiff")
 
 WIDTHS, SENSITIVITIES = "widths.json", "sensitivities.json"
+PROBE_BATCH = 32  # samples per backward pass
 DATA = "data"  # in the settings of sensitivities, the hash of the recording
 _OTHERS = "leave out --sensitivities, or choose another --logdir"
 
@@ -172,6 +174,9 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
     if not left:
         return
     log.info("measuring how sensitive the network is to %d operands of layers", len(left))
+    if mixed.measure is Measure.PROBE:
+        _probe(plan, pipeline, data, file, left)
+        return
     quality = (
         _image_quality(pipeline, mixed) if mixed.measure is Measure.SSIM else _output_quality(pipeline, data, mixed)
     )
@@ -180,6 +185,29 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
             widths = mixed.widths(operand)
             file.add(operand, name, layer_sensitivity(pipeline.network, path, plan.quant, operand, widths, quality))
             bar.update()
+
+
+def _probe(
+    plan: PtqPlan,
+    pipeline: Pipeline,
+    data: CalibrationSet,
+    file: SensitivityFile,
+    left: Sequence[tuple[Operand, str, str]],
+) -> None:
+    """Measure all of them at once; projections are the same in every run."""
+    mixed, names = plan.mixed, {path: name for _, name, path in left}
+    found = probed_sensitivities(
+        pipeline.network,
+        {operand: [path for kind, _, path in left if kind is operand] for operand in Operand},
+        {operand: mixed.widths(operand) for operand in Operand},
+        plan.quant,
+        _spread_samples(data, mixed),
+        min(PROBE_BATCH, pipeline.batch_size),
+        torch.Generator().manual_seed(0),
+    )
+    for operand, values in found.items():
+        for path, value in values.items():
+            file.add(operand, names[path], value)
 
 
 def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path) -> None:
@@ -207,9 +235,14 @@ def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path
 
 
 def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecision) -> OutputQuality:
-    """SQNR of ε on samples that are spread over the calibration set."""
+    """SQNR of ε on samples of the calibration set."""
+    return OutputQuality(pipeline.network, _spread_samples(data, mixed), pipeline.batch_size)
+
+
+def _spread_samples(data: CalibrationSet, mixed: MixedPrecision) -> list[Tensor]:
+    """Return as many inputs as are asked for, spread over the calibration set."""
     chosen = evenly_spaced(len(data), min(mixed.samples, len(data)))
-    return OutputQuality(pipeline.network, [part[chosen] for part in data.inputs], pipeline.batch_size)
+    return [part[chosen] for part in data.inputs]
 
 
 def _image_quality(pipeline: Pipeline, mixed: MixedPrecision) -> Callable[[], float]:

@@ -6,10 +6,15 @@ import importlib
 from argparse import Namespace
 
 import pytest
+import torch
 from cuda_checks import assert_learning_never_waits, assert_sampling_never_waits, pageable_copies_while_learning
 from ddim_runs import SCRIPT, W4A8
 from families import SCRIPTS
 from run_checks import image_bytes, manifest, succeeded
+
+from qdiff.calibration.probed_sensitivity import probed_sensitivities
+from qdiff.calibration.sensitivity import Operand
+from qdiff.config import QuantConfig
 
 DATA = ("--cali_st", 2, "--cali_n", 2)
 TENSORS = 6  # of a unit: target, up to two inputs, the same in float, and which samples are in which batch
@@ -97,6 +102,24 @@ def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path
         assert call(SCRIPT, *words).code == 130
     succeeded(call(SCRIPT, *words))
     assert image_bytes(tmp_path) == image_bytes(learned("qdiff")[0])
+
+
+def test_sensitivities_of_all_layers_at_once(cuda, tiny_network):
+    inputs, names = (torch.randn(8, 1, 8, 8), torch.arange(8) * 100), {Operand.ACTIVATIONS: ["conv_in", "conv_out"]}
+
+    def probed():
+        given = {operand: names.get(operand, []) for operand in Operand}, {operand: (8,) for operand in Operand}
+        generator = torch.Generator().manual_seed(1)
+        return probed_sensitivities(tiny_network, *given, QuantConfig(8, 8), inputs, 4, generator)[Operand.ACTIVATIONS]
+
+    expected = probed()
+    tiny_network.to("cuda")
+    with cuda.counting() as counts:
+        found = probed()
+    assert all(found[name][8] == pytest.approx(expected[name][8], abs=0.05) for name in expected)
+    unsettled = [wait for wait in counts.waits if not any(frame.function == "settle" for frame in wait.stack)]
+    reads = [wait for wait in unsettled if wait.kind != "H2D copy"]
+    assert len(reads) == 1 + len(found), reads  # the signal, and what was found
 
 
 @pytest.mark.parametrize("part", ["gpu_machine:machine_lines", "gpu_networks:cifar10_lines"])

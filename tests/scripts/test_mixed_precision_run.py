@@ -129,3 +129,16 @@ def test_without_ptq_it_has_no_effect(call, tiny, tmp_path):
     outcome = call(SCRIPT, *tiny.options, *SAMPLER, "--target_bits", 4, "-l", tmp_path / "run")
     succeeded(outcome)
     assert "--target_bits has no effect" in outcome.err
+
+
+def test_all_layers_are_measured_at_once_if_asked(call, one_level, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed_precision, "layer_sensitivity", lambda *_: 1 / 0)
+    words = (*one_level.options, *SAMPLER, *PTQ, *MIXED, "--sensitivity", "probe")
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
+    widths, kept = read(tmp_path / "run" / "widths.json"), read(tmp_path / "run" / "sensitivities.json")
+    assert widths["mean_bits"] <= 4.5 and widths["mean_act_bits"] <= 7
+    assert {bits[:2] for bits in widths["layer_bits"].values()} == {"W3", "W8"}
+    assert kept["settings"]["samples"] == 128 and kept["settings"]["measure"] == "probe"
+    assert all(values["3"] < values["8"] for values in kept["weights"].values() if values["8"] < 100)
+    other = (*words, "--sensitivity", "sqnr", "--sensitivities", tmp_path / "run" / "sensitivities.json")
+    assert "other settings (measure, samples)" in call(SCRIPT, *other, "-l", tmp_path / "other").error_line()

@@ -21,7 +21,8 @@ OPTIONS = (
     "sensitivity_samples",
     "sensitivities",
 )
-IMAGES = 4  # of each sensitivity by SSIM, by default
+# By default: samples of one projection each; images of each sensitivity.
+_USUAL = {Measure.SQNR: MixedPrecision.samples, Measure.PROBE: 128, Measure.SSIM: 4}
 
 
 def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +40,15 @@ def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sensitivity",
         choices=[m.value for m in Measure],
-        help="what shows how sensitive a layer is: noise of ε (sqnr, default), or images (ssim), far slower",
+        help="what shows how sensitive a layer is: noise of ε, measured layer by layer (sqnr, default) or estimated "
+        "for all layers in one backward pass (probe), or images (ssim), far slower",
     )
     group.add_argument(
         "--sensitivity_samples",
         type=int,
-        help=f"calibration samples to measure it on (default: {default['samples']}), or images with ssim ({IMAGES})",
+        help="calibration samples to measure it on, or images with ssim (default: "
+        + ", ".join(f"{number} with {measure.value}" for measure, number in _USUAL.items())
+        + ")",
     )
     group.add_argument(
         "--sensitivities",
@@ -89,14 +93,13 @@ def resolve_mixed_precision(args: Namespace, quant: QuantConfig, action: str) ->
     if "target_act_bits" in given and quant.modulate:
         raise UserError("--target_act_bits measures activations, not their changes; leave out --modulate")
     measure = given.get("sensitivity", Measure.SQNR.value)
-    usual = IMAGES if measure == Measure.SSIM.value else MixedPrecision.samples
     return MixedPrecision(
         target=given.get("target_bits"),
         candidates=_widths("candidate_bits", given, MixedPrecision.candidates),
         act_target=given.get("target_act_bits"),
         act_candidates=_widths("candidate_act_bits", given, MixedPrecision.act_candidates),
         measure=measure,
-        samples=given.get("sensitivity_samples", usual),
+        samples=given.get("sensitivity_samples", _USUAL[Measure(measure)]),
     )
 
 

@@ -1,0 +1,208 @@
+"""The sensitivity of a network to every layer's width at once, from random projections of its output.
+
+Rounding adds a noise n to an operand of one layer, and, to first order, J·n to the output, where J is the output's
+derivative by that operand. For a random v with independent entries of mean 0 and variance 1, E (v·J·n)² = |J·n|², and
+v·J = Jᵀv is what one backward pass from v·ε gives for all layers (Hutchinson's estimator). So a forward and a backward
+pass per batch stand in for a forward pass per layer and width (`qdiff.calibration.sensitivity`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from qdiff.calibration.sensitivity import Operand, sqnr
+from qdiff.config import ActRanges, QuantConfig
+from qdiff.modes import set_modes
+from qdiff.quant_layer import QuantModule
+from qdiff.quantizer import calibrated_act_quantizers
+from qdiff.ranges.estimators import ESTIMATORS
+from qdiff.wrapping import layer_places
+
+Found = dict[str, dict[int, float] | None]
+"""SQNR in dB by layer and width; None for a layer that is never called."""
+_Inputs = tuple[Tensor, ...]
+
+
+def probed_sensitivities(
+    network: nn.Module,
+    names: Mapping[Operand, Sequence[str]],
+    widths: Mapping[Operand, Sequence[int]],
+    config: QuantConfig,
+    inputs: Sequence[Tensor],
+    batch_size: int,
+    generator: torch.Generator,
+) -> dict[Operand, Found]:
+    """Estimate the SQNR of the output by the width of one operand of one layer, for all layers and widths together.
+
+    Weights are rounded to nearest, and ranges are those of the config's estimators on these inputs, shared by all
+    timesteps.
+
+    Args:
+        network: the float network; it is unchanged afterwards.
+        names: layers of `qdiff.wrapping.layer_places`, by operand.
+        widths: in bits, by operand.
+        config: how ranges are chosen, and what is split.
+        inputs: the network's, batch first. Every sample gives one projection per layer.
+        batch_size: samples per call.
+        generator: of the projections, on the CPU.
+
+    Returns:
+        10·log₁₀(Σ ε² / Σ (v·J·n)²), at most `qdiff.calibration.sensitivity.SQNR_CAP`, by operand, layer and width.
+    """
+    device = next(network.parameters()).device
+    batches = list(zip(*(part.to(device).split(batch_size) for part in inputs), strict=True))
+    layers = {
+        operand: {name: _Rounded(network, name, config, operand, widths[operand]) for name in names[operand]}
+        for operand in Operand
+    }
+    everything = [layer for found in layers.values() for layer in found.values()]
+    observing = [layer for layer in everything if layer.observes]
+    if observing:
+        with torch.no_grad(), _listening(observing, observe=True):
+            for batch in batches:
+                network(*batch)
+        for layer in observing:
+            layer.settle()
+    signal = torch.zeros((), dtype=torch.float64, device=device)
+    with _parameters_without_gradients(network), torch.enable_grad(), _listening(everything):
+        for batch in batches:
+            for layer in everything:
+                layer.start(len(batch[0]))
+            out = network(*batch)
+            signal += out.detach().double().square().sum()
+            if out.requires_grad:
+                # Every sample has a projection of its own, so that its products are not mixed with those of others.
+                (out * torch.randn(out.shape, generator=generator).to(out)).sum().backward()
+            for layer in everything:
+                layer.finish()
+    total = float(signal)
+    return {operand: {name: layer.quality(total) for name, layer in found.items()} for operand, found in layers.items()}
+
+
+@contextlib.contextmanager
+def _listening(rounded: Sequence[_Rounded], observe: bool = False) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for one in rounded:
+            if observe:
+                handle = one.layer.register_forward_pre_hook(one.observe)
+            elif one.operand is Operand.ACTIVATIONS:
+                handle = one.layer.register_forward_pre_hook(one.on_input)
+            else:
+                handle = one.layer.register_forward_hook(one.on_output)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextlib.contextmanager
+def _parameters_without_gradients(network: nn.Module) -> Iterator[None]:
+    """Spare the backward pass the gradients of weights."""
+    wanted = [p for p in network.parameters() if p.requires_grad]
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+
+
+class _Rounded:
+    """One operand of one layer, rounded to several widths beside a float forward."""
+
+    def __init__(
+        self, network: nn.Module, name: str, config: QuantConfig, operand: Operand, widths: Sequence[int]
+    ) -> None:
+        parent, attribute = layer_places(network)[name][0]
+        self.layer = parent._modules[attribute]
+        self.operand = operand
+        self.rounded: dict[int, QuantModule] = {}
+        for bits in widths:
+            words = f"W{bits}A32" if operand is Operand.WEIGHTS else f"W32A{bits}"
+            own = replace(config, keep_ends=False, act_ranges=ActRanges.SHARED, layer_bits={name: words})
+            made = QuantModule(self.layer, own.of_layer(name, None)).to(self.layer.weight.device).eval()
+            set_modes(made, weights=True, activations=True)
+            if operand is Operand.WEIGHTS:
+                made.init_weight_ranges(config.weight_range)
+            else:
+                for quantizer in calibrated_act_quantizers(made).values():
+                    quantizer.observer = ESTIMATORS[config.act_range](None)
+            self.rounded[bits] = made
+        self._called = False
+        self._samples = 0  # of this batch
+        self._products: dict[int, Tensor] = {}
+        self._squares: dict[int, Tensor] = {}
+
+    @property
+    def observes(self) -> bool:
+        """Whether ranges come from a pass over the inputs."""
+        return any(calibrated_act_quantizers(made) for made in self.rounded.values())
+
+    def observe(self, layer: nn.Module, args: _Inputs) -> None:
+        for made in self.rounded.values():
+            made.quantized_input(args[0])
+
+    def settle(self) -> None:
+        """Set the ranges from what passed; a layer that is never called has none."""
+        for made in self.rounded.values():
+            for quantizer in calibrated_act_quantizers(made).values():
+                if quantizer.observer.low is None:
+                    quantizer.observer = None
+                else:
+                    quantizer.settle()
+
+    def start(self, samples: int) -> None:
+        """Begin a batch."""
+        self._samples, self._products = samples, {}
+
+    def on_input(self, layer: nn.Module, args: _Inputs) -> _Inputs | None:
+        """Have the backward pass multiply the noise of this call's input by its gradient."""
+        self._called = True
+        x = args[0]
+        if not torch.is_grad_enabled():  # a checkpointed part, which is called again in the backward pass
+            return None
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # other users of x do not count
+        noises = {bits: self._noise_of(made, x.detach()) for bits, made in self.rounded.items()}
+        x.register_hook(lambda gradient: self._multiply(gradient, noises))
+        return (x, *args[1:])
+
+    def on_output(self, layer: nn.Module, args: _Inputs, out: Tensor) -> Tensor | None:
+        """Likewise with the noise of this call's output, which is that of the weight times the input."""
+        self._called = True
+        if not torch.is_grad_enabled():
+            return None
+        out = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
+        noises = {bits: self._noise_of(made, args[0].detach()) for bits, made in self.rounded.items()}
+        out.register_hook(lambda gradient: self._multiply(gradient, noises))
+        return out
+
+    @torch.no_grad()
+    def _noise_of(self, made: QuantModule, x: Tensor) -> Tensor:
+        if self.operand is Operand.ACTIVATIONS:
+            return made.quantized_input(x) - x
+        return made.apply_weight(x, (made.dequantized_weight() - made.float_weight()).to(x.dtype), None)
+
+    def _multiply(self, gradient: Tensor, noises: Mapping[int, Tensor]) -> None:
+        for bits, noise in noises.items():
+            products = gradient.double() * noise
+            # Per sample, where samples come first; else all of them in one projection.
+            by_sample = len(products) == self._samples
+            made = products.flatten(1).sum(1) if by_sample and products.dim() > 1 else products.sum()[None]
+            self._products[bits] = made if bits not in self._products else self._products[bits] + made
+
+    def finish(self) -> None:
+        """End a batch."""
+        for bits, products in self._products.items():
+            self._squares[bits] = products.square().sum() + self._squares.get(bits, 0.0)
+        self._products = {}
+
+    def quality(self, signal: float) -> dict[int, float] | None:
+        """Return the SQNR by width; None if the layer was never called."""
+        if not self._called:
+            return None
+        noises = {bits: float(self._squares.get(bits, 0.0)) for bits in self.rounded}
+        return {bits: sqnr(signal, noise) for bits, noise in noises.items()}
