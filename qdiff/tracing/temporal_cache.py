@@ -43,7 +43,7 @@ def cached_temporal(network: nn.Module, timesteps: Iterable[float] = ()) -> Iter
     layers = [stepped.get_submodule(name) for name in _names(parts)]
     if any("forward" in vars(layer) for layer in layers):
         raise RuntimeError("the outputs of this network's time embedding are given already; end that block first")
-    _check_depends_on_t_alone(dict(zip(_names(parts), layers, strict=True)))
+    check_temporal(network, network.config if stepped is not network else None)
     cache = TemporalCache(stepped, parts, timesteps, getattr(network, "act_timesteps", None))
     hooks = (
         stepped.register_forward_pre_hook(cache.begin),
@@ -75,6 +75,34 @@ def temporal_layers(network: nn.Module) -> list[str]:
     return _names(_parts_of(network))
 
 
+def check_temporal(network: nn.Module, config: QuantConfig | None) -> None:
+    """Check that everything in a network that should depend on t alone does so with a config.
+
+    Args:
+        network: wrapped with this config, or a float network that will be.
+        config: None for a network that stays in float.
+
+    Raises:
+        UserError: it is not known what depends on t alone; or one of these layers depends on earlier calls or on the
+            whole batch.
+    """
+    names, family = temporal_layers(network), family_of(_stepped(network))
+    if config is None or not (config.act_dynamic or config.modulate):
+        return
+    for name in names:
+        own = config.of_layer(name.removeprefix(family.prefix), None)
+        if own.modulate:
+            raise UserError(
+                f"--modulate makes the output of {name} depend on the steps before, and not on t alone; leave out "
+                "--cache_temporal, or give --cache_temporal float"
+            )
+        if own.act_dynamic and own.act_scale_per is not ScalePer.SAMPLE:
+            raise UserError(
+                f"with one dynamic range per {own.act_scale_per.value}, the output of {name} depends on the whole "
+                "batch, and not on t alone; add --act_scale_per sample, or give --cache_temporal float"
+            )
+
+
 def with_float_temporal(config: QuantConfig, network: nn.Module) -> QuantConfig:
     """Return a config that leaves everything in float that depends on the timestep alone.
 
@@ -87,7 +115,8 @@ def with_float_temporal(config: QuantConfig, network: nn.Module) -> QuantConfig:
         bits = given.get(name, LayerBits())
         if bits.weight_bits not in floats or bits.act_bits not in floats:
             raise UserError(
-                f"--layer_bits gives {name} {bits}, but --cache_temporal float leaves it in float; leave one of them out"
+                f"--layer_bits gives {name} {bits}, but --cache_temporal float leaves it in float; leave one of the "
+                "two out"
             )
     return replace(config, layer_bits={**given, **dict.fromkeys(names, LayerBits(FLOAT_BITS, FLOAT_BITS))})
 
@@ -207,11 +236,9 @@ class _Table:
     def at(self, timesteps: list[float]) -> tuple[Tensor, ...]:
         """Return each layer's output for timesteps that are in the table, [N, C_i]."""
         found = [self.index[value] for value in timesteps]
-        if len(set(found)) == 1:
-            rows = self.rows[found[0] : found[0] + 1].expand(len(found), -1)
-        else:
-            rows = self.rows[found]
-        return rows.split(self.widths, dim=1)
+        if len(set(found)) == 1:  # while sampling; a view, without a copy
+            return self.rows[found[0]].expand(len(found), -1).split(self.widths, dim=1)
+        return self.rows[found].split(self.widths, dim=1)
 
     def values_like(self, t: Tensor) -> Tensor:
         """Return the timesteps [1, T], on the device and in the dtype of t."""
@@ -241,26 +268,11 @@ def _parts_of(network: nn.Module) -> TemporalParts:
     parts = stepped.temporal_parts() if isinstance(stepped, SteppedNetwork) else None
     if parts is None:
         raise UserError(
-            f"it is not known what {type(stepped).__name__} computes from the timestep alone; leave out --cache_temporal"
+            f"it is not known what {type(stepped).__name__} computes from the timestep alone; leave out "
+            "--cache_temporal"
         )
     return parts
 
 
 def _names(parts: TemporalParts) -> list[str]:
     return [*parts.steps, *parts.projections]
-
-
-def _check_depends_on_t_alone(layers: dict[str, nn.Module]) -> None:
-    """Raise a `UserError` for the first layer whose output depends on earlier calls or on the batch."""
-    for name, layer in layers.items():
-        if getattr(layer, "modulates", False):
-            raise UserError(
-                f"{name} modulates, so that its output depends on earlier steps and not on t alone; leave out "
-                "--cache_temporal, or give --cache_temporal float"
-            )
-        for quantizer in getattr(layer, "act_quantizers", ()):
-            if getattr(quantizer, "scale_per", ScalePer.SAMPLE) is not ScalePer.SAMPLE:
-                raise UserError(
-                    f"{name} has a dynamic range per {quantizer.scale_per.value}, which depends on the whole batch and "
-                    "not on t alone; add --act_scale_per sample, or give --cache_temporal float"
-                )

@@ -186,15 +186,17 @@ def test_on_a_gpu_a_call_does_not_wait(calibrated, cuda):
         with cuda.counting() as counts:
             found = [qnn(*call) for call in moved]
     assert counts.waits == []
-    assert all(torch.equal(a.cpu(), b) and torch.equal(c.cpu(), b) for a, b, c in zip(found, expected, first))
+    assert all(
+        torch.equal(a.cpu(), b) and torch.equal(c.cpu(), b) for a, b, c in zip(found, expected, first, strict=True)
+    )
     with qnn.quantized(), cached_temporal(qnn), cuda.counting() as counts:  # without timesteps it waits, and is right
         assert torch.equal(qnn(*moved[-1]).cpu(), expected[-1])
     assert counts.waits != []
     far = (moved[0][0], torch.tensor([301], device="cuda"))
-    with pytest.raises(UserError, match="a timestep that its temporal cache was not given"):
-        with qnn.quantized(), cached_temporal(qnn, times):
-            assert qnn(*far).isnan().all()
-            qnn(*moved[0])
+    not_given = pytest.raises(UserError, match="a timestep that its temporal cache was not given")
+    with not_given, qnn.quantized(), cached_temporal(qnn, times):
+        assert qnn(*far).isnan().all()
+        qnn(*moved[0])
 
 
 @torch.no_grad()
@@ -232,13 +234,13 @@ def test_everything_that_depends_on_t_alone_stays_in_float(calibrated, wrap, tmp
 
 
 def test_refusals(wrap, calibrated):
-    with pytest.raises(UserError, match="down.0.block.0.temb_proj W8, but --cache_temporal float leaves it in float"):
+    with pytest.raises(UserError, match="temb_proj W8, but --cache_temporal float leaves it in float"):
         with_float_temporal(QuantConfig(**W4A8, layer_bits={"down.0.block.0.temb_proj": "W8"}), wrap(**W4A8))
     dynamic = {**W4A8, "act_dynamic": True}
     for config, message in (
-        ({**dynamic, "modulate": True}, "modulates, so that its output depends on earlier steps"),
-        (dynamic, "dynamic range per tensor"),
-        ({**dynamic, "act_scale_per": "channel"}, "dynamic range per channel"),
+        ({**dynamic, "modulate": True}, "--modulate makes the output of temb.dense.0 depend on the steps before"),
+        (dynamic, "with one dynamic range per tensor, the output of temb.dense.0 depends on the whole batch"),
+        ({**dynamic, "act_scale_per": "channel"}, "one dynamic range per channel"),
     ):
         with pytest.raises(UserError, match=message), cached_temporal(wrap(**config)):
             pass
