@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
+from qdiff.cost.account import account
+from qdiff.deploy.onnx_export import export_onnx
 from qdiff.errors import UserError
 from qdiff.tracing.temporal_cache import cached_temporal, is_cached, temporal_layers, with_float_temporal
 
@@ -176,8 +178,7 @@ def test_layers_called_by_themselves_compute(calibrated):
 @torch.no_grad()
 def test_on_a_gpu_a_call_does_not_wait(calibrated, cuda):
     qnn, times = calibrated(**W4A8), (900, 300, 0)
-    calls = [(batch(n), torch.full((n,), t)) for n in (1, 3) for t in times]
-    calls.append((batch(3), torch.tensor(times)))
+    calls = [(batch(1), torch.tensor([300])), (batch(3), torch.tensor(times))]
     expected, _, _ = both(qnn, calls)
     moved = [tuple(part.to("cuda") for part in call) for call in calls]
     qnn.to("cuda")
@@ -233,7 +234,29 @@ def test_everything_that_depends_on_t_alone_stays_in_float(calibrated, wrap, tmp
     assert with_float_temporal(config, qnn) == config
 
 
-def test_refusals(wrap, calibrated):
+@torch.no_grad()
+def test_a_modulated_network_with_these_layers_in_float(wrap):
+    config = {**W4A8, "act_dynamic": True, "act_scale_per": "sample", "modulate": True}
+    qnn = wrap(**{**config, "layer_bits": with_float_temporal(QuantConfig(**config), wrap(**config)).layer_bits})
+    for layer in qnn.layers().values():
+        if len(layer.weight_quantizers):
+            layer.init_weight_ranges(qnn.config.weight_range)
+    outputs = []
+    for cache in (contextlib.nullcontext, lambda: cached_temporal(qnn)):
+        with qnn.quantized(), cache(), qnn.trajectory():
+            outputs.append([qnn(batch(2), torch.full((2,), t)) for t in (900, 300)])
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
+def test_it_ends_with_an_exception_and_is_not_exported(calibrated, tmp_path):
+    qnn = calibrated(**W4A8)
+    with pytest.raises(UserError, match="looked up by timestep cannot be written as ONNX"), cached_temporal(qnn):
+        assert account(qnn, (1, 8, 8)).bops > 0  # its copy does not look up anything
+        export_onnx(qnn, tmp_path / "m.onnx", (1, 8, 8))
+    assert not is_cached(qnn)
+
+
+def test_refusals(wrap):
     with pytest.raises(UserError, match="temb_proj W8, but --cache_temporal float leaves it in float"):
         with_float_temporal(QuantConfig(**W4A8, layer_bits={"down.0.block.0.temb_proj": "W8"}), wrap(**W4A8))
     dynamic = {**W4A8, "act_dynamic": True}
