@@ -23,12 +23,14 @@ from families import SCRIPTS
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.ptq import add_ptq_options
+from qdiff.cli.options.temporal_cache import add_temporal_cache_option
 from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments, SCRIPTS)
     add_ptq_options(parser, resume=False)
+    add_temporal_cache_option(parser)
     parser.add_argument("--batch_size", type=int, help="accepted; costs are per sample")
     parser.add_argument("--layers", type=int, default=10, help="number of the heaviest layers to list")
     parser.add_argument(
@@ -45,6 +47,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.cli.options.ptq import resolve_ptq
+    from qdiff.cli.temporal_cache import cached_timesteps, with_temporal_cache
     from qdiff.cost.account import account
     from qdiff.errors import require_at_least
     from qdiff.quant_model import QuantModel
@@ -53,11 +56,12 @@ def main(arguments: list[str] | None = None) -> None:
     if not getattr(args, "ckpt", True):
         args.use_pretrained = True  # only shapes matter, so any weights will do
     pipeline = SCRIPTS[args.like].pipeline_of(args)
-    plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
+    plan = with_temporal_cache(args, resolve_ptq(args, pipeline.weight_range, pipeline.act_range), pipeline)
     network, context_shape = pipeline.build_network()
-    accounts = {"float": account(network, pipeline.input_shape, context_shape)}
+    shapes, kept = (pipeline.input_shape, context_shape), len(cached_timesteps(args, pipeline))
+    accounts = {"float": account(network, *shapes, kept if plan is None else 0)}
     if plan is not None:
-        accounts["quantized"] = account(QuantModel(network, plan.quant), pipeline.input_shape, context_shape)
+        accounts["quantized"] = account(QuantModel(network, plan.quant), *shapes, kept)
     for note in pipeline.notes:
         print(note, file=sys.stderr)
     heaviest = list(accounts.values())[-1].heaviest(args.layers, args.by)
@@ -66,8 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         quant = None if plan is None else plan.quant.to_dict()
         print(json.dumps({**counted, "quant": quant, "heaviest": [layer.to_dict() for layer in heaviest]}, indent=1))
         return
-    shapes = f"input {list(pipeline.input_shape)}" + (f", context {list(context_shape)}" if context_shape else "")
-    print(f"{pipeline.name}: the denoising network, one call for one sample ({shapes})")
+    described = f"input {list(pipeline.input_shape)}" + (f", context {list(context_shape)}" if context_shape else "")
+    print(f"{pipeline.name}: the denoising network, one call for one sample ({described})")
     if context_shape:
         print("guidance calls it for a pair of samples, which costs twice as much per step")
     print(f"{'':<10}{'parameters':>14}{'MB (10^6)':>12}{'GMACs':>10}{'GBops':>12}")

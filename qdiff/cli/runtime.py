@@ -40,6 +40,11 @@ def check_runtime(args: Namespace, quant: QuantConfig | None) -> None:
         raise UserError(
             f"--fused_kernels needs CUDA, and --runtime {args.runtime} runs on the CPU; leave one of them out"
         )
+    if args.cache_temporal is not None and args.runtime in exported:
+        raise UserError(
+            f"--cache_temporal contradicts --runtime {args.runtime}, which computes the whole network at every call; "
+            "leave one of them out"
+        )
     check_weight_cache(args)
     runtime.check(quant)
     if args.onnx is not None:

@@ -33,6 +33,7 @@ from qdiff.cli.processes import Processes, choose_device, describe_gpu, peak_mem
 from qdiff.cli.quantize import Quantization, add_checkpoint
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.runtime import check_runtime, onnx_network, pack, starts_packed, wrapped
+from qdiff.cli.temporal_cache import cached_timesteps, temporal_cache, with_temporal_cache
 from qdiff.config import Ablation
 from qdiff.cost.account import account
 from qdiff.deploy.runtimes import onnx_runtimes
@@ -69,10 +70,10 @@ class SampleCommand:
     def __init__(self, script: str, pipeline: Pipeline, args: Namespace, preset: str | None = None) -> None:
         self.pipeline, self.args, self._told = pipeline, args, False
         values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
-        bits = self.args.weight_bit
         pipeline.notes += ignored_options(self.args)
-        preset_values = {**of_width(values, bits), **of_width(pipeline.eda_dm, bits)}
-        self.plan = resolve_ptq(self.args, pipeline.weight_range, pipeline.act_range, preset_values)
+        preset_values = {**of_width(values, args.weight_bit), **of_width(pipeline.eda_dm, args.weight_bit)}
+        plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range, preset_values)
+        self.plan = with_temporal_cache(args, plan, pipeline)
         self._calibration_seed = args.seed if self.plan is None or self.plan.seed is None else self.plan.seed
         if self.plan is not None:
             pipeline.check_modulation(self.plan.quant)
@@ -221,7 +222,8 @@ class SampleCommand:
             return found.where(finite.view(-1, 1, 1, 1), math.nan)
 
         advice = smaller_batch(min(pipeline.batch_size, run.count), kept=": finished images are kept")
-        with memory_advice("sampling", advice), contextlib.nullcontext() if qnn is None else qnn.quantized():
+        quantized = contextlib.nullcontext() if qnn is None else qnn.quantized()
+        with memory_advice("sampling", advice), quantized, temporal_cache(self.args, pipeline, denoiser):
             if self.args.sequence and processes.is_first:
                 with trajectory_of(denoiser):
                     self._write_sequence(run, functools.partial(sample, denoiser))
@@ -229,8 +231,9 @@ class SampleCommand:
         self._finish(run, qnn, processes, made, time.perf_counter() - started)
 
     def _count_cost(self, run: RunFolder, network: SteppedNetwork | QuantModel) -> None:
-        cost = account(network, self.pipeline.input_shape, self.pipeline.context_shape)
-        run.manifest.cost = cost.summary(self.pipeline.calls)
+        pipeline, kept = self.pipeline, len(cached_timesteps(self.args, self.pipeline))
+        cost = account(network, pipeline.input_shape, pipeline.context_shape, kept)
+        run.manifest.cost = cost.summary(pipeline.calls) | ({"cached_timesteps": kept} if kept else {})
 
     def _prepare(self, run: RunFolder) -> Quantization | None:
         if self.plan is None:
@@ -291,10 +294,6 @@ class SampleCommand:
         elif silent:
             raise RuntimeError(f"{len(silent)} activation quantizers never fired while sampling, e.g. {silent[0]}")
         args = self.args
-        run.finish(
-            args.save_npz,
-            columns=args.n_rows or None,
-            write_grid=not args.skip_grid,
-            keep_images=not args.skip_save,
-        )
+        keep = {"write_grid": not args.skip_grid, "keep_images": not args.skip_save}
+        run.finish(args.save_npz, columns=args.n_rows or None, **keep)
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)

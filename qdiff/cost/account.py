@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
+from qdiff.tracing.temporal_cache import temporal_layers
 
 FLOAT_BYTES = 4
 # Bytes per quantizer value in a native checkpoint: δ is always float32, z of a weight has the weight's width.
@@ -39,7 +40,12 @@ _ADDITIONS_A_INPUT = 2
 _KINDS = {2: "Linear", 3: "Conv1d", 4: "Conv2d"}  # by number of weight dimensions
 
 
-def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tuple[int, ...] | None = None) -> Account:
+def account(
+    network: nn.Module,
+    image_shape: tuple[int, ...],
+    context_shape: tuple[int, ...] | None = None,
+    cached_timesteps: int = 0,
+) -> Account:
     """Count the size and the bit operations of a denoising network.
 
     Widths are those of the quantizers of a `QuantModel`, calibrated or not and whatever its current modes; weights or
@@ -50,6 +56,8 @@ def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tup
         network: takes x [N, C, H, W], t [N] and, if conditional, the context [N, L, D]; on any device.
         image_shape: (C, H, W).
         context_shape: (L, D), or None.
+        cached_timesteps: number of timesteps whose outputs of the time embedding and its projections are looked up
+            (`qdiff.tracing.temporal_cache`); 0 if they are computed.
 
     Returns:
         Counts for one sample (N = 1) and one call.
@@ -61,7 +69,28 @@ def account(network: nn.Module, image_shape: tuple[int, ...], context_shape: tup
     costs = _costs(network, work)
     if always_first:  # the state is cleared before every call, so every call is a first one
         costs = (replace(c, act_bits=c.first_act_bits, additions=0) if c.modulates else c for c in costs)
+    if cached_timesteps:
+        costs = _looked_up(network, costs, cached_timesteps)
     return Account(tuple(costs), image_shape, context_shape)
+
+
+def _looked_up(network: nn.Module, costs: Iterable[LayerCost], timesteps: int) -> Iterator[LayerCost]:
+    """Yield costs where what depends on t alone is looked up, and not computed.
+
+    A float32 table of the projections' outputs is stored in the place of weights in float. Quantized weights stay: they
+    fill the table, which the network does not store.
+    """
+    names = set(temporal_layers(network))
+    in_float = {n: network.get_submodule(n) for n in names if not _weight_quantizers(network.get_submodule(n))}
+    for cost in costs:
+        cost = replace(cost, macs=0, additions=0) if cost.name in names else cost
+        yield replace(cost, size_bytes=0) if cost.name in in_float else cost
+    outputs = sum(len(in_float[name].weight) for name in network.temporal_parts().projections if name in in_float)
+    yield LayerCost("temporal table", "Table", 0, timesteps * outputs * FLOAT_BYTES)
+
+
+def _weight_quantizers(layer: nn.Module) -> list[WeightQuantizer]:
+    return list(layer.weight_quantizers) if isinstance(layer, QuantModule) else []
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:

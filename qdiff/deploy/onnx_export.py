@@ -22,6 +22,7 @@ from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 from qdiff.kernels.integer_matmul import check_one_scale
 from qdiff.quant_model import QuantModel
+from qdiff.tracing.temporal_cache import is_cached
 
 FORMAT = "qdiff-onnx-2"
 METADATA = ("qdiff_format", "qdiff_config", "qdiff_layout", "qdiff_content", "qdiff_notes")
@@ -59,6 +60,10 @@ def export_onnx(
     from qdiff.deploy.onnx_weights import compact
 
     check_exportable(qnn.config)
+    if is_cached(qnn):
+        raise UserError(
+            "outputs that are looked up by timestep cannot be written as ONNX; export outside of cached_temporal"
+        )
     qnn.assert_initialised()
     _check_size(qnn)
     # The model that needs the other is written last, so that if it exists, both exist.

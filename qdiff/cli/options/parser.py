@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from qdiff.cli.options.noise_correction import add_correction_options
 from qdiff.cli.options.paper_options import check_paper_options, refused_values
+from qdiff.cli.options.temporal_cache import add_temporal_cache_option
 from qdiff.errors import UserError
 
 BITS = 8
@@ -187,6 +188,7 @@ def add_run_options(parser: argparse.ArgumentParser, folder: tuple[str, ...] = (
         "timed on a GPU yet)",
     )
     group.add_argument("--onnx", help="exported model (default: export one into the run folder)")
+    add_temporal_cache_option(group)
     add_correction_options(parser)
     for name, value in OF_SOME_SCRIPTS.items():
         if parser.get_default(name) is None:
