@@ -20,7 +20,7 @@ def calibration_note(data: str, refits: int) -> str:
         data: describes its calibration set.
         refits: how often it was repeated on the quantized network's own samples.
     """
-    return data if refits == 0 else f"{data}, refitted {refits} times on the quantized network's own samples"
+    return data if refits == 0 else f"{data}, refits on the quantized network's own samples: {refits}"
 
 
 def card_of(network: nn.Module) -> str:
