@@ -29,7 +29,8 @@ def record(sampler: Sampler, network: nn.Module, count: int, steps: int, batch_s
     """Sample from the float network and keep its inputs at evenly spaced calls (Q-Diffusion's calibration set).
 
     Args:
-        network: float network; a `QuantModel` computes in float outside of ``quantized()``.
+        network: float network; a `QuantModel` computes in float outside of ``quantized()``, and inside of it its own
+            trajectory is recorded, to calibrate it again (`qdiff.calibration.refit`).
         count: number of samples; with guidance that doubles the batch, each sample gives two inputs per step.
         steps: number of calls of a sampling run to keep, from the noisiest on.
         batch_size: samples per batch.
@@ -69,7 +70,7 @@ def calibrate(
 
     Args:
         qnn: network with the desired widths and loaded float weights.
-        data: calibration set recorded from the float network.
+        data: calibration set, recorded from the float network or from the quantized one.
         method: a name of `qdiff.methods.registry.METHODS`.
         config: the method's settings, an instance of its config class; None takes the paper's values.
         seed: seed of the calibration.

@@ -163,6 +163,22 @@ class QuantModule(WeightedModule):
             self.float_bias = self.bias.detach().clone()
         self.bias.copy_(bias)
 
+    @torch.no_grad()
+    def discard_calibration(self) -> None:
+        """Forget ranges, integers, the input scale and a corrected bias, as at construction.
+
+        Raises the errors of `float_weight`; nothing is changed then.
+        """
+        self.float_weight()
+        self.set_input_scale(None)
+        if self.float_bias is not None:
+            self.bias.copy_(self.float_bias)
+            self.float_bias = None
+        for quantizer in (*self.act_quantizers, *self.weight_quantizers):
+            quantizer.reset()
+        if len(self.weight_quantizers):
+            self.weight_int.zero_()
+
     def release_float_weight(self) -> None:
         super().release_float_weight()
         self._drop_float_bias()

@@ -44,6 +44,13 @@ class Quantizer(nn.Module):
         self.zero_point.copy_(zero_point)
         self.initialised.fill_(True)
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget the range, as at construction."""
+        self.delta.fill_(1)
+        self.zero_point.zero_()
+        self.initialised.zero_()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         """Move or convert the module, but keep δ in at least float32: 16-bit step sizes underflow in float16."""
         return super()._apply(kept_wide(fn), recurse)
@@ -118,6 +125,9 @@ class DynamicActQuantizer(ActQuantizer):
         self.scale_per, self.channel_dim = scale_per, channel_dim
         self.initialised.fill_(True)  # no range has to be set
 
+    def reset(self) -> None:
+        """Do nothing: no range is kept."""
+
     def forward(self, x: Tensor) -> Tensor:
         self.fired += 1
         return fake_quantize_inference(x, *self.range_of(x), self.bits)
@@ -155,6 +165,9 @@ class TimestepActQuantizer(ActQuantizer):
         self.delta = nn.Parameter(self.delta.new_ones(count), requires_grad=False)
         self.zero_point = self.zero_point.new_zeros(count)
         self.initialised.fill_(False)
+
+    def reset(self) -> None:
+        self.resize(0)
 
     def set(self, delta: Tensor, zero_point: Tensor) -> None:
         """Set the whole table, δ and z [T]."""

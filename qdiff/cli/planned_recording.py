@@ -14,6 +14,7 @@ from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.run_folder import RunFolder
 from qdiff.pipeline import Pipeline
+from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
 
@@ -48,23 +49,28 @@ def read_planned(
     return data, None if plan.changes is None else select_pairs(*chosen)
 
 
-def record_planned(pipeline: Pipeline, plan: PtqPlan, run: RunFolder, seed: int) -> dict[str, Tensor | list[Tensor]]:
+def record_planned(
+    pipeline: Pipeline, plan: PtqPlan, run: RunFolder, seed: int, qnn: QuantModel | None = None
+) -> dict[str, Tensor | list[Tensor]]:
     """Record a calibration set, and write to the run folder how a draw distributed its samples over the steps.
 
     Args:
         pipeline: its weights must be loaded.
         seed: seed of the calibration, which decides a draw.
+        qnn: the pipeline's network, calibrated, whose quantized trajectory is recorded; None records the float one.
     """
+    kind = "float" if qnn is None else "quantized"
     # Every --cali_seed uses other images.
     first = 0 if plan.seed is None else SEEDED_FROM + plan.seed * SEEDED_IMAGES
     if plan.draw is None:
-        log.info("recording %d samples at %d steps from the float model", plan.per_step, plan.steps)
+        log.info("recording %d samples at %d steps from the %s model", plan.per_step, plan.steps, kind)
         with memory_advice("recording", smaller_batch(pipeline.batch_size)):
-            return record_evenly(pipeline, plan.steps, plan.per_step, first=first, pairs=plan.changes is not None)
-    log.info("recording %d samples, one per image, by distribution %s", plan.draw.count, plan.draw.schedule.value)
+            return record_evenly(pipeline, plan.steps, plan.per_step, first, pairs=plan.changes is not None, qnn=qnn)
+    told = plan.draw.count, plan.draw.schedule.value, kind
+    log.info("recording %d samples, one per image, by distribution %s, from the %s model", *told)
     fewer = max(1, plan.draw.batch_size // 2)
     with memory_advice("recording", f"start again with --batch_samples {fewer} in another --logdir"):
-        recording, allocation, timesteps = record_draw(pipeline, plan.draw, seed, first)
+        recording, allocation, timesteps = record_draw(pipeline, plan.draw, seed, first, qnn)
     if allocation is not None:
         from qdiff.report.allocation_plot import allocation_picture  # loads matplotlib, which sampling does not need
 

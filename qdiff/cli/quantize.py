@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from qdiff.api import calibrate
+from qdiff.calibration.collect import check_draw
 from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.input_scales import Scaling
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.layer_rounding import rounding_bytes
 from qdiff.calibration.memory_plan import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
+from qdiff.calibration.refit import discard_calibration
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import CalibrationSet, save_recording
@@ -28,6 +30,8 @@ from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.planned_recording import read_planned
 from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.run_manifest import CALIBRATION, OF_REFITS
+from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork
 from qdiff.io.files import sha256
 from qdiff.io.tensor_files import is_pickle
@@ -35,6 +39,9 @@ from qdiff.methods import modiff
 from qdiff.quant_model import QuantModel
 
 log = logging.getLogger("qdiff")
+
+Record = Callable[..., dict[str, Tensor | list[Tensor]]]
+"""``record()`` samples with the float network, ``record(qnn)`` with a quantized one; returns what the plan asks for."""
 
 CHECKPOINT = "quantized.safetensors"
 RECORDING = "calibration_data.pt"
@@ -60,6 +67,8 @@ class Quantization:
 
     Attributes:
         qnn: the wrapped network.
+        fit: which calibration is in work: 0, the first, or the number of a refit. An interrupted run continues with the
+            last one whose recording is there, since it depends on nothing but that.
 
     Raises:
         UserError: a file is missing, damaged, or does not fit.
@@ -79,7 +88,7 @@ class Quantization:
         self.plan, self.run, self.image_shape, self.context_shape = plan, run, image_shape, context_shape
         self.training_steps, self.visited = training_steps, visited
         self.finished = run.path / CHECKPOINT
-        self.recording = Path(plan.data) if plan.data is not None else run.path / RECORDING
+        self.fit = 0
         self.data: CalibrationSet | None = None
         self.pairs: CalibrationSet | None = None
         self.qnn = QuantModel(network, plan.quant)
@@ -91,23 +100,32 @@ class Quantization:
             return
         if plan.action == "activations":
             load_checkpoint(self.qnn, plan.checkpoint, activations=False)
-        if plan.data is not None or self.recording.is_file():
+        if plan.draw is not None and plan.records:
+            check_draw(network, plan.draw)
+        while self.fit < plan.refit and all(self._recording(n).is_file() for n in (self.fit, self.fit + 1)):
+            self.fit += 1
+        if plan.data is not None or self._recording(0).is_file():
             self._read_recording()
 
     @property
     def _source(self) -> str | Path:
         return self.plan.checkpoint if self.plan.action == "load" else self.finished
 
+    def _recording(self, fit: int) -> Path:
+        if fit > 0:
+            return self.run.path / f"{Path(RECORDING).stem}-refit{fit}.pt"
+        return Path(self.plan.data) if self.plan.data is not None else self.run.path / RECORDING
+
     def _read_recording(self) -> None:
         shapes = self.image_shape, self.context_shape, self.training_steps
-        self.data, self.pairs = read_planned(self.plan, self.recording, *shapes)
+        self.data, self.pairs = read_planned(self.plan, self._recording(self.fit), *shapes)
 
-    def complete(self, seed: int, record: Callable[[], dict[str, Tensor]], show_progress: bool = True) -> QuantModel:
+    def complete(self, seed: int, record: Record, show_progress: bool = True) -> QuantModel:
         """Record and calibrate unless that is done already, and return the quantized network.
 
         Args:
             seed: seed of the calibration.
-            record: samples from the float network and returns the recording that the plan asks for.
+            record: see `Record`.
         """
         if self.is_calibrated:
             role = "quantized checkpoint" if self.plan.action == "load" else "calibrated checkpoint"
@@ -117,19 +135,52 @@ class Quantization:
         log.info("calibration needs %s", memory)
         if self.data is None:
             with self.run.timed("recording"):
-                save_recording(record(), self.recording)
+                save_recording(record(), self._recording(0))
             self._read_recording()
         check_timesteps(self.qnn, self.data.inputs, self.visited())
-        self.run.add_file("calibration data", self.recording)
+        for fit in range(self.fit + 1):
+            self._add_recording(fit)
         weights = None
         if self.plan.action == "activations":
             weights = sha256(self.plan.checkpoint)
             self.run.add_file("quantized checkpoint", self.plan.checkpoint)
         settings = {"plan": self.plan.to_dict(), "seed": seed, "weights": weights, **arithmetic_of(self.qnn.device)}
         journal = CalibrationJournal(self.run.path / JOURNAL, settings)
+        self._fit(journal, memory, seed, show_progress)
+        while self.fit < self.plan.refit:
+            self._start_refit(record)
+            self._fit(journal, memory, seed, show_progress)
+        self._save(seed)
+        journal.discard()
+        return self.qnn
+
+    def _add_recording(self, fit: int) -> None:
+        role = "calibration data" if fit == 0 else f"calibration data of refit {fit}"
+        self.run.add_file(role, self._recording(fit))
+
+    def _fit(self, journal: CalibrationJournal, memory: MemoryUse, seed: int, show_progress: bool) -> None:
+        if self.fit > 0:  # in a folder inside, so that all are discarded together
+            journal = CalibrationJournal(journal.folder / f"refit{self.fit}", journal.settings)
         with memory_advice("calibrating", self._calibration_advice):
             self._calibrate(journal, memory, seed, show_progress)
-        return self.qnn
+
+    def _start_refit(self, record: Record) -> None:
+        """Record the quantized network's own trajectory, and put the network back to its float weights."""
+        log.info("refit %d of %d", self.fit + 1, self.plan.refit)
+        with self.run.timed(OF_REFITS):
+            recording = record(self.qnn)
+            if not all(torch.isfinite(x).all() for x in recording["xs"]):
+                raise UserError(
+                    "the samples of the quantized network are not finite; leave out --refit, or give a larger "
+                    "--weight_bit or --act_bit"
+                )
+            save_recording(recording, self._recording(self.fit + 1))
+        self.fit += 1
+        self._read_recording()
+        check_timesteps(self.qnn, self.data.inputs, self.visited())
+        self._add_recording(self.fit)
+        self.run.save_manifest()
+        discard_calibration(self.qnn)
 
     @property
     def _calibration_advice(self) -> str:
@@ -181,7 +232,7 @@ class Quantization:
             resident_bytes=memory.resident_bytes,
         )
         log.info("calibrating with %s on %d samples", plan.name, len(self.data))
-        with run.timed("calibration"):
+        with run.timed(CALIBRATION):
             if weights or plan.changes is None:
                 calibrate(self.qnn, self.data, plan.method, plan.recipe, run=calibration, scaling=plan.scaling)
             if plan.changes is not None:
@@ -190,11 +241,16 @@ class Quantization:
         if memory.gpu is not None:
             run.manifest.estimated_gpu_peak_bytes = memory.gpu_peak
         run.manifest.reconstruction_errors = calibration.errors
-        run.manifest.stored_activations_peak_bytes = calibration.storage.peak
-        notes = {"method": plan.name, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}
-        save_checkpoint(self.qnn, self.finished, notes=notes)
-        journal.discard()
+        before = run.manifest.stored_activations_peak_bytes or 0
+        run.manifest.stored_activations_peak_bytes = max(calibration.storage.peak, before)
         run.save_manifest()
+
+    def _save(self, seed: int) -> None:
+        plan = self.plan
+        notes = {"method": plan.name, "seed": seed, "samples": len(self.data), "plan": plan.to_dict()}
+        if plan.refit:
+            notes["refit"] = plan.refit
+        save_checkpoint(self.qnn, self.finished, notes=notes)
         log.info("calibrated checkpoint: %s (%d bytes)", self.finished, self.finished.stat().st_size)
 
 

@@ -11,6 +11,7 @@ from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.processes import choose_device
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.sample import SampleCommand
+from qdiff.diffusers_backend.card import calibration_note
 from qdiff.diffusers_backend.pipeline import DiffusersPipeline
 from qdiff.diffusers_backend.refusals import NO_SCALES
 from qdiff.errors import UserError
@@ -58,9 +59,10 @@ class QuantizePipelineCommand(SampleCommand):
             self._told = True
             log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
             self._complete(prepared, run)
+            data = f"{self.plan.per_step} images at {self.plan.steps} of the pipeline's steps"
             notes = {
                 "method": find_method(self.plan.method).title,
-                "calibration": f"{self.plan.per_step} images at {self.plan.steps} of the pipeline's steps",
+                "calibration": calibration_note(data, self.plan.refit),
                 "seed": args.seed,
                 "noise_error": f"{run.manifest.noise_error['mse']:.3g}",
                 "base_model": str(pipeline.folder.path),

@@ -13,6 +13,8 @@ from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 
 VERSION = 1
+# Phases of `Manifest.seconds`: of all fits of a calibration, and of the recordings between them.
+CALIBRATION, OF_REFITS = "calibration", "refit recording"
 
 
 @dataclass
@@ -115,6 +117,15 @@ class Manifest:
         held = {name: v for name, v in values.items() if v is not None or (name == "gpu" and self.device is not None)}
         with written_whole(file) as temporary:
             temporary.write_text(json.dumps({**held, **self.others}, indent=1) + "\n")
+
+    def calibration_seconds(self) -> tuple[float, float | None]:
+        """Return the wall time and, if known, the CPU time of calibrating.
+
+        A refit's recordings count, the first recording does not: other runs may share that.
+        """
+        cpu = self.cpu_seconds or {}
+        wall = self.seconds.get(CALIBRATION, 0.0) + self.seconds.get(OF_REFITS, 0.0)
+        return wall, cpu[CALIBRATION] + cpu.get(OF_REFITS, 0.0) if CALIBRATION in cpu else None
 
     def add_seconds(self, phase: str, seconds: float, cpu_seconds: float | None = None) -> None:
         """Add wall time, and CPU time if it is known, to a phase."""

@@ -77,8 +77,7 @@ class SampleCommand:
         self._calibration_seed = args.seed if self.plan is None or self.plan.seed is None else self.plan.seed
         if self.plan is not None:
             pipeline.check_modulation(self.plan.quant)
-        records_steps = self.plan is not None and self.plan.draw is None
-        if records_steps and self.plan.data is None and self.plan.action != "load":
+        if self.plan is not None and self.plan.draw is None and self.plan.records:
             check_recorded_steps(pipeline, self.plan.steps, self.plan.changes is not None)
         self.config = {
             "script": script,
@@ -249,7 +248,7 @@ class SampleCommand:
         if prepared is None:
             return
         seed = self._calibration_seed
-        qnn = prepared.complete(seed, lambda: record_planned(self.pipeline, self.plan, run, seed))
+        qnn = prepared.complete(seed, functools.partial(record_planned, self.pipeline, self.plan, run, seed))
         if self.correction is not None:
             self.correction.collect(run, qnn)
         if run.manifest.noise_error is None:

@@ -177,13 +177,12 @@ class TableRun:
         table, folder, manifest = self.table, self.table.folder(row.label), self._manifest(row)
         float_folder = None if row is table.float_row else table.folder(table.float_row.label)
         metrics = self._measuring.run(folder, manifest, float_folder)
-        calibration = manifest.seconds.get("calibration", 0.0)
-        cpu = (manifest.cpu_seconds or {}).get("calibration")
+        calibration, cpu = manifest.calibration_seconds()
         base = table.base(row)
         if base is not None:  # the time that its weights took counts too
-            of_weights = self._manifest(base)
-            calibration += of_weights.seconds.get("calibration", 0.0)
-            cpu = None if cpu is None else cpu + (of_weights.cpu_seconds or {}).get("calibration", 0.0)
+            of_weights, cpu_of_weights = self._manifest(base).calibration_seconds()
+            calibration += of_weights
+            cpu = None if cpu is None else cpu + (cpu_of_weights or 0.0)
         quant = (manifest.config.get("ptq") or {}).get("quant", {})
         cost = manifest.cost or {}
         keys = [column.key for column in metric_columns()]
@@ -216,6 +215,7 @@ class TableRun:
         """Return the (name, value) pairs that a reader needs to compare these numbers with others."""
         manifest, reference = self._manifest(self.table.float_row), self._measuring.reference
         counts = sorted({row["images"] for row in results})
+        refits = "; with those of refits, which they do not" if any("--refit" in r["command"] for r in results) else ""
         protocol = [
             ("images per row", " or ".join(f"{count:,}" for count in counts)),
             ("seed", str(manifest.config["seed"])),
@@ -228,7 +228,7 @@ class TableRun:
             ("ε error", "mean squared difference from the float network on held-out inputs"),
             ("file", "bytes of the quantized checkpoint; float: the denoising network in float32"),
             ("counted, GBops", "parameters and bit operations by qdiff/cost/account.py; one sample, one network call"),
-            ("calibration", "without the recording of the calibration set, which all rows share"),
+            ("calibration", "without the recording of the calibration set, which all rows share" + refits),
             ("machine", f"{manifest.machine['cpus']} CPUs, {manifest.torch_threads} thread(s), device "
                         f"{manifest.device}, torch {manifest.packages.get('torch')}"),
             ("date", time.strftime("%Y-%m-%d")),

@@ -13,6 +13,16 @@ from qdiff.io.files import written_whole
 LICENSE_NOTE = "The base model's licence applies."
 
 
+def calibration_note(data: str, refits: int) -> str:
+    """Return what a card says about a calibration.
+
+    Args:
+        data: describes its calibration set.
+        refits: how often it was repeated on the quantized network's own samples.
+    """
+    return data if refits == 0 else f"{data}, refits on the quantized network's own samples: {refits}"
+
+
 def card_of(network: nn.Module) -> str:
     """Return the Markdown text that describes a quantized component."""
     config = network.hf_quantizer.quantization_config

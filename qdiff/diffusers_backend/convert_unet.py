@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.checkpoint.metadata import read_notes
 from qdiff.config import QuantConfig
+from qdiff.diffusers_backend.card import calibration_note
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.convert_state import check_convertible, quantization_of, to_ours, to_theirs
 from qdiff.diffusers_backend.quantize import make_component
@@ -189,5 +190,6 @@ def _card_notes(checkpoint: Path) -> dict[str, Any]:
     if not is_pickle(checkpoint):
         notes = read_notes(checkpoint)
         made = {name: notes[name] for name in ("method", "seed") if name in notes}
-        made |= {"calibration": f"{notes['samples']} samples"} if "samples" in notes else {}
+        if "samples" in notes:
+            made["calibration"] = calibration_note(f"{notes['samples']} samples", notes.get("refit", 0))
     return made | {"checkpoint": sha256(checkpoint)}

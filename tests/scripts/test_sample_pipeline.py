@@ -89,6 +89,15 @@ def test_modulation_is_closer_to_float_at_low_widths(folder, tmp_path):
     assert errors["modulated"] < 0.5 * errors["plain"]
 
 
+def test_it_is_fitted_again_on_its_own_samples(folder, tmp_path):
+    naive = ["--method", "linear", "--w_range", "max", "--a_range", "max", "--refit", "1", "--device", "cpu"]
+    run, out = tmp_path / "run", tmp_path / "out"
+    quantize_pipeline.main([str(folder), "--out", str(out), *CALIBRATION, *naive, "-l", str(run)])
+    in_float, own = (torch.load(run / f"calibration_data{of}.pt", weights_only=True)["xs"] for of in ("", "-refit1"))
+    assert torch.equal(in_float[0], own[0]) and float((in_float[1] - own[1]).abs().max()) > 1e-3
+    assert "refits on the quantized network's own samples: 1" in (out / "unet" / "README.md").read_text()
+
+
 def test_an_interrupted_sampling_continues(folder, tmp_path):
     command = [str(folder), "-n", "3", "--steps", "2", "--device", "cpu", "-l", str(tmp_path)]
     sample_pipeline.main(command)

@@ -128,6 +128,14 @@ def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True
         type=int,
         help="decides the recorded images and the batches of calibration (default: from --seed)",
     )
+    group.add_argument(
+        "--refit",
+        type=int,
+        default=0,
+        metavar="N",
+        help="after calibrating, sample a calibration set with the quantized network and calibrate anew from the float "
+        "weights on it, N times (TCAQ-DM; default: 0)",
+    )
     group.add_argument("--running_stat", action="store_true", help="set activation ranges by a running average")
     group.add_argument("--rs_sm_only", action="store_true", help="--running_stat for softmax outputs only")
     group.add_argument("--objective", choices=["mse", "fisher"], default="mse", help="weight reconstruction error")

@@ -45,6 +45,7 @@ class PtqPlan:
         changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
         mixed: how widths of layers are chosen before calibrating (`qdiff.cli.mixed_precision`); None if they are not.
         scaling: how layers get their input scales.
+        refit: how often the network is calibrated again, on its own trajectory (`qdiff.calibration.refit`).
     """
 
     method: str
@@ -61,6 +62,7 @@ class PtqPlan:
     changes: ChangesConfig | None = None
     mixed: MixedPrecision | None = None
     scaling: InputScaling = field(default_factory=InputScaling)
+    refit: int = 0
 
     @property
     def name(self) -> str:
@@ -74,6 +76,11 @@ class PtqPlan:
         """Number of calibration samples that the plan asks for."""
         return self.steps * self.per_step if self.draw is None else self.draw.count
 
+    @property
+    def records(self) -> bool:
+        """Whether a run samples calibration sets itself."""
+        return self.action != "load" and (self.data is None or self.refit > 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for the manifest: everything that decides the result, so not the memory budget."""
         values = {**asdict(self), "quant": self.quant.to_dict()}
@@ -84,6 +91,8 @@ class PtqPlan:
                 del values[name]
         if self.scaling.kind is Scaling.NONE:
             del values["scaling"]
+        if self.refit == 0:
+            del values["refit"]
         for name, default in _LATER.items():
             recipe = values["recipe"] or {}
             if recipe.get(name, not default) == default and name not in _FROM_THE_FIRST.get(self.method, ()):
@@ -125,6 +134,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "keep_ends",
         "layer_bits",
         "fused_kernels",
+        "refit",
         *modiff.QUANTIZING,
         *eda_dm.IMPLYING,
         *gptq.QUANTIZING,
@@ -198,7 +208,9 @@ def resolve_ptq(
     if method.learns and not (eda_dm_scripts and changes is not None):
         recipe = _recipe(args, method, preset or {})
     require_at_least(1, {"--cali_st": args.cali_st, "--cali_n": args.cali_n})
-    require_at_least(0, {"--cali_seed": args.cali_seed})
+    require_at_least(0, {"--cali_seed": args.cali_seed, "--refit": args.refit})
+    if args.refit and action != "calibrate":
+        raise UserError("--refit calibrates weights anew, but --cali_ckpt names calibrated ones; leave one of them out")
     if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
         raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
     return PtqPlan(
@@ -216,6 +228,7 @@ def resolve_ptq(
         changes=changes,
         mixed=mixed_precision.resolve_mixed_precision(args, quant, action),
         scaling=scaling.resolve_scaling(args, method, action),
+        refit=args.refit,
     )
 
 
