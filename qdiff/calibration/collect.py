@@ -48,7 +48,13 @@ def check_recorded_steps(pipeline: Pipeline, steps: int, pairs: bool = False) ->
 
 @torch.no_grad()
 def record_evenly(
-    pipeline: Pipeline, steps: int, per_step: int, first: int = 0, show_progress: bool = True, pairs: bool = False
+    pipeline: Pipeline,
+    steps: int,
+    per_step: int,
+    first: int = 0,
+    show_progress: bool = True,
+    pairs: bool = False,
+    and_last: bool = False,
 ) -> dict[str, Tensor]:
     """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
 
@@ -57,11 +63,14 @@ def record_evenly(
         steps: how many calls to record.
         per_step: how many images to record per call.
         pairs: also record ``xs_prev`` and ``ts_prev``, the call before each.
+        and_last: also record the sampler's last call, behind the others if it is not one of them.
 
     Returns:
         The published format: see `record_calls`.
     """
     calls = recorded_calls(pipeline, steps, pairs)
+    if and_last:
+        calls = [*dict.fromkeys((*calls, pipeline.calls - 1))]
     kept = sorted({*calls, *(call - 1 for call in calls)}) if pairs else calls
     with progress_bar(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
         recorded = record_calls(
