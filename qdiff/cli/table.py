@@ -124,7 +124,7 @@ class TableRun:
 
     def _write(self, results: list[dict[str, Any]]) -> str:
         from qdiff.report.activation_plots import activation_picture, pictured
-        from qdiff.report.page import write_page
+        from qdiff.report.page import TableResults, write_page
 
         table, reference = self.table, self._measuring.reference
         protocol = protocol_of(
@@ -146,7 +146,7 @@ class TableRun:
             path.write_text(f"# {table.title}\n\n{text}")
         with written_whole(table.out / "table.json") as path:
             path.write_text(json.dumps({**about, "rows": results}, indent=1))
-        write_page(table.out / "table.html", table.title, protocol, results, folders, notes)
+        write_page(table.out / "table.html", TableResults(table.title, protocol, results, folders, notes))
         with written_whole(table.out / "comparison.png") as path:
             comparison_picture(list(folders.items()), path)
         if (column := pictured(results)) is not None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qdiff.cli.mixed_precision import WIDTHS
 from qdiff.cli.run_manifest import Manifest
 from qdiff.config import ScalePer
 from qdiff.evaluation.registry import metric_columns
@@ -59,8 +60,6 @@ def mean_widths(folder: Path) -> dict[str, float | None]:
         ``mean_weight_bits``, bits per weight, and ``mean_act_bits``, bits per input of a layer, weighted by its
         products.
     """
-    from qdiff.cli.mixed_precision import WIDTHS  # loads torch
-
     file = folder / WIDTHS
     chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return {"mean_weight_bits": chosen.get("mean_bits"), "mean_act_bits": chosen.get("mean_act_bits")}

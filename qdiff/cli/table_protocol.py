@@ -42,9 +42,7 @@ def protocol_of(
         ("ε error", "mean squared difference from the float network on held-out inputs"),
     ]
     if _any(results, "last_step_mse"):
-        told.append(
-            ("ε last step", "the same for the inputs of the sampler's last network call, at the smallest t")
-        )
+        told.append(("ε last step", "the same for the inputs of the sampler's last network call, at the smallest t"))
     if _any(results, "mean_weight_bits") or _any(results, "mean_act_bits"):
         told.append(("mean bits", "of mixed precision: W per weight, A per input of a layer over its products"))
     told += [
