@@ -254,8 +254,8 @@ def test_the_last_call_and_the_median_are_told_apart(tiny_network):
     found = measure_noise_error(qnn, sets[0], batch_size=3, last_call=sets[1])
     with torch.no_grad(), qnn.quantized():
         steps, (at_last,) = (
-            [float((qnn(x, t) - tiny_network(x, t)).double().square().mean()) for x, t in zip(p["xs"], p["ts"])]
-            for p in (data, last)
+            [float((qnn(*s) - tiny_network(*s)).square().mean()) for s in zip(part["xs"], part["ts"], strict=True)]
+            for part in (data, last)
         )
     assert len({float(t) for t in data["ts"].flatten()}) == 3
     assert found["last_step"] == pytest.approx(at_last, rel=ERROR_TOLERANCE)
