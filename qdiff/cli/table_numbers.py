@@ -57,8 +57,7 @@ def mean_widths(folder: Path) -> dict[str, float | None]:
         folder: the run folder.
 
     Returns:
-        ``mean_weight_bits``, bits per weight, and ``mean_act_bits``, bits per input of a layer, weighted by its
-        products.
+        ``mean_weight_bits``, over all weights, and ``mean_act_bits``, over all multiplications.
     """
     file = folder / WIDTHS
     chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

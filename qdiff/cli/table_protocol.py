@@ -44,7 +44,7 @@ def protocol_of(
     if _any(results, "last_step_mse"):
         told.append(("ε last step", "the same for the inputs of the sampler's last network call, at the smallest t"))
     if _any(results, "mean_weight_bits") or _any(results, "mean_act_bits"):
-        told.append(("mean bits", "of mixed precision: W per weight, A per input of a layer over its products"))
+        told.append(("mean W, A bits", "of mixed precision: W over all weights, A over all multiplications"))
     told += [
         ("file", "bytes of the quantized checkpoint; float: the denoising network in float32"),
         ("counted, GBops", "parameters and bit operations by qdiff/cost/account.py; one sample, one network call"),

@@ -159,7 +159,7 @@ def test_errors_and_mean_widths_come_from_the_run_folders(table, monkeypatch):
     cells = {label: [table.cells(label)[name] for name in names] for label in ("float", "W4", "older")}
     assert cells == {"float": ["–"] * 3, "W4": ["1.00e-03", "2.00e-01", "4.50"], "older": ["2.00e-03", "–", "–"]}
     assert "mean A bits" not in table.text() and "ε last step the same for" in table.text()
-    assert "mean bits of mixed precision" in table.text()
+    assert "mean W, A bits of mixed precision" in table.text()
 
 
 WIDTHS = (8, 6, 4)
