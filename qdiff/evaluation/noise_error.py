@@ -115,10 +115,14 @@ def _squares(qnn: QuantModel, batches: Sequence[tuple[Tensor, ...]], release: bo
     wanted = [qnn(*batch).double() for batch in batches]
     if release:
         qnn.release_float_weights()
-    errors, by_sample = [], []
+    sums = []
     with precision(), qnn.quantized(), qnn.trajectory():  # entered once, because entering dequantizes all weights
         for batch, exact in zip(batches, wanted, strict=True):
             squared = (qnn(*batch).double() - exact).square()
-            errors.append(float(squared.sum()))
-            by_sample.append(squared.flatten(1).sum(1).cpu())
-    return _Squares(errors, [float(w.square().sum()) for w in wanted], by_sample)
+            sums.append((squared.sum(), squared.flatten(1).sum(1)))
+    errors, by_sample = zip(*sums, strict=True)
+    return _Squares(
+        [float(error) for error in errors],
+        [float(exact.square().sum()) for exact in wanted],
+        [sample.cpu() for sample in by_sample],
+    )
