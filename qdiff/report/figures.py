@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _FONT_SIZE = 8.5
+_SVG_WIDER = 1.06  # glyphs drawn as paths are not fitted to pixels, as those that are measured
 _INK, _FRAME = "#222222", "#b8b8b8"
 _Box = tuple[float, float, float, float]
 # Glyphs drawn as paths look the same everywhere; without the salt, ids would be random.
@@ -78,7 +79,7 @@ def write_labels(figure: Figure, axis: Any, points: list[tuple[float, float, str
         behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
         text = axis.text(0, 0, label, fontsize=_FONT_SIZE - 1, zorder=2.5, bbox=behind)
         extent = text.get_window_extent()
-        w, h = extent.width, extent.height
+        w, h = _SVG_WIDER * extent.width, extent.height
         middle, centre = (bottom + top - h) / 2, (left + right - w) / 2
         places = [(right, middle), (centre, top), (centre, bottom - h), (left - w, middle)]
         places += [(right, top), (right, bottom - h), (left - w, top), (left - w, bottom - h)]
