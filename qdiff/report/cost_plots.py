@@ -102,7 +102,7 @@ def cost_plot(
         across, up = cost.spread(row), column.spread_in(row)
         bar = {"color": look["color"], "linewidth": 1, "alpha": 0.5, "zorder": 1.5}
         if across:
-            axis.hlines(y, x - across, x + across, **bar)
+            axis.hlines(y, max(x - across, axis.get_xlim()[0]), x + across, **bar)
         if up:
             axis.vlines(x, y - up, y + up, **bar)
     axis.set_xlabel(cost.label)
