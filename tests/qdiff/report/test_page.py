@@ -367,9 +367,9 @@ def test_quality_against_time_has_a_point_for_each_row_with_both_numbers():
 
 
 def test_a_shape_is_a_width_and_a_colour_a_method():
-    def marker(label: str) -> str:
-        group = re.search(rf"<g id=\"[^\"]*\"><title>{label}:.*?</g>\s*</g>", plot.against_time, re.DOTALL)[0]
-        return re.search(r"<path id=\"[^\"]*\" d=\"([^\"]*)\"", group)[1], re.search(r"fill: (#\w+)", group)[1]
+    def marker(label: str) -> list[str]:
+        drawn = plot.against_time.split(f"<title>{label}:")[1].split("</g>")[0]
+        return [re.search(pattern, drawn)[1] for pattern in (r'<use href="#([^"]*)"', r"fill: (#\w+)")]
 
     (plot,) = metric_plots(TIMED)
     (grip, black), (eda, green), (wide, also_green) = map(marker, ("GRIP W4A8", "EDA-DM W4A8", "EDA-DM W8A8"))
