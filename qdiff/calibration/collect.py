@@ -73,6 +73,7 @@ def record_evenly(
     show_progress: bool = True,
     pairs: bool = False,
     qnn: QuantModel | None = None,
+    and_last: bool = False,
 ) -> dict[str, Tensor]:
     """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
 
@@ -83,11 +84,14 @@ def record_evenly(
         pairs: also record ``xs_prev`` and ``ts_prev``, the call before each.
         qnn: the pipeline's network, wrapped and calibrated, which then samples quantized; None records from the float
             network.
+        and_last: also record the sampler's last call, behind the others if it is not one of them.
 
     Returns:
         The published format: see `record_calls`.
     """
     calls = recorded_calls(pipeline, steps, pairs)
+    if and_last:
+        calls = [*dict.fromkeys((*calls, pipeline.calls - 1))]
     kept = sorted({*calls, *(call - 1 for call in calls)}) if pairs else calls
     with progress_bar(total=per_step, desc="recording", unit="img", disable=not show_progress) as bar:
         sample = _sampler(pipeline, first, qnn)

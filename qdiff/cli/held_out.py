@@ -34,11 +34,12 @@ def held_out_error(pipeline: Pipeline, qnn: QuantModel, half_precision: bool) ->
     """
     with memory_advice("measuring the error of ε", smaller_batch(min(pipeline.batch_size, BATCH))):
         found = _measured(pipeline, qnn)
-    if not math.isfinite(found["mse"]):
+    wrong = next((found[name] for name in ("mse", "last_step") if not math.isfinite(found[name])), None)
+    if wrong is not None:
         advice = "check the weights for layers whose values leave the range of float32"
         if half_precision:
             advice = "half precision overflows; give --precision full"
-        raise UserError(f"the ε of the quantized network is {found['mse']}, and images of it would be black; {advice}")
+        raise UserError(f"the ε of the quantized network is {wrong}, and images of it would be black; {advice}")
     return found
 
 
@@ -46,11 +47,23 @@ def _measured(pipeline: Pipeline, qnn: QuantModel) -> dict[str, Any]:
     steps = min(STEPS, pipeline.calls)
     # Modulation carries state from step to step, so all steps of a trajectory are needed.
     recorded = pipeline.calls if qnn.config.modulate else steps
-    recording = record_evenly(pipeline, recorded, IMAGES, first=FIRST, show_progress=False)
+    # The last step is told apart: what noise is left in x_t is then finer than an 8-bit range.
+    recording = record_evenly(pipeline, recorded, IMAGES, first=FIRST, show_progress=False, and_last=True)
     if qnn.config.modulate:
         compared = evenly_spaced(pipeline.calls, steps)
         calls = network_calls(recording)
         return measure_trajectory_error(qnn, calls, compared, release=True, precision=pipeline.precision)
-    held_out = select_samples(recording, steps, IMAGES, pipeline.input_shape, pipeline.conditional)
+    held_out, last_call = (
+        select_samples(
+            {key: values[part] for key, values in recording.items()},
+            None,
+            IMAGES,
+            pipeline.input_shape,
+            pipeline.conditional,
+        )
+        for part in (slice(steps), slice(-1, None))
+    )
     batch_size = min(BATCH, pipeline.batch_size)
-    return measure_noise_error(qnn, held_out, batch_size, release=True, precision=pipeline.precision)
+    return measure_noise_error(
+        qnn, held_out, batch_size, release=True, precision=pipeline.precision, last_call=last_call
+    )

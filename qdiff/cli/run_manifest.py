@@ -42,7 +42,8 @@ class Manifest:
         stored_activations_peak_bytes: peak size of the calibration's stored activations.
         reconstruction_errors: the final error of every unit, by phase and name.
         checkpoint_notes: notes on its calibration that a loaded checkpoint carries.
-        noise_error: error of ε against float on held-out inputs; see `qdiff.evaluation.noise_error`.
+        noise_error: error of ε against float on held-out inputs; see `qdiff.evaluation.noise_error`. Files of older
+            versions lack ``last_step``, ``last_timestep`` and ``median_step``.
         noise_correction: kind, origin and measured benefit of the sampler's noise correction, as its file has them.
         device: the device that sampled.
         gpu: its name, TF32 and precision; null on the CPU.

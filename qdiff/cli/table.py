@@ -6,13 +6,13 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from typing import Any
 
 from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
-from qdiff.cli.table_numbers import file_bytes, misses, ranges
-from qdiff.cli.table_seeds import summarise
+from qdiff.cli.table_numbers import file_bytes, mean_widths, misses, ranges
+from qdiff.cli.table_protocol import protocol_of
+from qdiff.cli.table_seeds import not_shown, summarise
 from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns
 from qdiff.io.files import written_whole
@@ -124,16 +124,17 @@ class TableRun:
 
     def _write(self, results: list[dict[str, Any]]) -> str:
         from qdiff.report.activation_plots import activation_picture, pictured
-        from qdiff.report.page import write_page
+        from qdiff.report.page import TableResults, write_page
 
-        table, protocol = self.table, self._protocol(results)
+        table, reference = self.table, self._measuring.reference
+        protocol = protocol_of(
+            table, self._manifest(table.float_row), results, self.extractor, reference, self._measuring.compared
+        )
         notes = list(table.notes)
         if any(row.unverified for row in table.rows):
             marked = ", ".join(row.label for row in table.rows if row.unverified)
             notes.append(f"Published numbers quoted from memory of the paper, to be verified: {marked}.")
-        shown = [row["label"] for row in results]
-        missing = [row.label for row in table.rows if row.label not in shown]
-        if missing:
+        if missing := not_shown(table.rows, results):
             notes.append(f"Rows not yet run, or not with the table's present options: {', '.join(missing)}.")
         results, folders = summarise(table.rows, results, table.folder)
         flags = [f"{row['label']}: {flag}" for row in results for flag in row["flags"]]
@@ -145,7 +146,7 @@ class TableRun:
             path.write_text(f"# {table.title}\n\n{text}")
         with written_whole(table.out / "table.json") as path:
             path.write_text(json.dumps({**about, "rows": results}, indent=1))
-        write_page(table.out / "table.html", table.title, protocol, results, folders, notes)
+        write_page(table.out / "table.html", TableResults(table.title, protocol, results, folders, notes))
         with written_whole(table.out / "comparison.png") as path:
             comparison_picture(list(folders.items()), path)
         if (column := pictured(results)) is not None:
@@ -199,6 +200,8 @@ class TableRun:
             **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
             "published": dict(row.published),
             "noise_mse": (manifest.noise_error or {}).get("mse"),
+            "last_step_mse": (manifest.noise_error or {}).get("last_step"),
+            **mean_widths(folder),
             "bytes": file_bytes(folder, manifest),
             "counted_bytes": cost.get("size_bytes"),
             "gbops": cost["bops"] / 1e9 if cost else None,
@@ -210,53 +213,6 @@ class TableRun:
             "command": shlex.join(["python", *table.command(row, self.device)]),
         }
         return {**result, "flags": [] if row.quantizes else misses(result)}
-
-    def _protocol(self, results: list[dict[str, Any]]) -> list[tuple[str, str]]:
-        """Return the (name, value) pairs that a reader needs to compare these numbers with others."""
-        manifest, reference = self._manifest(self.table.float_row), self._measuring.reference
-        counts = sorted({row["images"] for row in results})
-        refits = "; with those of refits, which they do not" if any("--refit" in r["command"] for r in results) else ""
-        protocol = [
-            ("images per row", " or ".join(f"{count:,}" for count in counts)),
-            ("seed", str(manifest.config["seed"])),
-            ("sampler", _shown(manifest.config["sampler"])),
-            ("pixels", "clamped, scaled to 0–255, rounded"),
-            ("features", f"{self.extractor} ({(reference.weights_hash or 'weights not known')[:12]})"),
-            ("reference", f"{reference.name} ({reference.count:,} images)" if reference.count else reference.name),
-            ("float weights", manifest.files.get("float weights", {}).get("sha256", "")[:12]),
-            ("PSNR, SSIM", f"against the float row, image by image, first {self._measuring.compared} images"),
-            ("ε error", "mean squared difference from the float network on held-out inputs"),
-            ("file", "bytes of the quantized checkpoint; float: the denoising network in float32"),
-            ("counted, GBops", "parameters and bit operations by qdiff/cost/account.py; one sample, one network call"),
-            ("calibration", "without the recording of the calibration set, which all rows share" + refits),
-            ("machine", f"{manifest.machine['cpus']} CPUs, {manifest.torch_threads} thread(s), device "
-                        f"{manifest.device}, torch {manifest.packages.get('torch')}"),
-            ("date", time.strftime("%Y-%m-%d")),
-        ]  # fmt: skip
-        if any(row["state_bytes"] for row in results):
-            protocol[-3:-3] = [
-                ("GBops of modulated rows", "mean over the run's network calls, the first step included"),
-                ("state", "float32 tensors that modulated layers keep from step to step, bytes per image"),
-                ("additions", "what modulated layers add and subtract at a later step, per image; in no GBops"),
-            ]
-        if any(row.group for row in self.table.rows):
-            protocol[-2:-2] = [
-                ("±", "standard deviation over the calibration seeds, each with a calibration set of its own"),
-                ("bold, =", "the best of its widths, and what is equal to it within √(s² + s²) of both deviations"),
-                ("CPU", "CPU seconds of the calibration"),
-            ]
-        if any("asked_share" in row for row in results):
-            protocol.insert(-2, ("asked", "images in which the classifier sees what was asked for"))
-        if self.table.source is not None:
-            protocol.insert(0, ("published numbers", self.table.source))
-        return protocol
-
-
-def _shown(sampler: Any) -> str:
-    """Return a sampler's configuration as readable text."""
-    if not isinstance(sampler, dict):
-        return str(sampler)
-    return ", ".join(f"{k} {v}" for k, v in sampler.items() if v is not None)
 
 
 def _call(command: list[str]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from qdiff.cli.mixed_precision import WIDTHS
 from qdiff.cli.run_manifest import Manifest
 from qdiff.config import ScalePer
 from qdiff.evaluation.registry import metric_columns
@@ -46,3 +48,17 @@ def file_bytes(folder: Path, manifest: Manifest) -> int:
         return Path(files["quantized checkpoint"]["path"]).stat().st_size
     # The file of a float latent model also holds an autoencoder; only the quantized network counts.
     return manifest.network_bytes or Path(files["float weights"]["path"]).stat().st_size
+
+
+def mean_widths(folder: Path) -> dict[str, float | None]:
+    """Return the mean widths that a run of mixed precision chose; None for any other run, and for what it left alone.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        ``mean_weight_bits``, over all weights, and ``mean_act_bits``, over all multiplications.
+    """
+    file = folder / WIDTHS
+    chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return {"mean_weight_bits": chosen.get("mean_bits"), "mean_act_bits": chosen.get("mean_act_bits")}

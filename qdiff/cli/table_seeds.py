@@ -35,14 +35,28 @@ def summarise(
     return shown, {label: folder(some[0]["label"]) / "img" for label, some in members.items()}
 
 
+def not_shown(rows: Sequence[TableRow], results: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the labels of the rows without a result; of a group without any result, the group's label.
+
+    Args:
+        rows, results: as for `summarise`.
+    """
+    finished = {result["label"] for result in results}
+    begun = {row.group for row in rows if row.label in finished}
+    missing = [row for row in rows if row.label not in finished]
+    return list(dict.fromkeys(row.label if row.group in begun else row.group or row.label for row in missing))
+
+
 def _mean(label: str, members: list[dict[str, Any]]) -> dict[str, Any]:
     first = members[0]
     made = {**first, "label": label, "seeds": len(members), "flags": [f for m in members for f in m["flags"]]}
     for key in [k for k in first if k not in _NAMED]:
         values = [member.get(key) for member in members]
-        if key.endswith("_std") or isinstance(first[key], bool | str) or any(v is None for v in values):
+        if key.endswith("_std") or isinstance(first[key], bool | str):
             continue
-        if all(math.isfinite(v) for v in values):
+        if any(v is None for v in values):
+            made[key] = None
+        elif all(math.isfinite(v) for v in values):
             made[key] = statistics.fmean(values) if len(set(values)) > 1 else first[key]
             made[f"{key}_std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return made

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 _FONT_SIZE = 8.5
+_SVG_WIDER = 1.06  # glyphs drawn as paths are not fitted to pixels, as those that are measured
 _INK, _FRAME = "#222222", "#b8b8b8"
 _Box = tuple[float, float, float, float]
 # Glyphs drawn as paths look the same everywhere; without the salt, ids would be random.
@@ -44,7 +45,12 @@ def plain_log(axis: Any) -> None:
 
 
 def write_labels(figure: Figure, axis: Any, points: list[tuple[float, float, str]], order: list[str]) -> None:
-    """Write labels next to points where they cover least; coinciding points share one label, its parts in ``order``."""
+    """Write labels next to points where they cover least.
+
+    Args:
+        points: x, y and text; points with an empty text have no label and are not covered either.
+        order: of all texts. Coinciding points share one label, its parts in this order.
+    """
     if not points:
         return
     figure.draw_without_rendering()  # computes the layout
@@ -66,12 +72,14 @@ def write_labels(figure: Figure, axis: Any, points: list[tuple[float, float, str
             y = axis.transData.transform((1, line.get_ydata()[0]))[1]
             rules.append((inside[0], y - 1.5, inside[2], y + 1.5))
     for cluster in clusters:
+        label = ", ".join(sorted({t for *_, t in cluster if t}, key=order.index))
+        if not label:
+            continue
         left, bottom, right, top = _around(cluster, reach)
-        label = ", ".join(sorted({t for *_, t in cluster}, key=order.index))
         behind = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
         text = axis.text(0, 0, label, fontsize=_FONT_SIZE - 1, zorder=2.5, bbox=behind)
         extent = text.get_window_extent()
-        w, h = extent.width, extent.height
+        w, h = _SVG_WIDER * extent.width, extent.height
         middle, centre = (bottom + top - h) / 2, (left + right - w) / 2
         places = [(right, middle), (centre, top), (centre, bottom - h), (left - w, middle)]
         places += [(right, top), (right, bottom - h), (left - w, top), (left - w, bottom - h)]
@@ -109,9 +117,7 @@ def svg(figure: Figure, prefix: str, name: str, titles: dict[str, str]) -> str:
     text = text[text.index("<svg") :].replace("xlink:href=", "href=")
     text = re.sub(r"<defs>\s*<style.*?</defs>", "", text, flags=re.DOTALL)  # would apply to the whole page
     text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)  # HTML needs no namespaces
-    # Ids must be unique in a page.
-    text = re.sub(r'\bid="', f'id="{prefix}-', text)
-    text = text.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    text = with_prefix(text, prefix)
     for key, title in titles.items():
         group = f'<g id="{prefix}-{key}">'
         # A line through a single point is an empty group; give it a closing tag.
@@ -120,3 +126,9 @@ def svg(figure: Figure, prefix: str, name: str, titles: dict[str, str]) -> str:
     return text.replace(
         "<svg ", f'<svg role="img" aria-label="{html.escape(name)}" ' if name else '<svg aria-hidden="true" ', 1
     )
+
+
+def with_prefix(text: str, prefix: str) -> str:
+    """Return SVG elements with a prefix to every id, which must be unique in a page."""
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    return text.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")

@@ -1,16 +1,17 @@
-"""Plots of results as SVG for a web page: a metric against bits, and against file size."""
+"""Plots of results as SVG for a web page: a metric against bits, file size and calibration time; and their legends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from qdiff.evaluation.column import Column, Row
-from qdiff.report.figures import our_style, plain_log, svg, write_labels
+from qdiff.report.cost_plots import SIZE, TIME, cost_plot, shapes
+from qdiff.report.figures import our_style, svg
 from qdiff.report.metric_axes import (
-    DECADE,
     FLOAT_COLOUR,
     Series,
     bits,
@@ -21,9 +22,9 @@ from qdiff.report.metric_axes import (
     metric_figure,
     plotted,
     published,
-    title_of,
-    width,
 )
+
+Styles = Mapping[str, tuple[str, str]]
 
 # Okabe and Ito's colours can be told apart with any colour vision, and the markers in print.
 _STYLES = {
@@ -32,12 +33,15 @@ _STYLES = {
     "eda-dm": ("#009E73", "^"),
     "ptq4dm": ("#E69F00", "v"),
     "modiff": ("#CC79A7", "D"),
+    "tfmq-dm": ("#56B4E9", "P"),
+    "gptq": ("#8C564B", "p"),
+    "grip": ("#000000", "X"),
 }
-_OTHER_STYLES = (("#56B4E9", "P"), ("#000000", "X"), ("#8C564B", "p"))
+_OTHER_STYLES = (("#7A6FF0", "h"), ("#B5A300", "<"), ("#7F7F7F", ">"), ("#A3004F", "d"))
 _SIZE = (4.8, 2.9)  # inches
 _DODGE = 0.09  # share of the distance between two widths, so that equal results of two methods are both visible
-_BYTES_A_MB = 1e6
 _SPLIT_DASHES = (0, (2, 1.5))
+_FLOAT = ("float", {"color": FLOAT_COLOUR, "linestyle": (0, (5, 2)), "marker": ""})
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,35 @@ class MetricPlots:
 
     Attributes:
         column: the metric.
-        spread: whether the plot against bits has error bars (one standard deviation).
-        against_bits: the plot against bits.
-        against_size: the plot against file size; None if no measured row has a size.
+        spread: whether a row has error bars (one standard deviation).
+        against_bits: the plot against bits; None if it was not asked for.
+        against_size, against_time: the plots against file size and calibration time; None if no measured row has these.
     """
 
     column: Column
     spread: bool
-    against_bits: str
+    against_bits: str | None
     against_size: str | None
+    against_time: str | None
 
 
-def series_of(rows: Sequence[Row]) -> list[Series]:
-    """Return the quantized rows by method; a method's colour and marker do not depend on the other methods."""
+def styles_of(rows: Iterable[Row]) -> Styles:
+    """Return colour and marker of each method; those of the usual methods do not depend on the rows."""
+    others = [m for m in dict.fromkeys(row["method"] for row in rows if not is_float(row)) if m not in _STYLES]
+    return {**_STYLES, **{m: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, m in enumerate(others)}}
+
+
+def series_of(rows: Sequence[Row], styles: Styles | None = None) -> list[Series]:
+    """Return the quantized rows by method.
+
+    Args:
+        styles: of more rows than these, from `styles_of`; None: of these.
+    """
     members: dict[tuple[str, bool], list[int]] = {}
     for i, row in enumerate(rows):
         if not is_float(row):
             members.setdefault((row["method"], bool(row.get("split"))), []).append(i)
-    others = [method for method in dict.fromkeys(method for method, _ in members) if method not in _STYLES]
-    styles = {**_STYLES, **{m: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, m in enumerate(others)}}
+    styles = styles_of(rows) if styles is None else styles
     return [
         Series(
             method_name({"method": method}) + (", split" if split else ""),
@@ -78,27 +92,69 @@ def series_of(rows: Sequence[Row]) -> list[Series]:
 
 def metric_plots(rows: Sequence[Row]) -> list[MetricPlots]:
     """Return plots of every metric for which a quantized row has a number."""
-    quantized = [row for row in rows if not is_float(row)]
-    plots = []
     with our_style():
-        for column in plotted():
-            measured = [row for row in quantized if drawn(column, row) is not None]
-            if measured:
-                spread = any(column.spread_in(row) for row in measured)
-                sized = any(row.get("bytes") for row in measured)
-                against_size = _against_size(column, rows) if sized else None
-                plots.append(MetricPlots(column, spread, _against_bits(column, rows), against_size))
-    return plots
+        plots = [_plots_of(column, rows, series_of(rows), shapes(rows)) for column in plotted()]
+    return [plot for plot in plots if plot is not None]
+
+
+def quality_plots(rows: Sequence[Row], key: str, among: Sequence[Row]) -> MetricPlots | None:
+    """Return the plots of one metric against size and time; None if no quantized row has a number for it.
+
+    Args:
+        key: of the metric.
+        among: the rows of all tables on the page, so that a colour and a shape mean the same in each.
+    """
+    series, looks = series_of(rows, styles_of(among)), shapes(among)
+    column = next(column for column in plotted() if column.key == key)
+    with our_style():
+        return _plots_of(column, rows, series, looks, bits_too=False)
+
+
+def _plots_of(
+    column: Column,
+    rows: Sequence[Row],
+    series: Sequence[Series],
+    looks: dict[str, dict[str, Any]],
+    bits_too: bool = True,
+) -> MetricPlots | None:
+    measured = [row for row in rows if not is_float(row) and drawn(column, row) is not None]
+    if not measured:
+        return None
+    return MetricPlots(
+        column,
+        any(column.spread_in(row) for row in measured),
+        _against_bits(column, rows, series) if bits_too else None,
+        cost_plot(column, SIZE, rows, series, looks),
+        cost_plot(column, TIME, rows, series, looks),
+    )
 
 
 def legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return (name, SVG of its line and marker) of everything in the plots."""
+    """Return (name, SVG of its line and marker) of everything in the plots against bits."""
     entries = [(s.name, s.look) for s in series_of(rows)]
     if any(is_float(row) for row in rows):
-        entries.append(("float", {"color": FLOAT_COLOUR, "linestyle": (0, (5, 2)), "marker": ""}))
+        entries.append(_FLOAT)
     if any(drawn(published(column), row) is not None for column in plotted() for row in rows):
         hollow = {"color": FLOAT_COLOUR, "linestyle": "", "marker": "o", "markerfacecolor": "white"}
         entries.append(("hollow, dotted: as published", hollow))
+    return _swatches(entries, "legend")
+
+
+def colour_legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (name, SVG of a line in its colour) of every method in the rows, and of float."""
+    styles = styles_of(rows)
+    methods = dict.fromkeys(row["method"] for row in rows if not is_float(row))
+    entries = [(method_name({"method": m}), {"color": styles[m][0], "marker": ""}) for m in methods]
+    return _swatches([*entries, *([_FLOAT] if any(map(is_float, rows)) else [])], "colour")
+
+
+def shape_legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Return (width, SVG of its marker) of every width in the plots against size and time."""
+    grey = {"color": FLOAT_COLOUR, "linestyle": ""}
+    return _swatches([(name, {**grey, **look}) for name, look in shapes(rows).items()], "shape")
+
+
+def _swatches(entries: Sequence[tuple[str, dict[str, Any]]], prefix: str) -> list[tuple[str, str]]:
     swatches = []
     with our_style():
         for i, (name, look) in enumerate(entries):
@@ -107,14 +163,13 @@ def legend(rows: Sequence[Row]) -> list[tuple[str, str]]:
             axis = figure.add_axes((0, 0, 1, 1))
             axis.axis("off")
             axis.plot([0, 0.5, 1], [0, 0, 0], markevery=[1], markersize=6, linewidth=1.4, **look)
-            swatches.append((name, svg(figure, f"legend-{i}", "", {})))
+            swatches.append((name, svg(figure, f"{prefix}-{i}", "", {})))
     return swatches
 
 
-def _against_bits(column: Column, rows: Sequence[Row]) -> str:
+def _against_bits(column: Column, rows: Sequence[Row], shown: Sequence[Series]) -> str:
     figure, axis, titles = metric_figure(column, rows, _SIZE)
     order = sorted({bits(row) for row in rows if not is_float(row)}, reverse=True)
-    shown = series_of(rows)
     for n, series in enumerate(shown):
         shift = _DODGE * (n - (len(shown) - 1) / 2)
         places = {i: order.index(bits(rows[i])) + shift for i in series.rows}
@@ -125,30 +180,3 @@ def _against_bits(column: Column, rows: Sequence[Row]) -> str:
     axis.set_xticks(range(len(order)), names, rotation=35 if crowded else 0, ha="right" if crowded else "center")
     axis.set_xlabel("bits of weights (W) and activations (A)")
     return svg(figure, f"{column.key}-bits", f"{column.title} against bits", titles)
-
-
-def _against_size(column: Column, rows: Sequence[Row]) -> str:
-    figure, axis, titles = metric_figure(column, rows, _SIZE)
-    points: list[tuple[float, float, str]] = []
-    sizes = [row["bytes"] / _BYTES_A_MB for row in rows if row.get("bytes")]
-    if max(sizes) > DECADE * min(sizes):
-        axis.set_xscale("log")
-        plain_log(axis.xaxis)
-        axis.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
-    else:
-        axis.set_xlim(0, 1.12 * max(sizes))
-    shown = [(series.look, series.rows) for series in series_of(rows)]
-    grey = {"color": FLOAT_COLOUR, "marker": "*", "markeredgecolor": "white", "markeredgewidth": 0.4}
-    shown.append((grey, tuple(i for i, row in enumerate(rows) if is_float(row))))
-    for look, members in shown:
-        with_both = [i for i in members if drawn(column, rows[i]) is not None and rows[i].get("bytes")]
-        for i in with_both:
-            x, y = rows[i]["bytes"] / _BYTES_A_MB, drawn(column, rows[i])
-            titles[f"point-{i}"] = f"{title_of(column, rows[i])}, {x:.2f} MB"
-            size = 9 if is_float(rows[i]) else 6.5
-            axis.plot([x], [y], markersize=size, zorder=3, gid=f"point-{i}", **{**look, "linestyle": ""})
-            points.append((x, y, "float" if is_float(rows[i]) else width(rows[i])))
-    axis.set_xlabel("size of the file in MB")
-    order = [width(row) for row in sorted(rows, key=bits, reverse=True)]
-    write_labels(figure, axis, points, ["float", *order])
-    return svg(figure, f"{column.key}-size", f"{column.title} against size", titles)

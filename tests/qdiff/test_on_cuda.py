@@ -13,6 +13,7 @@ from qdiff import QuantConfig, QuantModel, load_checkpoint
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import save_checkpoint
+from qdiff.evaluation.noise_error import measure_noise_error
 from qdiff.kernels import switch
 from qdiff.methods import linear
 
@@ -75,6 +76,21 @@ def test_from_a_file(kind, packs, on_cpu, on_gpu, given, cuda):
         found = qnn(*given)
     assert counts.waits == []
     assert distance(found, on_cpu[0]) < CLOSE < distance(found.flip(0), on_cpu[0])
+
+
+@torch.no_grad()
+def test_the_error_of_eps(on_gpu, inputs, given):
+    """Samples are on the CPU, as they are recorded; so is what is told of them."""
+    qnn = on_gpu()
+    others, last = (CalibrationSet(tuple(i[rows] for i in inputs)) for rows in (slice(3), slice(3, 4)))
+    found = measure_noise_error(qnn, others, batch_size=2, last_call=last)
+    wanted = qnn(*given)
+    with qnn.quantized():
+        by_sample = (qnn(*given) - wanted).square().flatten(1).mean(1).cpu()
+    assert found["mse"] == pytest.approx(float(by_sample[:3].mean()), rel=CLOSE)
+    assert found["median_step"] == pytest.approx(float(by_sample[:3].median()), rel=CLOSE)
+    assert found["last_step"] == pytest.approx(float(by_sample[3]), rel=CLOSE)
+    assert (found["samples"], found["last_timestep"]) == (3, 999.0)
 
 
 @torch.no_grad()

@@ -237,6 +237,8 @@ def test_error_by_hand(modulate, tiny_network):
     squares = [float(w.square().mean()) for w in wanted]
     assert found["float_mean_square"] == pytest.approx((squares[0] + squares[2] + squares[4]) / 3, rel=ERROR_TOLERANCE)
     assert found["samples"] == 9
+    assert found["median_step"] == pytest.approx(sorted(errors[::2])[1], rel=ERROR_TOLERANCE)
+    assert found["last_step"] == found["by_call"][-1] and found["last_timestep"] == float(calls[-1][1][0])
     # Planted: all calls, and every call as a first one.
     assert found["mse"] != pytest.approx(sum(errors) / 5, rel=ERROR_TOLERANCE)
     if modulate:

@@ -242,3 +242,26 @@ def test_noise_error_of_float_is_zero(tiny_network):
     data = recording()
     held_out = CalibrationSet((data["xs"].flatten(0, 1), data["ts"].flatten(0, 1)))
     assert measure_noise_error(qnn, held_out)["mse"] == 0
+
+
+def test_the_last_call_and_the_median_are_told_apart(tiny_network):
+    data, last = recording(3, 4, seed=4), recording(1, 2, seed=5)
+    qnn = QuantModel(copy.deepcopy(tiny_network), QuantConfig(weight_bits=3))
+    for layer in qnn.layers().values():
+        layer.init_weight_ranges(qnn.config.weight_range)
+    sets = [CalibrationSet((part["xs"].flatten(0, 1), part["ts"].flatten(0, 1))) for part in (data, last)]
+    alone = measure_noise_error(qnn, sets[0], batch_size=3)
+    found = measure_noise_error(qnn, sets[0], batch_size=3, last_call=sets[1])
+    with torch.no_grad(), qnn.quantized():
+        steps, (at_last,) = (
+            [float((qnn(*s) - tiny_network(*s)).square().mean()) for s in zip(part["xs"], part["ts"], strict=True)]
+            for part in (data, last)
+        )
+    assert len({float(t) for t in data["ts"].flatten()}) == 3
+    assert found["last_step"] == pytest.approx(at_last, rel=ERROR_TOLERANCE)
+    assert found["last_timestep"] == float(last["ts"][0, 0])
+    assert found["median_step"] == pytest.approx(sorted(steps)[1], rel=ERROR_TOLERANCE)
+    assert {name: found[name] for name in alone} == alone, "the last call is in no mean"
+    # Planted: the mean in place of the median, and another step's error as the last one's.
+    assert found["median_step"] != pytest.approx(found["mse"], rel=ERROR_TOLERANCE)
+    assert found["last_step"] != pytest.approx(steps[-1], rel=ERROR_TOLERANCE)

@@ -57,6 +57,13 @@ def test_without_pairs_nothing_of_them_is_kept():
     assert set(made) == {"xs", "ts"} and made["ts"][:, 0].tolist() == [900, 700, 500]
 
 
+@pytest.mark.parametrize(("steps", "times"), [(3, [900, 700, 500, 400]), (6, [900, 800, 700, 600, 500, 400])])
+def test_the_last_call_too(steps, times):
+    made = record_evenly(Counted(guided=True), steps, 4, show_progress=False, and_last=True)
+    assert made["ts"][:, 0].tolist() == times and made["xs"][-1, :, 0, 0, 0].tolist() == [500, 501, 502, 503]
+    assert all(len(values) == len(times) for values in made.values())
+
+
 @pytest.mark.parametrize(
     ("steps", "pairs", "calls"),
     [(3, False, [0, 2, 4]), (6, False, list(range(6))), (5, True, [1, 2, 3, 4, 5]), (1, True, [1]), (2, True, [1, 3])],

@@ -140,6 +140,28 @@ def test_costs_come_from_the_manifests(table):
     assert table.cells("W4")["counted ↓"] == "1.50 MB" and table.cells("W4")["GBops ↓"] == "2.5"
 
 
+def test_errors_and_mean_widths_come_from_the_run_folders(table, monkeypatch):
+    def call(command: list[str]) -> None:
+        table.call(command)
+        folder = Path(command[command.index("-l") + 1])
+        manifest = json.loads((folder / "run.json").read_text())
+        if folder.name == "w4":
+            manifest["noise_error"] = {"mse": 1e-3, "last_step": 2e-1, "last_timestep": 0.0}
+            widths = {"mean_bits": 4.5, "mean_act_bits": None, "layer_bits": []}
+            (folder / "widths.json").write_text(json.dumps(widths))
+        elif folder.name == "older":
+            manifest["noise_error"] = {"mse": 2e-3}
+        (folder / "run.json").write_text(json.dumps(manifest))
+
+    monkeypatch.setattr(module, "_call", call)
+    table.run([{"label": "float"}, W4, {"label": "older", "options": QUANTIZED}])
+    names = ("ε error ↓", "ε last step ↓", "mean W bits ↓")
+    cells = {label: [table.cells(label)[name] for name in names] for label in ("float", "W4", "older")}
+    assert cells == {"float": ["–"] * 3, "W4": ["1.00e-03", "2.00e-01", "4.50"], "older": ["2.00e-03", "–", "–"]}
+    assert "mean A bits" not in table.text() and "ε last step the same for" in table.text()
+    assert "mean W, A bits of mixed precision" in table.text()
+
+
 WIDTHS = (8, 6, 4)
 MODULATED = {"act_dynamic": True, "modulate": True, "act_scale_per": "sample"}
 

@@ -9,7 +9,7 @@ import pytest
 
 from qdiff.cli.table_file import TableRow
 from qdiff.cli.table_grid import expand
-from qdiff.cli.table_seeds import summarise
+from qdiff.cli.table_seeds import not_shown, summarise
 from qdiff.errors import UserError
 
 
@@ -85,3 +85,15 @@ def test_unfinished_seeds_are_counted_and_missing_numbers_left_out():
     assert shown[0]["psnr"] is None and "psnr_std" not in shown[0]
     shown, _ = summarise(ROWS, results[:1], Path)
     assert shown[0]["seeds"] == 1 and shown[0]["fid_std"] == 0.0
+
+
+def test_a_number_that_only_the_first_seed_has_is_left_out():
+    results = [result(ROWS[1].label, last_step_mse=1.0), result(ROWS[2].label, last_step_mse=None)]
+    shown, _ = summarise(ROWS, results, Path)
+    assert shown[0]["last_step_mse"] is None and "last_step_mse_std" not in shown[0]
+
+
+def test_rows_that_are_not_shown():
+    assert not_shown(ROWS, []) == ["float", "A"]
+    assert not_shown(ROWS, [result("float"), result("A seed 7")]) == ["A seed 1", "A seed 9"]
+    assert not_shown(ROWS, [result(row.label) for row in ROWS]) == []

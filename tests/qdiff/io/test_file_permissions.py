@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from qdiff.cli.run_folder import RunFolder
 from qdiff.io.files import written_whole
 from qdiff.io.images import save_png
-from qdiff.report.page import write_page
+from qdiff.report.page import TableResults, write_page
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o002], ids=oct)
@@ -103,7 +103,7 @@ def test_pages_and_pictures(umask, tmp_path):
         "images": 1,
         "fid": 4,
     }
-    write_page(tmp_path / "table.html", title="A table", protocol=[], rows=[row], folders={})
+    write_page(tmp_path / "table.html", TableResults("A table", rows=[row]))
     save_png(np.zeros((8, 8, 1), dtype=np.uint8), tmp_path / "a.png")
     assert {p.name: mode(p) for p in tmp_path.iterdir()} == dict.fromkeys(["table.html", "a.png"], 0o666 & ~umask)
 

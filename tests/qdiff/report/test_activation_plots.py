@@ -11,7 +11,7 @@ from PIL import Image
 from qdiff.evaluation.registry import metric_columns
 from qdiff.report.activation_plots import activation_picture, activation_plots, activation_series, pictured
 from qdiff.report.metric_axes import method_name
-from qdiff.report.page import write_page
+from qdiff.report.page import TableResults, write_page
 from qdiff.report.plots import series_of
 
 WIDTHS = (8, 6, 4, 3, 2)
@@ -166,7 +166,7 @@ def test_published_numbers_are_hollow_points():
 
 def test_the_page_shows_the_plot_below_the_others(tmp_path):
     for rows, there in ((grid(), True), (grid(widths=(8, 4)), False)):
-        write_page(tmp_path / "table.html", "T", [], rows, {})
+        write_page(tmp_path / "table.html", TableResults("T", rows=rows))
         text = (tmp_path / "table.html").read_text(encoding="utf-8")
         assert ('aria-label="FID against activation bits"' in text) is there
         assert ('<div class="wide">' in text) is there
