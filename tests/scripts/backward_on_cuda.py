@@ -11,18 +11,21 @@ from ddim_runs import SCRIPT, W4A8
 from families import SCRIPTS
 from run_checks import image_bytes, manifest, succeeded
 
+from qdiff.benchmark import gpu_networks
+
 DATA = ("--cali_st", 2, "--cali_n", 2)
 TENSORS = 6  # of a unit: target, up to two inputs, the same in float, and which samples are in which batch
 ITERATIONS = 8
 TIMES = ("--cali_iters", ITERATIONS)
 FEW = (*DATA, *TIMES, "--cali_iters_a", ITERATIONS, "--cali_batch_size", 2)
+SHORT = ("--cali_iters", 3, "--cali_iters_a", 3)  # where one wait for an iteration is seen, and no copies are counted
 EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, *TIMES, "--cali_batch_size", 2)
 QUICK = ("--w_range", "max", "--a_range", "max")
 RUNS = {
     "qdiff": (*W4A8, *FEW, *QUICK),
-    "fisher": (*W4A8, "--objective", "fisher", *FEW, *QUICK),
+    "fisher": (*W4A8, "--objective", "fisher", *FEW, *SHORT, *QUICK),
     "eda-dm": (*W4A8, "--method", "eda-dm", "--add_loss", 0.8, *EDA_DM, *QUICK),
-    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW, *QUICK),
+    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW, *SHORT, *QUICK),
 }
 STEPS = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
 
@@ -74,7 +77,8 @@ def test_planted_a_number_read_in_every_iteration(call, one_level, tmp_path, cud
         return made
 
     monkeypatch.setattr(LearnedRounding, "regulariser", reads)
-    succeeded(call(SCRIPT, *one_level.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path))
+    words = (*one_level.options, *STEPS, *RUNS["qdiff"], *SHORT, "--device", "cuda")
+    succeeded(call(SCRIPT, *words, "-l", tmp_path))
     units = len(manifest(tmp_path)["reconstruction_errors"])
     with pytest.raises(AssertionError, match=r"item at .*reads.*reconstruction.py"):
         assert_learning_never_waits(cuda.counts, units)
@@ -100,7 +104,10 @@ def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path
 
 
 @pytest.mark.parametrize("part", ["gpu_machine:machine_lines", "gpu_networks:cifar10_lines"])
-def test_parts_of_the_gpu_check(part, cuda):
+def test_parts_of_the_gpu_check(part, cuda, monkeypatch):
+    # Two calls of a network each time, of which one is timed; on a GPU they are 13.
+    monkeypatch.setattr(gpu_networks, "WARM_UP", 1)
+    monkeypatch.setattr(gpu_networks, "CALLS", 1)
     module, name = part.split(":")
     lines = getattr(importlib.import_module(f"qdiff.benchmark.{module}"), name)
     lines = lines(Namespace(small=True, device="cuda"), SCRIPTS)

@@ -25,12 +25,12 @@ TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_st
 
 
 @pytest.fixture
-def sample(call, tiny, cuda, tmp_path):
+def sample(call, one_level, cuda, tmp_path):
     """``sample(*words)`` runs the DDIM script on the device and returns what was counted."""
 
     def run(*words):
         with cuda.counting() as counts:
-            succeeded(call(SCRIPT, *tiny.options, *STEPS, *words, "-l", tmp_path / str(len(words))))
+            succeeded(call(SCRIPT, *one_level.options, *STEPS, *words, "-l", tmp_path / str(len(words))))
         return counts
 
     return run

@@ -81,18 +81,18 @@ def run_on_cuda(call, cuda):
 
 
 @pytest.fixture(scope="session")
-def of_script(tiny, latent):
+def of_script(one_level, latent, small_latent):
     """``of_script(name)``: the options of a script's runs, two images in one batch."""
 
     def options(script):
         if script == SCRIPT:
-            return *tiny.options, *TWO_IMAGES
+            return *one_level.options, *TWO_IMAGES
         if script.startswith("sample_diffusion_ldm") and "imagenet" not in script:
             return "-r", latent("unconditional").weights, "-n", 2, "--seed", 7, *ON_DEVICE
         if "imagenet" in script:
-            return *latent("class").options, "--n_samples", 2, "--seed", 7, "--ddim_steps", 4
+            return *small_latent("class").options, "--n_samples", 2, "--seed", 7, "--ddim_steps", 4
         once = ("--n_iter", 1) if script == "txt2img" else ()
-        return *latent("text").options, "--prompt", "two", "--n_samples", 2, *once, "--seed", 7, "--ddim_steps", 4
+        return *small_latent("text").options, "--prompt", "two", "--n_samples", 2, *once, "--seed", 7, "--ddim_steps", 4
 
     return options
 

@@ -28,10 +28,10 @@ CLASS_SCRIPT, TEXT_SCRIPT = "sample_diffusion_ldm_imagenet", "txt2img"
 
 
 @pytest.fixture(scope="module")
-def class_run(call, latent, tmp_path_factory):
+def class_run(call, small_latent, tmp_path_factory):
     """Options with a calibrated checkpoint, and the simulated run that calibrated it."""
     folder = tmp_path_factory.mktemp("class") / "simulated"
-    options = (*latent("class").options, *CLASS, *W4A8, "--split", *LINEAR)
+    options = (*small_latent("class").options, *CLASS, *W4A8, "--split", *LINEAR)
     succeeded(call(CLASS_SCRIPT, *options, *DATA, "-l", folder))
     return (*options, "--cali_ckpt", folder / "quantized.safetensors"), folder
 
@@ -64,8 +64,8 @@ def test_two_processes_make_the_images_of_one(call, class_run, together, tmp_pat
     assert image_bytes(together[0]) == image_bytes(tmp_path) and len(set(image_bytes(tmp_path).values())) == IMAGES
 
 
-def test_the_float_network_would_be_seen(call, latent, class_run, tmp_path):
-    succeeded(call(CLASS_SCRIPT, *latent("class").options, *CLASS, "-l", tmp_path))
+def test_the_float_network_would_be_seen(call, small_latent, class_run, tmp_path):
+    succeeded(call(CLASS_SCRIPT, *small_latent("class").options, *CLASS, "-l", tmp_path))
     assert psnr(tmp_path, class_run[1]) < SAME_IMAGES
 
 
@@ -78,8 +78,8 @@ def test_classes(runtime, call, class_run, together, tmp_path):
     assert psnr(tmp_path, simulated) > SAME_IMAGES and psnr(together[0], simulated) > SAME_IMAGES
 
 
-def test_text_with_a_softmax_of_16_bits(call, latent, tmp_path):
-    options = (*latent("text").options, *TEXT)
+def test_text_with_a_softmax_of_16_bits(call, small_latent, tmp_path):
+    options = (*small_latent("text").options, *TEXT)
     quant = (*W4A8, "--sm_abit", 16, *LINEAR)
     succeeded(call(TEXT_SCRIPT, *options, *quant, *DATA, "--outdir", tmp_path / "simulated"))
     loaded = (*options, *quant, "--cali_ckpt", tmp_path / "simulated" / "quantized.safetensors")

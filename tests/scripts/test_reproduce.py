@@ -30,15 +30,17 @@ SUMMARY = {"table.md", "table.json", "table.html", "comparison.png"}
 
 
 @pytest.fixture
-def table(tiny, tmp_path):
+def table(one_level, tmp_path):
     """``table(**changes)`` writes a table file and returns its path."""
     config = tmp_path / "tiny.yml"
-    config.write_text(tiny.config.read_text() + "pretrained: {file: x, extractor: stand-in, reference: stand-in.npz}\n")
+    config.write_text(
+        one_level.config.read_text() + "pretrained: {file: x, extractor: stand-in, reference: stand-in.npz}\n"
+    )
     spec = {
         "title": "Tiny",
         "config": str(config),
         "script": "scripts/sample_diffusion_ddim.py",
-        "options": f"--config {config} --ckpt {tiny.weights} --timesteps 2 --max_images 3 --batch_size 2",
+        "options": f"--config {config} --ckpt {one_level.weights} --timesteps 2 --max_images 3 --batch_size 2",
         "calibration": {"script": "scripts/collect_calibration.py", "options": "--cali_st 2 --cali_n 3"},
         "rows": ROWS,
     }
