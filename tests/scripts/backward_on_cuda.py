@@ -10,6 +10,7 @@ from cuda_checks import assert_learning_never_waits, assert_sampling_never_waits
 from ddim_runs import SCRIPT, W4A8
 from families import SCRIPTS
 from run_checks import image_bytes, manifest, succeeded
+from thorough import thorough_except
 
 from qdiff.benchmark import gpu_networks
 
@@ -48,7 +49,7 @@ def learned(call, one_level, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", thorough_except(RUNS, "qdiff"))
 def test_calibration_and_sampling(name, learned):
     folder, counts = learned(name)
     run = manifest(folder)
@@ -58,7 +59,7 @@ def test_calibration_and_sampling(name, learned):
     assert_learning_never_waits(counts, len(run["reconstruction_errors"]))
 
 
-@pytest.mark.parametrize("name", ["qdiff", "eda-dm"])
+@pytest.mark.parametrize("name", thorough_except(("qdiff", "eda-dm"), "qdiff"))
 def test_an_iteration_copies_nothing_from_pageable_memory(name, learned):
     """A unit's tensors come to the device once; one copy for each iteration would be more than that."""
     folder, counts = learned(name)
@@ -84,6 +85,7 @@ def test_planted_a_number_read_in_every_iteration(call, one_level, tmp_path, cud
         assert_learning_never_waits(cuda.counts, units)
 
 
+@pytest.mark.thorough  # as on the CPU
 def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path, cuda, monkeypatch):
     from qdiff.calibration.journal import CalibrationJournal
 
@@ -103,7 +105,10 @@ def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path
     assert image_bytes(tmp_path) == image_bytes(learned("qdiff")[0])
 
 
-@pytest.mark.parametrize("part", ["gpu_machine:machine_lines", "gpu_networks:cifar10_lines"])
+PARTS = ("gpu_machine:machine_lines", "gpu_networks:cifar10_lines")
+
+
+@pytest.mark.parametrize("part", thorough_except(PARTS, PARTS[0]))
 def test_parts_of_the_gpu_check(part, cuda, monkeypatch):
     # Two calls of a network each time, of which one is timed; on a GPU they are 13.
     monkeypatch.setattr(gpu_networks, "WARM_UP", 1)
