@@ -249,6 +249,7 @@ def test_one_call_needs_no_encoder(measured, latent):
 MODULATED = ("--random", "--modulate", "--weight_bit", 4, "--act_bit", 4, "--measure", "sampling")
 
 
+@pytest.mark.thorough  # test_onnx_modulated: of three layers
 def test_modulated_networks_sample(measured):
     rows, about, _ = measured(*MODULATED, *names("simulated", "torch", "torch-int8", "onnxruntime", "openvino"))
     assert about["quant"] == "W4A4 modulated" and [row["calls"] for row in rows.values()] == [STEPS] * 5

@@ -235,6 +235,7 @@ def test_guidance_1_records_the_condition_alone(run_of):
     assert f"on {2 * COUNT} samples" in (both / "run.log").read_text()
 
 
+@pytest.mark.thorough  # ldm/test_latent_unet: of outputs and gradients
 def test_gradient_checkpointing_does_not_change_the_calibration(run_of):
     """The text model recomputes its blocks by default; --no_grad_ckpt keeps them."""
     files = [

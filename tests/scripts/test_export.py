@@ -78,6 +78,7 @@ def test_one_range_a_channel_is_refused(call, tiny, weights_only_run, tmp_path):
     assert "integer products cannot use one range per channel" in line and not any(tmp_path.iterdir())
 
 
+@pytest.mark.thorough  # test_onnx_modulated: of three layers
 def test_both_files_of_a_network_that_modulates_are_named(call, one_level, tmp_path):
     weights = ("--ptq", "--weight_bit", 4, "--split", "--quant_mode", "linear")
     succeeded(call(SCRIPT, *one_level.options, *SAMPLER, *weights, *DATA, "-l", tmp_path / "weights"))

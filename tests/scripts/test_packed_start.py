@@ -8,6 +8,7 @@ from ddim_runs import SAMPLER, SCRIPT
 from exact_runtimes import require_runtimes
 from latent_models import FEW
 from run_checks import image_bytes, largest_difference, manifest, succeeded
+from thorough import thorough_except
 
 from ldm import pipeline as ldm_pipeline
 from qdiff.quant_model import QuantModel
@@ -36,7 +37,7 @@ def no_float_network(monkeypatch):
     return packed
 
 
-@pytest.mark.parametrize("runtime", ["torch", "openvino"])
+@pytest.mark.parametrize("runtime", thorough_except(("torch", "openvino"), "torch"))
 def test_ddim(runtime, call, one_level, small_weights_run, tmp_path, no_float_network):
     if runtime == "openvino":
         require_runtimes()

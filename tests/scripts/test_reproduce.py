@@ -203,6 +203,7 @@ def test_commands_of_the_dry_run_resolve(call, table, tmp_path):
         assert resolves(call, command)
 
 
+@pytest.mark.thorough
 def test_named_rows_alone_are_run_and_all_finished_ones_shown(call, table, stood_in, tmp_path):
     commands, measured = stood_in
     path, out = table(), tmp_path / "out"

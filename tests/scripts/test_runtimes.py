@@ -10,7 +10,6 @@ from ddim_runs import SAMPLER, SCRIPT
 from exact_runtimes import require_runtimes
 from latent_models import FEW
 from run_checks import image_bytes, largest_difference, lose_images, manifest, snapshot, succeeded
-from thorough import thorough_except
 
 require_runtimes()
 
@@ -80,7 +79,8 @@ def test_a_repeated_command_continues(call, ddim_runs, tmp_path):
     assert "runtime" in call(SCRIPT, *options, "-l", folder).error_line()  # simulated
 
 
-@pytest.mark.parametrize("kind", thorough_except(FAMILIES, "class"))
+@pytest.mark.thorough  # test_quantized_runtimes: with activations
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_latent_families_in_both_runtimes(kind, call, small_latent, tmp_path):
     script, sampler = FAMILIES[kind]
     option = "--outdir" if kind == "text" else "-l"

@@ -168,8 +168,9 @@ def scaled(delta: Tensor) -> Iterator[None]:
 PLANTED = ("input_blocks.0.0", "middle_block.0.out_layers.3", "out.2")
 
 
+@pytest.mark.thorough  # test_onnx_networks: of tiny networks
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("name", thorough_except(LATENTS, "vq"))
+@pytest.mark.parametrize("name", LATENTS)
 @torch.no_grad()
 def test_exported(name, runtime, exported):
     qnn, model, path, given = exported(name)

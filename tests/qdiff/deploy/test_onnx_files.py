@@ -12,6 +12,7 @@ import torch
 from deploy_networks import network_inputs
 from exact_runtimes import require_runtimes
 from following import RUNTIMES
+from thorough import thorough_except
 from torch import Tensor, nn
 
 from qdiff.checkpoint.native import layout
@@ -76,10 +77,12 @@ def weight_bytes(path, kind: int) -> int:
 # --- What is stored
 
 
-def test_every_integer_is_in_the_file_as_four_bits(exported_digits):
+@pytest.mark.parametrize("network", thorough_except(("exported_text", "exported_digits"), "exported_text"))
+def test_every_integer_is_in_the_file_as_four_bits(network, request):
     from qdiff.deploy.onnx_weights import compact, expand
 
-    qnn, model = exported_digits.qnn, read_model(exported_digits.path)
+    exported = request.getfixturevalue(network)
+    qnn, model = exported.qnn, read_model(exported.path)
     stored = initialisers(model)
     kinds = [kind for kind, _ in stored.values()]
     assert kinds.count(onnx.TensorProto.UINT4) > 2 * 40
@@ -170,6 +173,7 @@ def test_integers_shared_by_other_zero_points_stay_bytes():
     assert small.tolist() == [[0, 1]] and large.tolist() == [[-125, -124]]
 
 
+@pytest.mark.thorough  # exports the bundled digits model
 def test_file_bytes_against_float32(exported_digits, exported_ddim):
     floats = sum(4 * p.weight.numel() for p in exported_digits.qnn.layers().values())
     assert weight_bytes(exported_digits.path, onnx.TensorProto.UINT4) < W4_WEIGHTS * floats

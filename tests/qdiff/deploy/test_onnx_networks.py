@@ -125,7 +125,7 @@ def test_one_file_takes_any_batch(name, runtime, exported):
     assert relative(out[:1], out[1:2]) > 5 * FREE_STEP_TOLERANCE
 
 
-@pytest.mark.thorough  # as the bundled vq model in test_bundled_networks
+@pytest.mark.thorough  # scripts/test_runtimes: the images
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_samples_are_the_simulated_ones(runtime, exported_digits, digits_model):
     network = exported_digits
