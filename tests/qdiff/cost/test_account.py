@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden_cases import GOLDEN
 from stored_size import content_bytes, stored_bytes
+from thorough import thorough_except
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from toy_network import TINY, TOY, Toy, by_name
@@ -136,7 +137,7 @@ def test_split_layer(wrap):
 
 
 @pytest.mark.parametrize("options", [{}, {"act_bits": 8}, {"act_bits": 8, "split_shortcut": True}], ids=str)
-@pytest.mark.parametrize("bits", [None, 3, 4, 8])
+@pytest.mark.parametrize("bits", thorough_except([None, 3, 4, 8], None, 3))
 def test_size_is_that_of_our_file(bits, options, calibrated, tmp_path):
     qnn = calibrated(weight_bits=bits, **options)
     save_native(qnn, tmp_path / "a.safetensors", {})

@@ -65,8 +65,8 @@ def test_every_layer_is_the_simulated_one(name, runtime, exported):
 PLANTED = {
     "ddim": ("conv_in", "down.0.block.0.conv1", "mid.attn_1.k", "up.0.block.0.nin_shortcut", "conv_out"),
     "text": (
-        *("input_blocks.0.0", "input_blocks.1.1.transformer_blocks.0.attn2.to_k", "output_blocks.0.0.in_layers.2"),
-        *("input_blocks.1.1.transformer_blocks.0.ff.net.0.proj", "out.2"),
+        *("input_blocks.0.0", "middle_block.1.transformer_blocks.0.attn2.to_k", "output_blocks.0.0.in_layers.2"),
+        *("middle_block.1.transformer_blocks.0.ff.net.0.proj", "out.2"),
     ),
 }
 
