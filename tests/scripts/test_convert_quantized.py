@@ -119,6 +119,7 @@ def test_and_back(name, convert, call, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.thorough
 def test_the_same_images(convert, call, tmp_path):
     golden = GoldenCase("sd_w4a8_sm16_split")
     script, model, folder = convert(golden.name)

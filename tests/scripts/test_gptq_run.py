@@ -57,6 +57,7 @@ def test_bad_options_are_one_sentence(words, message, call, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough  # checkpoint/test_checkpoint: of every method
 def test_published_file(call, tiny, tmp_path):
     succeeded(call(SCRIPT, *tiny.options, *SAMPLER, *PTQ, "-l", tmp_path / "run"))
     from safetensors.torch import load_file
