@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from thorough import thorough_except
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("qdiff", "ddim", "ldm", "scripts")
@@ -108,3 +109,10 @@ def test_all_tests_are_run_by_ci():
 @pytest.mark.parametrize("words", ["-k cuda", "tests/qdiff", "--deselect x", "--ignore=tests/scripts", "-m gpu"])
 def test_a_planted_choice_is_found(words):
     assert deselecting(f"python -m pytest -n 2 {words} --dist loadfile") == words.split()
+
+
+def test_what_is_not_kept_is_thorough():
+    kept, other = thorough_except(("a", "b"), "a")
+    assert kept == "a" and other.values == ("b",) and [mark.name for mark in other.marks] == ["thorough"]
+    with pytest.raises(ValueError, match="'c'"):
+        thorough_except(("a", "b"), "c")
