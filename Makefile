@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo demo-ldm demo-txt2img demo-dit tables leaderboard test test-cpus gpu-check gpu-packages lint format clean
+.PHONY: demo demo-ldm demo-txt2img demo-dit tables leaderboard test test-all test-cpus gpu-check gpu-packages lint format clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: set PYTHON=/path/to/python3')"
@@ -40,7 +40,14 @@ leaderboard: $(READY)
 	$(BIN)/python scripts/tables_page.py $(LEADERBOARDS:%=configs/tables/leaderboard-%.yaml) --out docs/leaderboard.html \
 		--title Leaderboard
 
+# Bytecode is kept even where the environment says not to: pytest compiles every test file, in every worker, else.
+test test-all: export PYTHONDONTWRITEBYTECODE =
+
+# Every property once. What repeats one on another network, family or runtime is marked thorough.
 test: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not thorough"
+
+test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # With a Python that has torch and a GPU; it installs nothing (docs/gpu.md).

@@ -23,9 +23,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Files by the time that they take: two workers end together where what takes longest starts first.
 LONGEST = (
-    *("test_bundled_networks", "test_cuda_runs", "test_onnx_networks", "test_onnx_files", "test_cuda_backward"),
-    *("test_eda_dm_runs", "test_cuda_faults", "test_quantized_runtimes", "test_runtimes", "test_mutated_files"),
-    *("test_txt2img", "test_reproduce", "test_benchmark", "test_compare_runtimes", "test_export"),
+    *("test_bundled_networks", "test_cuda_runs", "test_onnx_networks", "test_benchmark", "test_cuda_backward"),
+    *("test_quantized_runtimes", "test_latent_processes", "test_processes", "test_reproduce", "test_eda_dm_runs"),
+    *("test_compare_runtimes", "test_mutated_files", "test_shipped_tables", "test_export", "test_run_continues"),
+    *("test_modiff_scripts", "test_txt2img", "test_runtimes", "test_cuda_faults", "test_onnx_files"),
 )
 
 

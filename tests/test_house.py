@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import re
+import shlex
 from pathlib import Path
 
 import pytest
+from thorough import thorough_except
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("qdiff", "ddim", "ldm", "scripts")
@@ -74,3 +77,42 @@ def test_a_planted_circle_is_found():
     sources = {"a": "from b import x", "b": "import c", "c": "def f():\n    import a"}
     assert circle(sources) == []
     assert circle({**sources, "c": "from a import y"}) == ["a", "b", "c", "a"]
+
+
+# --- Tests
+
+
+def deselecting(recipe: str) -> list[str]:
+    """Return the words of a pytest command that choose among the tests of the repository."""
+    words = shlex.split(recipe.partition("pytest")[2])
+    options = ("-n", "--dist")  # take a value, and choose nothing
+    return [
+        word for before, word in zip(["", *words], words, strict=False) if word not in options and before not in options
+    ]
+
+
+def recipe(makefile: str, target: str) -> str:
+    """Return the one command of a target."""
+    return re.search(rf"(?m)^{target}: \$\(READY\)\n\t(.+)\n(?!\t)", makefile).group(1)
+
+
+def test_all_tests_are_run_by_ci():
+    """``make test`` leaves out what is marked thorough, and nothing else; ``make test-all`` leaves out nothing."""
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert deselecting(recipe(makefile, "test")) == ["-m", "not thorough"]
+    assert deselecting(recipe(makefile, "test-all")) == []
+    assert "make test-all" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    settings = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'testpaths = ["tests"]' in settings and 'addopts = "-q --strict-markers"' in settings
+
+
+@pytest.mark.parametrize("words", ["-k cuda", "tests/qdiff", "--deselect x", "--ignore=tests/scripts", "-m gpu"])
+def test_a_planted_choice_is_found(words):
+    assert deselecting(f"python -m pytest -n 2 {words} --dist loadfile") == words.split()
+
+
+def test_what_is_not_kept_is_thorough():
+    kept, other = thorough_except(("a", "b"), "a")
+    assert kept == "a" and other.values == ("b",) and [mark.name for mark in other.marks] == ["thorough"]
+    with pytest.raises(ValueError, match="'c'"):
+        thorough_except(("a", "b"), "c")

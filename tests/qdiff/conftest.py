@@ -49,14 +49,23 @@ def wrap(tiny_network):
     return wrapped
 
 
+@pytest.fixture(scope="module")
+def known_networks() -> dict[tuple[str, str], QuantModel]:
+    """What `calibrated` has calibrated for the tests of a file, by the configs; never handed out."""
+    return {}
+
+
 @pytest.fixture
-def calibrated(wrap, data):
-    """``calibrated(**config)``: the same, with ranges set by the linear recipe."""
+def calibrated(wrap, data, tiny_config, known_networks):
+    """``calibrated(**config)``: the same, with ranges set by the linear recipe; a copy, calibrated once in a file."""
 
     def made(**config) -> QuantModel:
-        qnn = wrap(**config)
-        linear.calibrate(qnn, data, None, CalibrationRun(show_progress=False))
-        return qnn
+        key = str(tiny_config), str(sorted(config.items()))
+        if key not in known_networks:
+            qnn = wrap(**config)
+            linear.calibrate(qnn, data, None, CalibrationRun(show_progress=False))
+            known_networks[key] = qnn
+        return copy.deepcopy(known_networks[key])
 
     return made
 

@@ -11,6 +11,9 @@ from cuda_checks import assert_learning_never_waits, assert_sampling_never_waits
 from ddim_runs import SCRIPT, W4A8
 from families import SCRIPTS
 from run_checks import image_bytes, manifest, succeeded
+from thorough import thorough_except
+
+from qdiff.benchmark import gpu_networks
 
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.sensitivity import Operand
@@ -21,13 +24,14 @@ TENSORS = 6  # of a unit: target, up to two inputs, the same in float, and which
 ITERATIONS = 8
 TIMES = ("--cali_iters", ITERATIONS)
 FEW = (*DATA, *TIMES, "--cali_iters_a", ITERATIONS, "--cali_batch_size", 2)
+SHORT = ("--cali_iters", 3, "--cali_iters_a", 3)  # where one wait for an iteration is seen, and no copies are counted
 EDA_DM = ("--calib_num_samples", 4, "--batch_samples", 4, *TIMES, "--cali_batch_size", 2)
 QUICK = ("--w_range", "max", "--a_range", "max")
 RUNS = {
     "qdiff": (*W4A8, *FEW, *QUICK),
-    "fisher": (*W4A8, "--objective", "fisher", *FEW, *QUICK),
+    "fisher": (*W4A8, "--objective", "fisher", *FEW, *SHORT, *QUICK),
     "eda-dm": (*W4A8, "--method", "eda-dm", "--add_loss", 0.8, *EDA_DM, *QUICK),
-    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW, *QUICK),
+    "modiff": (*W4A8, "--method", "modiff", "--quant_mode", "qdiff", *FEW, *SHORT, *QUICK),
 }
 STEPS = ("--timesteps", 4, "--max_images", 2, "--seed", 7)
 
@@ -50,7 +54,7 @@ def learned(call, one_level, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", thorough_except(RUNS, "qdiff"))
 def test_calibration_and_sampling(name, learned):
     folder, counts = learned(name)
     run = manifest(folder)
@@ -60,7 +64,7 @@ def test_calibration_and_sampling(name, learned):
     assert_learning_never_waits(counts, len(run["reconstruction_errors"]))
 
 
-@pytest.mark.parametrize("name", ["qdiff", "eda-dm"])
+@pytest.mark.parametrize("name", thorough_except(("qdiff", "eda-dm"), "qdiff"))
 def test_an_iteration_copies_nothing_from_pageable_memory(name, learned):
     """A unit's tensors come to the device once; one copy for each iteration would be more than that."""
     folder, counts = learned(name)
@@ -79,12 +83,14 @@ def test_planted_a_number_read_in_every_iteration(call, one_level, tmp_path, cud
         return made
 
     monkeypatch.setattr(LearnedRounding, "regulariser", reads)
-    succeeded(call(SCRIPT, *one_level.options, *STEPS, *RUNS["qdiff"], "--device", "cuda", "-l", tmp_path))
+    words = (*one_level.options, *STEPS, *RUNS["qdiff"], *SHORT, "--device", "cuda")
+    succeeded(call(SCRIPT, *words, "-l", tmp_path))
     units = len(manifest(tmp_path)["reconstruction_errors"])
     with pytest.raises(AssertionError, match=r"item at .*reads.*reconstruction.py"):
         assert_learning_never_waits(cuda.counts, units)
 
 
+@pytest.mark.thorough  # as on the CPU
 def test_an_interrupted_calibration_continues(call, one_level, learned, tmp_path, cuda, monkeypatch):
     from qdiff.calibration.journal import CalibrationJournal
 
@@ -122,8 +128,14 @@ def test_sensitivities_of_all_layers_at_once(cuda, tiny_network):
     assert len(reads) == 1 + len(found), reads  # the signal, and what was found
 
 
-@pytest.mark.parametrize("part", ["gpu_machine:machine_lines", "gpu_networks:cifar10_lines"])
-def test_parts_of_the_gpu_check(part, cuda):
+PARTS = ("gpu_machine:machine_lines", "gpu_networks:cifar10_lines")
+
+
+@pytest.mark.parametrize("part", thorough_except(PARTS, PARTS[0]))
+def test_parts_of_the_gpu_check(part, cuda, monkeypatch):
+    # Two calls of a network each time, of which one is timed; on a GPU they are 13.
+    monkeypatch.setattr(gpu_networks, "WARM_UP", 1)
+    monkeypatch.setattr(gpu_networks, "CALLS", 1)
     module, name = part.split(":")
     lines = getattr(importlib.import_module(f"qdiff.benchmark.{module}"), name)
     lines = lines(Namespace(small=True, device="cuda"), SCRIPTS)

@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from ddim_runs import DATA, FEW, SAMPLER, SCRIPT, W4A8
-from latent_models import LatentModelFiles, write_latent_model
+from latent_models import SMALL_UNET, LatentModelFiles, unet_of, write_latent_model
+from omegaconf import DictConfig, OmegaConf
 from run_checks import succeeded
 from safetensors.torch import save_file
 from script_device import IS_VIRTUAL, ON_DEVICE
 
+import ddim.pipeline
+import ldm.pipeline
 from qdiff.cli import held_out, noise_correction
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -84,6 +87,27 @@ def few_held_out():
         patch.setattr(held_out, "IMAGES", 2)
         patch.setattr(noise_correction, "HELD_OUT", 2)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def sizes_checked_once():
+    """Every command runs its network on the meta device first: here once for each config, not for each command."""
+    with pytest.MonkeyPatch.context() as patch:
+        for pipeline in (ddim.pipeline, ldm.pipeline):
+            patch.setattr(pipeline, "check_sizes", _once_per_config(pipeline.check_sizes))
+        yield
+
+
+def _once_per_config(check: Callable[..., None]) -> Callable[..., None]:
+    passed = set()
+
+    def checked(config: DictConfig, origin: str, *latent: object) -> None:
+        sizes = OmegaConf.to_yaml(config), *latent
+        if sizes not in passed:
+            check(config, origin, *latent)  # an error is not kept
+            passed.add(sizes)
+
+    return checked
 
 
 @pytest.fixture(scope="session")
@@ -152,6 +176,13 @@ def latent(tmp_path_factory) -> Callable[[str], LatentModelFiles]:
     return functools.cache(lambda kind: write_latent_model(kind, folder / kind))
 
 
+@pytest.fixture(scope="session")
+def small_latent(tmp_path_factory) -> Callable[[str], LatentModelFiles]:
+    """The same with the fewest layers: where every operation has its price, and labels need not change an image."""
+    folder = tmp_path_factory.mktemp("small-latent")
+    return functools.cache(lambda kind: write_latent_model(kind, folder / kind, unet_of(kind, **SMALL_UNET)))
+
+
 # --- Runs of the DDIM script; tests that change one copy it first
 
 
@@ -183,6 +214,16 @@ def calibrated_run(call, tiny, ddim_folder):
 
 @pytest.fixture(scope="session")
 def weights_only_run(call, tiny, ddim_folder):
+    return _weights_only_run(call, tiny, ddim_folder / "w4")
+
+
+@pytest.fixture(scope="session")
+def small_weights_run(call, one_level, ddim_folder):
+    """The same of the model of one level, which is soon exported."""
+    return _weights_only_run(call, one_level, ddim_folder / "w4-one-level")
+
+
+def _weights_only_run(call, model: TinyModel, folder: Path) -> Path:
     options = ("--ptq", "--weight_bit", 4, "--split", *FEW)
-    succeeded(call(SCRIPT, *tiny.options, *SAMPLER, *options, "-l", ddim_folder / "w4"))
-    return ddim_folder / "w4"
+    succeeded(call(SCRIPT, *model.options, *SAMPLER, *options, "-l", folder))
+    return folder

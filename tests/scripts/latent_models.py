@@ -18,6 +18,7 @@ from ldm.util import instantiate_from_config
 
 SIDE, LATENT, TRAIN_STEPS, WIDTH = 16, 8, 40, 32
 CLASSES, TOKENS = 3, 12
+SMALL_UNET = {"channel_mult": [1], "attention_resolutions": []}  # of the UNet: one transformer block
 CHANNELS = {"unconditional": 3, "class": 3, "text": 4}
 
 # Options of the latent scripts' tests.
@@ -57,7 +58,7 @@ def write_latent_model(
     """
     files = LatentModelFiles(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    unet = unet or _unet(kind)
+    unet = unet or unet_of(kind)
     if kind == "text":
         _write_text_encoder(folder / "text_encoder", unet["context_dim"])
     files.config.write_text(json.dumps(_config(kind, folder, unet)))  # JSON is YAML
@@ -76,7 +77,8 @@ def _unshared(value: Tensor) -> Tensor:
     return value.detach().clone().contiguous()
 
 
-def _unet(kind: str) -> dict:
+def unet_of(kind: str, **changes: object) -> dict:
+    """Return the arguments of the tiny UNet of a kind, some of them changed."""
     made = {
         "image_size": LATENT,
         "in_channels": CHANNELS[kind],
@@ -90,7 +92,7 @@ def _unet(kind: str) -> dict:
     if kind != "unconditional":
         made |= {"use_spatial_transformer": True, "transformer_depth": 1, "context_dim": WIDTH, "use_checkpoint": True}
         made["legacy"] = kind == "class"
-    return made
+    return made | changes
 
 
 def _config(kind: str, folder: Path, unet: dict) -> dict:

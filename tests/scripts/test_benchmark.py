@@ -13,6 +13,7 @@ from benchmark_processes import SMALL, HereProcess
 from ddim_runs import W4A8
 from exact_runtimes import require_runtimes
 from run_checks import succeeded
+from thorough import thorough_except
 
 from ddim.config import load_config
 from ddim.models.diffusion import Model
@@ -128,15 +129,16 @@ def test_memory_and_files_alone_need_one_process_at_a_time(measured, here):
     assert outcome.out.startswith("| variant | memory kept ↓ | memory peak ↓ | file ↓ |\n")
 
 
-def test_a_calibrated_checkpoint_by_real_processes(measured, monkeypatch, calibrated, checkpoint, tmp_path):
+@pytest.mark.parametrize("variants", thorough_except([("torch",), ("float", "torch")], ("torch",)), ids=" ".join)
+def test_a_calibrated_checkpoint_by_real_processes(variants, measured, monkeypatch, calibrated, checkpoint, tmp_path):
     from qdiff.benchmark.fresh_process import FreshProcess
 
     monkeypatch.setattr(run, "FreshProcess", FreshProcess)
     document = tmp_path / "doc.md"
     document.write_text("before\n<!-- table t -->\nold\n<!-- end of table t -->\nafter\n")
-    words = ("--cali_ckpt", checkpoint, *names("float", "torch"), "--document", document, "--table", "t")
+    words = ("--cali_ckpt", checkpoint, *names(*variants), "--document", document, "--table", "t")
     rows, _, outcome = measured(*words, **calibrated)
-    assert rows["torch"]["file_bytes"] == checkpoint.stat().st_size
+    assert rows["torch"]["file_bytes"] == checkpoint.stat().st_size and tuple(rows) == variants
     for row in rows.values():
         assert 0 < row["kept"] <= row["peak"] < 200e6 < row["imports"] and row["calls"] == 1
         assert row["images_per_s"] is None and row["seconds"]["middle"] > 0 and not row["note"]
@@ -247,6 +249,7 @@ def test_one_call_needs_no_encoder(measured, latent):
 MODULATED = ("--random", "--modulate", "--weight_bit", 4, "--act_bit", 4, "--measure", "sampling")
 
 
+@pytest.mark.thorough  # test_onnx_modulated: of three layers
 def test_modulated_networks_sample(measured):
     rows, about, _ = measured(*MODULATED, *names("simulated", "torch", "torch-int8", "onnxruntime", "openvino"))
     assert about["quant"] == "W4A4 modulated" and [row["calls"] for row in rows.values()] == [STEPS] * 5

@@ -130,8 +130,10 @@ def planted_after(owner: object, function: str, plant: Callable[[QuantModule], N
 @pytest.mark.parametrize(
     ("plant", "layer"),
     [
-        *((wrong_weights, "conv_in"), (wrong_weights, "mid.block_1.conv2")),
-        *((wrong_activations, "mid.block_1.conv2"), (wrong_activations, "conv_out")),
+        pytest.param(wrong_weights, "conv_in", marks=pytest.mark.thorough),
+        (wrong_weights, "mid.block_1.conv2"),
+        pytest.param(wrong_activations, "mid.block_1.conv2", marks=pytest.mark.thorough),
+        (wrong_activations, "conv_out"),
     ],
 )
 def test_one_level_of_a_scale_is_seen(plant, layer, rows, monkeypatch):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from run_checks import image_bytes, succeeded
 from safetensors.torch import save_file
 from script_device import ON_DEVICE
+from thorough import thorough_except
 
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.options.words import quantization_words
@@ -26,6 +27,7 @@ import diffusers
 
 # Of every kind of pipeline; all cases are in tests/qdiff/diffusers_backend/test_convert_state.py.
 CASES = ("ddim_w4a8_split", "bedroom_w4a8", "church_w8a8", "imagenet_w4a8_split", "sd_w4a8_sm16_split")
+KEPT = ("ddim_w4a8_split", "sd_w4a8_sm16_split")  # by make test
 STEPS = {"sample_diffusion_ldm": "-c", "sample_diffusion_ddim": "--timesteps"}  # of the others: --ddim_steps
 PIPELINES = {
     "sample_diffusion_ddim": "DDIMPipeline",
@@ -85,7 +87,10 @@ def convert(call, tmp_path_factory):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [*CASES, "wide_sd_w4a8_sm16_split", "wide_sd_w8a8_sym"])
+@pytest.mark.parametrize(
+    "name",
+    thorough_except([*CASES, "wide_sd_w4a8_sm16_split", "wide_sd_w8a8_sym"], "ddim_w4a8_split", "sd_w4a8_sm16_split"),
+)
 def test_published_checkpoints_in_pipelines(name, convert):
     import ldm.diffusers_networks as networks
 
@@ -99,7 +104,7 @@ def test_published_checkpoints_in_pipelines(name, convert):
     assert (found - golden.values["fp"]).norm() / expected.norm() > EXACT_TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_except(CASES, *KEPT))
 def test_and_back(name, convert, call, tmp_path):
     golden, (_, _, folder) = GoldenCase(name), convert(name)
     path = tmp_path / "back" / "model.safetensors"
@@ -114,6 +119,7 @@ def test_and_back(name, convert, call, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.thorough
 def test_the_same_images(convert, call, tmp_path):
     golden = GoldenCase("sd_w4a8_sm16_split")
     script, model, folder = convert(golden.name)

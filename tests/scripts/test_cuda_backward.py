@@ -15,9 +15,10 @@ CASES = HERE / "backward_on_cuda.py"
 
 @pytest.mark.skipif(compiler() is None, reason="backward passes on the virtual GPU need a C++ compiler")
 @pytest.mark.skipif(sys.platform != "linux", reason="libraries are preloaded on Linux")
-def test_learning_on_the_virtual_gpu(tmp_path):
-    """Everything in backward_on_cuda.py, with the autograd engine told that there is no accelerator."""
+def test_learning_on_the_virtual_gpu(request, tmp_path):
+    """What is chosen of backward_on_cuda.py, with the autograd engine told that there is no accelerator."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", str(CASES)]
+    command += ["-m", request.config.getoption("markexpr")]  # make test leaves out what is thorough there, too
     environment = build_preload(tmp_path)
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -25,12 +25,12 @@ TEXT = ("--prompt", "two", "--n_samples", 1, "--n_iter", 1, "--plms", "--ddim_st
 
 
 @pytest.fixture
-def sample(call, tiny, cuda, tmp_path):
+def sample(call, one_level, cuda, tmp_path):
     """``sample(*words)`` runs the DDIM script on the device and returns what was counted."""
 
     def run(*words):
         with cuda.counting() as counts:
-            succeeded(call(SCRIPT, *tiny.options, *STEPS, *words, "-l", tmp_path / str(len(words))))
+            succeeded(call(SCRIPT, *one_level.options, *STEPS, *words, "-l", tmp_path / str(len(words))))
         return counts
 
     return run
@@ -112,6 +112,7 @@ def test_an_overflow_of_half_precision_is_an_error(call, latent, cuda, tmp_path,
     succeeded(call("txt2img", *words, *calibrated, "--precision", "full", "-l", tmp_path / "full"))
 
 
+@pytest.mark.thorough  # planted: the error that the test above finds, measured where it is not
 def test_an_error_of_eps_in_full_precision_would_not_show_it(call, latent, cuda, tmp_path, overflowing, monkeypatch):
     """As it once was measured; images that are not finite are an error of their own then."""
     measured = held_out._measured

@@ -11,6 +11,7 @@ from latent_models import write_latent_model
 from modulated_runs import psnr
 from run_checks import image_bytes, largest_difference, lose_images, manifest, succeeded
 from script_device import ON_DEVICE
+from thorough import thorough_except
 
 from qdiff.cli import held_out
 
@@ -81,23 +82,23 @@ def run_on_cuda(call, cuda):
 
 
 @pytest.fixture(scope="session")
-def of_script(tiny, latent):
+def of_script(one_level, latent, small_latent):
     """``of_script(name)``: the options of a script's runs, two images in one batch."""
 
     def options(script):
         if script == SCRIPT:
-            return *tiny.options, *TWO_IMAGES
+            return *one_level.options, *TWO_IMAGES
         if script.startswith("sample_diffusion_ldm") and "imagenet" not in script:
             return "-r", latent("unconditional").weights, "-n", 2, "--seed", 7, *ON_DEVICE
         if "imagenet" in script:
-            return *latent("class").options, "--n_samples", 2, "--seed", 7, "--ddim_steps", 4
+            return *small_latent("class").options, "--n_samples", 2, "--seed", 7, "--ddim_steps", 4
         once = ("--n_iter", 1) if script == "txt2img" else ()
-        return *latent("text").options, "--prompt", "two", "--n_samples", 2, *once, "--seed", 7, "--ddim_steps", 4
+        return *small_latent("text").options, "--prompt", "two", "--n_samples", 2, *once, "--seed", 7, "--ddim_steps", 4
 
     return options
 
 
-@pytest.mark.parametrize("name", FLOAT_RUNS)
+@pytest.mark.parametrize("name", thorough_except(FLOAT_RUNS, "ddim with noise", "dpm multistep", "text plms"))
 def test_float(name, run_on_cuda, of_script, tmp_path):
     script, sampler = FLOAT_RUNS[name]
     full = ("--precision", "full") if name.startswith(("class", "text", "captions")) else ()
@@ -105,7 +106,7 @@ def test_float(name, run_on_cuda, of_script, tmp_path):
     assert len(image_bytes(tmp_path)) == 2
 
 
-@pytest.mark.parametrize("script", [SCRIPT, "txt2img"])
+@pytest.mark.parametrize("script", thorough_except((SCRIPT, "txt2img"), SCRIPT))
 def test_the_images_are_those_of_the_cpu(script, call, cuda, of_script, tmp_path):
     words = (*of_script(script), *(("--eta", 1) if script == SCRIPT else ("--ddim_eta", 1, "--precision", "full")))
     for name, device in (("cpu", ON_DEVICE), ("cuda", ON_CUDA)):
@@ -123,7 +124,7 @@ def test_pictures_of_every_step(run_on_cuda, of_script, tmp_path):
 # --- Quantized
 
 
-@pytest.mark.parametrize("name", QUANTIZED_RUNS)
+@pytest.mark.parametrize("name", thorough_except(QUANTIZED_RUNS, "w4a8", "modulated"))
 def test_quantized(name, run_on_cuda, one_level, tmp_path):
     """Recorded, calibrated, measured and sampled; the same command from the file that it wrote, and packed."""
     words = (*one_level.options, *TWO_IMAGES, *QUANTIZED_RUNS[name], "-l", tmp_path)
@@ -135,6 +136,7 @@ def test_quantized(name, run_on_cuda, one_level, tmp_path):
     assert image_bytes(tmp_path) == wanted and "calibrating" not in outcome.err
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("script", ["sample_diffusion_ldm", "sample_diffusion_ldm_imagenet"])
 def test_quantized_latent_models(script, run_on_cuda, of_script, tmp_path):
     steps = ("-c", 4, "-e", 1.0) if script == "sample_diffusion_ldm" else ("--precision", "full", "--scale", 2.0)
@@ -150,7 +152,7 @@ def checkpoint(call, of_script, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("runtime", ["simulated", "torch", "torch-int8"])
+@pytest.mark.parametrize("runtime", thorough_except(("simulated", "torch", "torch-int8"), "torch-int8"))
 def test_runtimes_from_a_file(runtime, run_on_cuda, of_script, checkpoint, tmp_path):
     words = ("--quant_mode", "linear", "--runtime", runtime, "--cali_ckpt", checkpoint / "quantized.safetensors")
     run_on_cuda(SCRIPT, *of_script(SCRIPT), *W4A8, *words, "-l", tmp_path)
@@ -162,6 +164,7 @@ def test_another_runtimes_images_would_be_seen(call, of_script, checkpoint, tmp_
     assert psnr(tmp_path, checkpoint) < SAME_IMAGES
 
 
+@pytest.mark.thorough
 def test_a_published_checkpoint(run_on_cuda, tmp_path):
     golden = GoldenCase("sd_w4a8_sm16_split")
     files = write_latent_model("text", tmp_path / "model", golden.case["model"], golden.float_weights())
@@ -184,7 +187,7 @@ def test_collecting(run_on_cuda, of_script, tmp_path):
 # --- Half precision
 
 
-@pytest.mark.parametrize("kind", ["float", "w4a8", "modulated"])
+@pytest.mark.parametrize("kind", thorough_except(("float", "w4a8", "modulated"), "float"))
 def test_autocast(kind, run_on_cuda, of_script, tmp_path):
     """Half precision is what the conditional scripts take by default; their error of ε is measured in it."""
     quant = {"float": (), "w4a8": (*W4A8, "--sm_abit", 16, *LINEAR), "modulated": (*W4A8, *MODULATED)}[kind]

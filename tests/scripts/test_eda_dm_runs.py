@@ -11,6 +11,7 @@ from latent_models import TOKENS
 from run_checks import image_bytes, lose_images, manifest, pixels, snapshot, succeeded
 from safetensors.torch import load_file
 from script_device import ON_DEVICE
+from thorough import thorough_except
 
 DDIM = "sample_diffusion_ddim"
 COUNT, STEPS = 6, 4
@@ -111,7 +112,7 @@ def test_killed_run_makes_the_missing_images_again(call, ddim_run, tmp_path):
     assert image_bytes(tmp_path / "killed") == image_bytes(folder)
 
 
-@pytest.mark.parametrize("finished", [0, 5])
+@pytest.mark.parametrize("finished", thorough_except((0, 5), 5))
 def test_calibration_killed_at_a_block_continues_there(finished, call, ddim_run, tmp_path, monkeypatch):
     from qdiff.calibration import journal, run
 
@@ -169,7 +170,7 @@ def test_ptq4dm_and_the_search(call, ddim, ddim_float, tmp_path):
     assert sum(map(len, recorded["ts"])) == COUNT and run["activation_quantizers"]["silent"] == []
 
 
-@pytest.mark.parametrize(("steps", "count"), [(1, 3), (4, 2), (3, 1)])
+@pytest.mark.parametrize(("steps", "count"), [(1, 3), (4, 2), pytest.param(3, 1, marks=pytest.mark.thorough)])
 def test_few_timesteps_and_few_samples(steps, count, call, ddim, tmp_path):
     """One step has no other to differ from; fewer samples than steps leave steps without any."""
     options = (*PTQ, *FEW, *RECIPE, *QUICK, "--calib_num_samples", count, "--timesteps", steps, "--max_images", 1)
@@ -202,7 +203,7 @@ def run_of(call, latent, tmp_path_factory):
 CALIBRATED = (*PTQ, *FEW, *RECIPE, *QUICK)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", thorough_except(SCRIPTS, "sample_diffusion_ldm_imagenet"))
 def test_latent_scripts(script, run_of):
     folder = run_of(script, *CALIBRATED)
     assert_quantized(folder, run_of(script))
@@ -234,6 +235,7 @@ def test_guidance_1_records_the_condition_alone(run_of):
     assert f"on {2 * COUNT} samples" in (both / "run.log").read_text()
 
 
+@pytest.mark.thorough  # ldm/test_latent_unet: of outputs and gradients
 def test_gradient_checkpointing_does_not_change_the_calibration(run_of):
     """The text model recomputes its blocks by default; --no_grad_ckpt keeps them."""
     files = [
@@ -244,7 +246,7 @@ def test_gradient_checkpointing_does_not_change_the_calibration(run_of):
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
 
 
-@pytest.mark.parametrize("method", ["eda-dm", "qdiff"])
+@pytest.mark.parametrize("method", thorough_except(("eda-dm", "qdiff"), "eda-dm"))
 def test_another_calibration_seed_sees_other_images_and_draws_the_same(method, call, ddim, tmp_path):
     """The calibration set and its batches change, what is sampled from (x_T) does not."""
     recorded, drawn = [], FEW if method == "eda-dm" else ("--cali_st", 2, "--cali_n", 3, "--cali_iters", 2)

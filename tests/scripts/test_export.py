@@ -21,14 +21,15 @@ def notes(path) -> dict:
     return json.loads(found["qdiff_notes"])
 
 
-def test_the_float_network(call, tiny, float_run, tmp_path):
+def test_the_float_network(call, one_level, tmp_path):
     path = tmp_path / "float.onnx"
-    outcome = succeeded(call("export", *tiny.options[:4], "--timesteps", 4, "--out", path))
+    outcome = succeeded(call("export", *one_level.options[:4], "--timesteps", 4, "--out", path))
     assert outcome.out == f"{path}: {path.stat().st_size} bytes\n" and notes(path) == {"method": "float"}
-    assert tiny.weights.stat().st_size * 0.95 < path.stat().st_size < tiny.weights.stat().st_size * 1.2
-    words = ("--runtime", "openvino", "--onnx", path, "-l", tmp_path / "run")
-    succeeded(call(SCRIPT, *tiny.options, *SAMPLER, *words))
-    assert largest_difference(tmp_path / "run", float_run) <= GREY_LEVELS
+    assert one_level.weights.stat().st_size * 0.95 < path.stat().st_size < one_level.weights.stat().st_size * 1.2
+    sampling = (*one_level.options, *SAMPLER, "-l")
+    succeeded(call(SCRIPT, *sampling, tmp_path / "torch"))
+    succeeded(call(SCRIPT, *sampling, tmp_path / "run", "--runtime", "openvino", "--onnx", path))
+    assert largest_difference(tmp_path / "run", tmp_path / "torch") <= GREY_LEVELS
 
 
 def test_a_calibrated_network(call, one_level, tmp_path):
@@ -77,6 +78,7 @@ def test_one_range_a_channel_is_refused(call, tiny, weights_only_run, tmp_path):
     assert "integer products cannot use one range per channel" in line and not any(tmp_path.iterdir())
 
 
+@pytest.mark.thorough  # test_onnx_modulated: of three layers
 def test_both_files_of_a_network_that_modulates_are_named(call, one_level, tmp_path):
     weights = ("--ptq", "--weight_bit", 4, "--split", "--quant_mode", "linear")
     succeeded(call(SCRIPT, *one_level.options, *SAMPLER, *weights, *DATA, "-l", tmp_path / "weights"))

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from run_checks import succeeded
+from thorough import thorough_except
 
 SCRIPT = "sample_diffusion_ddim"
 SAMPLER = ("--timesteps", 2, "--max_images", 1, "--seed", 3)
@@ -17,7 +18,10 @@ def manifest(folder):
     return json.loads((folder / "run.json").read_text())
 
 
-@pytest.mark.parametrize("activations", [(), ("--quant_act", "--act_bit", 8)], ids=["W4A32", "W4A8"])
+W4A8 = ("--quant_act", "--act_bit", 8)
+
+
+@pytest.mark.parametrize("activations", thorough_except([(), W4A8], W4A8), ids=["W4A32", "W4A8"])
 def test_a_run_is_calibrated_and_loaded(activations, call, tiny, tmp_path):
     words = (*tiny.options, *SAMPLER, *PTQ, *activations)
     succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
@@ -53,6 +57,7 @@ def test_bad_options_are_one_sentence(words, message, call, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.thorough  # checkpoint/test_checkpoint: of every method
 def test_published_file(call, tiny, tmp_path):
     succeeded(call(SCRIPT, *tiny.options, *SAMPLER, *PTQ, "-l", tmp_path / "run"))
     from safetensors.torch import load_file

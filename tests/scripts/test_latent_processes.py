@@ -17,6 +17,9 @@ PROMPTS = ["zero", "the digit seven", "a handwritten three " + "three " * 12]  #
 SAMPLER = ("--ddim_steps", 4, "--seed", 7, "--ddim_eta", 1.0, "--batch_size", 1, "--max_images", 5)
 
 
+pytestmark = pytest.mark.thorough  # test_processes: of the DDIM family
+
+
 @pytest.fixture(scope="module")
 def options(latent, tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"

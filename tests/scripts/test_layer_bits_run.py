@@ -10,7 +10,8 @@ from run_checks import succeeded
 SCRIPT = "sample_diffusion_ddim"
 SAMPLER = ("--timesteps", 2, "--max_images", 1, "--seed", 3)
 WIDTHS = ("--split", "--weight_bit", 4, "--quant_act", "--layer_bits", "first=A16,last=W8A16,mid.block_1.conv1=W32")
-CALIBRATION = ("--method", "gptq", "--cali_st", 2, "--cali_n", 2)
+FEW = ("--cali_st", 2, "--cali_n", 2)
+CALIBRATION = ("--method", "gptq", *FEW)
 
 
 def manifest(folder):
@@ -53,6 +54,17 @@ def test_bad_widths_are_one_sentence(layer_bits, says, call, tiny, tmp_path):
 
 
 def test_a_run_with_other_widths_is_another_run(call, tiny, tmp_path):
-    words = (*tiny.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--quant_mode", "linear", "-l", tmp_path / "run")
+    words = (
+        *tiny.options,
+        *SAMPLER,
+        "--ptq",
+        "--weight_bit",
+        4,
+        "--quant_mode",
+        "linear",
+        *FEW,
+        "-l",
+        tmp_path / "run",
+    )
     succeeded(call(SCRIPT, *words, "--layer_bits", "last=W8"))
     assert "layer_bits" in call(SCRIPT, *words).error_line()

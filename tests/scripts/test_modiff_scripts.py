@@ -26,6 +26,7 @@ from modulated_runs import (
 )
 from run_checks import image_bytes, lose_images, manifest, pixels, snapshot, succeeded
 from script_device import ON_DEVICE
+from thorough import thorough_except
 
 from qdiff.calibration.samples import load_recording
 from qdiff.io.tensor_files import read_safetensors
@@ -36,6 +37,7 @@ REPOSITORY = Path(__file__).parents[2]
 SAME_IMAGES = 30.0
 CALLS = {"ddim": STEPS, "ldm": STEPS, "text": STEPS + 1}  # PLMS begins with two calls
 KINDS = pytest.mark.parametrize("kind", SCRIPTS)
+MOSTLY_DDIM = pytest.mark.parametrize("kind", thorough_except(SCRIPTS, "ddim"))
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def weights(run):
     return lambda kind: run(kind, *DYNAMIC, *RECORDED)[0] / "quantized.safetensors"
 
 
-@KINDS
+@MOSTLY_DDIM
 def test_a_cleared_state_fails_that_check(kind, run, weights):
     loaded = (*DYNAMIC, "--modulate", "--cali_ckpt", weights(kind))
     folder, watched = run(kind, *loaded, "--modulate_ablation", "cleared-state")
@@ -128,7 +130,7 @@ OTHER_SAMPLERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_SAMPLERS)
+@pytest.mark.parametrize("name", thorough_except(OTHER_SAMPLERS, "ddim dpm"))
 def test_other_samplers(name, call, options, tmp_path):
     kind, more, calls = OTHER_SAMPLERS[name]
     words = [w for w in options(kind) if not (name == "text dpm" and w == "--plms")]
@@ -146,14 +148,14 @@ def assert_images(folder, watched):
     assert all(torch.isfinite(call.output).all() for batch in watched.batches for call in batch)
 
 
-@KINDS
+@MOSTLY_DDIM
 def test_images_of_batches_of_different_size(kind, run):
     assert_images(*run(kind, *MODULATED, "--act_tensor"))
     if kind == "ddim":
         assert_images(*run(kind, *MODULATED))
 
 
-@KINDS
+@MOSTLY_DDIM
 def test_batch_size_does_not_change_images_with_one_range_a_sample(kind, run):
     sample = (*MODULATED, "--act_tensor")
     one, other = (run(kind, *sample, *more)[0] for more in ((), ("--batch_size", IMAGES)))
@@ -168,7 +170,7 @@ def test_with_one_range_a_batch_it_does(run):
     assert psnr(one, other) < psnr(*apart)
 
 
-@KINDS
+@MOSTLY_DDIM
 def test_killed_run_makes_the_missing_images_again(kind, call, options, run, tmp_path):
     source, _ = run(kind, *MODULATED, "--act_tensor")
     command = (SCRIPTS[kind], *options(kind), *MODULATED, "--act_tensor", FOLDER)
@@ -220,7 +222,7 @@ def recorded(call, options, tmp_path_factory):
     return made
 
 
-@KINDS
+@MOSTLY_DDIM
 def test_generate_writes_what_is_asked_for(kind, call, options, recorded, tmp_path):
     raw, residual = (load_recording(recorded(kind, what)) for what in ("raw", "residual"))
     shape = {"ddim": (1, 8, 8), "ldm": (3, 8, 8), "text": (4, 8, 8)}[kind]
@@ -248,7 +250,7 @@ STATIC = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 4, "--modulate
 FEW = ("--cali_st", 2, "--cali_n", 3, "--cali_iters_a", 2, "--cali_batch_size", 4)
 
 
-@KINDS
+@MOSTLY_DDIM
 def test_changes_are_calibrated_from_it(kind, call, options, run, weights, recorded, tmp_path):
     resumed = (*STATIC, *FEW, "--resume_w", "--cali_ckpt", weights(kind))
     folder, watched = run(kind, *resumed, "--cali_data_path", recorded(kind, "residual"))

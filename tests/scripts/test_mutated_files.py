@@ -289,7 +289,8 @@ KINDS = {
 def cases():
     for kind, count in KINDS.items():
         for number in range(count):
-            yield pytest.param(kind, number, id=f"{kind.__name__}-{number}")
+            marks = [] if number % 3 == 0 or kind is reported_configs else [pytest.mark.thorough]
+            yield pytest.param(kind, number, id=f"{kind.__name__}-{number}", marks=marks)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from ddim_runs import DATA, SCRIPT, W4A8
 from run_checks import image_bytes, largest_difference, lose_images, manifest, snapshot, succeeded
+from thorough import thorough_except
 
 from qdiff.cli.noise_correction import RunCorrection
 from qdiff.cli.options.noise_correction import CorrectionPlan
@@ -122,7 +123,7 @@ def test_refused_where_it_cannot_be_right(one_level, call, tmp_path):
         RunCorrection(CorrectionPlan("d2", "tensor", 3, None), plan, SimpleNamespace(sampler=None))
 
 
-@pytest.mark.parametrize("runtime", ["torch", "torch-int8"])
+@pytest.mark.parametrize("runtime", thorough_except(("torch", "torch-int8"), "torch-int8"))
 def test_a_packed_run_loads_the_float_network_only_to_collect(runtime, loaded, call, tmp_path, monkeypatch):
     words = (*loaded, "--noise_correction", "ptqd", "--correction_samples", 2, "-l", tmp_path / runtime)
     succeeded(call(SCRIPT, *words, "--runtime", runtime))

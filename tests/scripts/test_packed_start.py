@@ -8,6 +8,7 @@ from ddim_runs import SAMPLER, SCRIPT
 from exact_runtimes import require_runtimes
 from latent_models import FEW
 from run_checks import image_bytes, largest_difference, manifest, succeeded
+from thorough import thorough_except
 
 from ldm import pipeline as ldm_pipeline
 from qdiff.quant_model import QuantModel
@@ -36,30 +37,30 @@ def no_float_network(monkeypatch):
     return packed
 
 
-@pytest.mark.parametrize("runtime", ["torch", "openvino"])
-def test_ddim(runtime, call, tiny, weights_only_run, tmp_path, no_float_network):
+@pytest.mark.parametrize("runtime", thorough_except(("torch", "openvino"), "torch"))
+def test_ddim(runtime, call, one_level, small_weights_run, tmp_path, no_float_network):
     if runtime == "openvino":
         require_runtimes()
-    checkpoint = weights_only_run / "quantized.safetensors"
-    options = (*tiny.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", checkpoint)
+    checkpoint = small_weights_run / "quantized.safetensors"
+    options = (*one_level.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", checkpoint)
     succeeded(call(SCRIPT, *options, "--runtime", runtime, "-l", tmp_path))
     (network,) = no_float_network
     assert network.is_packed and all(layer.weight.is_meta for layer in network.layers().values())
     run = manifest(tmp_path)
     assert run["checkpoint_notes"]["method"] == "qdiff"
     assert list(run["files"]) == ["quantized checkpoint"] and "noise_error" not in run
-    assert run["cost"] == manifest(weights_only_run)["cost"]
+    assert run["cost"] == manifest(small_weights_run)["cost"]
     if runtime == "torch":
-        assert image_bytes(tmp_path) == image_bytes(weights_only_run)
+        assert image_bytes(tmp_path) == image_bytes(small_weights_run)
     else:
-        assert largest_difference(tmp_path, weights_only_run) <= GREY_LEVELS
+        assert largest_difference(tmp_path, small_weights_run) <= GREY_LEVELS
     # Planted: simulation reads them.
     with pytest.raises(AssertionError, match="the float weights were read"):
         call(SCRIPT, *options, "-l", tmp_path / "simulated")
 
 
-def test_text_with_first_stage_and_encoder(call, latent, tmp_path, monkeypatch):
-    options = (*latent("text").options, *TEXT, "--ptq", "--weight_bit", 4, "--quant_mode", "linear")
+def test_text_with_first_stage_and_encoder(call, small_latent, tmp_path, monkeypatch):
+    options = (*small_latent("text").options, *TEXT, "--ptq", "--weight_bit", 4, "--quant_mode", "linear")
     succeeded(call("txt2img", *options, *FEW, "--outdir", tmp_path / "simulated"))
     loaded, load = [], ldm_pipeline.load_latent_diffusion
 

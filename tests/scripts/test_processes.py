@@ -34,23 +34,23 @@ def largest_difference(a: Path, b: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def together(tiny, tmp_path_factory):
+def together(one_level, tmp_path_factory):
     """The run folder and stderr of two processes that calibrate and sample."""
     folder = tmp_path_factory.mktemp("processes")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SCRIPT)]
-    words = [str(o) for o in (*tiny.options, *OPTIONS, *PTQ, "-l", folder / "run")]
+    words = [str(o) for o in (*one_level.options, *OPTIONS, *PTQ, "-l", folder / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(launcher + words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder / "run", done.stderr
 
 
-def test_two_processes_make_the_images_of_one(together, call, tiny, tmp_path):
-    assert call("sample_diffusion_ddim", *tiny.options, *OPTIONS, *PTQ, "-l", tmp_path / "one").code == 0
+def test_two_processes_make_the_images_of_one(together, call, one_level, tmp_path):
+    assert call("sample_diffusion_ddim", *one_level.options, *OPTIONS, *PTQ, "-l", tmp_path / "one").code == 0
     assert largest_difference(together[0], tmp_path / "one") <= GREY_LEVELS
     # Planted: 8-bit weights instead of 4.
     changed = (*PTQ, "--weight_bit", 8)
-    assert call("sample_diffusion_ddim", *tiny.options, *OPTIONS, *changed, "-l", tmp_path / "changed").code == 0
+    assert call("sample_diffusion_ddim", *one_level.options, *OPTIONS, *changed, "-l", tmp_path / "changed").code == 0
     assert largest_difference(together[0], tmp_path / "changed") > GREY_LEVELS
 
 

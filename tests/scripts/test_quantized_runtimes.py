@@ -28,12 +28,21 @@ CLASS_SCRIPT, TEXT_SCRIPT = "sample_diffusion_ldm_imagenet", "txt2img"
 
 
 @pytest.fixture(scope="module")
-def class_run(call, latent, tmp_path_factory):
+def class_run(call, small_latent, tmp_path_factory):
     """Options with a calibrated checkpoint, and the simulated run that calibrated it."""
     folder = tmp_path_factory.mktemp("class") / "simulated"
-    options = (*latent("class").options, *CLASS, *W4A8, "--split", *LINEAR)
+    options = (*small_latent("class").options, *CLASS, *W4A8, "--split", *LINEAR)
     succeeded(call(CLASS_SCRIPT, *options, *DATA, "-l", folder))
     return (*options, "--cali_ckpt", folder / "quantized.safetensors"), folder
+
+
+@pytest.fixture(scope="module")
+def alone(call, class_run, tmp_path_factory):
+    """The run folder of one process that exports and runs ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("alone")
+    outcome = succeeded(call(CLASS_SCRIPT, *class_run[0], "--runtime", "onnxruntime", "-l", folder))
+    assert outcome.err.count("exporting to") == 1 and manifest(folder)["processes"] == 1
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +58,7 @@ def together(class_run, tmp_path_factory):
     return folder / "run", done.stderr
 
 
+@pytest.mark.thorough  # test_processes: the first of two calibrates
 def test_the_first_of_two_processes_exports_and_both_run(together):
     folder, errors = together
     assert errors.count("exporting to") == 1 and (folder / "run.log").read_text().count("exporting to") == 1
@@ -57,29 +67,34 @@ def test_the_first_of_two_processes_exports_and_both_run(together):
     assert run["processes"] == 2 and run["status"] == "finished" and len(run["peak_memory_bytes"]) == 2
 
 
-def test_two_processes_make_the_images_of_one(call, class_run, together, tmp_path):
-    words = ("--runtime", "onnxruntime", "--onnx", together[0] / "model.onnx")
+@pytest.mark.thorough
+def test_two_processes_make_the_images_of_one(alone, together):
+    assert image_bytes(together[0]) == image_bytes(alone) and len(set(image_bytes(alone).values())) == IMAGES
+
+
+def test_an_exported_file_is_not_exported_again(call, class_run, alone, tmp_path):
+    words = ("--runtime", "onnxruntime", "--onnx", alone / "model.onnx")
     outcome = succeeded(call(CLASS_SCRIPT, *class_run[0], *words, "-l", tmp_path))
-    assert "exporting" not in outcome.err and manifest(tmp_path)["processes"] == 1
-    assert image_bytes(together[0]) == image_bytes(tmp_path) and len(set(image_bytes(tmp_path).values())) == IMAGES
+    assert "exporting" not in outcome.err and image_bytes(tmp_path) == image_bytes(alone)
 
 
-def test_the_float_network_would_be_seen(call, latent, class_run, tmp_path):
-    succeeded(call(CLASS_SCRIPT, *latent("class").options, *CLASS, "-l", tmp_path))
+def test_the_float_network_would_be_seen(call, small_latent, class_run, tmp_path):
+    succeeded(call(CLASS_SCRIPT, *small_latent("class").options, *CLASS, "-l", tmp_path))
     assert psnr(tmp_path, class_run[1]) < SAME_IMAGES
 
 
 @pytest.mark.parametrize("runtime", ["torch-int8", "openvino"])
-def test_classes(runtime, call, class_run, together, tmp_path):
+def test_classes(runtime, call, class_run, alone, tmp_path):
     options, simulated = class_run
-    given = ("--onnx", together[0] / "model.onnx") if runtime == "openvino" else ()
+    given = ("--onnx", alone / "model.onnx") if runtime == "openvino" else ()
     succeeded(call(CLASS_SCRIPT, *options, "--runtime", runtime, *given, "-l", tmp_path))
     assert manifest(tmp_path)["config"]["runtime"] == runtime
-    assert psnr(tmp_path, simulated) > SAME_IMAGES and psnr(together[0], simulated) > SAME_IMAGES
+    assert psnr(tmp_path, simulated) > SAME_IMAGES and psnr(alone, simulated) > SAME_IMAGES
 
 
-def test_text_with_a_softmax_of_16_bits(call, latent, tmp_path):
-    options = (*latent("text").options, *TEXT)
+@pytest.mark.thorough  # test_onnx_leaves: of one attention
+def test_text_with_a_softmax_of_16_bits(call, small_latent, tmp_path):
+    options = (*small_latent("text").options, *TEXT)
     quant = (*W4A8, "--sm_abit", 16, *LINEAR)
     succeeded(call(TEXT_SCRIPT, *options, *quant, *DATA, "--outdir", tmp_path / "simulated"))
     loaded = (*options, *quant, "--cali_ckpt", tmp_path / "simulated" / "quantized.safetensors")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from thorough import thorough_except
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = [
@@ -30,15 +31,17 @@ SUMMARY = {"table.md", "table.json", "table.html", "comparison.png"}
 
 
 @pytest.fixture
-def table(tiny, tmp_path):
+def table(one_level, tmp_path):
     """``table(**changes)`` writes a table file and returns its path."""
     config = tmp_path / "tiny.yml"
-    config.write_text(tiny.config.read_text() + "pretrained: {file: x, extractor: stand-in, reference: stand-in.npz}\n")
+    config.write_text(
+        one_level.config.read_text() + "pretrained: {file: x, extractor: stand-in, reference: stand-in.npz}\n"
+    )
     spec = {
         "title": "Tiny",
         "config": str(config),
         "script": "scripts/sample_diffusion_ddim.py",
-        "options": f"--config {config} --ckpt {tiny.weights} --timesteps 2 --max_images 3 --batch_size 2",
+        "options": f"--config {config} --ckpt {one_level.weights} --timesteps 2 --max_images 3 --batch_size 2",
         "calibration": {"script": "scripts/collect_calibration.py", "options": "--cali_st 2 --cali_n 3"},
         "rows": ROWS,
     }
@@ -200,6 +203,7 @@ def test_commands_of_the_dry_run_resolve(call, table, tmp_path):
         assert resolves(call, command)
 
 
+@pytest.mark.thorough
 def test_named_rows_alone_are_run_and_all_finished_ones_shown(call, table, stood_in, tmp_path):
     commands, measured = stood_in
     path, out = table(), tmp_path / "out"
@@ -259,7 +263,10 @@ def test_dry_run_of_named_rows(call, table):
     assert list(shown["commands"]) == ["float, 20 steps"]  # a label with a comma, named alone
 
 
-@pytest.mark.parametrize("common", ["--eta 0.5 --dpm_order 3 --max_images 4", "--eta=0.5 --dpm_order=3 --max_images=4"])
+COMMON = ("--eta 0.5 --dpm_order 3 --max_images 4", "--eta=0.5 --dpm_order=3 --max_images=4")
+
+
+@pytest.mark.parametrize("common", thorough_except(COMMON, COMMON[1]))
 def test_recording_skips_the_options_it_does_not_know(common, call, table, stood_in, tmp_path):
     commands, _ = stood_in
     calibration = {

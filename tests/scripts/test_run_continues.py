@@ -12,6 +12,7 @@ from ddim_runs import IMAGES, SAMPLER, SCRIPT
 from latent_models import FEW, GREY_LEVELS, W4A8
 from PIL import Image
 from run_checks import image_bytes, largest_difference, manifest, snapshot, succeeded
+from thorough import thorough_except
 
 CAPTIONS = "sample_txt2img"
 STEPS = ("--ddim_steps", 4, "--seed", 7)
@@ -21,7 +22,7 @@ LATENT_STEPS = ("-c", 4, "--seed", 7)
 # --- More images
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantized", thorough_except((False, True), False))
 def test_more_samples_of_a_prompt_make_only_the_missing_images(quantized, call, latent, tmp_path):
     """Their number is also that of the prompts, and the last batch is not full."""
     more = (*W4A8, "--ptq", *FEW) if quantized else ()
@@ -51,15 +52,24 @@ def test_a_run_that_noted_a_calibration_prompt_for_each_image_goes_on(call, late
     assert "calibration_prompts" in line
 
 
-@pytest.fixture
-def two_prompts(call, latent, tmp_path):
-    """A calibrated run of a file of two prompts: the file, the run folder, and the options that continue it."""
-    path, run = tmp_path / "prompts.txt", tmp_path / "run"
-    given = (*latent("text").options, *STEPS, "--from-file", path, "--n_samples", 9, "-l", run)
-    given += (*W4A8, "--ptq", *FEW)
+@pytest.fixture(scope="module")
+def calibrated_prompts(call, latent, tmp_path_factory):
+    """A calibrated run of a file of two prompts: the file, the run folder, and the options but for the folder."""
+    folder = tmp_path_factory.mktemp("two-prompts")
+    path, run = folder / "prompts.txt", folder / "run"
+    given = (*latent("text").options, *STEPS, "--from-file", path, "--n_samples", 9, *W4A8, "--ptq", *FEW)
     path.write_text("two\nthree")
-    succeeded(call(CAPTIONS, *given))
+    succeeded(call(CAPTIONS, *given, "-l", run))
     return path, run, given
+
+
+@pytest.fixture
+def two_prompts(calibrated_prompts, tmp_path):
+    """A copy of that run: the file of prompts, the folder, and the options that continue it."""
+    path, run, given = calibrated_prompts
+    path.write_text("two\nthree")
+    shutil.copytree(run, tmp_path / "run")
+    return path, tmp_path / "run", (*given, "-l", tmp_path / "run")
 
 
 def test_lines_added_to_a_prompt_file_are_more_images(call, two_prompts):
@@ -199,7 +209,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("script", thorough_except(RUNS, "sample_diffusion_ddim", "txt2img"))
 def test_good_images_beside_one_that_is_not_finite_are_kept(script, value, call, tiny, latent, poisoned, tmp_path):
     kind, more = RUNS[script]
     if kind is None:

@@ -26,43 +26,43 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def ddim_runs(call, tiny, weights_only_run, tmp_path_factory):
-    """Options of a run from the checkpoint of `weights_only_run`, and a finished run by ONNX Runtime."""
-    checkpoint = weights_only_run / "quantized.safetensors"
-    options = (*tiny.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", checkpoint)
+def ddim_runs(call, one_level, small_weights_run, tmp_path_factory):
+    """Options of a run from the checkpoint of `small_weights_run`, and a finished run by ONNX Runtime."""
+    checkpoint = small_weights_run / "quantized.safetensors"
+    options = (*one_level.options, *SAMPLER, "--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", checkpoint)
     folder = tmp_path_factory.mktemp("runtimes") / "onnxruntime"
     outcome = succeeded(call(SCRIPT, *options, "--runtime", "onnxruntime", "-l", folder))
     assert "exporting to" in outcome.err
     return options, folder
 
 
-def test_ddim_in_both_runtimes(call, ddim_runs, weights_only_run, tmp_path):
+def test_ddim_in_both_runtimes(call, ddim_runs, small_weights_run, tmp_path):
     options, folder = ddim_runs
     run = manifest(folder)
     assert run["config"]["runtime"] == "onnxruntime" and run["status"] == "finished"
     assert "activation_quantizers" not in run  # nothing was simulated
-    assert largest_difference(folder, weights_only_run) <= GREY_LEVELS
+    assert largest_difference(folder, small_weights_run) <= GREY_LEVELS
     words = ("--runtime", "openvino", "--onnx", folder / "model.onnx")
     outcome = succeeded(call(SCRIPT, *options, *words, "-l", tmp_path / "openvino"))
     assert "exporting" not in outcome.err and not (tmp_path / "openvino" / "model.onnx").exists()
     assert manifest(tmp_path / "openvino")["config"]["runtime"] == "openvino"
-    assert largest_difference(tmp_path / "openvino", weights_only_run) <= GREY_LEVELS
+    assert largest_difference(tmp_path / "openvino", small_weights_run) <= GREY_LEVELS
 
 
-def test_the_file_that_is_named_is_what_runs(call, ddim_runs, weights_only_run, tmp_path):
-    """Planted: the first layer's scales twice as large, in the file alone."""
+def test_the_file_that_is_named_is_what_runs(call, ddim_runs, small_weights_run, tmp_path):
+    """Planted: the last layer's scales twice as large, in the file alone."""
     import onnx
 
     options, folder = ddim_runs
     model = onnx.load(str(folder / "model.onnx"))
-    scale = next(n.input[1] for n in model.graph.node if n.op_type == "DequantizeLinear")
+    scale = next(n.input[1] for n in reversed(model.graph.node) if n.op_type == "DequantizeLinear")
     tensor = next(t for t in model.graph.initializer if t.name == scale)
     tensor.CopyFrom(onnx.numpy_helper.from_array(2 * onnx.numpy_helper.to_array(tensor), scale))
     onnx.save(model, str(tmp_path / "planted.onnx"))
     for runtime in RUNTIMES:
         words = ("--runtime", runtime, "--onnx", tmp_path / "planted.onnx")
         succeeded(call(SCRIPT, *options, *words, "-l", tmp_path / runtime))
-        assert largest_difference(tmp_path / runtime, weights_only_run) > GREY_LEVELS
+        assert largest_difference(tmp_path / runtime, small_weights_run) > GREY_LEVELS
 
 
 def test_a_repeated_command_continues(call, ddim_runs, tmp_path):
@@ -79,11 +79,12 @@ def test_a_repeated_command_continues(call, ddim_runs, tmp_path):
     assert "runtime" in call(SCRIPT, *options, "-l", folder).error_line()  # simulated
 
 
+@pytest.mark.thorough  # test_quantized_runtimes: with activations
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_latent_families_in_both_runtimes(kind, call, latent, tmp_path):
+def test_latent_families_in_both_runtimes(kind, call, small_latent, tmp_path):
     script, sampler = FAMILIES[kind]
     option = "--outdir" if kind == "text" else "-l"
-    options = (*latent(kind).options, *sampler)
+    options = (*small_latent(kind).options, *sampler)
     succeeded(call(script, *options, *W4, option, tmp_path / "simulated"))
     loaded = (*options, "--ptq", "--weight_bit", 4, "--quant_mode", "linear")
     loaded += ("--cali_ckpt", tmp_path / "simulated" / "quantized.safetensors")
@@ -136,10 +137,10 @@ def test_dry_run_shows_the_runtime(call, ddim_runs):
     assert "runtime" not in json.loads(succeeded(call(SCRIPT, *options, "--dry-run")).out)  # as before there were any
 
 
-def test_files_of_other_networks_are_refused_before_anything_else(call, tiny, ddim_runs, tmp_path):
+def test_files_of_other_networks_are_refused_before_anything_else(call, one_level, ddim_runs, tmp_path):
     options, folder = ddim_runs
     run = ("--runtime", "openvino", "-l", tmp_path / "run")
-    line = call(SCRIPT, *tiny.options, *SAMPLER, *run, "--onnx", folder / "model.onnx").error_line()
+    line = call(SCRIPT, *one_level.options, *SAMPLER, *run, "--onnx", folder / "model.onnx").error_line()
     assert "was exported with weight_bits 4, this run asks for None; export it again" in line
     (tmp_path / "damaged.onnx").write_bytes((folder / "model.onnx").read_bytes()[:5000])
     line = call(SCRIPT, *options, *run, "--onnx", tmp_path / "damaged.onnx").error_line()

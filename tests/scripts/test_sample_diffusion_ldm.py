@@ -14,6 +14,7 @@ from latent_models import FEW, GREY_LEVELS
 from latent_models import W4A8 as W4A8_UNSIGNED
 from run_checks import image_bytes, largest_difference, lose_images, manifest, pixels, sha256, snapshot, succeeded
 from script_device import ON_DEVICE
+from thorough import thorough_except
 
 SCRIPT = "sample_diffusion_ldm"
 REPOSITORY = Path(__file__).parents[2]
@@ -66,6 +67,7 @@ def test_float_run(float_run, model):
     assert "labels" not in run and "activation_quantizers" not in run
 
 
+@pytest.mark.thorough  # test_sample_diffusion_ddim
 def test_calibrated_run(calibrated_run, float_run):
     run, plan = manifest(calibrated_run), manifest(calibrated_run)["config"]["ptq"]
     assert run["status"] == "finished" and run["config"]["method"] == "qdiff" and plan["action"] == "calibrate"
@@ -101,7 +103,7 @@ def test_other_samplers(option, kind, steps, call, options, float_run, tmp_path)
 # --- Continuing and loading
 
 
-@pytest.mark.parametrize("kind", ["float", "qdiff"])
+@pytest.mark.parametrize("kind", thorough_except(("float", "qdiff"), "float"))
 def test_killed_run_makes_the_missing_images_again(kind, call, options, float_run, calibrated_run, tmp_path):
     source, more = (float_run, ()) if kind == "float" else (calibrated_run, (*W4A8, *FEW))
     folder = tmp_path / "killed"
@@ -116,6 +118,7 @@ def test_killed_run_makes_the_missing_images_again(kind, call, options, float_ru
     assert snapshot(folder) == before
 
 
+@pytest.mark.thorough  # test_sample_diffusion_ddim
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
 def test_own_checkpoint_gives_the_calibrated_images(resume, call, options, calibrated_run, tmp_path):
     loaded = calibrated_run / "quantized.safetensors"
@@ -124,6 +127,7 @@ def test_own_checkpoint_gives_the_calibrated_images(resume, call, options, calib
     assert manifest(tmp_path / "run")["config"]["ptq"]["action"] == "load"
 
 
+@pytest.mark.thorough  # test_sample_diffusion_ddim
 def test_resume_w_calibrates_activations_for_loaded_weights(call, options, calibrated_run, tmp_path):
     data = ("--cali_data_path", calibrated_run / "calibration_data.pt")
     loaded = ("--resume_w", "--cali_ckpt", calibrated_run / "quantized.safetensors")
@@ -132,6 +136,7 @@ def test_resume_w_calibrates_activations_for_loaded_weights(call, options, calib
     assert all(n.startswith("activations ") for n in manifest(tmp_path / "run")["reconstruction_errors"])
 
 
+@pytest.mark.thorough  # test_sample_diffusion_ddim
 def test_weights_alone_from_the_same_checkpoint(call, options, calibrated_run, tmp_path):
     loaded = ("--ptq", "--weight_bit", 4, "--cali_ckpt", calibrated_run / "quantized.safetensors")
     succeeded(call(SCRIPT, *options, *loaded, "-l", tmp_path / "run"))

@@ -77,18 +77,21 @@ def test_calibrated_run(calibrated_run, float_run):
     assert largest_difference(calibrated_run, float_run) > GREY_LEVELS
 
 
+@pytest.mark.thorough  # test_txt2img
 def test_own_checkpoint_gives_the_calibrated_images(call, options, calibrated_run, tmp_path):
     loaded = ("--cali_ckpt", calibrated_run / "quantized.safetensors")
     succeeded(call(SCRIPT, *options, *W4A8, "--split", *loaded, "-l", tmp_path / "run"))
     assert image_bytes(tmp_path / "run") == image_bytes(calibrated_run)
 
 
+@pytest.mark.thorough  # test_sample_diffusion_ddim
 def test_resume_w_calibrates_activations_for_loaded_weights(call, options, calibrated_run, tmp_path):
     loaded = ("--resume_w", "--cali_ckpt", calibrated_run / "quantized.safetensors")
     succeeded(call(SCRIPT, *options, *PTQ, *loaded, "-l", tmp_path / "run"))
     assert image_bytes(tmp_path / "run") == image_bytes(calibrated_run)  # it records the same set
 
 
+@pytest.mark.thorough  # test_txt2img
 def test_killed_run_makes_the_missing_images_again(call, options, calibrated_run, tmp_path):
     shutil.copytree(calibrated_run, tmp_path / "killed")
     lose_images(tmp_path / "killed", 0, 1, 2, 6)

@@ -75,6 +75,7 @@ def test_other_programs_get_the_names_of_the_component(folder, quantized, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.thorough  # test_modiff_scripts
 def test_modulation_is_closer_to_float_at_low_widths(folder, tmp_path):
     """Each batch of a pipeline's loop is one trajectory, so layers quantize the changes between its steps."""
     sampling = ["-n", "3", "--batch_size", "2", "--device", "cpu", "--steps", "20"]

@@ -11,6 +11,7 @@ import torch
 from latent_models import FEW, GREY_LEVELS, TOKENS, W4A8
 from PIL import Image
 from run_checks import image_bytes, largest_difference, lose_images, manifest, pixels, succeeded
+from thorough import thorough_except
 
 SCRIPT = "txt2img"
 PROMPTS = ("a handwritten three", "the digit seven", "zero")
@@ -70,7 +71,7 @@ def test_calibrated_run(calibrated_run, float_run):
     assert largest_difference(calibrated_run, float_run) > GREY_LEVELS
 
 
-@pytest.mark.parametrize("resume", ["--resume", "--resume_w", None])
+@pytest.mark.parametrize("resume", thorough_except(("--resume", "--resume_w", None), None))
 def test_own_checkpoint_gives_the_calibrated_images(resume, call, listed, calibrated_run, tmp_path):
     """The weights alone, or all of it; with or without saying so."""
     loaded = ("--cali_ckpt", calibrated_run / "quantized.safetensors", *([resume] if resume else []))

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from thorough import thorough_except
 from torch import nn
 
 from qdiff.adaptive_rounding import LearnedRounding
@@ -132,7 +133,7 @@ def test_without_drops_and_layers_it_is_plain_reconstruction_bit_for_bit(unit):
         assert not torch.equal(other[0], expected[0]), changes
 
 
-@pytest.mark.parametrize("layer_weight", [0.0, 0.8])
+@pytest.mark.parametrize("layer_weight", thorough_except((0.0, 0.8), 0.8))
 def test_passes_in_parts_learn_the_same(unit, layer_weight):
     """Without drops: masks are drawn for a pass."""
     whole = fit(unit, pass_size=5, layer_weight=layer_weight)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from thorough import thorough_except
 
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import save_checkpoint
@@ -94,9 +95,10 @@ def made(tiny_network, finished):
 # --- Calibrate, save, reload
 
 
-@pytest.mark.parametrize(
-    "more", [("--modulate",), ("--modulate", "--cali_min_max"), ("--method", "linear", "--modulate")]
-)
+CALIBRATED = [("--modulate",), ("--modulate", "--cali_min_max"), ("--method", "linear", "--modulate")]
+
+
+@pytest.mark.parametrize("more", thorough_except(CALIBRATED, CALIBRATED[0]))
 def test_changes_are_calibrated_once_and_come_back_from_the_file(more, made, tiny_network, tmp_path):
     qnn, file = made(*more)
     assert all(q.initialised for q in qnn.act_quantizers().values())
@@ -153,6 +155,7 @@ def test_dynamic_ranges_are_in_no_file(made, tiny_network, tmp_path):
         )
 
 
+@pytest.mark.thorough
 def test_weights_of_eda_dm_modulate_too(tiny_network, tmp_path):
     """Its last layer stays in float."""
     quick = ("--w_range", "max", "--calib_num_samples", 6, "--batch_samples", 3, "--cali_iters", 2)

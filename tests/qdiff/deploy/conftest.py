@@ -35,8 +35,8 @@ TINY_DDIM = {
         **{"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_diffusion_timesteps": 1000},
     },
 }
-TINY_TEXT = {
-    **{"image_size": 4, "in_channels": 4, "out_channels": 4, "model_channels": 64, "attention_resolutions": [1]},
+TINY_TEXT = {  # one transformer, in the middle
+    **{"image_size": 4, "in_channels": 4, "out_channels": 4, "model_channels": 64, "attention_resolutions": []},
     **{"num_res_blocks": 1, "channel_mult": [1], "num_heads": 2, "use_spatial_transformer": True},
     **{"context_dim": 12, "legacy": False},
 }

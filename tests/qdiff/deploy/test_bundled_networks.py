@@ -14,6 +14,7 @@ from deploy_networks import network_inputs
 from exact_runtimes import require_runtimes
 from families import SCRIPTS
 from following import RUNTIMES, check_samples, followed_network, opened_network, relative
+from thorough import thorough_except
 from torch import Tensor
 
 from qdiff.calibration.run import CalibrationRun
@@ -95,7 +96,7 @@ def quantized(name: str) -> tuple[QuantModel, Pipeline, tuple[Tensor, ...]]:
 # --- Torch, bit for bit; integers, layer by layer on the inputs of the simulation
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thorough_except(MODELS, "digits", "text"))
 @torch.no_grad()
 def test_packed_weights_and_integer_products(name, monkeypatch):
     qnn, _, given = quantized(name)
@@ -167,6 +168,7 @@ def scaled(delta: Tensor) -> Iterator[None]:
 PLANTED = ("input_blocks.0.0", "middle_block.0.out_layers.3", "out.2")
 
 
+@pytest.mark.thorough  # test_onnx_networks: of tiny networks
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("name", LATENTS)
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from deploy_networks import network_inputs
 from exact_runtimes import require_runtimes
 from following import RUNTIMES
+from thorough import thorough_except
 from torch import Tensor, nn
 
 from qdiff.checkpoint.native import layout
@@ -76,13 +77,16 @@ def weight_bytes(path, kind: int) -> int:
 # --- What is stored
 
 
-def test_every_integer_is_in_the_file_as_four_bits(exported_digits):
+@pytest.mark.parametrize("network", thorough_except(("exported_text", "exported_digits"), "exported_text"))
+def test_every_integer_is_in_the_file_as_four_bits(network, request):
+    least = {"exported_text": 25, "exported_digits": 40}[network]  # layers
     from qdiff.deploy.onnx_weights import compact, expand
 
-    qnn, model = exported_digits.qnn, read_model(exported_digits.path)
+    exported = request.getfixturevalue(network)
+    qnn, model = exported.qnn, read_model(exported.path)
     stored = initialisers(model)
     kinds = [kind for kind, _ in stored.values()]
-    assert kinds.count(onnx.TensorProto.UINT4) > 2 * 40
+    assert kinds.count(onnx.TensorProto.UINT4) > 2 * least
     expand(model)
     assert onnx.TensorProto.UINT4 not in [kind for kind, _ in initialisers(model).values()]
     # Every slice of every layer is there, to the bit, with its zero points.
@@ -170,10 +174,14 @@ def test_integers_shared_by_other_zero_points_stay_bytes():
     assert small.tolist() == [[0, 1]] and large.tolist() == [[-125, -124]]
 
 
-def test_file_bytes_against_float32(exported_digits, exported_ddim):
+@pytest.mark.thorough  # exports the bundled digits model
+def test_file_bytes_of_4_bits(exported_digits):
     floats = sum(4 * p.weight.numel() for p in exported_digits.qnn.layers().values())
     assert weight_bytes(exported_digits.path, onnx.TensorProto.UINT4) < W4_WEIGHTS * floats
     assert exported_digits.path.stat().st_size < W4_FILE * _float_bytes(exported_digits.qnn)
+
+
+def test_file_bytes_of_8_bits(exported_ddim):
     floats = sum(4 * p.weight.numel() for p in exported_ddim.qnn.layers().values())
     stored = weight_bytes(exported_ddim.path, onnx.TensorProto.UINT8)
     assert 0.25 * floats <= stored < W8_WEIGHTS * floats

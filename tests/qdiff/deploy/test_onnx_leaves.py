@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -228,12 +229,18 @@ def planted(qnn: QuantModel, name: str, x: Tensor) -> dict[str, Tensor]:
     return results
 
 
+@pytest.fixture(scope="module")
+def planted_in(leaves, x):
+    """``planted_in(name)``: as `planted`, computed once for all runtimes."""
+    return functools.cache(lambda name: planted(leaves, name, x))
+
+
 @pytest.mark.parametrize("runtime", COMPUTED)
 @pytest.mark.parametrize("name", [f"{c}-{n}" for c, n in CASES])
-def test_layer_is_the_simulated_one(name, runtime, computed, leaves, x):
+def test_layer_is_the_simulated_one(name, runtime, computed, planted_in):
     out, expected = computed[runtime][name], computed["simulated"][name]
     assert relative(out, expected) < TOLERANCE
-    wrong = planted(leaves, name, x)
+    wrong = planted_in(name)
     assert wrong
     for what, values in wrong.items():
         assert relative(out, values) > 3 * TOLERANCE, what
@@ -284,24 +291,35 @@ def test_a_zero_point_at_hand_counts_where_taps_lie_inside(leaves, x, computed, 
         assert (error > 1000 * TOLERANCE) if sees_it else (error < TOLERANCE), name
 
 
-@pytest.mark.parametrize("runtime", COMPUTED)
-@pytest.mark.parametrize("name", ATTENTION)
-def test_attention_is_the_simulated_one(name, runtime, computed, leaves, x):
-    out, expected = computed[runtime][name], computed["simulated"][name]
-    tolerance = WIDE_SOFTMAX_TOLERANCE if name == "wide_softmax" else TOLERANCE
-    assert relative(out, expected) < tolerance
-    core = leaves.model.attention[name]
-    wrong = {}
-    for operand in "qkvw" if name != "unquantized" else "":
+def planted_attention(qnn: QuantModel, name: str, x: Tensor) -> dict[object, Tensor]:
+    """Return what an attention computes with one operand's scale a level off, by operand."""
+    core, wrong = qnn.model.attention[name], {}
+    if name == "unquantized":  # scaled twice, or not at all
+        tokens = VIEWS["tokens"](x).unflatten(1, (2, -1))
+        return {s: core(tokens * s, 0.8 * tokens[:, :, :5], 1.2 * tokens[:, :, :5]) for s in (ONE_LEVEL, 0.5)}
+    for operand in "qkvw":
         quantizer = getattr(core, f"act_quantizer_{operand}")
         if quantizer.bits > 8:  # one of 65,536 levels
             continue
         misplace(quantizer, scale=ONE_LEVEL)
-        wrong[operand] = simulated(leaves, x)[name]
+        wrong[operand] = simulated(qnn, x)[name]
         del quantizer.range_of
-    if name == "unquantized":  # scaled twice, or not at all
-        tokens = VIEWS["tokens"](x).unflatten(1, (2, -1))
-        wrong = {s: core(tokens * s, 0.8 * tokens[:, :, :5], 1.2 * tokens[:, :, :5]) for s in (ONE_LEVEL, 0.5)}
+    return wrong
+
+
+@pytest.fixture(scope="module")
+def planted_in_attention(leaves, x):
+    """``planted_in_attention(name)``: as `planted_attention`, computed once for all runtimes."""
+    return functools.cache(lambda name: planted_attention(leaves, name, x))
+
+
+@pytest.mark.parametrize("runtime", COMPUTED)
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_the_simulated_one(name, runtime, computed, planted_in_attention):
+    out, expected = computed[runtime][name], computed["simulated"][name]
+    tolerance = WIDE_SOFTMAX_TOLERANCE if name == "wide_softmax" else TOLERANCE
+    assert relative(out, expected) < tolerance
+    wrong = planted_in_attention(name)
     assert all(relative(out, values) > 3 * tolerance for values in wrong.values())
     assert len(wrong) == {"wide_softmax": 3, "unquantized": 2}.get(name, 4)
 
