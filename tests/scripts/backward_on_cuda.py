@@ -14,7 +14,6 @@ from run_checks import image_bytes, manifest, succeeded
 from thorough import thorough_except
 
 from qdiff.benchmark import gpu_networks
-
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.sensitivity import Operand
 from qdiff.config import QuantConfig
