@@ -12,6 +12,7 @@ from traced_networks import Repeating, SkipNetwork, SteppedSkipNetwork, inputs, 
 from qdiff.api import calibrate
 from qdiff.calibration.fitting import UnitKind
 from qdiff.calibration.footprint import measure_footprint
+from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.walk import walk
@@ -44,6 +45,8 @@ SETTINGS = {
     "dmq": [DmqConfig(**QUICK, act_iterations=3, lr_rounding=0.5)],
     "tfmq-dm": [TfmqDmConfig(**QUICK, lr_rounding=0.5, temporal_unit=False)],
 }
+# Learned scales take thousands of iterations per layer by default.
+SCALING = {"dmq": InputScaling(Scaling.LEARNED, iterations=3, batch_size=4)}
 CASES = [(method, settings) for method in METHODS for settings in SETTINGS[method]]
 DATA = CalibrationSet(inputs(8))
 
@@ -67,7 +70,8 @@ def state_of(qnn):
 def test_a_method_finds_the_same(method, settings):
     traced, stepped = wrapped(SkipNetwork), wrapped(SteppedSkipNetwork)
     before = state_of(traced)
-    errors = [calibrate(qnn, DATA, method, settings, run=quiet()) for qnn in (traced, stepped)]
+    scaling = SCALING.get(method)
+    errors = [calibrate(qnn, DATA, method, settings, run=quiet(), scaling=scaling) for qnn in (traced, stepped)]
     found, expected = state_of(traced), state_of(stepped)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -130,7 +134,7 @@ def test_repeated_parts_run_as_they_were_fitted(method):
     """What is computed with them, between units, is what the quantized network computes."""
 
     qnn, taken = QuantModel(made(Repeating), QuantConfig(4, 8), DATA.inputs).double(), []
-    calibrate(qnn, DATA, method, SETTINGS[method][0], run=quiet())
+    calibrate(qnn, DATA, method, SETTINGS[method][0], run=quiet(), scaling=SCALING.get(method))
     qnn.model.last.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
     with qnn.quantized():
         qnn(*DATA.inputs)
