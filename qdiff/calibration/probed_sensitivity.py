@@ -15,12 +15,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.sensitivity import Operand, sqnr
+from qdiff.calibration.sensitivity import Operand, settle_observed, sqnr, start_observing
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.ranges.estimators import ESTIMATORS
 from qdiff.wrapping import layer_places
 
 Found = dict[str, dict[int, float] | None]
@@ -56,8 +55,9 @@ def probed_sensitivities(
     """
     device = next(network.parameters()).device
     batches = list(zip(*(part.to(device).split(batch_size) for part in inputs), strict=True))
+    places = {name: parent._modules[attribute] for name, ((parent, attribute), *_) in layer_places(network).items()}
     layers = {
-        operand: {name: _Rounded(network, name, config, operand, widths[operand]) for name in names[operand]}
+        operand: {name: _Rounded(places[name], name, config, operand, widths[operand]) for name in names[operand]}
         for operand in Operand
     }
     everything = [layer for found in layers.values() for layer in found.values()]
@@ -115,10 +115,9 @@ class _Rounded:
     """One operand of one layer, rounded to several widths beside a float forward."""
 
     def __init__(
-        self, network: nn.Module, name: str, config: QuantConfig, operand: Operand, widths: Sequence[int]
+        self, layer: nn.Module, name: str, config: QuantConfig, operand: Operand, widths: Sequence[int]
     ) -> None:
-        parent, attribute = layer_places(network)[name][0]
-        self.layer = parent._modules[attribute]
+        self.layer = layer
         self.operand = operand
         self.rounded: dict[int, QuantModule] = {}
         for bits in widths:
@@ -129,8 +128,7 @@ class _Rounded:
             if operand is Operand.WEIGHTS:
                 made.init_weight_ranges(config.weight_range)
             else:
-                for quantizer in calibrated_act_quantizers(made).values():
-                    quantizer.observer = ESTIMATORS[config.act_range](None)
+                start_observing(made, config.act_range)
             self.rounded[bits] = made
         self._called = False
         self._samples = 0  # of this batch
@@ -147,13 +145,9 @@ class _Rounded:
             made.quantized_input(args[0])
 
     def settle(self) -> None:
-        """Set the ranges from what passed; a layer that is never called has none."""
+        """Set the ranges from what passed."""
         for made in self.rounded.values():
-            for quantizer in calibrated_act_quantizers(made).values():
-                if quantizer.observer.low is None:
-                    quantizer.observer = None
-                else:
-                    quantizer.settle()
+            settle_observed(made)
 
     def start(self, samples: int) -> None:
         """Begin a batch."""

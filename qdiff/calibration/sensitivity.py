@@ -132,14 +132,23 @@ def _replaced(network: nn.Module, name: str, config: QuantConfig) -> Iterator[Qu
 
 def _observe(layer: QuantModule, method: str, run: Callable[[], float]) -> None:
     """Set the ranges of a layer's input from what passes while the network runs; dynamic ranges need none."""
-    quantizers = list(calibrated_act_quantizers(layer).values())
-    if not quantizers:
+    if not calibrated_act_quantizers(layer):
         return
-    for quantizer in quantizers:
-        quantizer.observer = ESTIMATORS[method](None)
+    start_observing(layer, method)
     run()
-    for quantizer in quantizers:
-        if quantizer.observer.low is None:  # never called
+    settle_observed(layer)
+
+
+def start_observing(layer: QuantModule, method: str) -> None:
+    """Have the quantizers of a layer's input watch what passes, for ranges by a method of `ESTIMATORS`."""
+    for quantizer in calibrated_act_quantizers(layer).values():
+        quantizer.observer = ESTIMATORS[method](None)
+
+
+def settle_observed(layer: QuantModule) -> None:
+    """Set the ranges from what passed; a layer that was never called has none."""
+    for quantizer in calibrated_act_quantizers(layer).values():
+        if quantizer.observer.low is None:
             quantizer.observer = None
         else:
             quantizer.settle()
