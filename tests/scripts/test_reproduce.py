@@ -56,7 +56,7 @@ def table(one_level, tmp_path):
 
 
 @pytest.fixture
-def stood_in(call, monkeypatch):
+def stood_in(call, monkeypatch, without_plots):
     """Replaces subprocesses by calls and metrics by numbers; returns the commands and the measured folders."""
     from qdiff.cli import measure, table
     from qdiff.errors import UserError
