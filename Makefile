@@ -45,9 +45,10 @@ leaderboard: $(READY)
 # Bytecode is kept even where the environment says not to: pytest compiles every test file, in every worker, else.
 test test-all: export PYTHONDONTWRITEBYTECODE =
 
-# Every property once. What repeats one on another network, family or runtime is marked thorough.
+# Five in six of the tests. Marked thorough: what repeats a property on another network, family or runtime; marked slow:
+# whole runs, exports, processes.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not thorough"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not thorough and not slow"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -18,6 +18,7 @@ def manifest(folder):
     return json.loads((folder / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_loaded_and_counted(call, tiny, tmp_path):
     succeeded(call(SCRIPT, *tiny.options, *SAMPLER, "--ptq", *WIDTHS, *CALIBRATION, "-l", tmp_path / "run"))
     run, checkpoint = manifest(tmp_path / "run"), tmp_path / "run" / "quantized.safetensors"

@@ -30,6 +30,7 @@ def kept(table, tmp_path):
     return tmp_path / "kept"
 
 
+@pytest.mark.slow
 def test_kept_rows_are_shown_and_not_run(table, kept):
     assert table.run([FLOAT, W4], results=kept, metrics=METRICS) == table.before
     assert table.commands == [] and not (table.out / "w4").exists()
@@ -48,6 +49,7 @@ def test_kept_images_are_shown(table, kept, digits):
     assert (table.out / "all.html").read_text().count("data:image/") == 2  # a strip of each
 
 
+@pytest.mark.slow
 def test_a_row_that_is_missing_is_run_beside_float(table, kept):
     rows = table.run([FLOAT, W4, W8], results=kept, metrics=METRICS)
     assert table.commands == [("sample", "float"), ("sample", "w8")]  # float's images are compared with
@@ -62,6 +64,7 @@ def test_named_rows_are_run_and_kept_ones_shown(table, kept):
     assert "Rows not yet run, or not with the table's present options: W8." in table.text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["options", "protocol"])
 def test_other_options_and_another_protocol_are_run_again(changed, table, kept):
     if changed == "options":
@@ -77,6 +80,7 @@ def test_other_options_and_another_protocol_are_run_again(changed, table, kept):
     assert json.loads(file.read_text()) == json.loads(text)
 
 
+@pytest.mark.slow
 def test_weights_are_made_again_for_a_row_that_starts_from_them(table, kept):
     rows = [FLOAT, W4, {"label": "W4A8", "options": "--ptq", "weights_from": "W4"}]
     table.run(rows, results=kept, metrics=METRICS)
@@ -97,6 +101,7 @@ def test_published_numbers_are_the_present_ones(table, kept):
     assert rows["W4"]["published"] == {"fid": 3.5} and table.commands == []
 
 
+@pytest.mark.slow
 def test_seeds_share_the_first_ones_picture(table, tmp_path):
     rows = table.run([FLOAT, SEEDS], results=tmp_path / "kept", metrics=METRICS)
     assert sorted(p.name for p in (tmp_path / "kept" / "t").iterdir()) == ["float.png", "w8-seed-1.png"]
@@ -104,6 +109,7 @@ def test_seeds_share_the_first_ones_picture(table, tmp_path):
     assert table.run([FLOAT, SEEDS], results=tmp_path / "kept", metrics=METRICS) == rows and table.commands == []
 
 
+@pytest.mark.slow
 def test_the_same_numbers_change_no_file(table, kept):
     table.run([FLOAT, W4, W8], results=kept, metrics=METRICS)
     times = {p: p.stat().st_mtime_ns for p in kept.rglob("*") if p.is_file()}
