@@ -55,7 +55,8 @@ def protocol_of(
             ("additions", "what modulated layers add and subtract at a later step, per image; in no GBops"),
         ]
     refits = "; with those of refits, which they do not" if any("--refit" in r["command"] for r in results) else ""
-    told.append(("calibration", "without the recording of the calibration set, which all rows share" + refits))
+    widths = "; with the choice of widths" if any("--target_" in r["command"] for r in results) else ""
+    told.append(("calibration", f"without the recording of the calibration set, which all rows share{refits}{widths}"))
     if any(row.group for row in table.rows):
         told += [
             ("±", "standard deviation over the calibration seeds, each with a calibration set of its own"),
