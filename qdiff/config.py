@@ -16,7 +16,8 @@ FLOAT_BITS = 32  # the width of floats, and how `LayerBits` leaves a weight or a
 FIRST, LAST = "first", "last"  # in `QuantConfig.layer_bits`, the layers that are a network's ends
 _WEIGHT_WIDTHS, _ACT_WIDTHS = (1, 8), (2, 16)
 _OF_MODULATION = ("modulate", "rest_bits", "ablation")
-_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges", "layer_bits")
+_OF_ACTS = ("act_dynamic", "act_scale_per", "act_ranges", "power_of_two_scales", *_OF_MODULATION)
+_LATER = ("keep_ends", "layer_bits", *_OF_ACTS)
 
 
 class ScalePer(str, Enum):
@@ -112,6 +113,8 @@ class QuantConfig:
         layer_bits: layers with widths of their own, by name: ``{"conv_in": "W8A16", "last": "A32"}`` or pairs of names
             and `LayerBits`, which are kept in order of names. ``first`` and ``last`` are the network's ends; a layer's
             own name counts before them, and both before ``keep_ends``. An attention is named like a layer.
+        power_of_two_scales: channels of what shortcut convolutions take may have 1/2, 1/4 or 1/8 of the step size, as
+            the calibration samples vote (DMQ's PTS; `qdiff.calibration.power_of_two`).
 
     Raises:
         UserError: a value is out of range, or fields contradict each other; the sentence names the option.
@@ -133,6 +136,7 @@ class QuantConfig:
     ablation: Ablation | None = None
     act_ranges: ActRanges = ActRanges.SHARED
     layer_bits: tuple[tuple[str, LayerBits], ...] | Mapping[str, LayerBits | str] = ()
+    power_of_two_scales: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high), option in (
@@ -194,16 +198,17 @@ class QuantConfig:
                 "--rest_abit needs --modulate or --quant_mode dynamic; add one of them, or leave --rest_abit out"
             )
         if self.act_ranges is not ActRanges.SHARED:
-            self._check_act_ranges()
+            self._check_calibrated("act_ranges", f"--act_ranges {self.act_ranges.value}")
+        if self.power_of_two_scales:
+            self._check_calibrated("power_of_two_scales", "--power_of_two_scales")
         if self.ablation is not None and not self.modulate:
             raise UserError(
                 f"the ablation {self.ablation.value} needs modulation; add --modulate, or leave out --modulate_ablation"
             )
 
-    def _check_act_ranges(self) -> None:
-        option = f"--act_ranges {self.act_ranges.value}"
+    def _check_calibrated(self, name: str, option: str) -> None:
         if self.act_bits is None:
-            raise UserError(f"{option} needs quantized activations; add --quant_act, or leave --act_ranges out")
+            raise UserError(f"{option} needs quantized activations; add --quant_act, or leave --{name} out")
         for given, other in ((self.act_dynamic, "--quant_mode dynamic"), (self.modulate, "--modulate")):
             if given:
                 raise UserError(
@@ -230,10 +235,7 @@ class QuantConfig:
         return self.act_bits, self.softmax_bits
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for JSON.
-
-        Fields added later are left out at their defaults, so the result equals what was written before they existed.
-        """
+        """Return plain values, for JSON; fields that came later are left out at their defaults, as files had them."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         for f in fields(self):
             if f.name in _LATER and values[f.name] == f.default:
@@ -243,11 +245,7 @@ class QuantConfig:
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
     def of_layer(self, name: str, ends: tuple[str, str] | None) -> QuantConfig:
-        """Return the config of one layer.
-
-        Args:
-            ends: names of the network's first and last layer.
-        """
+        """Return the config of one layer; ``ends`` are the names of the network's first and last layer."""
         weight_bits, act_bits = self.weight_bits, self.act_bits
         if self.keep_ends and ends is not None and name in ends:
             weight_bits = None if weight_bits is None else END_BITS
@@ -281,8 +279,7 @@ class QuantConfig:
         """Return the fields of activations of a width; without one, nothing is dynamic or modulated."""
         if bits is not None:
             return {"act_bits": bits}
-        of_acts = ("act_dynamic", "act_scale_per", "act_ranges", *_OF_MODULATION)
-        return {"act_bits": None, **{name: getattr(type(self), name) for name in of_acts}}
+        return {"act_bits": None, **{name: getattr(type(self), name) for name in _OF_ACTS}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from qdiff.kernels.switch import runs_fused
 
+MOST_SHIFT = 3  # a channel's step size is at least 2^-3 of its tensor's (DMQ)
+
 
 def max_level(bits: int) -> int:
     """Return 2^b − 1, the largest integer of a b-bit quantizer."""
@@ -33,6 +35,11 @@ def quantize(x: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
 def dequantize(q: Tensor, delta: Tensor, zero_point: Tensor) -> Tensor:
     """Return δ·(q − z) in δ's dtype."""
     return (q.to(delta.dtype) - zero_point) * delta
+
+
+def finer(delta: Tensor, shifts: Tensor | None) -> Tensor:
+    """Return δ/2^k, which is exact; k is uint8 and broadcasts against δ, None for 0."""
+    return delta if shifts is None else delta / (1 << shifts)
 
 
 class _FakeQuantize(torch.autograd.Function):

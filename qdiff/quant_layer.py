@@ -25,6 +25,7 @@ class QuantModule(WeightedModule):
         layer: the float layer; its parameters are shared, not copied. ``layer.split_at`` (see
             `qdiff.interface.split_input`) is the channel at which its input is split into two parts.
         config: widths and ranges.
+        is_shortcut: the layer is the convolution of a shortcut, whose input `QuantConfig.power_of_two_scales` is for.
 
     State in addition to the weight's (`qdiff.weight_forms`):
         bias: bias of the quantized layer, or None; equals the float layer's unless it was corrected.
@@ -36,7 +37,7 @@ class QuantModule(WeightedModule):
             step stays in float.
     """
 
-    def __init__(self, layer: nn.Module, config: QuantConfig) -> None:
+    def __init__(self, layer: nn.Module, config: QuantConfig, is_shortcut: bool = False) -> None:
         if getattr(layer, "padding_mode", "zeros") != "zeros":
             raise ValueError(f"padding mode {layer.padding_mode} is not supported; use padding_mode 'zeros'")
         boundary = getattr(layer, "split_at", None) if config.split_shortcut else None
@@ -50,8 +51,12 @@ class QuantModule(WeightedModule):
 
         self.act_quantizers = nn.ModuleList()
         if config.act_bits is not None:
+            finer = config.power_of_two_scales and is_shortcut and self.groups == 1
             self.act_quantizers.extend(
-                act_quantizer(config, config.act_bits, config.act_symmetric, False, self.channel_dim) for _ in slices
+                act_quantizer(
+                    config, config.act_bits, config.act_symmetric, False, self.channel_dim, size if finer else None
+                )
+                for size in slices
             )
         self.modulates = config.modulate and config.act_bits is not None
         self.first_quantizers = nn.ModuleList()

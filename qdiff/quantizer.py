@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.config import ActRanges, QuantConfig, ScalePer
-from qdiff.functional import fake_quantize, fake_quantize_inference, quantize
+from qdiff.functional import fake_quantize, fake_quantize_inference, finer, quantize
 from qdiff.kernels.integer_matmul import Levels
 from qdiff.ranges.calibrated_timesteps import CalibratedTimesteps
 from qdiff.ranges.qparams import qparams
-from qdiff.ranges.range_estimator import RangeEstimator
+from qdiff.ranges.range_estimator import Observer
 
 
 class Quantizer(nn.Module):
@@ -73,16 +74,23 @@ def kept_wide(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 class ActQuantizer(Quantizer):
     """Quantizes an activation tensor, or observes it to choose a range.
 
+    Args:
+        channels: number of channels, the second dimension of tensors, that may have finer step sizes; None for none.
+
+    State: ``channel_shifts`` uint8 [1, C] if there are ``channels``: k of a channel's step size δ/2^k.
+
     Attributes:
         fired: how often it has quantized since construction or the last reset (not part of the state).
         observer: while set, values pass unchanged and are recorded.
         dropping: while set, decides which elements stay in float (QDrop); used only during reconstruction.
     """
 
-    def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
+    def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False, channels: int | None = None) -> None:
         super().__init__(bits, symmetric, unsigned)
+        shifts = None if channels is None else torch.zeros(1, channels, dtype=torch.uint8)
+        self.register_buffer("channel_shifts", shifts)
         self.fired = 0
-        self.observer: RangeEstimator | None = None
+        self.observer: Observer | None = None
         self.dropping: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,12 +107,42 @@ class ActQuantizer(Quantizer):
     def levels(self, x: Tensor) -> Levels:
         """Return the integers behind the values that `forward` returns, without gradients and without observing."""
         self.fired += 1
-        delta, zero_point = self.range_of(x)
-        return Levels(quantize(x, delta, zero_point, self.bits), delta, zero_point, self.bits)
+        (delta, zero_point), shifts = self.tensor_range_of(x), self.shifts_of(x)
+        return Levels(quantize(x, finer(delta, shifts), zero_point, self.bits), delta, zero_point, self.bits, shifts)
 
     def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the δ and z that quantize a tensor; they broadcast against it."""
+        delta, zero_point = self.tensor_range_of(x)
+        return finer(delta, self.shifts_of(x)), zero_point
+
+    def tensor_range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `range_of` before channels get finer step sizes."""
         return self.delta, self.zero_point
+
+    def shifts_of(self, x: Tensor) -> Tensor | None:
+        """Return k for the channels of a tensor, which broadcasts against it."""
+        if self.channel_shifts is None:
+            return None
+        shifts = self.channel_shifts[self._rows_of(x)]
+        return shifts.view(*shifts.shape, *[1] * (x.dim() - 2))
+
+    def _rows_of(self, x: Tensor) -> Tensor | slice:
+        """Return the entry of tables for each sample."""
+        return slice(None)
+
+    @torch.no_grad()
+    def set(self, delta: Tensor, zero_point: Tensor, shifts: Tensor | None = None) -> None:
+        """Set the range, and the shifts of all channels; None sets these to 0."""
+        super().set(delta, zero_point)
+        if shifts is not None:
+            self.channel_shifts.copy_(shifts)
+        elif self.channel_shifts is not None:
+            self.channel_shifts.zero_()
+
+    def reset(self) -> None:
+        super().reset()
+        if self.channel_shifts is not None:
+            self.channel_shifts.zero_()
 
     def settle(self) -> None:
         """End observing and set the range from the observed values."""
@@ -132,7 +170,7 @@ class DynamicActQuantizer(ActQuantizer):
         self.fired += 1
         return fake_quantize_inference(x, *self.range_of(x), self.bits)
 
-    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def tensor_range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         kept = {ScalePer.TENSOR: None, ScalePer.SAMPLE: 0, ScalePer.CHANNEL: self.channel_dim % x.dim()}[self.scale_per]
         over = [d for d in range(x.dim()) if d != kept]
         low, high = x.amin(over, keepdim=kept is not None), x.amax(over, keepdim=kept is not None)
@@ -145,14 +183,18 @@ class DynamicActQuantizer(ActQuantizer):
 class TimestepActQuantizer(ActQuantizer):
     """Quantizes with a range of its own at each calibrated timestep; no gradients reach these ranges.
 
-    State: ``delta`` and ``zero_point`` are tables [T], in the order of ``timesteps.values``; empty before calibration.
+    Args:
+        args, keywords: those of `ActQuantizer`.
+
+    State: ``delta`` and ``zero_point`` are tables [T], and ``channel_shifts`` is one [T, C], in the order of
+    ``timesteps.values``; empty before calibration.
 
     Attributes:
         timesteps: shared by all quantizers of a network (`share_timesteps`).
     """
 
-    def __init__(self, bits: int, symmetric: bool = False, unsigned: bool = False) -> None:
-        super().__init__(bits, symmetric, unsigned)
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
         self._timesteps = [CalibratedTimesteps()]  # in a list, because it is shared and not a part of this module
         self.resize(0)
 
@@ -164,31 +206,38 @@ class TimestepActQuantizer(ActQuantizer):
         """Make place for the ranges of ``count`` timesteps, none of which is set."""
         self.delta = nn.Parameter(self.delta.new_ones(count), requires_grad=False)
         self.zero_point = self.zero_point.new_zeros(count)
+        if self.channel_shifts is not None:
+            self.channel_shifts = self.channel_shifts.new_zeros(count, self.channel_shifts.shape[1])
         self.initialised.fill_(False)
 
     def reset(self) -> None:
         self.resize(0)
 
-    def set(self, delta: Tensor, zero_point: Tensor) -> None:
-        """Set the whole table, δ and z [T]."""
+    def set(self, delta: Tensor, zero_point: Tensor, shifts: Tensor | None = None) -> None:
+        """Set the whole table: δ and z [T], shifts [T, C]."""
         if delta.shape != self.delta.shape:
             self.resize(len(delta))
-        super().set(delta, zero_point)
+        super().set(delta, zero_point, shifts)
 
     @torch.no_grad()
     def settle_entry(self, entry: int) -> None:
         """End observing and set one entry from the observed values; `finish` follows the last."""
         delta, zero_point = self.observer.qparams(self.bits, self.symmetric, self.unsigned)
         self.delta[entry], self.zero_point[entry] = delta, zero_point
+        if self.channel_shifts is not None:
+            self.channel_shifts[entry] = 0
         self.observer = None
 
     def finish(self) -> None:
         """Mark the table as set."""
         self.initialised.fill_(True)
 
-    def range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows, shape = self.timesteps.rows_of(x), (-1, *[1] * (x.dim() - 1))
+    def tensor_range_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows, shape = self._rows_of(x), (-1, *[1] * (x.dim() - 1))
         return self.delta[rows].view(shape), self.zero_point[rows].view(shape)
+
+    def _rows_of(self, x: Tensor) -> Tensor:
+        return self.timesteps.rows_of(x)
 
     def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
         stored = state.get(f"{prefix}delta")
@@ -226,14 +275,15 @@ class WeightQuantizer(Quantizer):
         super().__init__(bits, symmetric, shape=(weight.shape[0], *[1] * (weight.dim() - 1)))
 
 
-def act_quantizer(config: QuantConfig, bits: int, symmetric: bool, unsigned: bool, channel_dim: int) -> ActQuantizer:
+def act_quantizer(
+    config: QuantConfig, bits: int, symmetric: bool, unsigned: bool, channel_dim: int, channels: int | None = None
+) -> ActQuantizer:
     """Return an activation quantizer with a dynamic or a calibrated range, as the config asks.
 
     Args:
-        channel_dim: see `DynamicActQuantizer`.
+        channel_dim, channels: see `DynamicActQuantizer` and, of calibrated ranges, `ActQuantizer`.
     """
     if config.act_dynamic:
         return DynamicActQuantizer(bits, symmetric, unsigned, config.act_scale_per, channel_dim)
-    if config.act_ranges is ActRanges.TIMESTEP:
-        return TimestepActQuantizer(bits, symmetric, unsigned)
-    return ActQuantizer(bits, symmetric, unsigned)
+    kind = TimestepActQuantizer if config.act_ranges is ActRanges.TIMESTEP else ActQuantizer
+    return kind(bits, symmetric, unsigned, channels)

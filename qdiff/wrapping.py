@@ -19,6 +19,8 @@ from qdiff.quant_layer import QUANTIZABLE, QuantModule
 
 log = logging.getLogger("qdiff")
 
+# Last parts of the names of convolutions beside a residual block: in latent diffusion's networks, DDIM's, diffusers'.
+_SHORTCUTS = ("skip_connection", "nin_shortcut", "conv_shortcut")
 _OF_PRODUCTS = (_ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention)
 _HOOKS = (
     "_forward_hooks",
@@ -74,14 +76,23 @@ def replace_leaves(
                 if id(child.weight) in weights:
                     child.weight = nn.Parameter(child.weight.detach().clone())
                 weights.add(id(child.weight))
-                made = QuantModule(child, config.of_layer(path.removeprefix(prefix), own_ends))
+                made = QuantModule(
+                    child, config.of_layer(path.removeprefix(prefix), own_ends), is_shortcut(path, child)
+                )
             for hooks in _HOOKS:  # keep the same dicts, so that existing handles can still remove their hooks
                 setattr(made, hooks, getattr(child, hooks))
             replaced[child] = made
         setattr(parent, name, replaced[child])
     if left:
         log.warning("%d layers stay in float: %s", len(left), first_few(left))
+    if config.power_of_two_scales and not any(is_shortcut(path, child) for _, path, _, child in children):
+        log.warning("%s has no shortcut convolutions, so --power_of_two_scales has no effect", type(network).__name__)
     return left
+
+
+def is_shortcut(path: str, layer: nn.Module) -> bool:
+    """Whether a layer is the convolution in the shortcut of a residual block, by the last part of its name."""
+    return isinstance(layer, _ConvNd) and path.rpartition(".")[2] in _SHORTCUTS
 
 
 def layer_places(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from qdiff.calibration.power_of_two import vote
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker
 from qdiff.modes import leaf_modes
@@ -68,11 +69,13 @@ def samples_to_observe(walker: Walker, method: str, rows: Tensor) -> list[tuple[
 def observe(
     quantizers: Sequence[ActQuantizer],
     method: str,
-    groups: Iterable[tuple[int, Samples]],
+    groups: Sequence[tuple[int, Samples]],
     show: Callable[[Samples], None],
     momentum: float | None = None,
 ) -> None:
     """Have quantizers observe samples and set their ranges; those with ranges per timestep set one for each group.
+
+    Where channels may have finer step sizes, the samples then vote on these.
 
     Args:
         method, momentum: as in `observe_unit`.
@@ -94,6 +97,7 @@ def observe(
             quantizer.settle()
         for quantizer in by_timestep:
             quantizer.finish()
+        vote(quantizers, groups, show)
     finally:
         for quantizer in quantizers:
             quantizer.observer = None

@@ -160,6 +160,12 @@ def check_metadata(
             f"checkpoint {path} holds ranges of activations that are {_HELD[there.act_ranges]}; give --act_ranges "
             f"{there.act_ranges.value}, or calibrate others with --resume_w"
         )
+    # A file without finer step sizes of channels fits where there may be some.
+    if activations and there.power_of_two_scales and not here.power_of_two_scales:
+        raise UserError(
+            f"checkpoint {path} holds finer step sizes for single channels; give --power_of_two_scales, or calibrate "
+            "other ranges with --resume_w"
+        )
     options = {**_WEIGHT_OPTIONS, **(_ACT_OPTIONS if activations else {})}
     if here.calibrates_changes:  # only attention uses softmax_bits, and it has no calibrated ranges then
         options.pop("softmax_bits", None)

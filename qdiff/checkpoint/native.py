@@ -10,6 +10,7 @@ Tensors, each the concatenation over all layers in name order:
                           all values, then the next bytes, deflated (zlib). This shrinks exponents and signs to a
                           quarter; in networks of two million weights these floats are a tenth of the file;
     ``act_delta``         float32, ``act_zero_point`` int32;
+    ``act_shift``         uint8: k of channels' step sizes δ/2^k, two bits each; only with ``power_of_two_scales``;
     ``act_timesteps``     float32: the calibrated timesteps, ascending, if there are ranges per timestep. Each quantizer
                           then has as many δ and zero points, in this order;
     ``input_scale``       uint8: the factors of all layers' input channels (1 where a layer has none), stored as
@@ -28,7 +29,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoint.channel_shifts import shifts_of_each, stored_shifts
 from qdiff.checkpoint.input_scales import scales_by_layer, stored_scales
 from qdiff.checkpoint.metadata import (
     CHECKSUM,
@@ -54,7 +55,8 @@ from qdiff.io.tensor_files import check_finite, read_safetensors
 from qdiff.kernels.packing import deflate_floats, inflate_floats, pack, packed_bytes, unpack
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
-from qdiff.quantizer import Quantizer, WeightQuantizer
+from qdiff.quantizer import ActQuantizer, Quantizer, WeightQuantizer
+from qdiff.ranges.calibrated_timesteps import checked_timesteps
 
 FLOAT_BYTES = 4
 
@@ -101,13 +103,15 @@ def content_hash(qnn: QuantModel) -> str:
     for layer in _layers(qnn).values():
         values = layer.packed_integers() if len(layer.weight_quantizers) > 0 else layer.weight.detach().float()
         found.update(values.cpu().contiguous().numpy())
-    quantizers = [*_weight_quantizers(qnn).values(), *(q for _, q in sorted(qnn.calibrated_act_quantizers().items()))]
+    act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())]
+    quantizers = [*_weight_quantizers(qnn).values(), *act]
     found.update(_concatenated(list(_plain(qnn).values()), torch.float32).numpy())
     found.update(_concatenated([q.delta for q in quantizers], torch.float32).numpy())
     found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
     if qnn.act_timesteps is not None:
         found.update(qnn.act_timesteps.values.cpu().numpy())
     found.update(_concatenated(stored_scales(_layers(qnn)), torch.float32).numpy())
+    found.update(_concatenated(stored_shifts(act), torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
@@ -129,6 +133,8 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
     if act:
         tensors["act_delta"] = _concatenated([q.delta for q in act], torch.float32)
         tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
+        for shifts in stored_shifts(act):
+            tensors["act_shift"] = shifts
     if qnn.act_timesteps is not None:
         tensors["act_timesteps"] = qnn.act_timesteps.values.cpu()
     if scales := stored_scales(_layers(qnn)):
@@ -185,6 +191,7 @@ class _Contents:
         weights: by layer, as stored: packed integers, or float32.
         plain: parameters that are neither layer weights nor step sizes.
         ranges: quantizers, each with its δ and z from the file.
+        shifts: of the step sizes of channels, by quantizer; empty if the file has none.
         timesteps: [T], of ranges per timestep; None without such ranges.
         scales: of the input channels, by layer; empty if no layer has any.
     """
@@ -192,6 +199,7 @@ class _Contents:
     weights: dict[str, Tensor]
     plain: dict[str, Tensor]
     ranges: list[tuple[Quantizer, Tensor, Tensor]]
+    shifts: dict[ActQuantizer, Tensor]
     timesteps: Tensor | None
     scales: dict[str, Tensor]
 
@@ -210,7 +218,7 @@ class _Contents:
         if self.timesteps is not None:
             qnn.act_timesteps.set(self.timesteps)
         for quantizer, delta, zero_point in self.ranges:
-            quantizer.set(delta, zero_point)
+            quantizer.set(delta, zero_point, *([self.shifts[quantizer]] if quantizer in self.shifts else []))
         for name, layer in qnn.layers().items():
             layer.set_input_scale(self.scales.get(name))
 
@@ -231,11 +239,12 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             (quantizer, floats[f"{name}.delta"], zero_point)
             for (name, quantizer), zero_point in zip(quantizers.items(), _separated(zero_points, like), strict=True)
         ]
-        timesteps = _timesteps(tensors) if act and qnn.act_timesteps is not None else None
+        timesteps = checked_timesteps(tensors["act_timesteps"]) if act and qnn.act_timesteps is not None else None
         if act:
             like = [q.delta if timesteps is None else timesteps for q in act]
             deltas, zero_points = (_separated(tensors[f"act_{part}"], like) for part in ("delta", "zero_point"))
             ranges += zip(act, deltas, zero_points, strict=True)
+        shifts = shifts_of_each(act, tensors.get("act_shift"), 1 if timesteps is None else len(timesteps))
         for quantizer, delta, zero_point in ranges:
             levels = zero_point.min() >= 0 and zero_point.max() <= max_level(quantizer.bits)
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
@@ -248,16 +257,7 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
-    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, timesteps, scales)
-
-
-def _timesteps(tensors: Mapping[str, Tensor]) -> Tensor:
-    values = tensors["act_timesteps"]
-    if values.dtype != torch.float32 or values.dim() != 1 or len(values) == 0:
-        raise ValueError("the calibrated timesteps are no list of numbers")
-    if not torch.isfinite(values).all() or (values.diff() <= 0).any():
-        raise ValueError("the calibrated timesteps are not in ascending order")
-    return values
+    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, shifts, timesteps, scales)
 
 
 Parts = tuple[dict[str, Tensor], Tensor, Tensor]

@@ -214,8 +214,9 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     levels of that code, which cannot express the unsigned one.
 
     Raises:
-        UserError: weights stay in float, ranges are per timestep, inputs are scaled, or the float weights were released
-            or are not those that were quantized (a native file does not hold them).
+        UserError: weights stay in float, ranges are per timestep, channels have step sizes of their own, inputs are
+            scaled, or the float weights were released or are not those that were quantized (a native file does not hold
+            them).
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
@@ -223,6 +224,13 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
         raise UserError(
             "the published format holds one range per quantizer and none per timestep; save the native format, or "
             "calibrate without --act_ranges"
+        )
+    if shifted := [
+        n for n, q in qnn.act_quantizers().items() if q.channel_shifts is not None and q.channel_shifts.any()
+    ]:
+        raise UserError(
+            f"the published format has one step size per quantizer ({shifted[0]} has finer ones, from "
+            "--power_of_two_scales); save the native format, or calibrate without --power_of_two_scales"
         )
     if qnn.config.layer_bits:
         named = ", ".join(f"{name}={bits}" for name, bits in qnn.config.layer_bits[:3])

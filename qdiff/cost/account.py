@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoint.channel_shifts import SHIFT_BITS
 from qdiff.config import Ablation
 from qdiff.cost.count import FLOAT_BITS, Account, LayerCost
 from qdiff.interface import AttentionCore
@@ -206,5 +207,6 @@ def _weight_zero_point_bytes(quantizer: WeightQuantizer) -> int:
 
 def _act_range_bytes(quantizers: Iterator[ActQuantizer]) -> int:
     """Bytes of stored ranges; dynamic ranges are not stored."""
-    stored = (q for q in quantizers if not isinstance(q, DynamicActQuantizer))
-    return sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in stored)
+    stored = [q for q in quantizers if not isinstance(q, DynamicActQuantizer)]
+    shifts = sum(packed_bytes(q.channel_shifts.numel(), SHIFT_BITS) for q in stored if q.channel_shifts is not None)
+    return shifts + sum(q.delta.numel() * FLOAT_BYTES + q.zero_point.numel() * ACT_ZERO_POINT_BYTES for q in stored)

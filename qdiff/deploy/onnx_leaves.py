@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qdiff.deploy.onnx_ranges import Quantized, onnx_node, onnx_range
+from qdiff.deploy.onnx_ranges import BYTE, Quantized, onnx_node, onnx_range
 from qdiff.functional import dequantize
-from qdiff.kernels.integer_matmul import Geometry
+from qdiff.kernels.integer_matmul import Geometry, Levels
 from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
@@ -20,19 +20,28 @@ from qdiff.quantizer import DynamicActQuantizer
 
 
 class _WeightSlice(nn.Module):
-    """The integers of a slice of a weight, with zero points and δ per channel; stored as bytes at any width."""
+    """The integers of a slice of a weight, with zero points and δ per channel; stored as bytes at any width.
 
-    def __init__(self, integers: Tensor, delta: Tensor, zero_point: Tensor) -> None:
+    Shifts of its input channels are folded into the integers where these still fit a byte (up to 4 bits always);
+    otherwise the dequantized weight is divided by 2^k, and the product is computed on float values.
+    """
+
+    def __init__(self, levels: Levels) -> None:
         super().__init__()
-        self.register_buffer("integers", integers.to(torch.uint8))
-        self.register_buffer("scale", delta.detach().reshape(-1).clone())
-        self.register_buffer("zero_point", zero_point.reshape(-1).to(torch.uint8))
+        most = 0 if levels.shifts is None else int(levels.shifts.max())
+        if most > 0 and levels.bits + most + 1 <= BYTE:
+            levels, most = levels.shifted(most), 0
+        self.register_buffer("factor", 1.0 / (1 << levels.shifts) if most > 0 else None)
+        self.register_buffer("integers", levels.integers.to(torch.uint8))
+        self.register_buffer("scale", levels.delta.detach().reshape(-1).clone())
+        self.register_buffer("zero_point", levels.zero_point.reshape(-1).to(torch.uint8))
         # Response of each kernel tap to an all-ones input: [O], or [O, kernel…].
-        sums = dequantize(integers, delta.detach().double(), zero_point).sum(dim=1)
+        sums = dequantize(levels.integers, levels.delta.detach().double(), levels.zero_point).sum(dim=1)
         self.register_buffer("tap_sums", sums.float())
 
     def forward(self) -> Tensor:
-        return onnx_node("DequantizeLinear", (self.integers, self.scale, self.zero_point), torch.float32, axis=0)
+        weight = onnx_node("DequantizeLinear", (self.integers, self.scale, self.zero_point), torch.float32, axis=0)
+        return weight if self.factor is None else weight * self.factor
 
 
 class OnnxLayer(nn.Module):
@@ -51,6 +60,9 @@ class OnnxLayer(nn.Module):
             layer.assert_multiplies_integers(name)
         quantizes_weight = len(layer.weight_quantizers) > 0
         scale = layer.input_scale if quantizes_weight or len(layer.act_quantizers) else None
+        shifts = _shifts_of(layer)
+        if shifts is not None:  # the input is multiplied by 2^k before it is quantized, and the weight divided by it
+            scale = (1 << shifts) * (1.0 if scale is None else scale)
         if scale is not None:  # in the shape that multiplies an input
             scale = scale.float().view(-1, *[1] * (0 if self.geometry is None else len(self.geometry.stride)))
         self.register_buffer("input_scale", scale)
@@ -60,9 +72,15 @@ class OnnxLayer(nn.Module):
         )
         self.slices = nn.ModuleList()
         if quantizes_weight:
-            parts = layer.integers().split(layer.slices, dim=1)
-            for part, q in zip(parts, layer.weight_quantizers, strict=True):
-                self.slices.append(_WeightSlice(part, q.delta, q.zero_point))
+            integers = layer.integers()
+            by_channel = [None] * len(layer.slices)
+            if shifts is not None:
+                by_channel = shifts.view(1, -1, *[1] * (integers.dim() - 2)).split(layer.slices, dim=1)
+            parts = zip(integers.split(layer.slices, dim=1), layer.weight_quantizers, by_channel, strict=True)
+            for part, q, own in parts:
+                self.slices.append(_WeightSlice(Levels(part, q.delta, q.zero_point, q.bits, own)))
+        elif shifts is not None:
+            self.weight = layer.weight_over(scale.flatten())
         else:
             self.weight = layer.float_weight() if scale is None else layer.weight_to_quantize()
 
@@ -111,6 +129,13 @@ class OnnxLayer(nn.Module):
             for dim, size in enumerate(shape[2:]):
                 sums = sums.movedim(1, -1) @ _inside(size, weight.integers.shape[2 + dim], self.geometry, dim)
         return sums
+
+
+def _shifts_of(layer: QuantModule) -> Tensor | None:
+    """Return the shifts of a layer's input channels, uint8 [C_in]; None if all are 0."""
+    found = [q.channel_shifts[0] for q in layer.act_quantizers if q.channel_shifts is not None]
+    shifts = torch.cat(found) if found else None
+    return shifts if shifts is not None and shifts.any() else None
 
 
 def _inside(size: int, kernel: int, geometry: Geometry, dim: int) -> Tensor:

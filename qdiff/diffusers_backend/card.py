@@ -31,6 +31,8 @@ def card_of(network: nn.Module) -> str:
     acts = "float" if widths.act_bits is None else f"{widths.act_bits} bits"
     if config.timesteps:
         acts += f", a range for each of {len(config.timesteps)} timesteps"
+    if widths.power_of_two_scales:
+        acts += ", finer step sizes for single channels of what shortcuts take"
     rows = [
         (
             "weights",

@@ -16,7 +16,7 @@ from qdiff.config import FIRST, LAST, ActRanges, QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.refusals import NO_SCALES
 from qdiff.errors import UserError
-from qdiff.functional import max_level
+from qdiff.functional import MOST_SHIFT, max_level
 from qdiff.io.tensor_layout import NetworkLayout
 from qdiff.kernels.packing import pack
 from qdiff.modes import quantized_layers, scaled_layers
@@ -211,7 +211,7 @@ def _fill(network: nn.Module, values: dict[str, Tensor]) -> None:
 
 def _copy_range(source: ActQuantizer, target: ActQuantizer) -> None:
     if not isinstance(source, DynamicActQuantizer):
-        target.set(source.delta, source.zero_point)
+        target.set(source.delta, source.zero_point, source.channel_shifts)
 
 
 def _check_ranges(network: nn.Module, origin: str) -> None:
@@ -221,5 +221,7 @@ def _check_ranges(network: nn.Module, origin: str) -> None:
             continue
         zero_point = module.zero_point
         levels = zero_point.min() >= 0 and zero_point.max() <= max_level(module.bits)
+        if isinstance(module, ActQuantizer) and module.channel_shifts is not None:
+            levels = levels and module.channel_shifts.max() <= MOST_SHIFT
         if not (module.initialised and levels and (module.delta > 0).all() and module.delta.isfinite().all()):
             raise UserError(f"{origin} is damaged: the range of {name} is missing or wrong; copy the folder again")

@@ -8,6 +8,10 @@ turns every unsigned b-bit integer into int8,
 
 Wider activations, and devices whose int8 products are inexact or slower, use float64, which holds every such sum
 exactly: the result is the same to the bit.
+
+Where channels of an activation have step sizes δ/2^k (`Levels.shifts`), one operand takes them over, so that the sum
+over channels has one step size: the weight's integers are shifted left by m − k bits (4-bit weights then fit int8), or
+the activation's own where k depends on the sample.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +27,7 @@ from torch import Tensor
 
 from qdiff.config import QuantConfig, ScalePer
 from qdiff.errors import UserError
-from qdiff.functional import dequantize, max_level
+from qdiff.functional import MOST_SHIFT, dequantize, finer, max_level
 
 ROWS_BYTES = 1 << 26  # bytes of patches that are unfolded at a time
 # Requirements of CUDA's `torch._int_mm` (`_int_mm_out_cuda` in PyTorch's aten/src/ATen/native/cuda/Blas.cpp).
@@ -40,16 +44,30 @@ class Levels:
         delta, zero_point: broadcast against ``integers``: one for all or one per sample for an activation, one per
             output channel for a weight.
         bits: width b.
+        shifts: k of step sizes δ/2^k, uint8 of the same rank as ``integers``: per channel [1, C, 1, …], or
+            [N, C, 1, …]. None for 0.
     """
 
     integers: Tensor
     delta: Tensor
     zero_point: Tensor
     bits: int
+    shifts: Tensor | None = None
 
     def values(self) -> Tensor:
         """Return the dequantized values, as `qdiff.functional.fake_quantize_inference` returns them."""
-        return dequantize(self.integers, self.delta, self.zero_point)
+        return dequantize(self.integers, finer(self.delta, self.shifts), self.zero_point)
+
+    def shifted(self, most: int = MOST_SHIFT) -> Levels:
+        """Return the same values with one step size δ/2^m for all channels: integers 2^(m−k)·(q − z), b + m + 1 bits.
+
+        Args:
+            most: m, not below any k.
+        """
+        bits = self.bits + most + 1
+        middle = 2 ** (bits - 1)
+        integers = (self.integers.int() - self.zero_point) * (1 << (most - self.shifts)) + middle
+        return Levels(integers, self.delta / 2**most, torch.full_like(self.zero_point, middle), bits)
 
     @property
     def exact(self) -> Tensor:
@@ -102,15 +120,25 @@ def integer_product(x: Levels, weight: Levels, geometry: Geometry | None) -> Ten
     Returns:
         The layer's output without bias, in δ's dtype. Only the last multiplication, by the step sizes, is rounded.
     """
+    if x.shifts is not None:
+        x, weight = _of_one_step_size(x, weight)
     terms = weight.integers[0].numel()
     fits = terms * max_level(x.bits) * max_level(weight.bits) < 2**31
     device = x.integers.device
-    narrow = x.bits <= 8 and fits and int8_is_exact(device) and int8_is_fast(device)
+    narrow = max(x.bits, weight.bits) <= 8 and fits and int8_is_exact(device) and int8_is_fast(device)
     sums = _int8_sums(x, weight, geometry) if narrow else _float64_sums(x, weight, geometry)
     per_channel = weight.delta.flatten()
     if geometry is not None:
         per_channel = per_channel.view(-1, *[1] * len(geometry.stride))
     return sums.to(x.delta.dtype) * (x.delta * per_channel)
+
+
+def _of_one_step_size(x: Levels, weight: Levels) -> tuple[Levels, Levels]:
+    """Return operands of the same product without shifts."""
+    if len(x.shifts) > 1:  # these differ from sample to sample
+        return x.shifted(), weight
+    by_channel = x.shifts.view(1, -1, *[1] * (weight.integers.dim() - 2))
+    return replace(x, shifts=None), replace(weight, shifts=by_channel).shifted()
 
 
 def _float64_sums(x: Levels, weight: Levels, geometry: Geometry | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -94,6 +95,9 @@ class QDiffusionConfig:
             raise UserError(
                 "the Fisher objective needs gradients of whole blocks; give --recon_unit block or --objective mse"
             )
+
+    learns_step_sizes: ClassVar[bool] = True
+    """Whether step sizes of activations are learned, where one serves all timesteps."""
 
     @property
     def rounds_columns(self) -> bool:
@@ -195,10 +199,10 @@ def _fit_activations(
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, first)
         if config.running_stat:
             observe_unit(opened.unit, opened.walker, qnn.config.act_range, order, RUNNING_MOMENTUM, softmax_only)
-        if learnable_act_quantizers(opened.unit.module):
+        if config.learns_step_sizes and learnable_act_quantizers(opened.unit.module):
             for part in opened.parts(config.unit):
                 opened.fit(part, lp_error(config.p), settings)
-        else:  # ranges per timestep are not learned
+        else:  # ranges per timestep are never learned
             opened.measure(lp_error(config.p))
         if config.bias_correction:
             correct_biases(opened.unit, opened.walker, activations=True)

@@ -150,6 +150,7 @@ _ROWS = (
             "weight_range": RangeMethod.MSE,
             "act_range": RangeMethod.AVERAGE,
             "act_ranges": ActRanges.TIMESTEP,
+            "power_of_two_scales": True,
         },
         scaling=InputScaling(Scaling.LEARNED),
     ),

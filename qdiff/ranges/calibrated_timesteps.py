@@ -121,6 +121,15 @@ class CalibratedTimesteps(nn.Module):
         self._listed = self.values.tolist()
 
 
+def checked_timesteps(values: Tensor) -> Tensor:
+    """Return the calibrated timesteps of a file; raises a ValueError if they are not ascending float32 numbers."""
+    if values.dtype != torch.float32 or values.dim() != 1 or len(values) == 0:
+        raise ValueError("the calibrated timesteps are no list of numbers")
+    if not torch.isfinite(values).all() or (values.diff() <= 0).any():
+        raise ValueError("the calibrated timesteps are not in ascending order")
+    return values
+
+
 @contextlib.contextmanager
 def watched(timesteps: CalibratedTimesteps | None) -> Iterator[None]:
     """Raise a `UserError` at the end of the block if a call inside had a timestep without an entry (`check_seen`)."""

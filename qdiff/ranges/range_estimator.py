@@ -11,7 +11,15 @@ from torch import Tensor
 from qdiff.functional import at_least_single
 
 
-class RangeEstimator(ABC):
+class Observer(ABC):
+    """What an activation quantizer shows values to, which then pass unchanged."""
+
+    @abstractmethod
+    def update(self, x: Tensor) -> None:
+        """Take in the values of one more tensor."""
+
+
+class RangeEstimator(Observer):
     """Chooses δ and z of a quantizer from the values that it will see.
 
     For a weight, all values are known, and `choose` returns δ and z at once. For activations, an instance collects

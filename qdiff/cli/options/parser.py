@@ -93,6 +93,12 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         help="timestep: each activation has a range for every timestep of the calibration set (--cali_st), which is "
         "observed and not learned; shared: one for all timesteps (default)",
     )
+    group.add_argument(
+        "--power_of_two_scales",
+        action=argparse.BooleanOptionalAction,
+        help="channels of what shortcut convolutions take may have a half, a quarter or an eighth of the step size, on "
+        "which the calibration samples vote (default: with dmq)",
+    )
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:

@@ -132,6 +132,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "w_range",
         "a_range",
         "act_ranges",
+        "power_of_two_scales",
         "keep_ends",
         "layer_bits",
         "fused_kernels",
@@ -194,6 +195,7 @@ def resolve_ptq(
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
+        power_of_two_scales=scaling.power_of_two_scales(args, method, modulate or args.quant_mode == "dynamic"),
         layer_bits=_layer_bits(args, own.get("layer_bits", {})),
     )
     action = _action(args, method, quant)

@@ -1,12 +1,15 @@
-"""The options of input scales, which every method may start from."""
+"""The options of input scales, which every method may start from, and of finer step sizes of single channels."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 from qdiff.calibration.input_scales import InputScaling, Scaling
+from qdiff.checkpoint.metadata import read_config
 from qdiff.errors import UserError
 from qdiff.methods.registry import Method
 
@@ -38,6 +41,27 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
         choices=[kind for kind in kinds if kind != Scaling.LEARNED.value],
         help="where learning starts (default: none, all factors 1)",
     )
+
+
+def power_of_two_scales(args: Namespace, method: Method, dynamic: bool) -> bool:
+    """Return whether channels may have finer step sizes: as asked for, else as in the file whose ranges are loaded.
+
+    Without such a file, the method decides where it calibrates ranges.
+
+    Args:
+        dynamic: ranges are dynamic, or those of changes.
+    """
+    if args.power_of_two_scales is not None:
+        return args.power_of_two_scales
+    if not args.quant_act or dynamic:
+        return False
+    own = method.quant.get("power_of_two_scales", False)
+    if args.cali_ckpt is None or args.resume_w or not os.path.isfile(args.cali_ckpt):
+        return own
+    try:
+        return read_config(Path(args.cali_ckpt)).power_of_two_scales
+    except UserError:  # a published file; or damaged, which is said where it is loaded
+        return own
 
 
 def resolve_scaling(args: Namespace, method: Method, action: str) -> InputScaling:

@@ -30,6 +30,8 @@ def quantization_words(quant: QuantConfig) -> list[str]:
         made += ["--act_scale_per", quant.act_scale_per.value]
     if quant.act_ranges is not ActRanges.SHARED:
         made += ["--act_ranges", quant.act_ranges.value]
+    if quant.power_of_two_scales:
+        made.append("--power_of_two_scales")
     if quant.rest_bits is not None:
         made += ["--rest_abit", quant.rest_bits]
     if quant.layer_bits:

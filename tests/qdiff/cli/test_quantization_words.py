@@ -17,6 +17,7 @@ CONFIGS = [
     QuantConfig(weight_bits=4, act_bits=8, act_dynamic=True, act_scale_per="channel", rest_bits=7),
     QuantConfig(weight_bits=4, act_bits=8, act_dynamic=True),
     QuantConfig(weight_bits=4, act_bits=8, act_ranges="timestep"),
+    QuantConfig(weight_bits=4, act_bits=8, power_of_two_scales=True),
     QuantConfig(weight_bits=4, act_bits=8, layer_bits={"first": "A16", "mid.attn_1.q": "W8A32"}),
 ]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from qdiff.api import calibrate
 from qdiff.calibration.input_scales import InputScaling, Scaling
+from qdiff.calibration.run import CalibrationRun
+from qdiff.checkpoint import save_checkpoint
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
 from qdiff.config import ActRanges
@@ -49,9 +52,37 @@ def test_dmqs_row():
     assert plan("--method", "dmq", "--quant_act", "--cali_ckpt", "x", "--resume").scaling == InputScaling()
 
 
+def test_finer_step_sizes_of_channels():
+    assert plan("--method", "dmq", "--quant_act").quant.power_of_two_scales
+    for words in ((), ("--quant_act", "--quant_mode", "dynamic"), ("--quant_act", "--modulate", "--cali_min_max")):
+        assert not plan("--method", "dmq", *words).quant.power_of_two_scales, "no ranges of activations are calibrated"
+    off = plan("--method", "dmq", "--quant_act", "--no-power_of_two_scales")
+    assert not off.quant.power_of_two_scales and "power_of_two_scales" not in off.to_dict()["quant"]
+    for method in ("linear", "qdiff", "gptq", "eda-dm", "tfmq-dm", "grip"):
+        assert not plan("--method", method, "--quant_act").quant.power_of_two_scales
+        assert plan("--method", method, "--quant_act", "--power_of_two_scales").quant.power_of_two_scales
+
+
+def test_finer_step_sizes_are_those_of_a_file(wrap, data, tmp_path):
+    path, words = tmp_path / "native", ("--quant_act", "--weight_bit", 4, "--cali_ckpt", tmp_path / "native")
+    for given in (True, False):
+        qnn = wrap(weight_bits=4, act_bits=8, power_of_two_scales=given)
+        calibrate(qnn, data, "linear", run=CalibrationRun(show_progress=False))
+        save_checkpoint(qnn, path)
+        for method in ("qdiff", "dmq"):
+            assert plan("--method", method, "--act_ranges", "shared", *words).quant.power_of_two_scales == given
+            asked = plan("--method", method, *words, f"--{'no-' if given else ''}power_of_two_scales")
+            assert asked.quant.power_of_two_scales == (not given)
+        assert plan("--method", "dmq", *words, "--resume_w").quant.power_of_two_scales, "ranges are calibrated anew"
+    path.write_bytes(b"damaged")
+    assert plan("--method", "dmq", *words).quant.power_of_two_scales
+
+
 @pytest.mark.parametrize(
     ("words", "names"),
     [
+        (("--power_of_two_scales",), "--power_of_two_scales needs quantized activations; add --quant_act"),
+        (("--power_of_two_scales", "--quant_act", "--modulate"), "--power_of_two_scales .* contradicts --modulate"),
         (("--scaling_iters", 5), "--scaling_iters needs --scaling learned"),
         (("--scaling", "search", "--scaling_start", "dilate"), "--scaling_start needs --scaling learned"),
         (("--scaling", "learned", "--scaling_iters", 0), "--scaling_iters at least 1"),
@@ -66,6 +97,7 @@ def test_contradictions_are_one_sentence(words, names):
     assert "\n" not in str(caught.value)
 
 
-def test_without_ptq_they_have_no_effect():
-    (sentence,) = ignored_options(parsed("--scaling", "search"))
-    assert "--scaling has no effect" in sentence
+@pytest.mark.parametrize("words", [("--scaling", "search"), ("--power_of_two_scales",)])
+def test_without_ptq_they_have_no_effect(words):
+    (sentence,) = ignored_options(parsed(*words))
+    assert f"{words[0]} has no effect" in sentence

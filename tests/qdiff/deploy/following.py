@@ -115,6 +115,8 @@ class Followed:
                 return own(x)
             # Equal quantizers of one tensor are one in the graph, so they are told apart by their inputs.
             pairs = [(there[before], there[behind]) for before, behind in self.pairs if there[before].shape == x.shape]
+            if (shifts := quantizer.shifts_of(x)) is not None:  # the graph quantizes 2^k·x, and divides the weight
+                pairs = [tuple(each / (1 << shifts) for each in pair) for pair in pairs]
             assert pairs, names[id(quantizer)]
             before, behind = min(pairs, key=lambda pair: float((pair[0] - x).norm()))
             name = names[id(quantizer)]

@@ -124,6 +124,10 @@ METHODS = {
         "imagenet_w4a8_split",
         {"weight_bits": 4, "act_bits": 8, "split_shortcut": True, "layer_bits": {"first": "W32A16", "last": "W7A32"}},
     ),
+    "finer step sizes of channels": (
+        "imagenet_w4a8_split",
+        {"act_bits": 6, "split_shortcut": True, "power_of_two_scales": True},
+    ),
     "float weights": ("church_w8a8", {"weight_bits": None, "act_bits": 8}),
     "dynamic": ("sd_w4a8_sm16_split", {"act_bits": 8, "act_dynamic": True, "act_scale_per": "sample", "rest_bits": 6}),
     "dynamic, float attention": ("bedroom_w4a8", {"act_bits": 8, "act_dynamic": True, "act_scale_per": "channel"}),

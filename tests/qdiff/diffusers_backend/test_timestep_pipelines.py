@@ -42,6 +42,25 @@ def test_quantized_saved_and_loaded(tmp_path):
         loaded.unet(x, 1400)
 
 
+def test_finer_step_sizes_of_channels(tmp_path):
+    pipe = ddim()
+    with torch.no_grad():  # so that channels of what shortcuts take differ
+        pipe.unet.conv_in.weight.mul_(2.0 ** -torch.arange(8).view(-1, 1, 1, 1))
+    quantize(pipe, qdiff.QuantConfig(8, 8, act_ranges="timestep", power_of_two_scales=True))
+    before = images(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path))
+    assert torch.equal(images(loaded), before)
+    assert "finer step sizes for single channels" in (tmp_path / "unet" / "README.md").read_text()
+    shifts = {n: t for n, t in loaded.unet.state_dict().items() if n.endswith(".channel_shifts")}
+    assert shifts and all(".conv_shortcut." in name and k.shape[0] == 4 for name, k in shifts.items())
+    assert any(k.any() for k in shifts.values())
+    for quantizer in loaded.unet.modules():  # planted: all channels have the step size of the tensor
+        if getattr(quantizer, "channel_shifts", None) is not None:
+            quantizer.channel_shifts.zero_()
+    assert not torch.equal(images(loaded), before)
+
+
 def test_what_the_calibrated_timesteps_do_not_cover_is_found_before_calibration():
     with pytest.raises(UserError, match=r"timestep 0, .*from 426 to 852"):
         quantize(ddim(), steps=4, num_inference_steps=7)
