@@ -16,7 +16,7 @@ FLOAT_BITS = 32  # the width of floats, and how `LayerBits` leaves a weight or a
 FIRST, LAST = "first", "last"  # in `QuantConfig.layer_bits`, the layers that are a network's ends
 _WEIGHT_WIDTHS, _ACT_WIDTHS = (1, 8), (2, 16)
 _OF_MODULATION = ("modulate", "rest_bits", "ablation")
-_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges", "layer_bits")
+_LATER = ("keep_ends", "act_dynamic", "act_scale_per", *_OF_MODULATION, "act_ranges", "layer_bits", "bos_aware")
 
 
 class ScalePer(str, Enum):
@@ -103,15 +103,16 @@ class QuantConfig:
         act_scale_per: what shares a dynamic range.
         modulate: layers quantize the change of their input since the previous step of the trajectory (MoDiff), inside
             ``QuantModel.trajectory``.
-        rest_bits: width, 2 to 16, of the tensors that the published code leaves in float with dynamic ranges or
-            modulation: the operands of attention's two products, and a modulated layer's input at the first step. Their
-            ranges are dynamic. None leaves them in float.
+        rest_bits: width, 2 to 16, of what the published code leaves in float with dynamic ranges or modulation: what
+            attention multiplies, a modulated layer's first input. Their ranges are dynamic; None leaves them in float.
         ablation: the part of modulation to leave out; None leaves out nothing.
         act_ranges: what shares one calibrated range; ``timestep`` gives each quantizer a table with a range for each
             timestep of the calibration set (`qdiff.ranges.calibrated_timesteps`), which is observed and not learned.
         layer_bits: layers with widths of their own, by name: ``{"conv_in": "W8A16", "last": "A32"}`` or pairs of names
             and `LayerBits`, which are kept in order of names. ``first`` and ``last`` are the network's ends; a layer's
             own name counts before them, and both before ``keep_ends``. An attention is named like a layer.
+        bos_aware: linear layers that read a text context do not quantize its first token, which is the same for all
+            texts; its output is a constant, computed in float (MixDQ).
 
     Raises:
         UserError: a value is out of range, or fields contradict each other; the sentence names the option.
@@ -133,6 +134,7 @@ class QuantConfig:
     ablation: Ablation | None = None
     act_ranges: ActRanges = ActRanges.SHARED
     layer_bits: tuple[tuple[str, LayerBits], ...] | Mapping[str, LayerBits | str] = ()
+    bos_aware: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high), option in (
@@ -234,10 +236,8 @@ class QuantConfig:
 
         Fields added later are left out at their defaults, so the result equals what was written before they existed.
         """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for f in fields(self):
-            if f.name in _LATER and values[f.name] == f.default:
-                del values[f.name]
+        kept = (f for f in fields(self) if f.name not in _LATER or getattr(self, f.name) != f.default)
+        values = {f.name: getattr(self, f.name) for f in kept}
         if self.layer_bits:
             values["layer_bits"] = {name: str(bits) for name, bits in self.layer_bits}
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}

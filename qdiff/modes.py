@@ -10,6 +10,7 @@ from torch import nn
 
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.ranges.first_token import FirstToken
 from qdiff.weight_forms import WeightForm
 
 LEAVES = (QuantModule, QuantAttention)
@@ -30,6 +31,12 @@ def scaled_layers(module: nn.Module) -> list[str]:
     return [name for name, layer in quantized_layers(module).items() if layer.input_scale is not None]
 
 
+def first_tokens(module: nn.Module) -> dict[str, FirstToken]:
+    """Return what the quantized layers inside a module give for the first token, by the layer's name."""
+    layers = quantized_layers(module).items()
+    return {name: layer.first_token for name, layer in layers if layer.first_token is not None}
+
+
 def set_modes(leaf: nn.Module, weights: bool, activations: bool) -> None:
     """Have a leaf quantize its weight and/or activations from now on, as far as it has quantizers for them."""
     if isinstance(leaf, QuantModule):
@@ -45,6 +52,9 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
 
     Weights or activations of a leaf without quantizers for them stay in float. Weights are dequantized once, on entry,
     and the dequantized copies are dropped on exit unless an outer block still uses them.
+
+    Raises:
+        UserError: at the end of the block: on a GPU, an input had another first token than a layer's constant is for.
     """
     targets = [leaf for module in modules for leaf in leaves(module)]
     before = [(leaf.acts_quantized, getattr(leaf, "weights_quantized", False)) for leaf in targets]
@@ -61,6 +71,9 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
                 leaf.weights_quantized = weights_before
                 if not weights_before:
                     leaf.drop_dequantized()
+    for leaf in targets:
+        if isinstance(leaf, QuantModule) and leaf.first_token is not None:
+            leaf.first_token.check_seen()
 
 
 @torch.no_grad()

@@ -13,7 +13,9 @@ Tensors, each the concatenation over all layers in name order:
     ``act_timesteps``     float32: the calibrated timesteps, ascending, if there are ranges per timestep. Each quantizer
                           then has as many δ and zero points, in this order;
     ``input_scale``       uint8: the factors of all layers' input channels (1 where a layer has none), stored as
-                          ``float``; only in files of the format ``qdiff-3``, which older readers refuse.
+                          ``float``; only in files of the format ``qdiff-3``, which older readers refuse;
+    ``first_token``       uint8, if the config is ``bos_aware``: outputs of the first token, stored as ``float``, and
+                          ``first_token_parts``, which layers these are of: 1 has the output, 2 then the token as well.
 
 One tensor per layer would be neater, but each name costs about 100 bytes of header, more than many layers hold.
 Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
@@ -28,7 +30,6 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.checkpoint.input_scales import scales_by_layer, stored_scales
+from qdiff.checkpoint import optional_tensors as optional
 from qdiff.checkpoint.metadata import (
     CHECKSUM,
     FIRST_FORMAT,
@@ -55,6 +56,7 @@ from qdiff.kernels.packing import deflate_floats, inflate_floats, pack, packed_b
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import Quantizer, WeightQuantizer
+from qdiff.ranges.first_token import FirstToken
 
 FLOAT_BYTES = 4
 
@@ -107,7 +109,8 @@ def content_hash(qnn: QuantModel) -> str:
     found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
     if qnn.act_timesteps is not None:
         found.update(qnn.act_timesteps.values.cpu().numpy())
-    found.update(_concatenated(stored_scales(_layers(qnn)), torch.float32).numpy())
+    found.update(_concatenated(optional.stored_scales(_layers(qnn)), torch.float32).numpy())
+    found.update(_concatenated(optional.first_token_values(_layers(qnn)), torch.float32).numpy())
     return found.hexdigest()[:16]
 
 
@@ -131,8 +134,9 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
         tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
     if qnn.act_timesteps is not None:
         tensors["act_timesteps"] = qnn.act_timesteps.values.cpu()
-    if scales := stored_scales(_layers(qnn)):
+    if scales := optional.stored_scales(_layers(qnn)):
         tensors["input_scale"] = deflate_floats(_concatenated(scales, torch.float32))
+    tensors |= optional.stored_tokens(_layers(qnn))
     metadata = {
         "format": SCALED_FORMAT if scales else FORMAT,
         "config": json.dumps(qnn.config.to_dict(), separators=(",", ":")),
@@ -187,6 +191,7 @@ class _Contents:
         ranges: quantizers, each with its δ and z from the file.
         timesteps: [T], of ranges per timestep; None without such ranges.
         scales: of the input channels, by layer; empty if no layer has any.
+        tokens: what layers make of the first token, by layer.
     """
 
     weights: dict[str, Tensor]
@@ -194,6 +199,7 @@ class _Contents:
     ranges: list[tuple[Quantizer, Tensor, Tensor]]
     timesteps: Tensor | None
     scales: dict[str, Tensor]
+    tokens: dict[str, FirstToken]
 
     @torch.no_grad()
     def take_small_ones(self, qnn: QuantModel) -> None:
@@ -213,6 +219,8 @@ class _Contents:
             quantizer.set(delta, zero_point)
         for name, layer in qnn.layers().items():
             layer.set_input_scale(self.scales.get(name))
+            token = self.tokens.get(name)
+            layer.first_token = None if token is None else token.to(qnn.device)
 
 
 def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
@@ -231,7 +239,7 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             (quantizer, floats[f"{name}.delta"], zero_point)
             for (name, quantizer), zero_point in zip(quantizers.items(), _separated(zero_points, like), strict=True)
         ]
-        timesteps = _timesteps(tensors) if act and qnn.act_timesteps is not None else None
+        timesteps = optional.stored_timesteps(tensors) if act and qnn.act_timesteps is not None else None
         if act:
             like = [q.delta if timesteps is None else timesteps for q in act]
             deltas, zero_points = (_separated(tensors[f"act_{part}"], like) for part in ("delta", "zero_point"))
@@ -241,23 +249,15 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
                 raise ValueError("step sizes or zero points are out of range")
         scaled = metadata["format"] == SCALED_FORMAT
-        scales = scales_by_layer(_layers(qnn), tensors["input_scale"]) if scaled else {}
+        scales = optional.scales_by_layer(_layers(qnn), tensors["input_scale"]) if scaled else {}
+        tokens = optional.tokens_by_layer(_layers(qnn), tensors) if qnn.config.bos_aware else {}
         for (name, layer), size in zip(_stored_layers(qnn).items(), _weight_sizes(qnn), strict=True):
             if weights[name].numel() != size:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
-    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, timesteps, scales)
-
-
-def _timesteps(tensors: Mapping[str, Tensor]) -> Tensor:
-    values = tensors["act_timesteps"]
-    if values.dtype != torch.float32 or values.dim() != 1 or len(values) == 0:
-        raise ValueError("the calibrated timesteps are no list of numbers")
-    if not torch.isfinite(values).all() or (values.diff() <= 0).any():
-        raise ValueError("the calibrated timesteps are not in ascending order")
-    return values
+    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, timesteps, scales, tokens)
 
 
 Parts = tuple[dict[str, Tensor], Tensor, Tensor]
