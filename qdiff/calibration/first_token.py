@@ -15,38 +15,19 @@ from qdiff.modes import leaf_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.first_token import FirstToken, is_same_token
+from qdiff.tracing.context import Context, context_of
 from qdiff.tracing.trace import Call, call_directly
 
-CONDITIONS = 2  # index of the first condition among a network's inputs; x and t come before
 LEAVE_OUT = "leave out --bos_aware"
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a context [N, L, C] is in the inputs of a network: a part of each sample of one of them.
-
-    Attributes:
-        index: of the input.
-        start: of the first token in a flattened sample.
-        channels: C.
-    """
-
-    index: int
-    start: int
-    channels: int
-
-    def first_of(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the first tokens of all samples, [N, C]."""
-        return inputs[self.index].flatten(1)[:, self.start : self.start + self.channels]
-
-
-@dataclass(frozen=True)
 class _Read:
-    """One call of a layer: where its input is among the network's, how many tokens, and the output of the first."""
+    """What a layer took in one call: the context, if it was one; its number of tokens, and the output of the first."""
 
-    place: _Place | None
-    tokens: int
-    output: Tensor | None
+    context: Context | None
+    tokens: int = 0
+    output: Tensor | None = None
 
 
 @torch.no_grad()
@@ -76,22 +57,22 @@ def find_first_tokens(
             if isinstance(layer, nn.Linear) or _quantizes_tokens(layer):
 
                 def note(_: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> None:
-                    place = _place_of(args[0], one)
-                    read = _Read(None, 0, None) if place is None else _Read(place, args[0].shape[1], out[0, 0])
+                    context = context_of(args[0], one)
+                    read = _Read(None) if context is None else _Read(context, args[0].shape[1], out[0, 0])
                     calls.setdefault(name, []).append(read)
 
                 stack.callback(layer.register_forward_hook(note).remove)
         call(network, *one)
-    found = {name: reads[0] for name, reads in calls.items() if all(r.place == reads[0].place for r in reads)}
-    found = {name: read for name, read in found.items() if read.place is not None}
+    found = {name: reads[0] for name, reads in calls.items() if len({read.context for read in reads}) == 1}
+    found = {name: read for name, read in found.items() if read.context is not None}
     if not found:
         raise UserError(f"no layer that is quantized reads a context of tokens; {LEAVE_OUT}")
     if not (found := {name: read for name, read in found.items() if read.tokens > 1}):
         raise UserError(f"the context is a single token, and none would be left to quantize; {LEAVE_OUT}")
-    tokens = {place: _the_one(place.first_of(inputs)) for place in {read.place: None for read in found.values()}}
+    tokens = {c: _the_one(c.first_tokens(inputs)) for c in {read.context: None for read in found.values()}}
     made = {}
     for name, read in found.items():
-        token = tokens.pop(read.place, None)  # the first layer that reads it has it
+        token = tokens.pop(read.context, None)  # the first layer that reads it has it
         made[name] = FirstToken(at_least_single(read.output), None if token is None else token.to(device))
     return made
 
@@ -100,15 +81,6 @@ def _quantizes_tokens(layer: nn.Module) -> bool:
     if not isinstance(layer, QuantModule) or layer.geometry is not None:
         return False
     return len(layer.weight_quantizers) > 0 or len(layer.act_quantizers) > 0
-
-
-def _place_of(x: Tensor, inputs: Sequence[Tensor]) -> _Place | None:
-    """Return where a layer's input is in the network's inputs, (x, t, conditions…) of one sample; None if elsewhere."""
-    root = x if x._base is None else x._base
-    index = next((i for i, given in enumerate(inputs) if i >= CONDITIONS and given is root), None)
-    if index is None or x.dim() != 3 or x.stride(2) != 1:
-        return None
-    return _Place(index, x.storage_offset(), x.shape[-1])
 
 
 def _the_one(first: Tensor) -> Tensor:

@@ -216,8 +216,8 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     levels of that code, which cannot express the unsigned one.
 
     Raises:
-        UserError: weights stay in float, ranges are per timestep, inputs are scaled, the first token is in float, or the
-            float weights were released or are not those that were quantized (a native file does not hold them).
+        UserError: weights or first tokens are in float, ranges are per timestep, inputs are scaled, or the float
+            weights were released or are not those that were quantized (a native file does not hold them).
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")

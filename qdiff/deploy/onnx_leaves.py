@@ -17,6 +17,7 @@ from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import DynamicActQuantizer
+from qdiff.ranges.first_token import is_same_token
 
 
 class _WeightSlice(nn.Module):
@@ -54,6 +55,7 @@ class OnnxLayer(nn.Module):
         if scale is not None:  # in the shape that multiplies an input
             scale = scale.float().view(-1, *[1] * (0 if self.geometry is None else len(self.geometry.stride)))
         self.register_buffer("input_scale", scale)
+        self.first_token = layer.first_token
         self.ranges, self.first_ranges = (
             nn.ModuleList(onnx_range(q, in_bytes=quantizes_weight) for q in quantizers)
             for quantizers in (layer.act_quantizers, layer.first_quantizers)
@@ -67,6 +69,20 @@ class OnnxLayer(nn.Module):
             self.weight = layer.float_weight() if scale is None else layer.weight_to_quantize()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first_token is None:
+            return self._output(x)
+        rest = self._output(x[:, 1:])
+        return torch.cat([self._constant(x).expand(x.shape[0], -1, -1), rest], dim=1)
+
+    def _constant(self, x: Tensor) -> Tensor:
+        """Return the output of the first token, [1 or N, 1, C_out]; NaN where an input begins with another token."""
+        output = self.first_token.output.float().view(1, 1, -1)
+        if self.first_token.input is None:
+            return output
+        same = is_same_token(x[:, 0], self.first_token.input.float())
+        return torch.where(same.view(-1, 1, 1), output, torch.full_like(output, torch.nan))
+
+    def _output(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = x * self.input_scale
         if self.memory is None:

@@ -17,6 +17,10 @@ from qdiff.functional import at_least_single
 # Two tokens are the same if their mean difference is at most this share of their mean magnitude. Half precision in a
 # text encoder moves a token by a few tenths of a percent; the first tokens of other encoders are farther apart.
 TOLERANCE = 0.01
+ANOTHER = (
+    "the context begins with another token than in calibration, but --bos_aware made the outputs of its first token "
+    "constants; give the text encoder of the calibration, or calibrate without --bos_aware"
+)
 
 
 def is_same_token(found: Tensor, expected: Tensor) -> Tensor:
@@ -85,7 +89,4 @@ class FirstToken(nn.Module):
 
 def _check(same: Tensor) -> None:
     if not same.all():
-        raise UserError(
-            "the context begins with another token than in calibration, but --bos_aware made the outputs of its first "
-            "token constants; give the text encoder of the calibration, or calibrate without --bos_aware"
-        )
+        raise UserError(ANOTHER)

@@ -93,6 +93,12 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         help="timestep: each activation has a range for every timestep of the calibration set (--cali_st), which is "
         "observed and not learned; shared: one for all timesteps (default)",
     )
+    group.add_argument(
+        "--bos_aware",
+        action="store_true",
+        help="leave the first token of a text context in float, which is the same for all texts and may be far larger "
+        "than the others: its outputs are constants in the layers that read it, whose ranges are without it (MixDQ)",
+    )
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:

@@ -133,6 +133,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "act_ranges",
         "keep_ends",
         "layer_bits",
+        "bos_aware",
         "fused_kernels",
         "refit",
         *modiff.QUANTIZING,
@@ -194,6 +195,7 @@ def resolve_ptq(
         ablation=args.modulate_ablation,
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
         layer_bits=read_layer_bits(args.layer_bits, own.get("layer_bits", {}), args.quant_act),
+        bos_aware=args.bos_aware,
     )
     action = _action(args, method, quant)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)
