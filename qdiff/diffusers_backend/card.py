@@ -31,6 +31,8 @@ def card_of(network: nn.Module) -> str:
     acts = "float" if widths.act_bits is None else f"{widths.act_bits} bits"
     if config.timesteps:
         acts += f", a range for each of {len(config.timesteps)} timesteps"
+    if config.first_tokens:
+        acts += ", the first token of a text in float"
     rows = [
         (
             "weights",

@@ -11,6 +11,7 @@ import qdiff
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.input_moments import InputMoments
 from qdiff.calibration.input_scales import InputScaling
+from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.refit import discard_calibration
 from qdiff.calibration.run import CalibrationRun
@@ -130,6 +131,19 @@ def test_calibrating_again_gives_the_same():
     assert len(first_tokens(qnn.model)) == 2
     qdiff.calibrate(qnn, text_data(), "gptq", **QUIET)
     assert all(torch.equal(t, before[name]) for name, t in qnn.state_dict().items())
+
+
+@torch.no_grad()
+def test_an_interrupted_calibration_goes_on(tmp_path):
+    found = []
+    for _ in range(2):
+        journal = CalibrationJournal(tmp_path, {"bos_aware": True})
+        found.append(wrapped())
+        run = CalibrationRun(show_progress=False, journal=journal)
+        qdiff.calibrate(found[-1], text_data(), "gptq", run=run)
+        next(tmp_path.glob("*-001.safetensors")).unlink()  # the block is fitted again, between units that are there
+    first, second = (qnn.state_dict() for qnn in found)
+    assert first.keys() == second.keys() and all(torch.equal(t, second[name]) for name, t in first.items())
 
 
 @pytest.mark.parametrize("operand", list(Operand))
