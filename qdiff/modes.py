@@ -37,6 +37,14 @@ def first_tokens(module: nn.Module) -> dict[str, FirstToken]:
     return {name: layer.first_token for name, layer in layers if layer.first_token is not None}
 
 
+@contextlib.contextmanager
+def watched_tokens(module: nn.Module) -> Iterator[None]:
+    """Raise the error of `FirstToken.check_seen` at the end of the block if a call inside was for another token."""
+    yield
+    for token in first_tokens(module).values():
+        token.check_seen()
+
+
 def set_modes(leaf: nn.Module, weights: bool, activations: bool) -> None:
     """Have a leaf quantize its weight and/or activations from now on, as far as it has quantizers for them."""
     if isinstance(leaf, QuantModule):
@@ -52,9 +60,6 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
 
     Weights or activations of a leaf without quantizers for them stay in float. Weights are dequantized once, on entry,
     and the dequantized copies are dropped on exit unless an outer block still uses them.
-
-    Raises:
-        UserError: at the end of the block: on a GPU, an input had another first token than a layer's constant is for.
     """
     targets = [leaf for module in modules for leaf in leaves(module)]
     before = [(leaf.acts_quantized, getattr(leaf, "weights_quantized", False)) for leaf in targets]
@@ -71,9 +76,6 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
                 leaf.weights_quantized = weights_before
                 if not weights_before:
                     leaf.drop_dequantized()
-    for leaf in targets:
-        if isinstance(leaf, QuantModule) and leaf.first_token is not None:
-            leaf.first_token.check_seen()
 
 
 @torch.no_grad()

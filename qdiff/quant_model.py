@@ -15,7 +15,7 @@ from qdiff.errors import UserError, first_few
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
 from qdiff.kernels.packed_weight import WeightCache
-from qdiff.modes import first_tokens, leaf_modes, leaves, quantized_layers
+from qdiff.modes import first_tokens, leaf_modes, leaves, quantized_layers, watched_tokens
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers, share_timesteps
@@ -187,7 +187,7 @@ class QuantModel(nn.Module):
             UserError: a quantizer that would be used is not set (no calibration, no checkpoint loaded).
         """
         self.assert_initialised(weights, activations)
-        with leaf_modes([self.model], weights, activations), watched(self.act_timesteps):
+        with leaf_modes([self.model], weights, activations), watched(self.act_timesteps), watched_tokens(self.model):
             yield self
 
     @contextlib.contextmanager
@@ -201,7 +201,7 @@ class QuantModel(nn.Module):
             RuntimeError: a trajectory is open already.
         """
         compensates = self.config.ablation is not Ablation.NO_COMPENSATION
-        with memories(self.layers(), compensates), watched(self.act_timesteps):
+        with memories(self.layers(), compensates), watched(self.act_timesteps), watched_tokens(self.model):
             yield self
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:

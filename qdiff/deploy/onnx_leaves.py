@@ -6,6 +6,8 @@ linear layers and attention's products.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -41,6 +43,8 @@ class OnnxLayer(nn.Module):
 
     Attributes:
         memory: state of a layer that modulates, filled before tracing and read after it; else None.
+        seen: its ``same`` says which inputs of the last call began with the layer's first token, bool [N]; None for a
+            layer without one.
     """
 
     def __init__(self, layer: QuantModule, name: str) -> None:
@@ -55,7 +59,7 @@ class OnnxLayer(nn.Module):
         if scale is not None:  # in the shape that multiplies an input
             scale = scale.float().view(-1, *[1] * (0 if self.geometry is None else len(self.geometry.stride)))
         self.register_buffer("input_scale", scale)
-        self.first_token = layer.first_token
+        self.first_token, self.seen = layer.first_token, SimpleNamespace(same=None)
         self.ranges, self.first_ranges = (
             nn.ModuleList(onnx_range(q, in_bytes=quantizes_weight) for q in quantizers)
             for quantizers in (layer.act_quantizers, layer.first_quantizers)
@@ -71,16 +75,10 @@ class OnnxLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.first_token is None:
             return self._output(x)
-        rest = self._output(x[:, 1:])
-        return torch.cat([self._constant(x).expand(x.shape[0], -1, -1), rest], dim=1)
-
-    def _constant(self, x: Tensor) -> Tensor:
-        """Return the output of the first token, [1 or N, 1, C_out]; NaN where an input begins with another token."""
-        output = self.first_token.output.float().view(1, 1, -1)
-        if self.first_token.input is None:
-            return output
-        same = is_same_token(x[:, 0], self.first_token.input.float())
-        return torch.where(same.view(-1, 1, 1), output, torch.full_like(output, torch.nan))
+        if self.first_token.input is not None:
+            self.seen.same = is_same_token(x[:, 0], self.first_token.input)
+        first = self.first_token.output.view(1, 1, -1).expand(x.shape[0], -1, -1)
+        return torch.cat([first, self._output(x[:, 1:])], dim=1)
 
     def _output(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:

@@ -82,7 +82,7 @@ class OnnxNetwork:
                 f"{self._runtime} returns an empty output on this CPU; give another --runtime, e.g. simulated"
             )
         if self._bos_aware and not np.isfinite(eps).all():
-            raise UserError(ANOTHER)  # the graph says so by NaN
+            raise UserError(ANOTHER)  # so the graph says
         if self._first is not None:
             self._state = dict(zip(self._graph.states, state, strict=True))
         return torch.from_numpy(eps).to(given[0].device)

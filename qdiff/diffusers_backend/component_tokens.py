@@ -10,7 +10,7 @@ from torch import nn
 
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.diffusers_backend.denoiser import listen, read_call
-from qdiff.modes import first_tokens, quantized_layers
+from qdiff.modes import first_tokens
 from qdiff.ranges.first_token import FirstToken
 
 
@@ -42,9 +42,8 @@ def watch_first_tokens(network: nn.Module) -> None:
 
 def _check(network: nn.Module, *_: Any) -> None:
     if not torch.compiler.is_compiling():
-        for layer in quantized_layers(network).values():
-            if layer.first_token is not None:
-                layer.first_token.check_seen()
+        for token in first_tokens(network).values():
+            token.check_seen()
 
 
 def check_at_first_call(network: nn.Module, single_precision: Any) -> Any:

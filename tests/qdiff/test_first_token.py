@@ -169,8 +169,10 @@ def test_on_a_gpu_no_call_waits_and_another_token_is_told_at_the_end(cuda):
         out = qnn(*other)
         assert out[-1].isnan().any() and out[:-1].isfinite().all()
         qnn(*moved)
-    with qnn.quantized():  # it is told once
+    with qnn.quantized():  # it is told once, and in sampling for every batch
         qnn(*moved)
+        with pytest.raises(UserError, match="begins with another token"), qnn.trajectory():
+            qnn(*other)
 
 
 def test_without_a_calibration_nothing_is_known():

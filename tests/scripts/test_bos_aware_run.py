@@ -22,7 +22,7 @@ def test_calibrated_loaded_and_counted(call, small_latent, tmp_path):
     succeeded(call("txt2img", *loaded, "--bos_aware", "--runtime", "torch", "-l", tmp_path / "loaded"))
     assert image_bytes(tmp_path / "loaded") == image_bytes(run)
     assert "add --bos_aware" in call("txt2img", *loaded, "-l", tmp_path / "other").error_line()
-    model = ("--like", "txt2img", *small_latent("text").options, *W4A8, "--json")
+    model = ("--like", "txt2img", "--config", small_latent("text").config, *W4A8, "--json")
     with_it, without = (
         json.loads(succeeded(call("count_cost", *model, *words)).out)["quantized"] for words in (("--bos_aware",), ())
     )

