@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.diffusers_backend.denoiser import listen, read_call
+from qdiff.errors import UserError
 from qdiff.modes import first_tokens
+from qdiff.quant_layer import QuantModule
 from qdiff.ranges.first_token import FirstToken
 
 
@@ -19,9 +22,17 @@ def make_token_places(network: nn.Module, layers: Mapping[str, bool]) -> None:
 
     Args:
         layers: names, and whether a layer has the token as well.
+
+    Raises:
+        UserError: a name is of no quantized layer.
     """
     for name, has_token in layers.items():
         layer = network.get_submodule(name)
+        if not isinstance(layer, QuantModule):
+            raise UserError(
+                f"{name} is no quantized layer, but its quantization_config has an output of the first token for it; "
+                "the folder mixes two models, quantize the pipeline again"
+            )
         token = torch.empty(layer.in_channels) if has_token else None
         layer.first_token = FirstToken(torch.empty(len(layer.weight)), token)
 
@@ -46,7 +57,7 @@ def _check(network: nn.Module, *_: Any) -> None:
             token.check_seen()
 
 
-def check_at_first_call(network: nn.Module, single_precision: Any) -> Any:
+def check_at_first_call(network: nn.Module, single_precision: Callable[[], contextlib.AbstractContextManager]) -> Any:
     """Compare the first tokens of the next call of a float network before it is made; returns the hook's handle.
 
     Args:

@@ -22,7 +22,8 @@ def test_calibrated_loaded_and_counted(call, small_latent, tmp_path):
     succeeded(call("txt2img", *loaded, "--bos_aware", "--runtime", "torch", "-l", tmp_path / "loaded"))
     assert image_bytes(tmp_path / "loaded") == image_bytes(run)
     assert "add --bos_aware" in call("txt2img", *loaded, "-l", tmp_path / "other").error_line()
-    model = ("--like", "txt2img", "--config", small_latent("text").config, *W4A8, "--json")
+    config = small_latent("text").config
+    model = ("--like", "txt2img", "--config", config, "--ddim_steps", 2, *W4A8, "--json")
     with_it, without = (
         json.loads(succeeded(call("count_cost", *model, *words)).out)["quantized"] for words in (("--bos_aware",), ())
     )
@@ -59,6 +60,7 @@ def test_without_ptq_it_is_told(call, small_latent, tmp_path):
     assert "--bos_aware has no effect" in succeeded(outcome).err
 
 
+@pytest.mark.thorough
 def test_chosen_widths_and_resumed_weights(call, small_latent, tmp_path):
     """Sensitivities are measured without the first token, and activations calibrated for loaded weights."""
     options, run = (*small_latent("text").options, *TEXT), tmp_path / "run"

@@ -15,7 +15,7 @@ from tiny_models import TEXT, TOKENS, text_unet
 import qdiff
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.run import CalibrationRun
-from qdiff.diffusers_backend.component_tokens import watch_first_tokens
+from qdiff.diffusers_backend.component_tokens import make_token_places, watch_first_tokens
 from qdiff.diffusers_backend.convert_state import check_convertible
 from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.module import Denoiser
@@ -43,7 +43,7 @@ def test_quantized_saved_and_loaded(tmp_path):
     loaded = quiet(DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None))
     assert torch.equal(images(loaded, prompt=PROMPTS[:2]), before)
     assert "8 bits, the first token of a text in float" in (tmp_path / "unet" / "README.md").read_text()
-    half = DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, torch_dtype=torch.bfloat16)
+    half = DiffusionPipeline.from_pretrained(tmp_path, safety_checker=None, dtype=torch.bfloat16)
     assert images(quiet(half), prompt=PROMPTS[:2]).isfinite().all()
     other = torch.randn(2, TOKENS, TEXT)
     with pytest.raises(UserError, match="begins with another token than in calibration"):
@@ -86,6 +86,8 @@ def test_on_a_gpu_another_token_is_told_after_the_call(cuda):
 
 
 def test_what_has_no_place_for_it_refuses():
+    with pytest.raises(UserError, match=r"mid_block is no quantized layer, .* quantize the pipeline again"):
+        make_token_places(text_unet(), {"mid_block": False})
     with pytest.raises(UserError, match=r"outputs of the first token need calibration data; .* or leave out bos_aware"):
         QDiffQuantizer(qdiff.QDiffConfig(weight_bits=4, bos_aware=True), pre_quantized=False)
     with pytest.raises(UserError, match=r"not converted; quantize the pipeline with .* --bos_aware"):
