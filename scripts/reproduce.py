@@ -24,6 +24,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--extractor", help="feature extractor (default: the model config's)")
     parser.add_argument("--extractor-weights", help="weights file of the extractor")
     parser.add_argument("--rows", help="labels of the rows to run, separated by commas (default: all)")
+    parser.add_argument(
+        "--results",
+        help="folder that keeps the numbers and first images of every row; rows whose results are there, by the same "
+        "protocol, are not run again, and shown",
+    )
     parser.add_argument("--document", help="markdown file whose block '<!-- table NAME -->' becomes the table")
     parser.add_argument("--force", action="store_true", help="continue if the float row misses its published value")
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the rows as JSON and stop")
@@ -35,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     file = TableFile(args.table, args.out)
     block = None if args.document is None else DocumentBlock(args.document, file.path.stem)
-    table = TableRun(file, args.device, args.extractor, args.extractor_weights, args.rows, args.force)
+    table = TableRun(file, args.device, args.extractor, args.extractor_weights, args.rows, args.force, args.results)
     if args.dry_run:
         table.print_commands()
         return

@@ -70,6 +70,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plots out of pages: there are 36 per table, and the tests of `qdiff.report` draw them."""
+    from qdiff.report import page
+
+    monkeypatch.setattr(page, "metric_plots", lambda rows: [])
+    monkeypatch.setattr(page, "activation_plots", lambda rows: {})
+
+
+@pytest.fixture
 def cuda():
     """A virtual GPU, a `virtual_cuda.VirtualDevice`: ``--device cuda`` runs on it."""
     from virtual_cuda import virtual_cuda

@@ -67,6 +67,7 @@ def test_no_file_is_long(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= LINES
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other():
     # A package's front names its modules, which import one another and not the front.
     fronts = {name for name in SOURCES if (REPOSITORY / name.replace(".", "/")).is_dir()}
@@ -97,9 +98,9 @@ def recipe(makefile: str, target: str) -> str:
 
 
 def test_all_tests_are_run_by_ci():
-    """``make test`` leaves out what is marked thorough, and nothing else; ``make test-all`` leaves out nothing."""
+    """``make test`` leaves out what is marked thorough or slow, and nothing else; ``make test-all`` nothing."""
     makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
-    assert deselecting(recipe(makefile, "test")) == ["-m", "not thorough"]
+    assert deselecting(recipe(makefile, "test")) == ["-m", "not thorough and not slow"]
     assert deselecting(recipe(makefile, "test-all")) == []
     assert "make test-all" in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8").splitlines()
     settings = (REPOSITORY / "pyproject.toml").read_text(encoding="utf-8")

@@ -26,6 +26,7 @@ from qdiff.cli.planned_recording import read_planned, record_planned
 from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.quantize import RECORDING
 from qdiff.cli.run_folder import RunFolder
+from qdiff.cli.run_manifest import OF_WIDTHS
 from qdiff.cost.account import account
 from qdiff.errors import UserError, first_line
 from qdiff.evaluation.fidelity import mean_ssim
@@ -143,7 +144,7 @@ def with_chosen_widths(
                 data = read_planned(plan, data_file, *shapes)[0]
             file.settle(sha256(data_file))
             advice = smaller_batch(pipeline.batch_size)
-            with run.timed("sensitivities"), memory_advice("measuring sensitivities", advice):
+            with run.timed(OF_WIDTHS), memory_advice("measuring sensitivities", advice):
                 _measure(plan, pipeline, data, file)
             _choose(plan, pipeline, file, path)
     layer_bits = {**dict(plan.quant.layer_bits), **read_layer_bits(str(path))}

@@ -91,7 +91,7 @@ class Quantization:
         self.fit = 0
         self.data: CalibrationSet | None = None
         self.pairs: CalibrationSet | None = None
-        self.qnn = QuantModel(network, plan.quant)
+        self.qnn = _wrapped(network, plan)
         self.is_calibrated = plan.action == "load" or self.finished.is_file()
         if self.is_calibrated:
             load_checkpoint(self.qnn, self._source, probe=probe)
@@ -252,6 +252,16 @@ class Quantization:
             notes["refit"] = plan.refit
         save_checkpoint(self.qnn, self.finished, notes=notes)
         log.info("calibrated checkpoint: %s (%d bytes)", self.finished, self.finished.stat().st_size)
+
+
+def _wrapped(network: SteppedNetwork, plan: PtqPlan) -> QuantModel:
+    try:
+        return QuantModel(network, plan.quant)
+    except UserError as error:
+        if plan.checkpoint is None or not plan.quant.layer_bits:
+            raise
+        # The widths of single layers may be the file's, which nobody typed.
+        raise UserError(f"checkpoint {plan.checkpoint} does not fit this network: {error}") from error
 
 
 def add_checkpoint(run: RunFolder, role: str, path: str | Path) -> None:

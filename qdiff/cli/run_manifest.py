@@ -13,8 +13,9 @@ from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 
 VERSION = 1
-# Phases of `Manifest.seconds`: of all fits of a calibration, and of the recordings between them.
-CALIBRATION, OF_REFITS = "calibration", "refit recording"
+# Phases of `Manifest.seconds`: of all fits of a calibration, of the recordings between them, and of measuring how
+# sensitive layers are, before their widths are chosen.
+CALIBRATION, OF_REFITS, OF_WIDTHS = "calibration", "refit recording", "sensitivities"
 
 
 @dataclass
@@ -122,11 +123,11 @@ class Manifest:
     def calibration_seconds(self) -> tuple[float, float | None]:
         """Return the wall time and, if known, the CPU time of calibrating.
 
-        A refit's recordings count, the first recording does not: other runs may share that.
+        A refit's recordings and the choice of widths count, the first recording does not: other runs may share that.
         """
-        cpu = self.cpu_seconds or {}
-        wall = self.seconds.get(CALIBRATION, 0.0) + self.seconds.get(OF_REFITS, 0.0)
-        return wall, cpu[CALIBRATION] + cpu.get(OF_REFITS, 0.0) if CALIBRATION in cpu else None
+        phases, cpu = (CALIBRATION, OF_REFITS, OF_WIDTHS), self.cpu_seconds or {}
+        wall = sum(self.seconds.get(phase, 0.0) for phase in phases)
+        return wall, sum(cpu.get(phase, 0.0) for phase in phases) if CALIBRATION in cpu else None
 
     def add_seconds(self, phase: str, seconds: float, cpu_seconds: float | None = None) -> None:
         """Add wall time, and CPU time if it is known, to a phase."""

@@ -6,11 +6,14 @@ import json
 import shlex
 import subprocess
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
+from qdiff.cli.kept_results import KeptResults
 from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
-from qdiff.cli.table_numbers import file_bytes, mean_widths, misses, ranges
+from qdiff.cli.table_numbers import file_bytes, machine_of, mean_widths, misses, ranges
 from qdiff.cli.table_protocol import protocol_of
 from qdiff.cli.table_seeds import not_shown, summarise
 from qdiff.errors import UserError
@@ -33,6 +36,7 @@ class TableRun:
         rows: labels of the rows to run, separated by commas; default all. The float row is added if it is not
             finished.
         force: continue even if the float model misses its published numbers, and flag them.
+        results: folder to keep the results of rows in, and to take them from (`qdiff.cli.kept_results`).
     """
 
     def __init__(
@@ -43,26 +47,28 @@ class TableRun:
         extractor_weights: str | None = None,
         rows: str | None = None,
         force: bool = False,
+        results: str | Path | None = None,
     ) -> None:
         self.table, self.device, self.force, self.named = table, device, force, rows is not None
+        self.results = results
+        self._kept: KeptResults | None = None
         self.extractor = extractor or table.extractor
         if not self.extractor:
             raise UserError(f"{table.config} names no pretrained.extractor; add it beside the model's section")
         self.extractor_weights = extractor_weights
         self.chosen = table.rows if rows is None else table.named(rows)
-        if table.float_row not in self.chosen and not self._is_finished(table.float_row):
-            # A quantized result means nothing without the float result of the same command.
-            self.chosen = [table.float_row, *self.chosen]
 
     def print_commands(self) -> None:
         """Print the commands as JSON."""
-        commands = {row.label: shlex.join(["python", *self.table.command(row, self.device)]) for row in self.chosen}
+        rows = self._with_float(self.chosen)
+        commands = {row.label: shlex.join(["python", *self.table.command(row, self.device)]) for row in rows}
         print(json.dumps({"extractor": self.extractor, "commands": commands}, indent=1))
 
     def run(self) -> str:
         """Run and measure the chosen rows, then write the table as .md, .json and .html, and its pictures.
 
-        The table shows the chosen rows and those that earlier calls finished. The pictures are ``comparison.png`` and,
+        The table shows the chosen rows and those that earlier calls finished. Rows whose results are kept are not run
+        again. The pictures are ``comparison.png`` and,
         if rows have three or more widths of activations, ``against-activation-bits.png``.
 
         Returns:
@@ -79,14 +85,17 @@ class TableRun:
         self._measuring = Measuring(
             self.extractor, self.extractor_weights, table.reference, table.metrics, table.clip_model, self.device
         )
+        if self.results is not None:
+            self._kept = KeptResults(self.results, table, self._measuring.by)
         self._leave_out_rows_without_files()
+        self._leave_out_kept_rows()
         for row in self.chosen:
             base = table.base(row)
             if base is not None and base not in self.chosen and not self._is_finished(base):
                 raise UserError(
                     f"row {row.label} takes weights from row {base.label}, which is not finished; add it to --rows"
                 )
-        if table.float_row not in self.chosen:
+        if table.float_row not in self.chosen and (self.chosen or self._is_kept(table.float_row)):
             self._check_baseline(self._measured(table.float_row))
         for number, row in enumerate(self.chosen, 1):
             print(f"[{number}/{len(self.chosen)}] {row.label}", file=sys.stderr, flush=True)
@@ -97,8 +106,23 @@ class TableRun:
             print(markdown([measured], header=False), file=sys.stderr, flush=True)
             if row is table.float_row:
                 self._check_baseline(measured)
-        shown = [row for row in table.rows if row in self.chosen or self._is_finished(row)]
+        shown = [row for row in table.rows if row in self.chosen or self._is_finished(row) or self._is_kept(row)]
         return self._write([self._measured(row) for row in shown])
+
+    def _with_float(self, rows: list[TableRow]) -> list[TableRow]:
+        """Return the rows to run with the float row before them, unless that is among them or finished.
+
+        A quantized result means nothing without the float result of the same command.
+        """
+        float_row = self.table.float_row
+        return rows if float_row in rows or self._is_finished(float_row) else [float_row, *rows]
+
+    def _leave_out_kept_rows(self) -> None:
+        """Leave out the rows whose results are kept, but not those whose images or weights another row needs."""
+        run = [row for row in self.chosen if self._is_finished(row) or not self._is_kept(row)]
+        bases = [base for row in run if (base := self.table.base(row)) is not None]
+        run = [row for row in self.chosen if row in run or row in bases]
+        self.chosen = self._with_float(run) if run else []
 
     def _leave_out_rows_without_files(self) -> None:
         """Leave out the rows whose calibrated checkpoint is missing; for a row named in --rows this is an error."""
@@ -136,7 +160,11 @@ class TableRun:
             notes.append(f"Published numbers quoted from memory of the paper, to be verified: {marked}.")
         if missing := not_shown(table.rows, results):
             notes.append(f"Rows not yet run, or not with the table's present options: {', '.join(missing)}.")
-        results, folders = summarise(table.rows, results, table.folder)
+        if self._kept is not None:
+            for row in table.rows:
+                if self._is_kept(row):
+                    self._kept.restore_picture(row)
+        results, folders = summarise(table.rows, results, table.images)
         flags = [f"{row['label']}: {flag}" for row in results for flag in row["flags"]]
         text = "".join(f"**{flag}.**\n\n" for flag in flags)
         text += f"{markdown(results)}\n\nProtocol: {'; '.join(f'{k} {v}' for k, v in protocol)}.\n"
@@ -160,7 +188,7 @@ class TableRun:
         """Whether the row's folder holds all its images, made with the table's present options."""
         folder, base = self.table.folder(row.label), self.table.base(row)
         try:
-            manifest = self._manifest(row)
+            manifest = self._read_manifest(row)
             made = shlex.split(manifest.command)[2:]  # without the interpreter and the script
             images = len(list((folder / "img").glob("*.png")))
             complete = manifest.status == "finished" and images == manifest.num_images
@@ -170,25 +198,42 @@ class TableRun:
         current = without(made, device) == without(self.table.command(row, self.device)[1:], device)
         return complete and current and (base is None or self._is_finished(base))
 
+    def _is_kept(self, row: TableRow) -> bool:
+        return self._kept is not None and self._kept.find(row) is not None
+
     def _manifest(self, row: TableRow) -> Manifest:
+        if not self._is_finished(row) and self._is_kept(row):
+            return Manifest(**self._kept.find(row).run)
+        return self._read_manifest(row)
+
+    def _read_manifest(self, row: TableRow) -> Manifest:
         return read_manifest(self.table.folder(row.label) / "run.json", "delete its folder to run the row again")
 
     def _measured(self, row: TableRow) -> dict[str, Any]:
         """Return a row of results, see `qdiff.report.columns`."""
-        table, folder, manifest = self.table, self.table.folder(row.label), self._manifest(row)
+        table, folder = self.table, self.table.folder(row.label)
+        told = {
+            "label": row.label,
+            "published": dict(row.published),
+            "command": shlex.join(["python", *table.command(row, self.device)]),
+        }
+        if not self._is_finished(row) and self._is_kept(row):
+            result = {**self._kept.find(row).result, **told}
+            return {**result, "flags": [] if row.quantizes else misses(result)}
+        manifest = self._read_manifest(row)
         float_folder = None if row is table.float_row else table.folder(table.float_row.label)
         metrics = self._measuring.run(folder, manifest, float_folder)
         calibration, cpu = manifest.calibration_seconds()
         base = table.base(row)
         if base is not None:  # the time that its weights took counts too
-            of_weights, cpu_of_weights = self._manifest(base).calibration_seconds()
+            of_weights, cpu_of_weights = self._read_manifest(base).calibration_seconds()
             calibration += of_weights
             cpu = None if cpu is None else cpu + (cpu_of_weights or 0.0)
         quant = (manifest.config.get("ptq") or {}).get("quant", {})
         cost = manifest.cost or {}
         keys = [column.key for column in metric_columns()]
         result = {
-            "label": row.label,
+            **told,
             "method": manifest.config.get("method", "float"),
             "weight_bits": quant.get("weight_bits") or FLOAT_BITS,
             "act_bits": quant.get("act_bits") or FLOAT_BITS,
@@ -198,7 +243,6 @@ class TableRun:
             "ablation": quant.get("ablation"),
             "images": manifest.num_images,
             **{k: float(v) for k, v in metrics.items() if k in keys or k.removesuffix("_std") in keys},
-            "published": dict(row.published),
             "noise_mse": (manifest.noise_error or {}).get("mse"),
             "last_step_mse": (manifest.noise_error or {}).get("last_step"),
             **mean_widths(folder),
@@ -210,8 +254,12 @@ class TableRun:
             "calibration_s": calibration,
             "calibration_cpu_s": cpu,
             "sampling_s": manifest.seconds["sampling"],
-            "command": shlex.join(["python", *table.command(row, self.device)]),
+            "date": time.strftime("%Y-%m-%d", time.localtime((folder / "run.json").stat().st_mtime)),
+            "machine": machine_of(manifest),
         }
+        if self._kept is not None:
+            group = [r for r in table.rows if r.group is not None and r.group == row.group]
+            self._kept.keep(row, result, manifest, picture=not group or row is group[0])
         return {**result, "flags": [] if row.quantizes else misses(result)}
 
 

@@ -198,6 +198,15 @@ class TableFile:
         """Return the run folder of a row."""
         return self.out / label.lower().replace(" ", "-").replace("/", "-").replace(",", "")
 
+    def kept_images(self, label: str) -> Path:
+        """Return the folder for a row's images that were kept from an earlier run (`qdiff.cli.kept_results`)."""
+        return self.out / "kept" / self.folder(label).name
+
+    def images(self, label: str) -> Path:
+        """Return the folder with a row's images: its run's, or the kept ones where the run has none."""
+        own = self.folder(label) / "img"
+        return own if (own / "00000.png").is_file() else self.kept_images(label)
+
     def missing_checkpoint(self, row: TableRow) -> str | None:
         """Return the calibrated checkpoint that a row's options name if the file is missing, else None."""
         named = [path for option, path in itertools.pairwise(shlex.split(row.options)) if option == "--cali_ckpt"]

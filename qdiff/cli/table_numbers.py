@@ -50,6 +50,14 @@ def file_bytes(folder: Path, manifest: Manifest) -> int:
     return manifest.network_bytes or Path(files["float weights"]["path"]).stat().st_size
 
 
+def machine_of(manifest: Manifest) -> str:
+    """Describe what a run was made on."""
+    return (
+        f"{manifest.machine['cpus']} CPUs, {manifest.torch_threads} thread(s), device {manifest.device}, "
+        f"torch {manifest.packages.get('torch')}"
+    )
+
+
 def mean_widths(folder: Path) -> dict[str, float | None]:
     """Return the mean widths that a run of mixed precision chose; None for any other run, and for what it left alone.
 

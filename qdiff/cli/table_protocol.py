@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +28,7 @@ def protocol_of(
         reference: the statistics of real images.
         compared: number of images compared with float's one by one.
     """
-    counts = sorted({row["images"] for row in results})
+    counts, dates = sorted({row["images"] for row in results}), sorted(row["date"] for row in results)
     told = [
         ("images per row", " or ".join(f"{count:,}" for count in counts)),
         ("seed", str(manifest.config["seed"])),
@@ -56,7 +55,8 @@ def protocol_of(
             ("additions", "what modulated layers add and subtract at a later step, per image; in no GBops"),
         ]
     refits = "; with those of refits, which they do not" if any("--refit" in r["command"] for r in results) else ""
-    told.append(("calibration", "without the recording of the calibration set, which all rows share" + refits))
+    widths = "; with the choice of widths" if any("--target_" in r["command"] for r in results) else ""
+    told.append(("calibration", f"without the recording of the calibration set, which all rows share{refits}{widths}"))
     if any(row.group for row in table.rows):
         told += [
             ("±", "standard deviation over the calibration seeds, each with a calibration set of its own"),
@@ -66,10 +66,9 @@ def protocol_of(
     if any("asked_share" in row for row in results):
         told.append(("asked", "images in which the classifier sees what was asked for"))
     told += [
-        ("machine", f"{manifest.machine['cpus']} CPUs, {manifest.torch_threads} thread(s), device {manifest.device}, "
-                    f"torch {manifest.packages.get('torch')}"),
-        ("date", time.strftime("%Y-%m-%d")),
-    ]  # fmt: skip
+        ("machine", " or ".join(sorted({row["machine"] for row in results}))),
+        ("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
+    ]
     return told if table.source is None else [("published numbers", table.source), *told]
 
 

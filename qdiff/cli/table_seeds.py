@@ -14,7 +14,7 @@ _NAMED = ("label", "command", "flags", "published")  # of a row of results; ever
 
 
 def summarise(
-    rows: Sequence[TableRow], results: Sequence[dict[str, Any]], folder: Callable[[str], Path]
+    rows: Sequence[TableRow], results: Sequence[dict[str, Any]], images: Callable[[str], Path]
 ) -> tuple[list[dict[str, Any]], dict[str, Path]]:
     """Return the rows to show, and the images of each: one row per group of seeds, others as they are.
 
@@ -24,7 +24,7 @@ def summarise(
     Args:
         rows: of the table's file.
         results: of the rows that are finished, see `qdiff.report.columns`.
-        folder: the run folder of a row by its label; a group shows the images of its first seed.
+        images: the folder of a row's images by its label; a group shows those of its first seed.
     """
     groups = {row.label: row.group or row.label for row in rows}
     members: dict[str, list[dict[str, Any]]] = {}
@@ -32,7 +32,7 @@ def summarise(
         members.setdefault(groups[result["label"]], []).append(result)
     repeated = {row.group for row in rows if row.group is not None}
     shown = [_mean(label, some) if label in repeated else some[0] for label, some in members.items()]
-    return shown, {label: folder(some[0]["label"]) / "img" for label, some in members.items()}
+    return shown, {label: images(some[0]["label"]) for label, some in members.items()}
 
 
 def not_shown(rows: Sequence[TableRow], results: Sequence[dict[str, Any]]) -> list[str]:

@@ -57,7 +57,7 @@ def _images(table: TableFile, rows: Sequence[dict[str, Any]]) -> dict[str, Path]
     """Return the images of each row of results: its own, or those of its first seed that has any."""
     folders: dict[str, Path] = {}
     for label in (row["label"] for row in rows):
-        own = [table.folder(row.label) / "img" for row in table.rows if label in (row.label, row.group)]
+        own = [table.images(row.label) for row in table.rows if label in (row.label, row.group)]
         if there := [folder for folder in own if folder.is_dir()]:
             folders[label] = there[0]
     return folders

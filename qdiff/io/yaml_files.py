@@ -33,7 +33,8 @@ def read_table(path: Path) -> dict[str, Any]:
     """
     import yaml
 
-    return _read(path, lambda file: yaml.safe_load(file.read_text()), "table or config", "see configs/tables")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, ten times as fast where PyYAML has libyaml
+    return _read(path, lambda file: yaml.load(file.read_text(), loader), "table or config", "see configs/tables")
 
 
 def _read(path: Path, load: Callable[[Path], Any], what: str, missing: str) -> Any:

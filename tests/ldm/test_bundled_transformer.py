@@ -21,6 +21,7 @@ def test_its_size():
     assert sum(f.stat().st_size for f in FOLDER.rglob("*") if f.is_file()) < 6e6
 
 
+@pytest.mark.slow
 def test_it_draws_what_is_asked_for():
     pipe = diffusers.DiffusionPipeline.from_pretrained(FOLDER)
     pipe.set_progress_bar_config(disable=True)

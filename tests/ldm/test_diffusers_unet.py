@@ -93,6 +93,7 @@ def test_the_same_noise(ours, theirs, batch, relative):
     assert relative(predicted(theirs, *batch), expected) > TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_there_and_back(ours, theirs, arguments, batch, case, relative):
     layout, state = unet_layout(ours), ours.state_dict()

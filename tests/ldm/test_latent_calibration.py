@@ -64,6 +64,7 @@ def test_the_walk_is_the_forward(kind, make_unet, unet_inputs, run_quantized, re
     assert relative(quantized["out.2"][0][0], in_float["out.2"][0][0]) > BATCH_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", thorough_except(("church", "sd"), "sd"))
 def test_calibrated_networks(kind, make_unet, unet_inputs, run_quantized, relative, tmp_path):
     errors, held_out = {}, None

@@ -231,6 +231,7 @@ def test_class_embeddings_come_with_the_file(model_config, fill, write):
     refuses(config, write(state), r"1 tensors missing \(e\.g\. cond_stage_model\.embedding\.weight\)")
 
 
+@pytest.mark.slow
 def test_text_encoders_come_with_the_file_or_from_their_folder(model_config, fill, write, tmp_path):
     folder = tmp_path / "encoder"
     write_tokenizer(folder, all_captions(), 160, 8)

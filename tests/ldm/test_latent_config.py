@@ -158,6 +158,7 @@ def test_file_without_a_part(written, model_config):
             load_config(written(config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted(REPOSITORY.glob("**/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_shipped_models_load_and_fit(path):
     if path.parent.name not in ("latent-diffusion", "stable-diffusion") and path.name != "config.yaml":

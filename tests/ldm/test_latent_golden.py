@@ -55,6 +55,7 @@ FLOAT_ERRORS = {
 }
 
 
+@pytest.mark.slow
 @ALL
 @torch.no_grad()
 def test_float_weights_of_a_published_file(name, relative):
@@ -72,6 +73,7 @@ def test_float_weights_of_a_published_file(name, relative):
     assert {error for error, was in noticed.items() if not was} == deaf
 
 
+@pytest.mark.slow
 @ALL
 def test_wrapped_float_output(name, loaded, relative):
     golden, qnn = loaded(name)
@@ -99,6 +101,7 @@ def test_every_quantizer_fires(name, loaded):
     assert qnn.silent_quantizers() == []
 
 
+@pytest.mark.slow
 @ALL
 def test_published_keys_and_outputs_survive_saving(name, loaded, tmp_path):
     golden, source = loaded(name)

@@ -31,6 +31,7 @@ def sampler(network, rows):
     return x
 
 
+@pytest.mark.slow
 def test_the_bundled_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     images = example("quantize_bundled").main(str(tmp_path / "q.safetensors"), iterations=3)
@@ -62,6 +63,7 @@ def test_what_is_recorded(tiny_network):
             qdiff.record(sampler, tiny_network, **wrong)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "qdiff", "eda-dm", "ptq4dm"])
 def test_methods_by_name(method, wrap, data):
     configs = {"qdiff": QDiffusionConfig(iterations=1, act_iterations=1), "eda-dm": EdaDmConfig(iterations=1)}

@@ -156,6 +156,7 @@ def scaled(wrap, data):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"act_bits": None}, {"weight_bits": None}, {"act_ranges": "timestep"}], ids=str)
 def test_a_file_gives_back_every_bit(config, scaled, wrap, held_out, run_quantized, tmp_path):
     qnn, path = scaled(**config), tmp_path / "q.safetensors"
@@ -171,6 +172,7 @@ def test_a_file_gives_back_every_bit(config, scaled, wrap, held_out, run_quantiz
     assert torch.equal(run_quantized(load_checkpoint_without, given), run_quantized(qnn, given))
 
 
+@pytest.mark.slow
 def test_files_say_that_they_need_a_reader_of_scales(scaled, calibrated, wrap, tmp_path):
     path, plain = tmp_path / "scaled.safetensors", tmp_path / "plain.safetensors"
     save_checkpoint(scaled(), path)
@@ -197,6 +199,7 @@ def test_a_damaged_scale_is_refused_before_anything_changes(scaled, wrap, tmp_pa
     assert not scaled_layers(qnn.model)
 
 
+@pytest.mark.slow
 def test_packed_weights_compute_the_same(scaled, tiny_network, held_out, run_quantized, tmp_path):
     qnn, path = scaled(), tmp_path / "q.safetensors"
     save_checkpoint(qnn, path)
@@ -245,6 +248,7 @@ def test_the_journal_gives_units_back_with_their_scales(scaled, wrap, tmp_path):
     assert journal.restore("weights", 1, target) and not scaled_layers(target)
 
 
+@pytest.mark.slow
 def test_scales_are_counted(scaled, calibrated):
     one, other = (account(qnn, (1, 8, 8)) for qnn in (scaled(), calibrated(**W4A8)))
     channels = sum(layer.in_channels for layer in scaled().layers().values())
@@ -252,6 +256,7 @@ def test_scales_are_counted(scaled, calibrated):
     assert one.bops == other.bops
 
 
+@pytest.mark.slow
 def test_formats_without_a_place_for_scales_refuse_them(scaled, tmp_path):
     with pytest.raises(UserError, match="has no factors of input channels"):
         save_checkpoint(scaled(), tmp_path / "q.pth", format="published")

@@ -114,6 +114,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", RECIPES)
 def test_every_method_calibrates_saves_and_loads_them(method, wrap, data, held_out, run_quantized, tmp_path):
     module, recipe = RECIPES[method]
@@ -135,6 +136,7 @@ def test_every_method_calibrates_saves_and_loads_them(method, wrap, data, held_o
     assert not torch.equal(run_quantized(loaded, held_out), out)
 
 
+@pytest.mark.slow
 def test_packed_from_the_start_and_with_integer_products(
     calibrated, tiny_network, held_out, run_quantized, relative, tmp_path
 ):
@@ -183,6 +185,7 @@ def test_in_double_precision_each_layer_is_its_own_formula(wrap, held_out):
     assert errors[3] < 1e-6 < errors[4]  # δ is kept in float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("there", "here", "says"),
     [
@@ -204,6 +207,7 @@ def test_a_file_of_other_widths_is_refused(there, here, says, calibrated, wrap, 
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
+@pytest.mark.slow
 def test_the_same_widths_in_other_words(calibrated, wrap, held_out, run_quantized, tmp_path):
     qnn = calibrated(**W4A8, layer_bits={"first": "A16", "mid.attn_1.q": "W4"})
     save_checkpoint(qnn, tmp_path / "q.safetensors")
@@ -215,6 +219,7 @@ def test_the_same_widths_in_other_words(calibrated, wrap, held_out, run_quantize
     assert torch.equal(run_quantized(weights, held_out), run_quantized(qnn, held_out, activations=False))
 
 
+@pytest.mark.slow
 def test_costs_are_of_each_layers_width(calibrated):
     plain, mixed = account(calibrated(**W4A8), IMAGE), account(calibrated(**W4A8, layer_bits=MIXED), IMAGE)
     before, after = ({c.name: c for c in counted.layers} for counted in (plain, mixed))
@@ -225,6 +230,7 @@ def test_costs_are_of_each_layers_width(calibrated):
     assert {n for n in after if after[n] != before[n]} == {"conv_in", "conv_out", *list(MIXED)[2:]}
 
 
+@pytest.mark.slow
 def test_published_files_are_refused(calibrated, wrap, tmp_path):
     qnn = calibrated(**W4A8, layer_bits={"last": "W8"})
     with pytest.raises(UserError, match=r"one width for all layers \(last=W8 differ\); save the native format"):
@@ -238,6 +244,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on(wrap, data, held_out, run_quantized, tmp_path, monkeypatch):
     recipe = qdiffusion.QDiffusionConfig(iterations=3, act_iterations=2, batch_size=5)
 
@@ -265,6 +272,7 @@ def test_an_interrupted_calibration_goes_on(wrap, data, held_out, run_quantized,
         CalibrationJournal(tmp_path / "broken", {"quant": QuantConfig(**W4A8, layer_bits={"last": "W8"}).to_dict()})
 
 
+@pytest.mark.slow
 def test_on_a_gpu_it_never_waits(cuda, calibrated, held_out, tmp_path, wrap):
     qnn = calibrated(**W4A8, layer_bits=MIXED)
     save_checkpoint(qnn, tmp_path / "q.safetensors")

@@ -27,6 +27,7 @@ def under_autocast(qnn, given, dtype):
     return out, sum(casts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("config", CONFIGS)
 def test_outputs_are_equal_with_fewer_casts(config, dtype, calibrated, wrap, held_out):
@@ -41,6 +42,7 @@ def test_outputs_are_equal_with_fewer_casts(config, dtype, calibrated, wrap, hel
     assert {q.delta.dtype for q in qnn.act_quantizers().values()} <= {torch.float32}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_layers_dequantize_into_half_precision(calibrated, held_out):
     qnn = calibrated(weight_bits=4, act_bits=8)

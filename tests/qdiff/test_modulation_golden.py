@@ -59,6 +59,7 @@ def test_there_are_fifteen_cases():
     assert len(CASES) == 15 and len(MODULATED) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_six_steps(name, relative):
     golden, made = outputs(name)
@@ -69,6 +70,7 @@ def test_six_steps(name, relative):
     assert relative(outputs(name, act_scale_per=other)[1], golden["outs"]) > EXACT_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULATED)
 def test_errors_are_compensated(name, relative):
     golden, made = outputs(name, ablation="no-compensation")
@@ -76,6 +78,7 @@ def test_errors_are_compensated(name, relative):
     assert met == [True] * 2 + [False] * 4  # before the third step there is no error to compensate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULATED)
 def test_modulation_keeps_nearer_to_float_activations(name, relative):
     golden, made = outputs(name)

@@ -43,6 +43,7 @@ def made(calibrated):
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [pickled, saved, copy.deepcopy], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("kind", KINDS)
 def test_copies_compute_the_same_and_are_their_own(kind, copied, made, held_out):

@@ -30,6 +30,7 @@ def test_float_weights(value):
         check_finite(bad, "model.ckpt")
 
 
+@pytest.mark.slow
 @BAD
 @pytest.mark.parametrize("ending", ["conv_in.weight", "norm_out.bias", "weight_quantizer.alpha", "act_quantizer.delta"])
 def test_published_files(value, ending, calibrated, wrap, tmp_path):

@@ -64,6 +64,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found.cpu().float() - wanted).norm() / wanted.norm())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["native", "published"])
 @pytest.mark.parametrize("packs", [None, False, True])
@@ -78,6 +79,7 @@ def test_from_a_file(kind, packs, on_cpu, on_gpu, given, cuda):
     assert distance(found, on_cpu[0]) < CLOSE < distance(found.flip(0), on_cpu[0])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_error_of_eps(on_gpu, inputs, given):
     """Samples are on the CPU, as they are recorded; so is what is told of them."""
@@ -104,6 +106,7 @@ def test_entering_reads_all_flags_at_once(on_gpu, cuda):
     assert len(cuda.counted(enter).waits) <= 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("per", ["tensor", "sample", "channel"])
 def test_modulation(per, on_gpu, given, cuda):
@@ -114,6 +117,7 @@ def test_modulation(per, on_gpu, given, cuda):
     assert counts.waits == [] and torch.isfinite(found).all()
 
 
+@pytest.mark.slow
 def test_calibration_without_gradients(on_cpu, on_gpu, inputs, given):
     qnn = on_gpu(kind=None)
     linear.calibrate(qnn, CalibrationSet(inputs), None, CalibrationRun(show_progress=False))
@@ -121,6 +125,7 @@ def test_calibration_without_gradients(on_cpu, on_gpu, inputs, given):
         assert distance(qnn(*given), on_cpu[0]) < CLOSE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_half_precision(on_cpu, on_gpu, given):
     (x, t), qnn = given, on_gpu()
@@ -132,6 +137,7 @@ def test_half_precision(on_cpu, on_gpu, given):
         assert distance(qnn(x.half(), t), on_cpu[0]) < CLOSE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_there_and_back(on_cpu, on_gpu, given, inputs):
     qnn = on_gpu()
@@ -146,6 +152,7 @@ def test_there_and_back(on_cpu, on_gpu, given, inputs):
 # --- Launches
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_launches_of_a_call(on_gpu, given, cuda):
     """With the fused kernel a W4A8 call launches at most twice what a float call does, and computes the same bits."""

@@ -90,6 +90,7 @@ def test_the_second_slice_of_a_split_layer_is_regularised():
     assert not torch.equal(layer.weight_int[:, 2:], before[:, 2:])
 
 
+@pytest.mark.slow
 def test_dropout_is_off_during_reconstruction(tiny_network, data):
     results = []
     for probability in (0.9, 0.0):
@@ -105,6 +106,7 @@ def test_dropout_is_off_during_reconstruction(tiny_network, data):
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [{}, {"running_stat_softmax_only": True}])
 def test_running_statistics_cover_attention_quantizers(wrap, data, monkeypatch, recipe):
     """Over three batches the average must have moved the ranges of q, k, v and the softmax output."""
@@ -120,6 +122,7 @@ def test_running_statistics_cover_attention_quantizers(wrap, data, monkeypatch, 
     assert names and all(deltas[0][n] != deltas[1][n] for n in names)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["block", "layer"])
 def test_attention_without_parameters_does_not_break_weight_reconstruction(wrap, data, unit):
     """With activation quantizers there, the attention core is a unit that has nothing to round."""
@@ -186,6 +189,7 @@ def test_loading_takes_no_forward_pass(format, wrap, calibrated, tmp_path, monke
     qnn.assert_initialised()
 
 
+@pytest.mark.slow
 def test_symmetric_adaround_keeps_negative_weights(wrap, data, relative):
     """Clamped to unsigned levels with z = 0, every negative weight would become 0."""
     qnn = wrap(weight_bits=4, weight_symmetric=True)
@@ -199,6 +203,7 @@ def test_symmetric_adaround_keeps_negative_weights(wrap, data, relative):
         assert relative(weight.clamp(min=0), layer.weight) > 0.5 > relative(weight, layer.weight)
 
 
+@pytest.mark.slow
 def test_the_last_partial_batch_is_used(wrap, data, monkeypatch):
     """12 samples in batches of 5, for observing (64 per batch there, so 70 samples) and for fitting."""
     rows_fitted = Counter()

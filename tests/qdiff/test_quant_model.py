@@ -113,6 +113,7 @@ def test_each_side_alone_and_both_differ(calibrated, held_out, run_quantized, re
             assert relative(one, other) > SAME_NETWORK_TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_side_without_width_stays_in_float(calibrated, held_out, run_quantized):
     qnn = calibrated(weight_bits=4, act_bits=None)
     assert not qnn.act_quantizers()
@@ -157,6 +158,7 @@ def test_silent_quantizers_are_those_that_did_not_fire(calibrated, held_out, run
     assert qnn.silent_quantizers() == [f"mid.attn_1.core.act_quantizer_{o}" for o in "qkvw"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [W4A8, {"weight_bits": 3}, {"weight_bits": None, "act_bits": 6}])
 def test_state_dict_is_the_truth(wrap, calibrated, held_out, run_quantized, config):
     """Strict, into a network that never ran a forward pass."""
@@ -193,6 +195,7 @@ def test_loading_a_state_inside_a_mode_takes_effect(calibrated, held_out):
         assert not torch.equal(qnn(*held_out), before)
 
 
+@pytest.mark.slow
 def test_weight_only_sampling_costs_what_float_costs(calibrated, held_out, monkeypatch):
     """Inside the mode a forward runs the same operations as the float network, with nothing dequantized."""
     qnn = calibrated(**W4A8)

@@ -110,6 +110,7 @@ def test_published_files_would_hold_wrong_float_weights(calibrated, tmp_path):
     assert not torch.equal(before["model.conv_in.weight"], after["model.conv_in.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["native", "published"])
 def test_another_checkpoint_takes_effect(format, calibrated, wrap, held_out, run_quantized, tmp_path):
     """Integers that come after the release must not leave the weights of before."""

@@ -109,6 +109,7 @@ def test_every_method_observes_each_timestep(method, wrap, data):
     assert torch.isfinite(output(qnn, data.inputs)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("act_range", ["max", "mse"])
 def test_one_timestep_is_the_shared_range_to_the_bit(method, act_range, wrap, data):
@@ -156,6 +157,7 @@ def test_ranges_per_timestep_are_closer_where_timesteps_differ(wrap, data):
     assert errors[ActRanges.TIMESTEP] < 0.5 * errors[ActRanges.SHARED]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packs", [None, False, True])
 @torch.no_grad()
 def test_files_and_packed_weights(packs, tiny, data, tmp_path, relative):
@@ -195,6 +197,7 @@ def test_its_state_dict_and_a_copy(wrap, data):
     assert all(q.timesteps is timesteps for q in copied.act_quantizers().values())
 
 
+@pytest.mark.slow
 def test_refusals(wrap, data, tmp_path):
     qnn, shared = made(wrap, data), made(wrap, data, config={**W4A8, "act_ranges": "shared"})
     save_checkpoint(qnn, tmp_path / "native")
@@ -232,6 +235,7 @@ def test_the_config_is_what_it_was_without_them():
     assert config.of_layer("last", ("first", "last")).act_bits is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gptq", "qdiff", "eda-dm"])
 def test_a_calibration_continues(method, wrap, data, tmp_path):
     whole = made(wrap, data, method)
@@ -249,6 +253,7 @@ def test_a_calibration_continues(method, wrap, data, tmp_path):
     assert torch.equal(output(resumed, data.inputs), output(whole, data.inputs))
 
 
+@pytest.mark.slow
 def test_weights_are_learned_and_ranges_are_not(wrap, data):
     observed = tables(made(wrap, data, "qdiff"))
     short = replace(METHODS["qdiff"], act_iterations=9)
@@ -313,6 +318,7 @@ def test_rows_in_another_order_are_refused_by_name():
         calibrate(qnn, data, "linear", run=quiet())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_on_a_gpu(tiny, data, cuda, relative, tmp_path):
     qnn, there = tiny(), tiny("cuda")
@@ -332,12 +338,14 @@ def test_on_a_gpu(tiny, data, cuda, relative, tmp_path):
         there(given[0], given[1] + 99989 * (given[1] == 10))
 
 
+@pytest.mark.slow
 def test_calibrated_on_a_gpu(tiny, data, cuda):
     qnn = tiny("cuda")
     calibrate(qnn, data, "linear", run=quiet())
     assert all(delta.device.type == "cuda" and delta.shape == (3,) for delta, _ in tables(qnn).values())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_loaded_packed(tiny, tiny_network, data, tmp_path):
     qnn = tiny()

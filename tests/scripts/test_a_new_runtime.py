@@ -43,6 +43,7 @@ def options(tiny, run):
     )
 
 
+@pytest.mark.slow
 def test_it_samples(call, tiny, weights_only_run, watched, tmp_path):
     words = options(tiny, weights_only_run)
     succeeded(call(SCRIPT, *words, "--runtime", "watched", "--weight_cache", 1, "-l", tmp_path))

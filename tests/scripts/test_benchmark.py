@@ -99,6 +99,7 @@ def names(*variants: str) -> tuple[str, str]:
     return "--runtimes", ",".join(variants)
 
 
+@pytest.mark.slow
 def test_sampling_with_random_weights(measured, here):
     rows, about, outcome = measured(*W4A8_RANDOM, "--measure", "sampling", *names(*RUNNABLE))
     assert list(rows) == RUNNABLE and not any(row["note"] for row in rows.values())
@@ -122,6 +123,7 @@ def test_sampling_with_random_weights(measured, here):
     assert "--random --weight_bit 4" in about["command"] and "out.json" not in about["command"]
 
 
+@pytest.mark.slow
 def test_memory_and_files_alone_need_one_process_at_a_time(measured, here):
     rows, _, outcome = measured("--random", "--repeats", 0, *names("float", "simulated", "torch"))
     assert here.most_open == 1 and "take_turn" not in here.tasks
@@ -129,6 +131,7 @@ def test_memory_and_files_alone_need_one_process_at_a_time(measured, here):
     assert outcome.out.startswith("| variant | memory kept ↓ | memory peak ↓ | file ↓ |\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variants", thorough_except([("torch",), ("float", "torch")], ("torch",)), ids=" ".join)
 def test_a_calibrated_checkpoint_by_real_processes(variants, measured, monkeypatch, calibrated, checkpoint, tmp_path):
     from qdiff.benchmark.fresh_process import FreshProcess
@@ -146,6 +149,7 @@ def test_a_calibrated_checkpoint_by_real_processes(variants, measured, monkeypat
     assert first == f"before\n<!-- table t -->\n{outcome.out.strip()}\n<!-- end of table t -->\nafter\n"
 
 
+@pytest.mark.slow
 def test_repeated_the_document_has_one_table(measured, tmp_path):
     document = tmp_path / "doc.md"
     document.write_text("before\n<!-- table t -->\n<!-- end of table t -->\nafter\n")
@@ -158,6 +162,7 @@ def test_repeated_the_document_has_one_table(measured, tmp_path):
     assert texts[0].startswith("before\n") and texts[0].endswith("\nafter\n")
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_written_anew(measured, tiny, checkpoint, calibrated, tmp_path):
     from qdiff import QuantModel, load_checkpoint, save_checkpoint
     from qdiff.checkpoint.metadata import read_config
@@ -192,6 +197,7 @@ def relative(out, expected) -> float:
     return float((out - expected).norm() / expected.norm())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_variant_computes_the_network_that_it_names(call, small, exported, monkeypatch, tmp_path):
     job = job_of(call, monkeypatch, tmp_path, "--config", small, *SHORT, *W4A8_RANDOM)
@@ -205,6 +211,7 @@ def test_every_variant_computes_the_network_that_it_names(call, small, exported,
     assert relative(out["simulated"], out["float"]) > 3 * ROUNDING_TOLERANCE
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_conditions_are_encoded_before(call, latent, monkeypatch, tmp_path):
     """Sampling in a variant's process gives the latents that the family gives, without its encoder."""
@@ -231,12 +238,14 @@ def initialised(qnn) -> None:
         layer.init_weight_ranges(qnn.config.weight_range)
 
 
+@pytest.mark.slow
 def test_latent_models_without_conditions_sample_with_random_weights(measured, latent):
     like = ("--like", "sample_diffusion_ldm", "-r", latent("unconditional").folder, "--seed", 1, "-c", STEPS)
     rows, about, _ = measured("--random", "--measure", "sampling", *names("float", "torch"), model=like)
     assert [row["calls"] for row in rows.values()] == [STEPS] * 2 and about["calls"] == STEPS
 
 
+@pytest.mark.slow
 def test_one_call_needs_no_encoder(measured, latent):
     model = ("--like", "txt2img", "--config", latent("text").config, "--ddim_steps", STEPS)
     rows, *_ = measured("--random", *names("float", "torch"), model=model)
@@ -258,6 +267,7 @@ def test_modulated_networks_sample(measured):
     assert rows["onnxruntime"]["file_bytes"] == rows["openvino"]["file_bytes"] > 1.7 * plain["openvino"]["file_bytes"]
 
 
+@pytest.mark.slow
 def test_what_has_no_onnx_form_is_noted_and_the_others_are_measured(measured):
     variants = names("float", "torch", "onnxruntime", "openvino-float")
     rows, *_ = measured(*MODULATED, "--quant_mode", "dynamic", "--act_scale_per", "channel", *variants)

@@ -13,6 +13,7 @@ SAMPLER = ("--ddim_steps", 2, "--seed", 7, "--scale", 2.0, "--n_samples", 2, "--
 TEXT = ("--prompt", "a handwritten three", *SAMPLER)
 
 
+@pytest.mark.slow
 def test_calibrated_loaded_and_counted(call, small_latent, tmp_path):
     options, run = (*small_latent("text").options, *TEXT), tmp_path / "run"
     succeeded(call("txt2img", *options, *LINEAR, "--bos_aware", "-l", run))

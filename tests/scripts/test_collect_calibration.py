@@ -27,6 +27,7 @@ def test_published_format(call, tiny, tmp_path):
     assert [p.name for p in out.parent.iterdir()] == ["data.pt"]
 
 
+@pytest.mark.slow
 def test_batches_and_repetition_change_nothing_but_the_seed_does(call, tiny, tmp_path):
     options = (*tiny.options, "--timesteps", 4, "--cali_st", 2, "--cali_n", 5, "--out", tmp_path / "a.pt")
     made = []
@@ -38,6 +39,7 @@ def test_batches_and_repetition_change_nothing_but_the_seed_does(call, tiny, tmp
     assert float((made[3] - made[0]).abs().max()) > BATCH_TOLERANCE  # planted: another seed
 
 
+@pytest.mark.slow
 def test_a_run_records_the_same(call, tiny, tmp_path):
     common = (*tiny.options, "--timesteps", 4, "--seed", 3, "--batch_size", 2, "--cali_st", 2, "--cali_n", 3)
     assert call(SCRIPT, *common, "--out", tmp_path / "a.pt").code == 0

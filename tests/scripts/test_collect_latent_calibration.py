@@ -68,6 +68,7 @@ def test_conditions_are_those_of_the_images(recorded):
     assert not torch.allclose(text["cs"][0, 0], text["ucs"][0, 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", thorough_except(SCRIPTS, "class"))
 def test_a_run_takes_the_file_and_would_record_the_same(kind, call, model_options, recorded, tmp_path):
     run = (*model_options(kind), *COUNT[kind], *W4A8, *FEW, "--quant_mode", "linear", "--cali_n", 5, "--batch_size", 5)
@@ -82,6 +83,7 @@ def test_a_run_takes_the_file_and_would_record_the_same(kind, call, model_option
     assert image_bytes(tmp_path / "own") == image_bytes(tmp_path / "given")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", thorough_except(("class", "text"), "text"))
 def test_without_guidance_only_conditions_are_recorded(kind, call, model_options, tmp_path):
     out = tmp_path / "data.pt"
@@ -136,6 +138,7 @@ def test_an_unconditional_file_for_a_conditional_model(call, model_options, reco
     assert "holds no conditions" in refused(call, model_options, "class", recorded["unconditional"], tmp_path)
 
 
+@pytest.mark.slow
 def test_latents_of_another_shape(call, model_options, recorded, tmp_path):
     line = refused(call, model_options, "class", recorded["text"], tmp_path)
     assert "(4, 8, 8)" in line and "(3, 8, 8)" in line

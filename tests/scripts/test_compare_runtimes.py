@@ -23,6 +23,8 @@ from qdiff.errors import UserError
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 COMMAND, IMAGES, STEPS = "compare_runtimes", 5, 4  # a batch of four and one of one

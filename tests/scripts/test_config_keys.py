@@ -29,6 +29,7 @@ def ddim_run(call, tmp_path):
     return sampled
 
 
+@pytest.mark.slow
 def test_ddim_predictions_and_ranges(ddim_run, monkeypatch):
     plain = ddim_run("eps")
     half = ddim_run("plain", data={"rescaled": False})
@@ -47,6 +48,7 @@ def test_ddim_predictions_and_ranges(ddim_run, monkeypatch):
     assert set(kinds) == {Parameterization.V}
 
 
+@pytest.mark.slow
 def test_latent_predictions(call, tmp_path):
     made = {}
     for kind in ("eps", "v"):

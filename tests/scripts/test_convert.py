@@ -56,6 +56,7 @@ def our_run(model, call, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_the_same_images(model, theirs, our_run):
     def distance() -> int:
         """Return the largest distance of their images from ours, in grey levels."""
@@ -79,6 +80,7 @@ def test_the_same_noise_in_float32(model, ours, theirs, t):
     assert float((theirs.unet(*inputs).sample - expected).norm() / expected.norm()) < EPS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_and_back(model, ours, folder, our_run, call, tmp_path):
     path = tmp_path / "back" / "model.safetensors"
     outcome = succeeded(call("convert", folder, "--to-papers", "--out", path))

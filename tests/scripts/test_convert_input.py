@@ -78,6 +78,7 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+@pytest.mark.slow
 def test_existing_output_is_kept(call, tiny, converted, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.yaml").write_text("x")

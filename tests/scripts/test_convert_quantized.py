@@ -86,6 +86,7 @@ def convert(call, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "name",
@@ -104,6 +105,7 @@ def test_published_checkpoints_in_pipelines(name, convert):
     assert (found - golden.values["fp"]).norm() / expected.norm() > EXACT_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough_except(CASES, *KEPT))
 def test_and_back(name, convert, call, tmp_path):
     golden, (_, _, folder) = GoldenCase(name), convert(name)
@@ -180,6 +182,7 @@ def test_native_checkpoints_and_what_is_told(call, tiny, checkpoint, tmp_path):
     assert "nowhere" in line
 
 
+@pytest.mark.slow
 def test_folders_that_are_not_read(call, convert, tmp_path, monkeypatch):
     _, _, folder = convert("ddim_w4a8_split")
     (tmp_path / "quantized.safetensors").touch()

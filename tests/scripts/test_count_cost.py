@@ -50,6 +50,7 @@ def nothing_cached(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []  # nothing downloaded, nothing written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", thorough_except(FAMILIES, "bedroom", "sd"))
 def test_full_size_models_without_weights(family, call):
     options, (image, context, parameters) = FAMILIES[family]
@@ -61,6 +62,7 @@ def test_full_size_models_without_weights(family, call):
     assert "quantized" not in result and result["quant"] is None
 
 
+@pytest.mark.slow
 def test_cifar10_as_json(call):
     result = counted(call(SCRIPT, *CIFAR10, *W4A8, "--json", "--layers", 3, "--by", "bops"))
     assert result["float"]["bops"] == 1024 * result["float"]["macs"]
@@ -73,6 +75,7 @@ def test_cifar10_as_json(call):
     assert [layer["name"] for layer in by_size] != [layer["name"] for layer in result["heaviest"]]
 
 
+@pytest.mark.slow
 def test_table(call):
     outcome = call(SCRIPT, *CIFAR10, *W4A8, "--layers", 2, "--batch_size", 7, "--cali_st", 20)
     assert outcome.code == 0, outcome.err

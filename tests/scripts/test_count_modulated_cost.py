@@ -17,6 +17,7 @@ def output(call, *options) -> str:
     return outcome.out
 
 
+@pytest.mark.slow
 def test_state_and_additions_are_told(call):
     counted = json.loads(output(call, *W4A4, "--modulate", "--json"))
     numbers = counted["quantized"]

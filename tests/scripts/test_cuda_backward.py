@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from virtual_cuda.preload import build_preload, compiler
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 CASES = HERE / "backward_on_cuda.py"
 
@@ -18,7 +20,7 @@ CASES = HERE / "backward_on_cuda.py"
 def test_learning_on_the_virtual_gpu(request, tmp_path):
     """What is chosen of backward_on_cuda.py, with the autograd engine told that there is no accelerator."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=short", str(CASES)]
-    command += ["-m", request.config.getoption("markexpr")]  # make test leaves out what is thorough there, too
+    command += ["-m", request.config.getoption("markexpr")]  # leaves out the same there
     environment = build_preload(tmp_path)
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

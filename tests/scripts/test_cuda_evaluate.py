@@ -8,6 +8,8 @@ import pytest
 from digit_sets import PROMPTS, digits, write_clip, write_npz, write_run
 from threadpoolctl import threadpool_limits
 
+pytestmark = pytest.mark.slow
+
 SAME = 1e-6  # relative
 
 

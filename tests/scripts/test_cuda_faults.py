@@ -102,6 +102,7 @@ def overflowing(monkeypatch):
     monkeypatch.setattr(quantizer, "fake_quantize_inference", halved)
 
 
+@pytest.mark.slow
 def test_an_overflow_of_half_precision_is_an_error(call, latent, cuda, tmp_path, overflowing):
     words = (*latent("text").options, *TEXT, *LINEAR, "--sm_abit", 16)
     outcome = call("txt2img", *words, "-l", tmp_path / "half")

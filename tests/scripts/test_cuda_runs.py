@@ -106,6 +106,7 @@ def test_float(name, run_on_cuda, of_script, tmp_path):
     assert len(image_bytes(tmp_path)) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", thorough_except((SCRIPT, "txt2img"), SCRIPT))
 def test_the_images_are_those_of_the_cpu(script, call, cuda, of_script, tmp_path):
     words = (*of_script(script), *(("--eta", 1) if script == SCRIPT else ("--ddim_eta", 1, "--precision", "full")))
@@ -124,6 +125,7 @@ def test_pictures_of_every_step(run_on_cuda, of_script, tmp_path):
 # --- Quantized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough_except(QUANTIZED_RUNS, "w4a8", "modulated"))
 def test_quantized(name, run_on_cuda, one_level, tmp_path):
     """Recorded, calibrated, measured and sampled; the same command from the file that it wrote, and packed."""
@@ -152,6 +154,7 @@ def checkpoint(call, of_script, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", thorough_except(("simulated", "torch", "torch-int8"), "torch-int8"))
 def test_runtimes_from_a_file(runtime, run_on_cuda, of_script, checkpoint, tmp_path):
     words = ("--quant_mode", "linear", "--runtime", runtime, "--cali_ckpt", checkpoint / "quantized.safetensors")
@@ -174,6 +177,7 @@ def test_a_published_checkpoint(run_on_cuda, tmp_path):
     assert manifest(tmp_path / "run")["config"]["precision"] == "autocast"
 
 
+@pytest.mark.slow
 def test_collecting(run_on_cuda, of_script, tmp_path):
     for script, more in ((SCRIPT, ()), ("txt2img", ("--precision", "full"))):
         words = [w for w in of_script(script) if w != "--max_images"]
@@ -187,6 +191,7 @@ def test_collecting(run_on_cuda, of_script, tmp_path):
 # --- Half precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", thorough_except(("float", "w4a8", "modulated"), "float"))
 def test_autocast(kind, run_on_cuda, of_script, tmp_path):
     """Half precision is what the conditional scripts take by default; their error of ε is measured in it."""

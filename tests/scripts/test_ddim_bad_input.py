@@ -125,6 +125,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_input_is_one_sentence(name, call, tiny, bad_files, calibrated_run, weights_only_run, tmp_path):
     options, words = REFUSED[name]

@@ -42,6 +42,7 @@ def test_killed_run_makes_only_the_missing_images_again(kind, call, tiny, float_
         assert manifest(folder)["activation_quantizers"]["silent"] == []
 
 
+@pytest.mark.slow
 def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp_path, monkeypatch):
     """The blocks finished before the kill are not fitted again, and the checkpoint is the uninterrupted one."""
     from qdiff.calibration import journal, run

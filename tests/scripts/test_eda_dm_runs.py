@@ -112,6 +112,7 @@ def test_killed_run_makes_the_missing_images_again(call, ddim_run, tmp_path):
     assert image_bytes(tmp_path / "killed") == image_bytes(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finished", thorough_except((0, 5), 5))
 def test_calibration_killed_at_a_block_continues_there(finished, call, ddim_run, tmp_path, monkeypatch):
     from qdiff.calibration import journal, run
@@ -143,6 +144,7 @@ def test_calibration_killed_at_a_block_continues_there(finished, call, ddim_run,
     assert (tmp_path / "run" / "allocation.png").read_bytes() == (folder / "allocation.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_sampling_from_the_finished_checkpoint(call, ddim, ddim_run, tmp_path):
     folder, _ = ddim_run
     loaded = (*PTQ, "--a_sym", "--cali_ckpt", folder / "quantized.safetensors")
@@ -153,12 +155,14 @@ def test_sampling_from_the_finished_checkpoint(call, ddim, ddim_run, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_the_checkpoint_of_another_method_too(call, ddim, linear_run, tmp_path):
     """A method is how it was calibrated; with the options of its file any file is loaded."""
     loaded = ("--a_sym", "--no-keep_ends", "--cali_ckpt", linear_run / "quantized.safetensors")
     succeeded(call(DDIM, *ddim, *PTQ, *loaded, "--method", "eda-dm", "-l", tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_ptq4dm_and_the_search(call, ddim, ddim_float, tmp_path):
     options = ("--method", "ptq4dm", *PTQ, *FEW, "--no-recon", "--w_range", "max")
     succeeded(call(DDIM, *ddim, *options, "-l", tmp_path / "run"))
@@ -170,6 +174,7 @@ def test_ptq4dm_and_the_search(call, ddim, ddim_float, tmp_path):
     assert sum(map(len, recorded["ts"])) == COUNT and run["activation_quantizers"]["silent"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "count"), [(1, 3), (4, 2), pytest.param(3, 1, marks=pytest.mark.thorough)])
 def test_few_timesteps_and_few_samples(steps, count, call, ddim, tmp_path):
     """One step has no other to differ from; fewer samples than steps leave steps without any."""
@@ -203,6 +208,7 @@ def run_of(call, latent, tmp_path_factory):
 CALIBRATED = (*PTQ, *FEW, *RECIPE, *QUICK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", thorough_except(SCRIPTS, "sample_diffusion_ldm_imagenet"))
 def test_latent_scripts(script, run_of):
     folder = run_of(script, *CALIBRATED)
@@ -219,6 +225,7 @@ def test_latent_scripts(script, run_of):
     assert plan["quant"]["act_symmetric"] is (kind != "unconditional")
 
 
+@pytest.mark.slow
 def test_sampling_from_a_finished_latent_checkpoint(run_of):
     script = "sample_diffusion_ldm_imagenet"
     source = run_of(script, *CALIBRATED)
@@ -226,6 +233,7 @@ def test_sampling_from_a_finished_latent_checkpoint(run_of):
     assert image_bytes(loaded) == image_bytes(source)
 
 
+@pytest.mark.slow
 def test_guidance_1_records_the_condition_alone(run_of):
     folder = run_of("sample_diffusion_ldm_imagenet", *CALIBRATED, "--scale", 1.0)
     recorded = assert_allocated(folder, STEPS)
@@ -246,6 +254,7 @@ def test_gradient_checkpointing_does_not_change_the_calibration(run_of):
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", thorough_except(("eda-dm", "qdiff"), "eda-dm"))
 def test_another_calibration_seed_sees_other_images_and_draws_the_same(method, call, ddim, tmp_path):
     """The calibration set and its batches change, what is sampled from (x_T) does not."""

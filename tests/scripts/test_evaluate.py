@@ -128,6 +128,7 @@ def test_few_images_go_without_the_metrics_that_need_more(evaluate, call, tmp_pa
 # ---------------------------------------------------------------------- statistics
 
 
+@pytest.mark.slow
 def test_run_folder_against_a_name(evaluate, call, tmp_path, extractor, monkeypatch):
     run = write_run(tmp_path / "run", MADE, labels=classes(40, 70))
     monkeypatch.chdir(tmp_path)  # names do not depend on where one stands
@@ -203,6 +204,7 @@ def test_adms_statistics_without_images(evaluate, call, adm_files, tmp_path):
 # ---------------------------------------------------------------------- the float run, and prompts
 
 
+@pytest.mark.slow
 def test_fidelity_to_the_float_run(evaluate, call, tmp_path):
     changed = np.clip(MADE.astype(int) + 3, 0, 255).astype(np.uint8)
     base, run = write_run(tmp_path / "float", MADE), write_run(tmp_path / "w4", changed)
@@ -243,6 +245,7 @@ def test_clip_score(evaluate, tmp_path, clip):
 # ---------------------------------------------------------------------- what is written and kept
 
 
+@pytest.mark.slow
 def test_features_are_kept(evaluate, call, tmp_path, extracted):
     real, made = write_folder(tmp_path / "real", REAL), write_folder(tmp_path / "made", MADE)
     words = (real, made, "--extractor", NAME)
@@ -276,6 +279,7 @@ def test_json_beside_the_table(call, tmp_path):
     assert [p.name for p in file.parent.iterdir()] == ["result.json"]
 
 
+@pytest.mark.slow
 def test_class_folders_are_one_set_and_what_is_left_out_is_said(evaluate, call, tmp_path):
     """ImageNet's layout; and a folder of samples with pictures below it counts the samples alone."""
     for number, image in enumerate(MADE):

@@ -11,6 +11,8 @@ from digit_sets import digits, write_npz
 from threadpoolctl import threadpool_limits
 from unfilled_inception import INCEPTION, drawn_inception
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):

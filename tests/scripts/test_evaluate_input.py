@@ -125,6 +125,7 @@ def bad_files(tmp_path):
     write_folder(tmp_path / "grid-alone", MADE[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_WORDS)
 def test_bad_words_are_one_sentence(name, refused, bad_files):
     words, says = BAD_WORDS[name]

@@ -21,6 +21,7 @@ def notes(path) -> dict:
     return json.loads(found["qdiff_notes"])
 
 
+@pytest.mark.slow
 def test_the_float_network(call, one_level, tmp_path):
     path = tmp_path / "float.onnx"
     outcome = succeeded(call("export", *one_level.options[:4], "--timesteps", 4, "--out", path))
@@ -32,6 +33,7 @@ def test_the_float_network(call, one_level, tmp_path):
     assert largest_difference(tmp_path / "run", tmp_path / "torch") <= GREY_LEVELS
 
 
+@pytest.mark.slow
 def test_a_calibrated_network(call, one_level, tmp_path):
     quant = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 8, "--split", "--quant_mode", "linear")
     succeeded(call(SCRIPT, *one_level.options, *SAMPLER, *quant, *DATA, "-l", tmp_path / "simulated"))

@@ -21,6 +21,7 @@ def manifest(folder):
 W4A8 = ("--quant_act", "--act_bit", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activations", thorough_except([(), W4A8], W4A8), ids=["W4A32", "W4A8"])
 def test_a_run_is_calibrated_and_loaded(activations, call, tiny, tmp_path):
     words = (*tiny.options, *SAMPLER, *PTQ, *activations)

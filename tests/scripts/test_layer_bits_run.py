@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from run_checks import succeeded
+from safetensors.torch import save_file
+
+from qdiff.checkpoint.metadata import FORMAT
+from qdiff.config import QuantConfig
 
 SCRIPT = "sample_diffusion_ddim"
 SAMPLER = ("--timesteps", 2, "--max_images", 1, "--seed", 3)
@@ -18,6 +23,7 @@ def manifest(folder):
     return json.loads((folder / "run.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_loaded_and_counted(call, tiny, tmp_path):
     succeeded(call(SCRIPT, *tiny.options, *SAMPLER, "--ptq", *WIDTHS, *CALIBRATION, "-l", tmp_path / "run"))
     run, checkpoint = manifest(tmp_path / "run"), tmp_path / "run" / "quantized.safetensors"
@@ -29,8 +35,8 @@ def test_a_run_is_calibrated_loaded_and_counted(call, tiny, tmp_path):
     assert run["activation_quantizers"]["silent"] == []
     (tmp_path / "widths.yaml").write_text("conv_in: A16\nconv_out: W8A16\nmid.block_1.conv1: W32\n")
     words = ("--ptq", "--split", "--weight_bit", 4, "--quant_act", "--layer_bits", tmp_path / "widths.yaml")
-    for runtime in ("simulated", "torch-int8"):
-        options = (*tiny.options, *SAMPLER, *words, "--cali_ckpt", checkpoint, "--runtime", runtime)
+    for runtime, given in (("simulated", words), ("torch-int8", words[:-2])):  # the file has its widths
+        options = (*tiny.options, *SAMPLER, *given, "--cali_ckpt", checkpoint, "--runtime", runtime)
         succeeded(call(SCRIPT, *options, "-l", tmp_path / runtime))
     assert manifest(tmp_path / "simulated")["noise_error"] == run["noise_error"]
     assert manifest(tmp_path / "torch-int8")["cost"] == run["cost"]
@@ -51,6 +57,18 @@ def test_bad_widths_are_one_sentence(layer_bits, says, call, tiny, tmp_path):
     words = ("--ptq", "--weight_bit", 4, "--layer_bits", layer_bits, *CALIBRATION, "-l", tmp_path / "run")
     assert says in call(SCRIPT, *tiny.options, *SAMPLER, *words).error_line()
     assert not (tmp_path / "run").exists()
+
+
+def test_widths_of_another_networks_file_are_its_fault(call, tiny, tmp_path):
+    config = QuantConfig(weight_bits=4, layer_bits={"mid.block_9.conv1": "W8"})
+    save_file(
+        {"x": torch.zeros(1)},
+        tmp_path / "other.safetensors",
+        {"format": FORMAT, "config": json.dumps(config.to_dict())},
+    )
+    words = ("--ptq", "--weight_bit", 4, "--cali_ckpt", tmp_path / "other.safetensors", "-l", tmp_path / "run")
+    line = call(SCRIPT, *tiny.options, *SAMPLER, *words).error_line()
+    assert "other.safetensors does not fit this network" in line and "mid.block_9.conv1, which is no layer" in line
 
 
 def test_a_run_with_other_widths_is_another_run(call, tiny, tmp_path):

@@ -37,6 +37,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_widths_are_chosen_and_written(folder, tmp_path):
     out, run = tmp_path / "small", tmp_path / "run"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 from modulated_runs import FOLDER, MODULATED
 from run_checks import manifest, succeeded
 
 SCRIPT = "sample_diffusion_ddim"
 
 
+@pytest.mark.slow
 def test_a_cleared_state_can_be_calibrated(call, tiny, tmp_path):
     options = (*tiny.options, "--timesteps", 2, "--max_images", 1, *MODULATED)
     succeeded(call(SCRIPT, *options, "--modulate_ablation", "cleared-state", FOLDER, tmp_path / "run"))

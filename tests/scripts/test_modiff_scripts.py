@@ -74,6 +74,7 @@ def run(call, options, tmp_path_factory):
 # --- The proof: changes are what is quantized, on every step after the first
 
 
+@pytest.mark.slow
 @KINDS
 def test_quantizers_fire_on_every_later_step_and_see_the_difference(kind, run):
     """In every batch; a state that is cleared before every step, as published, fails the same check."""
@@ -89,6 +90,7 @@ def weights(run):
     return lambda kind: run(kind, *DYNAMIC, *RECORDED)[0] / "quantized.safetensors"
 
 
+@pytest.mark.slow
 @MOSTLY_DDIM
 def test_a_cleared_state_fails_that_check(kind, run, weights):
     loaded = (*DYNAMIC, "--modulate", "--cali_ckpt", weights(kind))
@@ -100,6 +102,7 @@ def test_a_cleared_state_fails_that_check(kind, run, weights):
     assert len(counted["silent"]) == counted["total"] > 20
 
 
+@pytest.mark.slow
 def test_without_compensation_the_difference_is_to_the_last_input(run):
     _, watched = run("ddim", *MODULATED, "--modulate_ablation", "no-compensation")
     with pytest.raises(AssertionError, match="call 2"):  # the first change is the same
@@ -110,6 +113,7 @@ def test_without_compensation_the_difference_is_to_the_last_input(run):
             assert torch.equal(now.seen["conv_in.act_quantizers.0"][0], b - a)
 
 
+@pytest.mark.slow
 @KINDS
 def test_without_modulation_the_input_itself_is_quantized(kind, run):
     _, watched = run(kind, *DYNAMIC, *RECORDED)
@@ -130,6 +134,7 @@ OTHER_SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough_except(OTHER_SAMPLERS, "ddim dpm"))
 def test_other_samplers(name, call, options, tmp_path):
     kind, more, calls = OTHER_SAMPLERS[name]
@@ -148,6 +153,7 @@ def assert_images(folder, watched):
     assert all(torch.isfinite(call.output).all() for batch in watched.batches for call in batch)
 
 
+@pytest.mark.slow
 @MOSTLY_DDIM
 def test_images_of_batches_of_different_size(kind, run):
     assert_images(*run(kind, *MODULATED, "--act_tensor"))
@@ -155,6 +161,7 @@ def test_images_of_batches_of_different_size(kind, run):
         assert_images(*run(kind, *MODULATED))
 
 
+@pytest.mark.slow
 @MOSTLY_DDIM
 def test_batch_size_does_not_change_images_with_one_range_a_sample(kind, run):
     sample = (*MODULATED, "--act_tensor")
@@ -162,6 +169,7 @@ def test_batch_size_does_not_change_images_with_one_range_a_sample(kind, run):
     assert psnr(one, other) > SAME_IMAGES
 
 
+@pytest.mark.slow
 def test_with_one_range_a_batch_it_does(run):
     """The check above sees what a neighbour does."""
     one, other = (run("ddim", *MODULATED, *more)[0] for more in ((), ("--batch_size", IMAGES)))
@@ -170,6 +178,7 @@ def test_with_one_range_a_batch_it_does(run):
     assert psnr(one, other) < psnr(*apart)
 
 
+@pytest.mark.slow
 @MOSTLY_DDIM
 def test_killed_run_makes_the_missing_images_again(kind, call, options, run, tmp_path):
     source, _ = run(kind, *MODULATED, "--act_tensor")
@@ -188,6 +197,7 @@ def test_killed_run_makes_the_missing_images_again(kind, call, options, run, tmp
     assert snapshot(folder) == before
 
 
+@pytest.mark.slow
 @KINDS
 def test_manifest(kind, run):
     found = manifest(run(kind, *MODULATED, "--act_tensor")[0])
@@ -250,6 +260,7 @@ STATIC = ("--ptq", "--weight_bit", 4, "--quant_act", "--act_bit", 4, "--modulate
 FEW = ("--cali_st", 2, "--cali_n", 3, "--cali_iters_a", 2, "--cali_batch_size", 4)
 
 
+@pytest.mark.slow
 @MOSTLY_DDIM
 def test_changes_are_calibrated_from_it(kind, call, options, run, weights, recorded, tmp_path):
     resumed = (*STATIC, *FEW, "--resume_w", "--cali_ckpt", weights(kind))

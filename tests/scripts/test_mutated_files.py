@@ -20,6 +20,8 @@ from mutations import mutated_bytes, mutated_tensors, mutated_tree
 from run_checks import manifest, pixels
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 20  # for one case: nothing that is refused takes as long
 
 ONE = ("--timesteps", 1, "--max_images", 1, "--seed", 7)

@@ -105,6 +105,7 @@ def test_the_correction_belongs_to_what_it_was_collected_with(corrected, loaded,
         assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_another_checkpoint(corrected, one_level, call, tmp_path):
     succeeded(call(SCRIPT, *one_level.options, *SAMPLER, *LINEAR, "--w_range", "mse", "-l", tmp_path / "other"))
     words = (*one_level.options, *SAMPLER, *W4A8, *NOISY, "--cali_ckpt", tmp_path / "other" / "quantized.safetensors")
@@ -123,6 +124,7 @@ def test_refused_where_it_cannot_be_right(one_level, call, tmp_path):
         RunCorrection(CorrectionPlan("d2", "tensor", 3, None), plan, SimpleNamespace(sampler=None))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", thorough_except(("torch", "torch-int8"), "torch-int8"))
 def test_a_packed_run_loads_the_float_network_only_to_collect(runtime, loaded, call, tmp_path, monkeypatch):
     words = (*loaded, "--noise_correction", "ptqd", "--correction_samples", 2, "-l", tmp_path / runtime)
@@ -137,6 +139,7 @@ def test_a_packed_run_loads_the_float_network_only_to_collect(runtime, loaded, c
     assert largest_difference(tmp_path / "simulated", tmp_path / runtime) <= GREY_LEVELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [("ddpm_noisy",), ("dpm_solver", "--dpm_method", "singlestep")], ids=" ".join)
 def test_other_samplers(sampler, loaded, call, tmp_path):
     words = ("--sample_type", *sampler, *CORRECTED, "--correction_per", "channel", "--sequence", "-l", tmp_path)
@@ -145,6 +148,7 @@ def test_other_samplers(sampler, loaded, call, tmp_path):
     assert manifest(tmp_path)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_after_guidance(latent, call, tmp_path):
     """PLMS calls the network twice in its first step, and both calls have their entry."""
     model = (*latent("class").options, "--n_samples", 2, "--seed", 7, "--sampler", "plms", "--ddim_steps", 4)

@@ -59,6 +59,7 @@ def test_ddim(runtime, call, one_level, small_weights_run, tmp_path, no_float_ne
         call(SCRIPT, *options, "-l", tmp_path / "simulated")
 
 
+@pytest.mark.slow
 def test_text_with_first_stage_and_encoder(call, small_latent, tmp_path, monkeypatch):
     options = (*small_latent("text").options, *TEXT, "--ptq", "--weight_bit", 4, "--quant_mode", "linear")
     succeeded(call("txt2img", *options, *FEW, "--outdir", tmp_path / "simulated"))

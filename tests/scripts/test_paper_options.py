@@ -84,6 +84,7 @@ def test_every_published_option_is_known(script, call):
     assert [option for option in PUBLISHED[script].split() if option not in words] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "here"), rows(), ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "sample_diffusion_ddim.py"
 IMAGES = 5
 OPTIONS = ("--timesteps", 4, "--max_images", IMAGES, "--batch_size", 2, "--seed", 3)

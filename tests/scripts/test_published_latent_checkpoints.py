@@ -26,6 +26,7 @@ def test_all_cases_are_here():
     assert set(RUNS) == set(LDM_CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", thorough_except(RUNS, "bedroom_w4a8", "sd_w4a8_sm16_split"))
 def test_with_activations_and_weights_alone(name, call, tmp_path):
     golden, (kind, script, sampler) = GoldenCase(name), RUNS[name]

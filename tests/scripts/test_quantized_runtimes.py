@@ -14,6 +14,8 @@ from latent_models import W4A8
 from modulated_runs import psnr
 from run_checks import image_bytes, manifest, succeeded
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 IMAGES = 3

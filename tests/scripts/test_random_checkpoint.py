@@ -15,6 +15,7 @@ SAMPLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SAMPLE)
 def test_it_samples_like_a_real_one(kind, latent, call, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

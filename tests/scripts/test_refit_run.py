@@ -78,6 +78,7 @@ def test_what_a_run_leaves(run):
     assert kinds == ["recording float", "calibrating 8", *["refit of", "recording quantized", "calibrating 8"] * 2]
 
 
+@pytest.mark.slow
 def test_each_recording_is_of_the_network_fitted_before(run, one_level):
     """Every recorded x follows from the one before by a DDIM step with the ε of that network, in float64."""
     alpha_bar = torch.cumprod(1 - torch.linspace(1e-4, 5e-4, 1000, dtype=torch.float64), 0)
@@ -104,6 +105,7 @@ def test_each_recording_is_of_the_network_fitted_before(run, one_level):
     assert step_error(first, recorded[0], False) > 1e-4 < step_error(first, recorded[2], False)
 
 
+@pytest.mark.slow
 def test_the_last_fit_is_one_on_the_last_recording(run, one_level):
     folder, _ = run
     found = network(one_level)
@@ -114,6 +116,7 @@ def test_the_last_fit_is_one_on_the_last_recording(run, one_level):
         assert any("weight_int" in n for n in differing(found, calibrated_on(one_level, folder / name)))
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues(run, options, call, tmp_path, monkeypatch):
     """Killed in the first fit, and again in the second refit."""
     from qdiff.calibration import journal
@@ -170,6 +173,7 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SCRIPTS)
 def test_every_script_and_kind(kind, call, one_level, latent, run, tmp_path):
     script, model, more = SCRIPTS[kind]

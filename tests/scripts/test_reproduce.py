@@ -56,7 +56,7 @@ def table(one_level, tmp_path):
 
 
 @pytest.fixture
-def stood_in(call, monkeypatch):
+def stood_in(call, monkeypatch, without_plots):
     """Replaces subprocesses by calls and metrics by numbers; returns the commands and the measured folders."""
     from qdiff.cli import measure, table
     from qdiff.errors import UserError
@@ -100,6 +100,7 @@ def stood_in(call, monkeypatch):
     return commands, measured
 
 
+@pytest.mark.slow
 def test_table_from_runs(call, table, stood_in, tmp_path):
     commands, measured = stood_in
     out = tmp_path / "out"
@@ -163,6 +164,7 @@ def assert_self_contained(page: str) -> None:
     assert not re.search(r"@import|url\((?!#|data:)|<(?:iframe|object|embed)|fetch\(|XMLHttpRequest", page)
 
 
+@pytest.mark.slow
 def test_repeated_table_measures_only_what_changed(call, table, stood_in, tmp_path):
     commands, measured = stood_in
     path, out = table(rows=ROWS[:2]), tmp_path / "out"
@@ -226,6 +228,7 @@ def test_named_rows_alone_are_run_and_all_finished_ones_shown(call, table, stood
     assert "not yet run" not in (out / "table.md").read_text()
 
 
+@pytest.mark.slow
 def test_only_finished_rows_of_the_present_options_are_shown(call, table, stood_in, tmp_path):
     commands, _ = stood_in
     out = tmp_path / "out"
@@ -266,6 +269,7 @@ def test_dry_run_of_named_rows(call, table):
 COMMON = ("--eta 0.5 --dpm_order 3 --max_images 4", "--eta=0.5 --dpm_order=3 --max_images=4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("common", thorough_except(COMMON, COMMON[1]))
 def test_recording_skips_the_options_it_does_not_know(common, call, table, stood_in, tmp_path):
     commands, _ = stood_in
@@ -321,6 +325,7 @@ def test_failed_subprocess_is_one_sentence_with_its_command(tmp_path):
         _call([str(script), "130"])
 
 
+@pytest.mark.slow
 def test_a_table_of_a_pipeline(table, stood_in, call, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}

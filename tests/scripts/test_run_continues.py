@@ -22,6 +22,7 @@ LATENT_STEPS = ("-c", 4, "--seed", 7)
 # --- More images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantized", thorough_except((False, True), False))
 def test_more_samples_of_a_prompt_make_only_the_missing_images(quantized, call, latent, tmp_path):
     """Their number is also that of the prompts, and the last batch is not full."""
@@ -40,6 +41,7 @@ def test_more_samples_of_a_prompt_make_only_the_missing_images(quantized, call, 
     assert line.startswith("error: ") and "prompts" in line and len(image_bytes(run)) == 6
 
 
+@pytest.mark.slow
 def test_a_run_that_noted_a_calibration_prompt_for_each_image_goes_on(call, latent, tmp_path):
     given = (*latent("text").options, *STEPS, "--prompt", "two", "-l", tmp_path)
     succeeded(call(CAPTIONS, *given, "--n_samples", 2))
@@ -72,6 +74,7 @@ def two_prompts(calibrated_prompts, tmp_path):
     return path, tmp_path / "run", (*given, "-l", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_lines_added_to_a_prompt_file_are_more_images(call, two_prompts):
     path, run, given = two_prompts
     before = snapshot(run)

@@ -36,6 +36,7 @@ def ddim_runs(call, one_level, small_weights_run, tmp_path_factory):
     return options, folder
 
 
+@pytest.mark.slow
 def test_ddim_in_both_runtimes(call, ddim_runs, small_weights_run, tmp_path):
     options, folder = ddim_runs
     run = manifest(folder)
@@ -49,6 +50,7 @@ def test_ddim_in_both_runtimes(call, ddim_runs, small_weights_run, tmp_path):
     assert largest_difference(tmp_path / "openvino", small_weights_run) <= GREY_LEVELS
 
 
+@pytest.mark.slow
 def test_the_file_that_is_named_is_what_runs(call, ddim_runs, small_weights_run, tmp_path):
     """Planted: the last layer's scales twice as large, in the file alone."""
     import onnx

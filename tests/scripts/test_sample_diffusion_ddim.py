@@ -118,6 +118,7 @@ def test_run_folder_has_a_name_of_its_own_without_logdir(call, tiny, tmp_path, m
 # --- Loading
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [(), ("--resume",)])
 def test_own_checkpoint_gives_the_calibrated_images(resume, call, tiny, calibrated_run, tmp_path):
     source = calibrated_run[0]
@@ -129,6 +130,7 @@ def test_own_checkpoint_gives_the_calibrated_images(resume, call, tiny, calibrat
     assert not (tmp_path / "run" / "quantized.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_a_w4a8_checkpoint_alone_are_the_w4_run(call, tiny, calibrated_run, weights_only_run, tmp_path):
     """Weights are fitted before activations and with the same draws: leaving activations out gives the W4 images."""
     options = ("--ptq", "--weight_bit", 4, "--split", "--cali_ckpt", calibrated_run[0] / "quantized.safetensors")
@@ -138,6 +140,7 @@ def test_weights_of_a_w4a8_checkpoint_alone_are_the_w4_run(call, tiny, calibrate
     assert manifest(tmp_path / "run")["activation_quantizers"]["total"] == 0
 
 
+@pytest.mark.slow
 def test_resume_w_calibrates_activations_for_loaded_weights(call, tiny, calibrated_run, weights_only_run, tmp_path):
     loaded, data = weights_only_run / "quantized.safetensors", calibrated_run[0] / "calibration_data.pt"
     options = (*W4A8, "--a_sym", *FEW, "--resume_w", "--cali_ckpt", loaded, "--cali_data_path", data)
@@ -166,6 +169,7 @@ def test_resume_w_calibrates_activations_for_loaded_weights(call, tiny, calibrat
         assert manifest(folder)["files"][role]["path"] == str(path)
 
 
+@pytest.mark.slow
 def test_published_checkpoint_runs(call, tmp_path):
     """A file of the paper's code, with the options of its README."""
     golden = GoldenCase("ddim_w4a8_split")

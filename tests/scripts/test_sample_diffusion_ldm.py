@@ -84,6 +84,7 @@ def test_folder_and_file_name_the_same_model(call, model, float_run, tmp_path):
     assert image_bytes(tmp_path / "run") == image_bytes(float_run)
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_change_images(call, options, float_run, tmp_path):
     succeeded(call(SCRIPT, *options, "--batch_size", 5, "-l", tmp_path / "run"))
     assert largest_difference(tmp_path / "run", float_run) <= GREY_LEVELS
@@ -91,6 +92,7 @@ def test_batch_size_does_not_change_images(call, options, float_run, tmp_path):
     assert np.abs(pixels(tmp_path / "other") - pixels(float_run)).mean() > MEAN_GREY_LEVELS_LOST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("option", "kind", "steps"), [("--dpm", "dpm_solver", 4), ("-v", "ancestral", 4)])
 def test_other_samplers(option, kind, steps, call, options, float_run, tmp_path):
     succeeded(call(SCRIPT, *options, "-e", 1.0, option, "-l", tmp_path / "run"))

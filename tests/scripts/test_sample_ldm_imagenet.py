@@ -52,6 +52,7 @@ def test_float_run_shows_the_classes_in_turn(float_run):
         assert grid.size == (3 * CELL - 1, 3 * CELL - 1)
 
 
+@pytest.mark.slow
 def test_the_label_decides_the_image(call, latent, options, float_run, tmp_path):
     """With the vectors of classes 0 and 1 exchanged, the images of these classes change and no others do."""
     state = load_file(latent("class").weights)
@@ -101,6 +102,7 @@ def test_killed_run_makes_the_missing_images_again(call, options, calibrated_run
     assert manifest(tmp_path / "killed")["labels"] == manifest(calibrated_run)["labels"]
 
 
+@pytest.mark.slow
 def test_batch_size_and_scale(call, options, float_run, tmp_path):
     succeeded(call(SCRIPT, *options, "--n_batch", 5, "-l", tmp_path / "batch"))
     assert largest_difference(tmp_path / "batch", float_run) <= GREY_LEVELS
@@ -150,6 +152,7 @@ def grid_size(folder: Path) -> tuple[int, int]:
         return grid.size
 
 
+@pytest.mark.slow
 def test_n_rows_is_the_number_of_columns(call, options, float_run, tmp_path):
     shutil.copytree(float_run, tmp_path / "run")
     for given, columns in ((2, 2), (100, IMAGES)):
@@ -158,12 +161,14 @@ def test_n_rows_is_the_number_of_columns(call, options, float_run, tmp_path):
         assert grid_size(tmp_path / "run") == (columns * CELL - 1, rows * CELL - 1)
 
 
+@pytest.mark.slow
 def test_skip_grid(call, options, tmp_path):
     succeeded(call(SCRIPT, *options, "--skip_grid", "-l", tmp_path / "run"))
     assert not (tmp_path / "run" / "grid.png").exists()
     assert len(image_bytes(tmp_path / "run")) == IMAGES
 
 
+@pytest.mark.slow
 def test_skip_save_keeps_the_grid_alone(call, options, float_run, tmp_path):
     folder = tmp_path / "run"
     succeeded(call(SCRIPT, *options, "--skip_save", "--save-npz", "-l", folder))
@@ -180,6 +185,7 @@ def test_skip_save_keeps_the_grid_alone(call, options, float_run, tmp_path):
     assert manifest(folder)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_keeps_no_images_starts_over(call, options, calibrated_run, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(calibrated_run, folder)

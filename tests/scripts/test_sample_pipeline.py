@@ -53,6 +53,7 @@ def quantized(folder, tmp_path_factory) -> tuple[Path, Path]:
     return out, run
 
 
+@pytest.mark.slow
 def test_a_quantized_folder_gives_the_images_of_the_run(folder, quantized, tmp_path):
     out, run = quantized
     sampling = ["-n", "3", "--batch_size", "2", "--device", "cpu", "--steps", "4"]
@@ -90,6 +91,7 @@ def test_modulation_is_closer_to_float_at_low_widths(folder, tmp_path):
     assert errors["modulated"] < 0.5 * errors["plain"]
 
 
+@pytest.mark.slow
 def test_it_is_fitted_again_on_its_own_samples(folder, tmp_path):
     naive = ["--method", "linear", "--w_range", "max", "--a_range", "max", "--refit", "1", "--device", "cpu"]
     run, out = tmp_path / "run", tmp_path / "out"

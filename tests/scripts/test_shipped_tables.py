@@ -36,6 +36,7 @@ def shipped(request, tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_rows_resolve(shipped, call):
     shown = json.loads(call("reproduce", shipped, "--out", "never-made", "--dry-run").out)
     assert "float" in next(iter(shown["commands"])).lower()  # float comes first
@@ -58,6 +59,7 @@ def test_rows_resolve(shipped, call):
     assert not (REPOSITORY / "never-made").exists()
 
 
+@pytest.mark.slow
 def test_recording_resolves(shipped):
     """The recording command has no dry run: its options and its model are taken as it would take them."""
     script, *words = TableFile(shipped, "never-made").recording_command("cpu")

@@ -33,6 +33,7 @@ def runs(tmp_path):
     return folder.parent
 
 
+@pytest.mark.slow
 def test_what_is_there_is_shown_and_the_rest_named(runs, call, tmp_path):
     page = tmp_path / "all.html"
     outcome = call("tables_page", DDIM, VQ, "--out", page, "--runs", runs, "--title", "Leaderboard")

@@ -18,6 +18,7 @@ def images(folder):
     return [path.read_bytes() for path in sorted((folder / "img").iterdir())]
 
 
+@pytest.mark.slow
 def test_images_are_the_same_and_a_run_may_take_it_up(call, tiny, tmp_path):
     words = (*tiny.options, *SAMPLER, *LINEAR, "-l", tmp_path)
     succeeded(call(SCRIPT, *words))
@@ -32,6 +33,7 @@ def test_images_are_the_same_and_a_run_may_take_it_up(call, tiny, tmp_path):
     assert run["cost"]["bops"] < without["bops"] and run["cost"]["size_bytes"] == without["size_bytes"]
 
 
+@pytest.mark.slow
 def test_in_float_it_is_calibrated_loaded_and_counted(call, tiny, tmp_path):
     in_float = ("--cache_temporal", "float")
     tfmq = (*W4A8, "--method", "tfmq-dm", "--cali_st", 4, "--cali_n", 2, "--cali_iters", 2)

@@ -11,6 +11,7 @@ PTQ = ("--ptq", "--split", "--weight_bit", 4, "--quant_act", "--act_bit", 8)
 TFMQ = ("--method", "tfmq-dm", "--cali_st", 4, "--cali_n", 2, "--cali_iters", 2, "--tfmq_every", 2)
 
 
+@pytest.mark.slow
 def test_a_run_is_calibrated_and_sampled_with_other_steps(call, tiny, tmp_path):
     words = (*tiny.options, *SAMPLER, "--timesteps", 4, *PTQ, *TFMQ)
     succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))

@@ -49,6 +49,7 @@ def weights_in(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob("*") if p.is_file() and p.parent.name == "out"]
 
 
+@pytest.mark.slow
 def test_two_epochs_write_weights_that_sample(call, command, steps, tmp_path):
     outcome = call(SCRIPT, *command(2))
     assert outcome.code == 0, outcome.err
@@ -65,6 +66,7 @@ def test_two_epochs_write_weights_that_sample(call, command, steps, tmp_path):
     assert call("sample_diffusion_ddim", *options, *ON_DEVICE, "-l", tmp_path / "run").code == 0
 
 
+@pytest.mark.slow
 def test_repeated_command_continues_from_the_last_checkpoint(call, command, steps, tmp_path):
     assert call(SCRIPT, *command(CHECKPOINT_EVERY)).code == 0
     assert len(steps) == CHECKPOINT_EVERY * STEPS_AN_EPOCH
@@ -84,6 +86,7 @@ def test_repeated_command_continues_from_the_last_checkpoint(call, command, step
     assert "last.ckpt was trained with another config" in line and steps == []
 
 
+@pytest.mark.slow
 def test_interrupted_training_writes_no_weights_and_continues(call, command, steps, tmp_path, monkeypatch):
     from ddim.training import NoisePredictionTask
 
@@ -105,6 +108,7 @@ def test_interrupted_training_writes_no_weights_and_continues(call, command, ste
     assert weights_in(tmp_path) == ["weights.safetensors"]
 
 
+@pytest.mark.slow
 def test_seed_fixes_the_weights(call, command, tmp_path):
     from safetensors.torch import load_file
 

@@ -82,6 +82,7 @@ def test_a_pipeline_that_diffusers_samples(train, labels, tmp_path):
     assert two.shape == (2, 8, 8, 3)
 
 
+@pytest.mark.slow
 def test_a_repeated_command_continues(train, labels, tmp_path):
     assert train(config(), "--epochs", 10).code == 0
     assert len(labels) == 10 * STEPS_PER_EPOCH

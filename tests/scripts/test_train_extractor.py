@@ -35,6 +35,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "file", "size"),
     [
@@ -58,6 +59,7 @@ def test_only_the_reference_is_written_and_is_the_bundled_one(words, file, size,
         assert np.abs(ours.sigma - theirs.sigma).max() < FEATURE_TOLERANCE
 
 
+@pytest.mark.slow
 def test_reference_of_32_is_of_rgb_digits_of_32_and_not_of_16():
     extractor = create_extractor("digits-classifier")
     images, _ = load_digit_images(32)

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from thorough import thorough_except
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "train_ldm"
 IMAGES, BATCH = 20, 8
 STEPS_AN_EPOCH = 2  # 20 images in full batches of 8

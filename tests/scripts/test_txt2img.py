@@ -71,6 +71,7 @@ def test_calibrated_run(calibrated_run, float_run):
     assert largest_difference(calibrated_run, float_run) > GREY_LEVELS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", thorough_except(("--resume", "--resume_w", None), None))
 def test_own_checkpoint_gives_the_calibrated_images(resume, call, listed, calibrated_run, tmp_path):
     """The weights alone, or all of it; with or without saying so."""
@@ -81,6 +82,7 @@ def test_own_checkpoint_gives_the_calibrated_images(resume, call, listed, calibr
     assert image_bytes(tmp_path / "run") == image_bytes(calibrated_run)
 
 
+@pytest.mark.slow
 def test_killed_run_makes_the_missing_images_again(call, listed, calibrated_run, tmp_path):
     shutil.copytree(calibrated_run, tmp_path / "killed")
     lose_images(tmp_path / "killed", 2, 3, 4)
@@ -95,11 +97,13 @@ def test_batch_size_does_not_change_images(call, listed, float_run, tmp_path):
     assert largest_difference(tmp_path / "run", float_run) <= GREY_LEVELS
 
 
+@pytest.mark.slow
 def test_precision_is_full_on_the_cpu(call, listed, float_run, tmp_path):
     succeeded(call(SCRIPT, *listed, "--precision", "full", "-l", tmp_path / "run"))
     assert image_bytes(tmp_path / "run") == image_bytes(float_run)
 
 
+@pytest.mark.slow
 def test_guidance_and_samplers_differ(call, options, tmp_path):
     one = (*options, "--prompt", "two", "--n_samples", 2, "--n_iter", 1)
     folders = {}
@@ -121,6 +125,7 @@ def test_guidance_and_samplers_differ(call, options, tmp_path):
 # --- Prompts
 
 
+@pytest.mark.slow
 def test_a_prompt_is_drawn_n_samples_times_n_iter(call, options, tmp_path):
     succeeded(call(SCRIPT, *options, "--prompt", "two", "--n_samples", 2, "--n_iter", 2, "--outdir", tmp_path / "a"))
     run = manifest(tmp_path / "a")
@@ -175,6 +180,7 @@ def test_other_prompts_do_not_continue_a_run(call, options, float_run, tmp_path)
 # --- Sizes and grids
 
 
+@pytest.mark.slow
 def test_another_size(call, options, tmp_path):
     given = ("--n_samples", 2, "--n_iter", 1, "--prompt", "two", "--H", 32, "--W", 24, "--C", 4, "--f", 2)
     succeeded(call(SCRIPT, *options, *given, "--n_rows", 1, "--outdir", tmp_path / "run"))
@@ -184,6 +190,7 @@ def test_another_size(call, options, tmp_path):
         assert grid.size == (48, 2 * 65 - 1)  # twice enlarged
 
 
+@pytest.mark.slow
 def test_calibration_at_another_size(call, options, tmp_path):
     given = (*options, "--n_samples", 2, "--n_iter", 1, "--H", 8, "--W", 16, *PTQ, "--quant_mode", "linear")
     succeeded(call(SCRIPT, *given, "--outdir", tmp_path / "run"))
@@ -192,6 +199,7 @@ def test_calibration_at_another_size(call, options, tmp_path):
     assert manifest(tmp_path / "run")["activation_quantizers"]["silent"] == []
 
 
+@pytest.mark.slow
 def test_skip_grid_and_skip_save(call, options, tmp_path):
     one = (*options, "--n_samples", 1, "--n_iter", 1)
     succeeded(call(SCRIPT, *one, "--skip_grid", "--outdir", tmp_path / "images"))

@@ -53,6 +53,7 @@ def test_published_commands_resolve_without_weights(name, bits, call, monkeypatc
         assert plan["recipe"]["running_stat"] is True
 
 
+@pytest.mark.slow
 def test_defaults_of_stable_diffusion_and_of_the_bundled_model(call, tmp_path, monkeypatch):
     import ldm.locate
 
@@ -75,6 +76,7 @@ def test_defaults_of_stable_diffusion_and_of_the_bundled_model(call, tmp_path, m
     assert config["latent_shape"] == [4, 64, 96]
 
 
+@pytest.mark.slow
 def test_a_bundled_model_in_place_of_stable_diffusion_is_said(call, latent, tmp_path, monkeypatch):
     import ldm.locate
     import ldm.pipeline

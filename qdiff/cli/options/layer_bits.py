@@ -42,6 +42,28 @@ def read_layer_bits(
     return {name: LayerBits.parse(bits) for name, bits in values.items()}
 
 
+def of_checkpoint(path: str | None, own: Mapping[str, LayerBits], activations: bool) -> dict[str, LayerBits]:
+    """Return the widths that a calibrated file's layers have of their own, so that nobody has to repeat them.
+
+    Args:
+        path: ``--cali_ckpt``. What is no native file has none: published ones do not store widths, and what is wrong
+            with others is said where they are loaded.
+        own: the method's, for what the file leaves open.
+        activations: whether activations are quantized; if not, those of a file that has them are not looked at.
+    """
+    if path is None or not path.endswith(".safetensors"):
+        return dict(own)
+    try:
+        found = read_layer_bits(path) if os.path.isfile(path) else {}
+    except UserError:
+        return dict(own)
+    widths = dict(own)
+    for name, bits in found.items():
+        act_bits = own[name].act_bits if bits.act_bits is None and name in own else bits.act_bits
+        widths[name] = replace(bits, act_bits=act_bits if activations else None)
+    return widths
+
+
 def _of_words(given: str) -> dict[str, str]:
     values: dict[str, str] = {}
     for word in given.split(","):

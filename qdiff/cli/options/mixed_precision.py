@@ -85,8 +85,8 @@ def resolve_mixed_precision(args: Namespace, quant: QuantConfig, action: str) ->
     target = "target_bits" if "target_bits" in given else "target_act_bits"
     if action != "calibrate":
         raise UserError(
-            f"--{target} chooses widths before a calibration, but --cali_ckpt names a calibrated file; give "
-            "--layer_bits with that file or its run's widths.json instead"
+            f"--{target} chooses widths before a calibration, but --cali_ckpt names a calibrated file, which has its "
+            "widths; leave out the options of mixed precision"
         )
     if "target_act_bits" in given and quant.act_bits is None:
         raise UserError("--target_act_bits needs quantized activations; add --quant_act")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -12,9 +13,9 @@ from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.mixed_precision import MixedPrecision
 from qdiff.calibration.timesteps import Draw
 from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, scaling, tfmq_dm
-from qdiff.cli.options.layer_bits import read_layer_bits
+from qdiff.cli.options.layer_bits import of_checkpoint, read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
-from qdiff.config import QuantConfig
+from qdiff.config import LayerBits, QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.methods.modiff import ChangesConfig
 from qdiff.methods.registry import DEFAULT, METHODS, Method, Scripts, find_method
@@ -194,7 +195,7 @@ def resolve_ptq(
         rest_bits=args.rest_abit,
         ablation=args.modulate_ablation,
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
-        layer_bits=read_layer_bits(args.layer_bits, own.get("layer_bits", {}), args.quant_act),
+        layer_bits=_layer_bits(args, own.get("layer_bits", {})),
         bos_aware=args.bos_aware,
     )
     action = _action(args, method, quant)
@@ -240,6 +241,12 @@ def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
         return eda_dm.resolve_recipe(args, method, preset)
     given = {field: getattr(args, option) for option, field in method.options.items()}
     return method.config(**{field: value for field, value in given.items() if value is not None})
+
+
+def _layer_bits(args: Namespace, own: Mapping[str, str]) -> dict[str, LayerBits]:
+    """Return the widths of single layers: the given ones, or the calibrated file's and the method's."""
+    widths = read_layer_bits(args.layer_bits, own, args.quant_act)
+    return widths if args.layer_bits is not None else of_checkpoint(args.cali_ckpt, widths, args.quant_act)
 
 
 def _method(args: Namespace) -> str:

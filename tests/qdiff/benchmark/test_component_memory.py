@@ -14,6 +14,8 @@ from qdiff.benchmark import component_memory
 from qdiff.benchmark.component_memory import SDXL, build, count, inputs_of, write_random
 from qdiff.config import QuantConfig
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     **SDXL,
     "sample_size": 8,

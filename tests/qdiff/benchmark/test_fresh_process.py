@@ -10,6 +10,8 @@ import pytest
 from qdiff.benchmark.fresh_process import FreshProcess
 from qdiff.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 SIZE = 80_000_000
 # Bytes: what the interpreter itself takes meanwhile.
 MEMORY_TOLERANCE = 10_000_000

@@ -34,6 +34,7 @@ def parts(monkeypatch):
     return only
 
 
+@pytest.mark.slow
 def test_a_real_part_in_a_process_of_its_own(asked, capsys):
     asked.parts = "machine"
     assert run_check(asked)

@@ -93,6 +93,7 @@ def quantized(model: Tiny) -> tuple[QuantModel, list[parity.Sampled]]:
 # --- What is measured
 
 
+@pytest.mark.slow
 def test_a_network_is_itself(model):
     qnn, batches = quantized(model)
     assert [list(batch.rows) for batch in batches] == [[0, 1], [2]]
@@ -101,6 +102,7 @@ def test_a_network_is_itself(model):
     assert found == parity.Parity([0.0] * 3, 0.0, 0.0, PSNR_CAP, IMAGES)
 
 
+@pytest.mark.slow
 def test_the_error_is_relative_to_the_simulated_output(model):
     """Planted: ε one level of 255 too large, which every step and the images show."""
     qnn, batches = quantized(model)
@@ -128,6 +130,7 @@ def test_psnr_of_images():
     assert parity.image_psnr(black, np.zeros_like(black)).tolist() == pytest.approx([10 * np.log10(16), np.inf])
 
 
+@pytest.mark.slow
 def test_rows_of_a_comparison(compared):
     found = compared(*W4A8, runtimes="torch-int8,torch")
     assert found["timesteps"] == list(TIMES)
@@ -157,6 +160,7 @@ def test_last_bits_are_moved_inside_the_block_alone(model):
         assert float((qnn(*inputs) - model.float_network(*inputs)).norm() / expected.norm()) < 1e-5
 
 
+@pytest.mark.slow
 def test_modulated_networks_run_in_trajectories(compared):
     found = compared(*DYNAMIC, "--modulate", runtimes="torch,torch-int8")
     assert found["rows"]["torch"]["by_call"] == [0.0] * 3 and found["rows"]["torch"]["identical"] == IMAGES

@@ -64,6 +64,7 @@ def test_commands():
         check_command([*COMMAND, "-l", "runs/a"], SCRIPTS)
 
 
+@pytest.mark.slow
 def test_a_command_that_fails(tmp_path, capfd):
     """A real process, which refuses its options before it loads anything."""
     with pytest.raises(UserError, match="failed with exit code 2"):

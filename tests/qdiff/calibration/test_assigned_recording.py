@@ -110,6 +110,7 @@ def run(network, inputs, times=3, scale=None):
     return sample
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*DDIM_CASES, *LDM_CASES])
 def test_the_middle_is_the_input_of_the_attention_block(name):
@@ -131,6 +132,7 @@ def test_the_middle_is_the_input_of_the_attention_block(name):
     assert not torch.equal(made[0], made[1])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["imagenet_w4a8_split", "sd_w4a8_sm16_split"])
 def test_guidance_doubles_the_features(name, relative):

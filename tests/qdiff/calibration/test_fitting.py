@@ -82,6 +82,7 @@ def block_error(unit, block):
         return float((block(*unit.inputs) - unit.target).square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("drop", "layer_weight"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.8)])
 def test_joint_fitting_lowers_the_error_of_the_block(unit, drop, layer_weight):
     nearest = block_error(unit, unit.module)
@@ -123,6 +124,7 @@ def written_out(unit, iterations, rate, act_rate):
     return state(block)
 
 
+@pytest.mark.slow
 def test_without_drops_and_layers_it_is_plain_reconstruction_bit_for_bit(unit):
     integers, deltas, *_ = fit(unit, drop=0.0, layer_weight=0.0)
     expected = written_out(unit, 40, 0.05, 5e-3)
@@ -133,6 +135,7 @@ def test_without_drops_and_layers_it_is_plain_reconstruction_bit_for_bit(unit):
         assert not torch.equal(other[0], expected[0]), changes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_weight", thorough_except((0.0, 0.8), 0.8))
 def test_passes_in_parts_learn_the_same(unit, layer_weight):
     """Without drops: masks are drawn for a pass."""
@@ -149,6 +152,7 @@ def test_passes_in_parts_learn_the_same(unit, layer_weight):
     assert step_sizes > PASS_TOLERANCE and flips > PASS_FLIPS
 
 
+@pytest.mark.slow
 def test_the_generator_decides(unit):
     first = fit(unit, drop=0.5, seed=1)
     torch.manual_seed(99)

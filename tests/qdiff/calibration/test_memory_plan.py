@@ -162,6 +162,7 @@ def test_sentence_names_the_parts():
     )
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_learns_the_same(wrap, data):
     config = QDiffusionConfig(iterations=4, act_iterations=4, batch_size=6, lr_rounding=0.05)
 

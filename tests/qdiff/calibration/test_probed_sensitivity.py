@@ -77,6 +77,7 @@ def noise_of(layer, values, operand, bits):
     return values @ noise.T if operand is WEIGHTS else noise @ layer.weight.T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operand", Operand)
 def test_it_is_close_to_what_is_measured_layer_by_layer(operand, tiny_network):
     generator = torch.Generator().manual_seed(2)
@@ -158,6 +159,7 @@ def test_checkpointed_parts_count_once(kind, uneven):
     assert probed(network, (x,), {WEIGHTS: (4,), ACTS: (6,)}) == expected
 
 
+@pytest.mark.slow
 def test_dynamic_ranges_and_ranges_per_timestep(tiny_network, held_out):
     for changes in ({"act_dynamic": True}, {"act_ranges": "timestep"}):
         found = probed(tiny_network, held_out, {ACTS: (4, 8)}, config=QuantConfig(4, 8, **changes))[ACTS]

@@ -55,6 +55,7 @@ def fit(unit, seed=0, iterations=300, batch_size=5, regulariser=RoundingRegulari
     return alpha, error
 
 
+@pytest.mark.slow
 def test_it_beats_rounding_to_nearest():
     unit = make_unit()
     nearest = output_error(unit)
@@ -144,6 +145,7 @@ def test_callbacks_see_every_iteration():
     assert optimiser.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_penalty_decides_the_roundings():
     undecided = {}
     for regulariser in (RoundingRegulariser(), RoundingRegulariser(weight=0.0)):

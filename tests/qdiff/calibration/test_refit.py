@@ -74,6 +74,7 @@ def differing(qnn: QuantModel, other: QuantModel) -> list[str]:
 # --- Starting anew
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_nothing_of_a_calibration_is_left(kind, tiny_network, data):
     fresh = QuantModel(copy.deepcopy(tiny_network), QuantConfig(**KINDS[kind][0]))
@@ -85,6 +86,7 @@ def test_nothing_of_a_calibration_is_left(kind, tiny_network, data):
         assert torch.equal(qnn(*data.inputs), tiny_network(*data.inputs))
 
 
+@pytest.mark.slow
 @EVERY_KIND
 def test_a_second_fit_is_the_first_fit_on_its_data(kind, tiny_network, data):
     x, t = data.inputs
@@ -97,6 +99,7 @@ def test_a_second_fit_is_the_first_fit_on_its_data(kind, tiny_network, data):
     assert differing(again, wanted) == []
 
 
+@pytest.mark.slow
 def test_what_would_stay_without_it(tiny_network, data):
     """Planted: a scaled network is calibrated again without scales."""
     plain = quantized_in_float(tiny_network, data)
@@ -145,6 +148,7 @@ def step_errors(pipeline, qnn, xs, ts, in_quantized=True) -> list[float]:
     return errors
 
 
+@pytest.mark.slow
 def test_the_quantized_trajectory_is_recorded(pipeline, data):
     qnn = quantized(pipeline, data, weight_bits=3, act_bits=4)
     in_float = record_evenly(pipeline, STEPS, 2, first=3, show_progress=False)
@@ -159,6 +163,7 @@ def test_the_quantized_trajectory_is_recorded(pipeline, data):
     assert max(step_errors(pipeline, qnn, in_float["xs"], in_float["ts"], in_quantized=False)) < STEP_TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_modulated_network_records_each_batch_as_a_trajectory(pipeline, data):
     qnn = quantized(pipeline, data, weight_bits=4, act_bits=3, act_dynamic=True, modulate=True)
     own = record_evenly(pipeline, 3, 3, show_progress=False, pairs=True, qnn=qnn)
@@ -172,6 +177,7 @@ def test_a_modulated_network_records_each_batch_as_a_trajectory(pipeline, data):
     assert float((own["xs"] - in_float["xs"]).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", list(Schedule))
 def test_a_draw_has_the_same_images_at_the_same_steps(schedule, pipeline, data):
     qnn = quantized(pipeline, data, weight_bits=3, act_bits=4)
@@ -189,6 +195,7 @@ def test_a_draw_has_the_same_images_at_the_same_steps(schedule, pipeline, data):
             assert float((at - image).flatten(1).norm(dim=1).min() / image.norm()) < 0.05
 
 
+@pytest.mark.slow
 def test_python_in_a_few_lines(pipeline):
     """As in docs/api.md."""
     sampler = lambda network, rows: pipeline.sample(network, rows, calibration=True)  # noqa: E731
@@ -202,6 +209,7 @@ def test_python_in_a_few_lines(pipeline):
     qdiff.calibrate(qnn, own, "linear")
 
 
+@pytest.mark.slow
 def test_on_a_gpu(cuda, pipeline, data):
     """The host waits for what is kept of a step, and for nothing else while sampling."""
     qnn = quantized(pipeline, data, weight_bits=4, act_bits=8)

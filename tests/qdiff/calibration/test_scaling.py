@@ -63,6 +63,7 @@ def test_none_scales_nothing(small, data):
     assert not any(s is not None for s in scaled(small(), data, InputScaling()).values())
 
 
+@pytest.mark.slow
 def test_an_interrupted_walk_goes_on_at_the_next_unit(small, data, tmp_path, monkeypatch):
     whole = scaled(small(), data, LEARNED)
     done, original = [], network_scaling._scale_unit
@@ -85,6 +86,7 @@ def test_an_interrupted_walk_goes_on_at_the_next_unit(small, data, tmp_path, mon
     assert same(resumed, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config", "quant"),
     [

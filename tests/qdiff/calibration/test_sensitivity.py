@@ -30,6 +30,7 @@ def sqnr(found, wanted):
     return 10 * math.log10(float(wanted.square().sum() / (found - wanted).square().sum()))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["conv_in", SPLIT, "mid.block_1.conv2"])
 def test_weights_are_those_of_a_network_with_one_quantized_layer(name, measured, tiny_network, held_out):
@@ -50,6 +51,7 @@ def batches(inputs):
     return zip(*(part.split(5) for part in inputs), strict=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_activations_are_rounded_with_the_range_of_the_samples(tiny_network, held_out):
     """The input of the first layer, rounded by hand in float64."""

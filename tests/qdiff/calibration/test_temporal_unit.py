@@ -102,6 +102,7 @@ def test_a_latent_network_and_its_gradients(latent, relative):
     assert relative(*both) < CLOSE < relative(both[0].flip(0), both[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", thorough_except(METHODS, "qdiff", "tfmq-dm"))
 def test_it_is_fitted_first_and_once(method, wrap, data, tmp_path, monkeypatch):
     qnn, done = wrap(**W4A8), []
@@ -127,6 +128,7 @@ def test_it_is_fitted_first_and_once(method, wrap, data, tmp_path, monkeypatch):
     assert not any("forward" in vars(m) for m in qnn.modules())
 
 
+@pytest.mark.slow
 def test_learning_it_brings_its_outputs_closer(wrap, data):
     errors = {}
     for iterations in (1, 300):
@@ -175,6 +177,7 @@ def test_every_k_th_timestep_from_the_noisiest_on():
         TfmqDmConfig(every=0)
 
 
+@pytest.mark.slow
 def test_the_published_method_has_a_range_per_timestep(wrap, data):
     qnn = wrap(**W4A8, act_ranges="timestep", act_range="ema", weight_range="mse")
     calibrate(qnn, data, "tfmq-dm", TfmqDmConfig(iterations=2, batch_size=4, every=5), run=quiet())

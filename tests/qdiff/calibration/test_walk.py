@@ -110,6 +110,7 @@ def test_a_unit_sees_what_was_fitted_before_it(calibrated, data, walker):
     pytest.fail(f"never came to the block: {names}")
 
 
+@pytest.mark.slow
 def test_walk_leaves_no_mode_behind(calibrated, data, walker):
     qnn = calibrated(**W4, act_bits=8)
     for index, *_ in walk(qnn.model, data.inputs, walker, weights=True, activations=True):

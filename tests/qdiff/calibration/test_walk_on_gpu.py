@@ -33,6 +33,7 @@ def walked(cuda, tiny_network, data):
     return run
 
 
+@pytest.mark.slow
 def test_activations_that_fit_stay(walked, data):
     kept, counts = walked(ActivationStorage(device=GPU))
     assert counts.bytes_moved(Direction.H2D) == sum(i.numel() * i.element_size() for i in data.inputs)

@@ -88,6 +88,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_native_round_trip_is_exact(name, wrap, calibrated, held_out, run_quantized, tmp_path):
     source, target = calibrated(**CONFIGS[name]), wrap(**CONFIGS[name])
@@ -114,6 +115,7 @@ def test_native_keeps_float_weights_where_they_have_no_width(wrap, calibrated, h
 
 
 # One symmetric activation case is left out on purpose: see the next test.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "w4a8"])
 def test_published_round_trip_is_exact(name, wrap, calibrated, held_out, run_quantized, tmp_path):
     source, target = calibrated(**CONFIGS[name]), wrap(**CONFIGS[name])
@@ -125,6 +127,7 @@ def test_published_round_trip_is_exact(name, wrap, calibrated, held_out, run_qua
     assert torch.equal(run_quantized(target, held_out), run_quantized(source, held_out))
 
 
+@pytest.mark.slow
 def test_published_symmetric_softmax_is_widened_once(wrap, calibrated, held_out, run_quantized, tmp_path):
     """The published DDIM softmax quantizer is signed under --a_sym: half the levels, everything else exact."""
     source, target, again = calibrated(**W4A8), wrap(**W4A8), wrap(**W4A8)
@@ -232,6 +235,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WRAPPED)
 @pytest.mark.parametrize("activations", thorough_except([True, False], True))
 def test_published_names_of_wrapped_networks(activations, how, calibrated, wrap, held_out, run_quantized, tmp_path):

@@ -70,6 +70,7 @@ def test_published_misfit_names_the_option(golden, changes, match):
     refuses(golden.wrapped(**changes), golden.path, match)
 
 
+@pytest.mark.slow
 def test_published_asymmetric_file_under_a_sym(wrap, calibrated, tmp_path):
     save_checkpoint(calibrated(weight_bits=4, act_bits=8), tmp_path / "q.pth", format="published")
     refuses(wrap(weight_bits=4, act_bits=8, act_symmetric=True), tmp_path / "q.pth", "leave --a_sym out")

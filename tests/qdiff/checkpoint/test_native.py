@@ -84,6 +84,7 @@ def test_size_of_the_file(name, bits, tmp_path, monkeypatch):
         assert path.stat().st_size / floats > LARGEST[4]
 
 
+@pytest.mark.slow
 def test_every_bit_comes_back(tmp_path):
     """Bundled weights, whose norms and biases have values that a test's random ones lack."""
     qnn, target = quantized(bundled("digits_text"), 4), quantized(bundled("digits_text"), 4)
@@ -215,6 +216,7 @@ def flipped(source: Path, path: Path, place: int, mask: int) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_flipped_byte_is_found(packed, wrap, calibrated, tiny_network, tmp_path):
     """In any tensor; the header's own bytes are found by other checks, or by this one of the metadata's texts."""
@@ -239,6 +241,7 @@ def test_a_flipped_byte_is_found(packed, wrap, calibrated, tiny_network, tmp_pat
     load_checkpoint(qnn, good)
 
 
+@pytest.mark.slow
 def test_any_byte_of_the_header(wrap, calibrated, tmp_path):
     """Each loads what was written, or is one sentence."""
     good, bad = tmp_path / "good", tmp_path / "bad"
@@ -277,6 +280,7 @@ def test_the_checksum_copies_nothing(calibrated, monkeypatch):
     assert any(getattr(data, "ctypes", None) and data.ctypes.data == tensor.data_ptr() for data in seen)
 
 
+@pytest.mark.slow
 def test_the_hash_of_the_content(calibrated, tmp_path):
     """Two files of one calibration are the same, in whatever order safetensors wrote their metadata."""
     qnn, notes = calibrated(weight_bits=4), {"seed": 1}

@@ -52,6 +52,7 @@ def output(qnn: QuantModel, golden: GoldenCase, weights: bool = True, activation
         return qnn(*golden.exact_inputs)
 
 
+@pytest.mark.slow
 @ALL
 def test_float_output(name, loaded, relative):
     golden, qnn = loaded(name)
@@ -62,6 +63,7 @@ def test_float_output(name, loaded, relative):
     assert relative(output(wrong, golden, False, False), expected) > EXACT_TOLERANCE
 
 
+@pytest.mark.slow
 @ALL
 def test_weights_alone(name, loaded, relative):
     golden, qnn = loaded(name)
@@ -78,6 +80,7 @@ def kinds_of(names: list[str]) -> dict[str, str]:
     return {re.sub(r"\d+", "#", ".".join(name.split(".")[-4:])): name for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     thorough_except([n for n in ALL_CASES if GoldenCase(n).options["act_bits"]], *NARROW_ACTIVE, "wide_sd_w8a8_sym"),
@@ -101,6 +104,7 @@ def test_weights_and_activations(name, loaded, relative):
             delta.copy_(right)
 
 
+@pytest.mark.slow
 @WIDE
 def test_wide_networks_see_the_embedding_in_float64(name, loaded, relative, monkeypatch):
     """The networks of 32 channels do not: their norms remove what is constant over a channel."""
@@ -111,12 +115,14 @@ def test_wide_networks_see_the_embedding_in_float64(name, loaded, relative, monk
     assert relative(output(qnn, golden, False, False), golden.values["fp"]) > EXACT_TOLERANCE
 
 
+@pytest.mark.slow
 def test_softmax_is_computed_in_float64(loaded, relative, monkeypatch):
     golden, qnn = loaded("wide_sd_w4a8_sm16_split")  # of 8 bits, rounding would hide float32's errors
     monkeypatch.setattr(quant_attention, "at_least_single", lambda logits: logits.float())
     assert relative(output(qnn, golden), golden.values["resumed"]) > EXACT_TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_softmax_of_transformer_blocks_is_symmetric_in_published_files(loaded, relative, monkeypatch):
     """Read as unsigned, its range would be of twice the levels, and reach to 2."""
     golden, right = loaded("wide_sd_w8a8_sym")
@@ -139,6 +145,7 @@ def test_the_softmax_of_attention_blocks_is_not(loaded):
 # --- float32, where the order of sums depends on the CPU
 
 
+@pytest.mark.slow
 @WIDE
 def test_float32_without_quantized_activations(name, relative):
     golden = GoldenCase(name)

@@ -11,6 +11,8 @@ from thorough import thorough_except
 from qdiff.checkpoint import load_checkpoint, published_widths, save_checkpoint
 from qdiff.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ACTIVE_CASES = tuple(name for name in ALL_CASES if GoldenCase(name).options["act_bits"] is not None)
 # The share of ε that a wrong width costs, and that a right one may cost, in the squared norm.
 BAD, GOOD = 0.05, 0.02

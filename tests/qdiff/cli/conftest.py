@@ -26,7 +26,7 @@ def digits():
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch, digits):
+def table(tmp_path, monkeypatch, without_plots, digits):
     made = DigitTable(tmp_path, digits[0])
     monkeypatch.setattr(module, "_call", made.call)
     return made

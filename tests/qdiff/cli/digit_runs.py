@@ -44,10 +44,17 @@ class DigitTable:
         path.write_text(yaml.safe_dump(spec))
         return TableFile(path, self.out)
 
-    def run(self, rows: list[dict[str, Any]], named: str | None = None, force: bool = False, **changes: Any) -> dict:
+    def run(
+        self,
+        rows: list[dict[str, Any]],
+        named: str | None = None,
+        force: bool = False,
+        results: Path | None = None,
+        **changes: Any,
+    ) -> dict:
         """Run the table and return its rows by label, as table.json has them."""
         self.commands.clear()
-        TableRun(self.file(rows, **changes), rows=named, force=force).run()
+        TableRun(self.file(rows, **changes), rows=named, force=force, results=results).run()
         return {row["label"]: row for row in json.loads((self.out / "table.json").read_text())["rows"]}
 
     def text(self) -> str:

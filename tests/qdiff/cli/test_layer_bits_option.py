@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from qdiff.checkpoint.metadata import FORMAT
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
-from qdiff.config import LayerBits
+from qdiff.config import LayerBits, QuantConfig
 from qdiff.errors import UserError
 from qdiff.ranges.estimators import RangeMethod
 
@@ -85,3 +88,38 @@ def test_activations_that_are_not_quantized():
 def test_without_ptq_it_has_no_effect():
     (sentence,) = ignored_options(parsed("--layer_bits", "conv_in=W8"))
     assert "--layer_bits" in sentence
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """``checkpoint(layer_bits, act_bits)`` writes the head of a native file."""
+
+    def write(layer_bits, act_bits=8):
+        config = QuantConfig(weight_bits=4, act_bits=act_bits, layer_bits=layer_bits)
+        metadata = {"format": FORMAT, "config": json.dumps(config.to_dict())}
+        save_file({"x": torch.zeros(1)}, tmp_path / "file.safetensors", metadata)
+        return tmp_path / "file.safetensors"
+
+    return write
+
+
+def test_a_calibrated_file_has_its_widths(checkpoint):
+    file = checkpoint({"conv_in": "W8A16", "mid.q": "A6"})
+    widths = (("conv_in", LayerBits(8, 16)), ("mid.q", LayerBits(None, 6)))
+    assert plan("--quant_act", "--cali_ckpt", file).quant.layer_bits == widths
+    ends = (("conv_in", LayerBits(8, 16)), ("first", LayerBits(8, 16)), ("last", LayerBits(8, 16)))
+    assert plan("--quant_act", "--method", "grip", "--cali_ckpt", file).quant.layer_bits == (*ends, widths[1])
+    assert plan("--quant_act", "--cali_ckpt", file, "--layer_bits", "none").quant.layer_bits == ()
+    assert plan("--cali_ckpt", file).quant.layer_bits == (("conv_in", LayerBits(8)),)  # of weights alone
+
+
+def test_a_file_of_weights_leaves_the_inputs_to_the_method(checkpoint):
+    file = checkpoint({"first": "W8", "last": "W8", "mid.q": "W3"}, act_bits=None)
+    ends = (("first", LayerBits(8, 16)), ("last", LayerBits(8, 16)), ("mid.q", LayerBits(3)))
+    assert plan("--quant_act", "--method", "grip", "--resume_w", "--cali_ckpt", file).quant.layer_bits == ends
+
+
+@pytest.mark.parametrize("name", ["no.safetensors", "text.safetensors", "file.pth"])
+def test_what_is_wrong_with_a_file_is_said_where_it_is_loaded(name, tmp_path):
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    assert plan("--quant_act", "--cali_ckpt", tmp_path / name).quant.layer_bits == ()

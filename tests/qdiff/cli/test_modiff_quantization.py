@@ -98,6 +98,7 @@ def made(tiny_network, finished):
 CALIBRATED = [("--modulate",), ("--modulate", "--cali_min_max"), ("--method", "linear", "--modulate")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", thorough_except(CALIBRATED, CALIBRATED[0]))
 def test_changes_are_calibrated_once_and_come_back_from_the_file(more, made, tiny_network, tmp_path):
     qnn, file = made(*more)
@@ -115,6 +116,7 @@ def test_changes_are_calibrated_once_and_come_back_from_the_file(more, made, tin
     assert not torch.equal(tensors["act_delta"], torch.ones(len(ranges)))
 
 
+@pytest.mark.slow
 def test_the_file_s_method_and_the_weights(made):
     from qdiff.checkpoint.metadata import read_metadata
 
@@ -126,6 +128,7 @@ def test_the_file_s_method_and_the_weights(made):
     assert not torch.equal(outputs(learned), outputs(extremes))
 
 
+@pytest.mark.slow
 def test_resume_w_takes_the_weights_of_any_file(made, tiny_network, tmp_path):
     """Of a weights-only run, of one with ranges of activations, of a dynamic one, and a published file."""
     whole, _ = made("--modulate", "--cali_min_max")
@@ -140,6 +143,7 @@ def test_resume_w_takes_the_weights_of_any_file(made, tiny_network, tmp_path):
         assert torch.equal(outputs(qnn), outputs(whole)), name
 
 
+@pytest.mark.slow
 def test_dynamic_ranges_are_in_no_file(made, tiny_network, tmp_path):
     wanted, file = made("--modulate", *DYNAMIC)
     assert "act_delta" not in read_safetensors(file)
@@ -181,6 +185,7 @@ def refused(network, folder, *words):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_ranges_of_activations_are_none_of_changes(made, tiny_network, tmp_path):
     _, acts = made()
     _, changes = made("--modulate")
@@ -227,6 +232,7 @@ def rounded(network, **config):
     return qnn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modulate", [True, False])
 @torch.no_grad()
 def test_error_by_hand(modulate, tiny_network):

@@ -48,6 +48,7 @@ def test_evaluate_measures_it(planted, tmp_path, digits):
     assert "brightness" in evaluate("digits32", tmp_path / "run", metrics=None)["metrics"]
 
 
+@pytest.mark.slow
 def test_tables_and_plots_show_it(planted, table, digits):
     table.changed = {"w4": 10}
     rows = table.run(ROWS, metrics=["fid", "brightness"])

@@ -82,6 +82,7 @@ def test_construction_writes_nothing_and_keeps_float(method, tiny_network, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["linear", "qdiff"])
 def test_calibrates_once_and_comes_back_from_the_checkpoint(method, tiny_network, tmp_path):
     words, record = (*W4A8, *QUICK, "--method", method), Recorder()
@@ -101,6 +102,7 @@ def test_calibrates_once_and_comes_back_from_the_checkpoint(method, tiny_network
     assert torch.equal(outputs(other), wanted) == (method == "linear")  # which draws nothing
 
 
+@pytest.mark.slow
 def test_recording_of_an_interrupted_run_is_used_again(tiny_network, tmp_path):
     words, record = (*W4A8, *QUICK), Recorder()
     save_recording(recording(), tmp_path / "run" / RECORDING)
@@ -114,6 +116,7 @@ def test_recording_of_an_interrupted_run_is_used_again(tiny_network, tmp_path):
 ON_CPU, ON_CUDA, WITH_TF32 = {}, {"device": "cuda", "tf32": False}, {"device": "cuda", "tf32": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("began", "goes_on", "differing"),
     [
@@ -138,6 +141,7 @@ def test_a_calibration_goes_on_where_it_began(began, goes_on, differing, tiny_ne
             completed(quantization)
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_a_calibration_names_its_option(tiny_network, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
@@ -153,6 +157,7 @@ def test_too_little_memory_for_a_calibration_names_its_option(tiny_network, tmp_
     completed(prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK, "--memory_budget", 0.25))  # goes on
 
 
+@pytest.mark.slow
 def test_given_data_is_read_and_hashed(tiny_network, tmp_path, caplog):
     file, record = tmp_path / "data.pt", Recorder()
     save_recording(recording(4, 5), file)
@@ -170,6 +175,7 @@ def test_weights_only_leaves_activations_in_float(tiny_network, tmp_path):
     assert qnn.layers()["conv_in"].weight_int.max() <= 15
 
 
+@pytest.mark.slow
 def test_resume_w_keeps_the_weights_and_calibrates_activations(tiny_network, tmp_path):
     base = completed(prepared(tiny_network, tmp_path / "w4", "--weight_bit", 4, "--split", *QUICK))
     loaded = ("--resume_w", "--cali_ckpt", tmp_path / "w4" / CHECKPOINT)
@@ -200,6 +206,7 @@ def test_bad_data_is_found_at_construction(tiny_network, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_load_reads_a_checkpoint_made_elsewhere(tiny_network, tmp_path):
     source = completed(prepared(tiny_network, tmp_path / "source", *W4A8, *QUICK))
     save_checkpoint(source, tmp_path / "published.pth", format="published")
@@ -212,6 +219,7 @@ def test_load_reads_a_checkpoint_made_elsewhere(tiny_network, tmp_path):
         assert made.run.manifest.files["quantized checkpoint"]["path"] == str(file)
 
 
+@pytest.mark.slow
 def test_memory_budget_changes_nothing_but_where_activations_are(tiny_network, tmp_path):
     free = outputs(completed(prepared(tiny_network, tmp_path / "free", *W4A8, *QUICK)))
     tight = outputs(completed(prepared(tiny_network, tmp_path / "tight", *W4A8, *QUICK, "--memory_budget", 0)))

@@ -44,6 +44,7 @@ def test_float_that_misses_its_published_number_stops_the_table(table, fid):
     assert (table.out / "table.html").read_bytes() == page and not (table.out / "w4").exists()
 
 
+@pytest.mark.slow
 def test_five_per_cent_are_allowed(table, fid):
     for wanted in (fid / 1.04, fid * 1.04):
         assert table.run(rows_of(fid=wanted))["float"]["flags"] == []
@@ -52,6 +53,7 @@ def test_five_per_cent_are_allowed(table, fid):
         table.run(rows_of(fid=fid * 1.07))  # better than published: as suspicious
 
 
+@pytest.mark.slow
 def test_every_published_metric_counts(table, fid):
     score = table.run([{"label": "float"}])["float"]["isc"]
     with pytest.raises(UserError, match=r"IS .* misses the published"):
@@ -80,11 +82,13 @@ def test_force_goes_on_and_flags(table, fid):
     assert sentence in (table.out / "table.html").read_text()
 
 
+@pytest.mark.slow
 def test_quantized_rows_are_not_held_to_their_published_numbers(table, fid):
     rows = table.run([{"label": "float"}, {**W4, "published": {"fid": 2 * fid}}])
     assert rows["W4"]["flags"] == [] and rows["W4"]["published"] == {"fid": 2 * fid}
 
 
+@pytest.mark.slow
 def test_finished_float_is_checked_when_a_quantized_row_is_asked_for(table, fid):
     with pytest.raises(UserError, match="by 6 %"):
         table.run(rows_of(fid=fid / 1.06), named="W4")
@@ -93,6 +97,7 @@ def test_finished_float_is_checked_when_a_quantized_row_is_asked_for(table, fid)
     assert table.commands == [("sample", "w4")]
 
 
+@pytest.mark.slow
 def test_float_is_added_where_it_is_not_finished(table):
     assert list(table.run(rows_of(), named="W4")) == ["float", "W4"]
     assert table.commands == [("sample", "float"), ("sample", "w4")]
@@ -106,6 +111,7 @@ def test_float_is_added_where_it_is_not_finished(table):
 # ---------------------------------------------------------------------- published numbers
 
 
+@pytest.mark.slow
 def test_published_numbers_stand_beside_ours(table, fid):
     wanted = [
         {"label": "float", "published": {"fid": fid}},
@@ -129,17 +135,20 @@ def test_published_numbers_stand_beside_ours(table, fid):
     assert "Somebody et al. 2023" in page and "5.09" in page
 
 
+@pytest.mark.slow
 def test_without_published_numbers_there_is_no_word_of_them(table):
     table.run(rows_of())
     assert "paper" not in table.text() and "published" not in table.text()
 
 
+@pytest.mark.slow
 def test_costs_come_from_the_manifests(table):
     rows = table.run(rows_of())
     assert rows["W4"]["counted_bytes"] == 1_500_000 and rows["W4"]["gbops"] == pytest.approx(2.5, rel=1e-12)
     assert table.cells("W4")["counted ↓"] == "1.50 MB" and table.cells("W4")["GBops ↓"] == "2.5"
 
 
+@pytest.mark.slow
 def test_errors_and_mean_widths_come_from_the_run_folders(table, monkeypatch):
     def call(command: list[str]) -> None:
         table.call(command)
@@ -191,6 +200,7 @@ def quantized(table, monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 def test_modulated_rows_show_what_they_keep_and_add(table, quantized):
     rows = table.run(quantized(**MODULATED, ablation="no-compensation"))
     found = {key: rows["W4A4"][key] for key in ("method", "modulate", "ranges", "ablation", "act_bits")}
@@ -208,12 +218,14 @@ def test_modulated_rows_show_what_they_keep_and_add(table, quantized):
         assert words in table.text()
 
 
+@pytest.mark.slow
 def test_without_modulation_there_is_no_word_of_it(table, quantized):
     table.run(quantized())
     for words in ("state", "additions", "first step"):
         assert words not in table.text()
 
 
+@pytest.mark.slow
 def test_three_activation_widths_make_a_picture(table, quantized):
     picture = table.out / "against-activation-bits.png"
     rows = quantized()
@@ -232,6 +244,7 @@ def released(table, name="released.pth") -> dict:
     return {"label": "released", "options": f"{QUANTIZED} --cali_ckpt {table.folder / name}"}
 
 
+@pytest.mark.slow
 def test_rows_without_their_checkpoint_are_left_out(table, capsys):
     rows = [{"label": "float"}, released(table), W4]
     assert list(table.run(rows)) == ["float", "W4"]
@@ -245,6 +258,7 @@ def test_rows_without_their_checkpoint_are_left_out(table, capsys):
     assert "left out" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_row_that_was_named_must_have_its_checkpoint(table):
     with pytest.raises(UserError, match=r"row released needs the calibrated checkpoint .*released\.pth"):
         table.run([{"label": "float"}, released(table), W4], named="W4,released")
@@ -252,6 +266,7 @@ def test_a_row_that_was_named_must_have_its_checkpoint(table):
     assert list(table.run([{"label": "float"}, released(table), W4], named="W4")) == ["float", "W4"]
 
 
+@pytest.mark.slow
 def test_only_rows_that_calibrate_need_the_recording(table):
     calibration = {"script": "scripts/collect_calibration.py", "options": "--cali_n 3"}
     (table.folder / "released.pth").touch()
@@ -265,6 +280,7 @@ def test_only_rows_that_calibrate_need_the_recording(table):
 # ---------------------------------------------------------------------- what was asked for
 
 
+@pytest.mark.slow
 def test_conditional_rows_say_how_many_images_are_what_was_asked_for(table, digits):
     asked = digits[1]
     half = [digit if i % 2 else (digit + 1) % 10 for i, digit in enumerate(asked)]
@@ -276,6 +292,7 @@ def test_conditional_rows_say_how_many_images_are_what_was_asked_for(table, digi
     assert "asked images in which the classifier" in table.text()
 
 
+@pytest.mark.slow
 def test_unconditional_tables_have_no_such_column(table):
     table.labels = {"first": None}
     table.run([{"label": "first"}, {"label": "second"}])
@@ -291,6 +308,7 @@ def test_extractor_without_class_names_measures_the_rest(table, digits, monkeypa
     assert "asked_share" not in row and row["isc"] > 1
 
 
+@pytest.mark.slow
 def test_reference_is_the_one_of_the_config_or_of_the_table(table):
     rows = [{"label": "row"}]
     fid = table.run(rows)["row"]["fid"]

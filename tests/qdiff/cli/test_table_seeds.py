@@ -69,7 +69,7 @@ def test_means_and_deviations():
     assert shown[1]["noise_mse"] == pytest.approx(3.0)
     assert shown[1]["noise_mse_std"] == pytest.approx(statistics.stdev(errors))
     assert shown[1]["seeds"] == 3 and shown[1]["weight_bits"] == 4 and shown[1]["weight_bits_std"] == 0.0
-    assert folders == {"float": Path("float/img"), "A": Path("A seed 1/img")}
+    assert folders == {"float": Path("float"), "A": Path("A seed 1")}
 
 
 def test_the_spread_of_seeds_replaces_a_numbers_own():

@@ -63,6 +63,7 @@ def prepared(network, folder, times, visited=TIMES):
     return given, lambda: recording
 
 
+@pytest.mark.slow
 def test_a_run_with_other_steps(tiny_network, tmp_path):
     quantization, record = prepared(tiny_network, tmp_path / "run", TIMES)
     quantization.run.open()

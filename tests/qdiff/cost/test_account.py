@@ -118,6 +118,7 @@ def test_a_side_in_float_counts_as_32():
     assert acts.size_bytes == 4 * acts.parameters + (3 + 4) * 8
 
 
+@pytest.mark.slow
 def test_split_layer(wrap):
     """Two slices: twice the scales; one entry while widths are equal, one a slice where they are not."""
     plain, split = (account(wrap(weight_bits=4, act_bits=8, split_shortcut=s), TINY) for s in (False, True))
@@ -169,6 +170,7 @@ def snapshot(network: nn.Module) -> list:
     return state
 
 
+@pytest.mark.slow
 def test_network_is_left_alone(calibrated, held_out, run_quantized):
     qnn = calibrated(weight_bits=4, act_bits=8, split_shortcut=True)
     expected, output = account(qnn, TINY), run_quantized(qnn, held_out)
@@ -221,6 +223,7 @@ def test_heaviest_and_summary(tiny_network):
     assert json.loads(json.dumps(counts.layers[0].to_dict()))["bops"] == counts.layers[0].bops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", thorough_except(["cifar10", *INPUTS], "cifar10", [*INPUTS][-1]))
 def test_macs_against_torch(model):
     """torch counts the matrix products and convolutions that are dispatched, two operations a MAC."""
@@ -232,6 +235,7 @@ def test_macs_against_torch(model):
     assert account(network, image, context).macs * 2 == counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "published"), [(None, (143.2, 143)), (8, (35.8, 35.9)), (4, (17.9, 18.1))])
 def test_published_sizes_of_cifar10(bits, published):
     """Q-Diffusion's and EDA-DM's figures; MB are 10⁶ bytes."""
@@ -242,6 +246,7 @@ def test_published_sizes_of_cifar10(bits, published):
         assert stored_bytes(qnn) / 2**20 != pytest.approx(published[0], rel=PUBLISHED_SIZE)
 
 
+@pytest.mark.slow
 def test_published_bops_of_cifar10():
     counts = account(cifar10(), (3, 32, 32))
     assert counts.parameters == 35_746_307
@@ -251,6 +256,7 @@ def test_published_bops_of_cifar10():
     assert account(quantized(cifar10(), 8, 8), (3, 32, 32)).bops * 16 == counts.bops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", thorough_except(DEPLOYED, "lsun_bedrooms_ldm4"))
 def test_published_deployment_sizes(model):
     """EDA-DM quantizes the first stage and the text encoder too, and counts no embedding table (SD's has 152 MB)."""

@@ -26,6 +26,8 @@ from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 REPOSITORY = Path(__file__).parents[3]

@@ -113,6 +113,7 @@ def test_onnx_runtime_takes_slower_kernels_where_the_fast_ones_saturate(limits, 
     assert taken == [fast]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="what oneDNN limits is x86's")
 def test_openvino_without_vnni():
     """Only weights of half the range are exact as they are, and all are once they were split."""

@@ -14,6 +14,7 @@ from qdiff.deploy.onnx_export import export_onnx
 from qdiff.deploy.onnx_network import OnnxNetwork, check_config, read_model
 from qdiff.errors import UserError
 
+pytestmark = pytest.mark.slow
 SUM_TOLERANCE, LEVEL_TOLERANCE = 2e-5, 1.5e-3  # relative L2, as in test_onnx_networks.py
 
 

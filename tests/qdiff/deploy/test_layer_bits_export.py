@@ -21,6 +21,8 @@ from qdiff.errors import UserError
 from qdiff.methods import linear
 from qdiff.quant_model import QuantModel
 
+pytestmark = pytest.mark.slow
+
 SUM_TOLERANCE, LEVEL_TOLERANCE = 2e-5, 1.5e-3  # relative L2, as in test_onnx_networks.py
 MIXED = {
     "first": "A16",

@@ -77,6 +77,7 @@ def weight_bytes(path, kind: int) -> int:
 # --- What is stored
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", thorough_except(("exported_text", "exported_digits"), "exported_text"))
 def test_every_integer_is_in_the_file_as_four_bits(network, request):
     least = {"exported_text": 25, "exported_digits": 40}[network]  # layers
@@ -204,6 +205,7 @@ def test_metadata_says_what_it_is(exported_ddim):
     assert not any(node.metadata_props for node in model.graph.node)  # paths of this machine
 
 
+@pytest.mark.slow
 def test_export_does_not_change_the_network(small, tmp_path):
     qnn, path = small
     state = {n: v.clone() for n, v in qnn.state_dict().items()}
@@ -222,6 +224,7 @@ def test_export_does_not_change_the_network(small, tmp_path):
     assert (tmp_path / "other.onnx").read_bytes() != path.read_bytes()
 
 
+@pytest.mark.slow
 def test_export_does_not_change_a_network_in_half_precision(tmp_path):
     """Which an exported one is not: the same happens to a network on another device."""
     qnn = one_layer(act_bits=8).half()
@@ -236,6 +239,7 @@ def test_export_does_not_change_a_network_in_half_precision(tmp_path):
     assert torch.allclose(OnnxNetwork(tmp_path / "model.onnx", "onnxruntime")(*given), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["save", "checker"])
 def test_nothing_half_written_is_left(failing, small, tmp_path, monkeypatch):
     qnn, path = small
@@ -277,6 +281,7 @@ def test_what_has_no_onnx_form_is_refused(config, sentence, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_more_than_a_file_holds_is_refused_before_tracing(tmp_path, monkeypatch):
     from qdiff.deploy import onnx_export, onnx_graph
 

@@ -21,6 +21,8 @@ from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, calibrated_act_quantizers
 from qdiff.ranges.estimators import RangeMethod
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 # Relative L2: float32 sums in another order. No input lies on a rounding edge (`away_from_edges`).

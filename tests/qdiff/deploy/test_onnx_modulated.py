@@ -16,6 +16,8 @@ from qdiff.interface import split_input
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 # Relative L2 of ε at every step: float32 sums in another order. A change of the second layer's input that a last bit

@@ -16,6 +16,8 @@ from torch import Tensor
 from qdiff.deploy.onnx_network import OnnxNetwork
 from qdiff.quant_model import QuantModel
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 # Relative L2 of what lies between quantizers, both sides continuing from the same integers: last bits of float32,

@@ -12,6 +12,8 @@ pytest.importorskip("onnxscript")
 from qdiff.deploy.onnx_program import capture  # noqa: E402
 from qdiff.deploy.onnx_ranges import OPSET  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 BATCH = {0: torch.export.Dim("batch", min=1, max=64)}
 SHAPE = (3, 4, 5)
 

@@ -13,6 +13,8 @@ from qdiff.config import QuantConfig
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
 
+pytestmark = pytest.mark.slow
+
 require_runtimes()
 
 TOLERANCE = 3e-6  # relative L2; the wrong sum is 1

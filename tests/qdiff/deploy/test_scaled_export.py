@@ -17,6 +17,8 @@ from qdiff.config import QuantConfig
 from qdiff.deploy.onnx_export import export_onnx
 from qdiff.quant_model import QuantModel
 
+pytestmark = pytest.mark.slow
+
 SUM_TOLERANCE, LEVEL_TOLERANCE = 2e-5, 1.5e-3  # relative L2, as in test_onnx_networks.py
 
 

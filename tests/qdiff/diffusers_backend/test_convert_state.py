@@ -82,6 +82,7 @@ def ours_without_values(golden: GoldenCase, config: QuantConfig) -> QuantModel:
 # --- to diffusers
 
 
+@pytest.mark.slow
 @ALL
 def test_published_outputs(name, relative):
     golden, _ = published(name)
@@ -96,6 +97,7 @@ def test_published_outputs(name, relative):
             quantizers[0].delta.div_(error)
 
 
+@pytest.mark.slow
 @ALL
 def test_saved_and_loaded_by_diffusers(name, tmp_path):
     golden, theirs = published(name)[0], converted(name)
@@ -128,6 +130,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options"), METHODS.values(), ids=METHODS)
 def test_other_methods(name, options, relative, run_quantized, tmp_path):
     golden = GoldenCase(name)
@@ -143,6 +146,7 @@ def test_other_methods(name, options, relative, run_quantized, tmp_path):
     assert relative(qnn(*golden.exact_inputs), expected) > EXACT_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_networks(name):
     """On the meta device, every layer, attention and quantizer of the big networks has its partner."""
@@ -177,6 +181,7 @@ def back(golden: GoldenCase, theirs: nn.Module, config: QuantConfig) -> QuantMod
     return again
 
 
+@pytest.mark.slow
 @ALL
 def test_the_same_checkpoint_comes_back(name, tmp_path):
     golden, qnn = published(name)

@@ -74,6 +74,7 @@ def read(arguments, tiny_config, tmp_path):
     return made
 
 
+@pytest.mark.slow
 def test_a_folder_becomes_a_checkpoint(qnn, wrap, folder, read, data, run_quantized):
     reader, state = read(folder)
     assert not reader.path.exists()
@@ -89,6 +90,7 @@ def test_a_folder_becomes_a_checkpoint(qnn, wrap, folder, read, data, run_quanti
     assert state.keys() == expected.keys() and all(torch.equal(state[n], value) for n, value in expected.items())
 
 
+@pytest.mark.slow
 def test_half_precision_is_read_as_single(qnn, folder, read):
     """Step sizes are single in any case."""
     network = diffusers.UNet2DModel.from_pretrained(folder, torch_dtype=torch.float16)
@@ -121,6 +123,7 @@ def quantized_there(tiny_network, arguments, data, tmp_path):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [False, True])
 @torch.no_grad()
 def test_networks_that_were_quantized_there(quantized_there, read, wrap, data, run_quantized, relative, split):
@@ -143,6 +146,7 @@ def test_which_folders_are_quantized(folder, arguments, tmp_path):
     assert not is_quantized_folder(tmp_path / "float") and not is_quantized_folder(tmp_path)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_both_formats(qnn, tiny_network, arguments, tmp_path):
     path = tmp_path / "native.safetensors"
     save_checkpoint(qnn, path, notes={"method": "qdiff", "seed": 1, "samples": 12, "plan": {}})
@@ -211,6 +215,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "match"), DAMAGES.values(), ids=DAMAGES)
 def test_damaged_folders(folder, read, change, match, tmp_path):
     change(folder)

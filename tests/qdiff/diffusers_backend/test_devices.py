@@ -30,6 +30,7 @@ def pipe(quantized_folder):
     return quiet(diffusers.DiffusionPipeline.from_pretrained(quantized_folder))
 
 
+@pytest.mark.slow
 def test_moved_to_a_gpu_and_back(pipe, cuda, relative):
     expected = images(pipe)
     pipe.to("cuda")
@@ -39,6 +40,7 @@ def test_moved_to_a_gpu_and_back(pipe, cuda, relative):
     assert torch.equal(images(pipe), expected)
 
 
+@pytest.mark.slow
 def test_calibrated_on_a_gpu(cuda, relative):
     made = []
     for device in ("cpu", "cuda"):
@@ -50,6 +52,7 @@ def test_calibrated_on_a_gpu(cuda, relative):
     assert relative(made[1], made[0]) < CLOSE
 
 
+@pytest.mark.slow
 def test_offloaded_as_a_whole(pipe, cuda, relative):
     expected = images(pipe)
     pipe.enable_model_cpu_offload(device="cuda")
@@ -61,6 +64,7 @@ def test_offloaded_as_a_whole(pipe, cuda, relative):
     assert {t.device.type for t in pipe.unet.state_dict().values()} == {"cpu"}
 
 
+@pytest.mark.slow
 def test_offloading_layer_by_layer_is_refused(pipe, cuda):
     pipe.enable_sequential_cpu_offload(device="cuda")
     with pytest.raises(UserError, match=r"cannot be offloaded layer by layer; call pipe\.enable_model_cpu_offload\(\)"):
@@ -79,6 +83,7 @@ def test_an_offloaded_pipeline_is_not_quantized(cuda):
     assert not qdiff.diffusers_backend.structure.is_quantized(made.unet)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled(tmp_path):
     """With weights alone quantized, the whole network is one graph."""
@@ -101,6 +106,7 @@ def test_a_compiled_network_is_not_quantized():
         qdiff.quantize_pipeline(made, qdiff.QuantConfig(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
 def test_copies_are_independent(pipe, copied, tmp_path):
     expected = images(pipe)

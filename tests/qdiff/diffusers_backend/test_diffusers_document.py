@@ -11,6 +11,8 @@ import pytest
 
 from qdiff.modes import leaves
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers")
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -28,6 +28,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("widths", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded(name, widths, tmp_path, relative):

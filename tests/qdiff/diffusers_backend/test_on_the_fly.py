@@ -101,6 +101,7 @@ def test_float_weights_are_never_all_in_memory(float_folder, monkeypatch):
     assert len(held) >= len(quantized_layers(network)) > 20 and set(held) == {0}
 
 
+@pytest.mark.slow
 def test_in_shards(float_folder, tmp_path):
     diffusers.UNet2DModel.from_pretrained(float_folder / "unet").save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2

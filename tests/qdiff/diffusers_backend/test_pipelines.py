@@ -51,6 +51,7 @@ def quantize(pipe, **options):
     return qdiff.quantize_pipeline(pipe, qdiff.QuantConfig(4, 8), run=CalibrationRun(show_progress=False), **given)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_quantized_saved_and_loaded(name, tmp_path):
     make, given, options = PIPELINES[name]
@@ -76,6 +77,7 @@ def test_quantized_saved_and_loaded(name, tmp_path):
     assert (tmp_path / folder / "README.md").is_file()
 
 
+@pytest.mark.slow
 def test_a_component_by_its_name():
     pipe = with_controlnet()
     quantize(pipe, component="controlnet", prompts=PROMPTS, image=PICTURE)
@@ -118,6 +120,7 @@ def test_encoded_prompts_are_one_per_image():
     assert torch.equal(embeddings, given["prompt_embeds"][[0, 1, 0]])
 
 
+@pytest.mark.slow
 def test_the_seed_decides():
     states = []
     for seed in (0, 0, 1):

@@ -39,6 +39,7 @@ def output(network, dtype=torch.float32):
     return network(**samples(dtype), return_dict=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_loaded_in_half_precision(dtype, quantized_folder, tmp_path, relative):
     single = diffusers.UNet2DModel.from_pretrained(quantized_folder / "unet")
@@ -87,6 +88,7 @@ def prepared(dtype):
     return pipe, pipe.transformer, None, {**options, **given, "height": 32, "width": 32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALF)
 def test_calibrated_in_float32_and_converted_back(dtype):
     pipe, network, kept, options = prepared(dtype)

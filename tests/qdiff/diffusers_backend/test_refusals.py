@@ -95,6 +95,7 @@ def test_a_quantized_pipeline(quantized_folder):
     refused(pipe, "unet is already quantized; load the float pipeline")
 
 
+@pytest.mark.slow
 def test_an_attention_that_is_not_seen():
     """As that of a library's kernel, which calls nothing of torch."""
 
@@ -116,6 +117,7 @@ def lora(network):
     return network
 
 
+@pytest.mark.slow
 def test_a_network_with_an_adapter():
     pytest.importorskip("peft")
     pipe = stable_diffusion()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("diffusers")
 
 # What both import is loaded first, and each order runs in a process of its own from there.

@@ -66,6 +66,7 @@ def test_concatenations_are_split_where_they_were_made(name, monkeypatch):
         assert part == "conv_shortcut" and layer.slices == expected[block]
 
 
+@pytest.mark.slow
 def test_split_layers_are_saved_and_loaded(tmp_path):
     network, call, samples = made("DDPM")
     quantized(network, QuantConfig(4, 8, split_shortcut=True), "linear", None, call, samples)
@@ -99,6 +100,7 @@ def test_networks_that_cannot_be_split_are_refused():
 FUSED = {"SD 1": ("to_qkv", "to_kv"), "FLUX": ("to_qkv", "to_added_qkv"), "SD3": ("to_qkv", "to_added_qkv")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FUSED)
 def test_fused_projections(name, tmp_path, caplog):
     # With dual attention, diffusers' own fused SD3 does not run.
@@ -180,6 +182,7 @@ def test_first_and_last_keep_8_bits(tmp_path):
     assert torch.equal(run(call, loaded, samples), run(call, network, samples))
 
 
+@pytest.mark.slow
 def test_attention_that_goes_elsewhere_later_is_an_error():
     network, call, samples = made("SD 1")
     quantized(network, W4A8, "linear", None, call, samples)

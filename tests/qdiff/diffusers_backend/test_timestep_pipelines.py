@@ -22,6 +22,7 @@ def quantize(pipe, config=W8A8, **options):
     return qdiff.quantize_pipeline(pipe, config, run=CalibrationRun(show_progress=False), **given)
 
 
+@pytest.mark.slow
 def test_quantized_saved_and_loaded(tmp_path):
     pipe = ddim()
     notes = quantize(pipe)

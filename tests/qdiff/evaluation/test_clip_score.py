@@ -94,6 +94,7 @@ def cosines(folder, images, prompts, std=STD, end=1):
     return np.array(values)
 
 
+@pytest.mark.slow
 def test_the_score_is_the_mean_cosine(made):
     images = pictures()
     each = cosines(made, images, PROMPTS)
@@ -120,6 +121,7 @@ def test_the_score_is_the_mean_cosine(made):
         assert abs(100 * planted.mean() - expected.mean()) > 100 * SCORE_TOLERANCE
 
 
+@pytest.mark.slow
 def test_neither_batches_nor_containers_matter(made):
     images = pictures()
     expected = score(images, PROMPTS, made)
@@ -252,6 +254,7 @@ def test_missing_files_are_told(folder, name, what):
     assert f"the {what} of the CLIP model" in says_where_to_get_it(folder)
 
 
+@pytest.mark.slow
 def test_weights_with_gaps_are_told(folder, capfd):
     path = folder / "model.safetensors"
     state = load_file(path)

@@ -148,6 +148,7 @@ def test_without_torch_fidelity_one_sentence_says_how_to_install_it(monkeypatch)
         extractor_class.__wrapped__(DIGITS)  # past the cache
 
 
+@pytest.mark.slow
 def test_importing_the_room_does_not_import_torch_fidelity():
     code = (
         "import sys, qdiff.evaluation.metrics, qdiff.evaluation.reference, qdiff.evaluation.extractors\n"
@@ -190,6 +191,7 @@ def test_inception_refuses_unfit_and_unsafe_files(no_download, tmp_path):
         create_extractor(INCEPTION, path)
 
 
+@pytest.mark.slow
 def test_inception_loads_from_a_named_file_and_from_the_hub_cache(no_download, tmp_path):
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 

@@ -84,6 +84,7 @@ def test_the_tolerances_break_on_planted_errors():
         assert abs(ssim(a, b, **planted) - ssim(a, b)) > 1e3 * SSIM_TOLERANCE, planted
 
 
+@pytest.mark.slow
 def test_equal_images_count_with_the_cap():
     a, b = pair(count=4)
     a[1:3] = b[1:3]
@@ -173,6 +174,7 @@ def lpips(a, b, net, features, scale=127.5, layers=5):
     return float(total.mean())
 
 
+@pytest.mark.slow
 def test_lpips_equals_its_definition(network):
     net, features, path = network
     side = LPIPS_NETS[net][1]
@@ -188,6 +190,7 @@ def test_lpips_equals_its_definition(network):
         assert abs(planted / expected - 1) > 10 * LPIPS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_lpips_of_equal_images_and_of_other_weights(tmp_path):
     a, b = pair(count=1, height=32, width=32)
     features = backbone("alex", seed=1)
@@ -198,6 +201,7 @@ def test_lpips_of_equal_images_and_of_other_weights(tmp_path):
     assert abs(lpips(a, b, "alex", backbone("alex", seed=0)) / found - 1) > 10 * LPIPS_TOLERANCE
 
 
+@pytest.mark.slow
 def test_images_too_small_for_lpips_are_told(network):
     net, _, path = network
     least = LPIPS_NETS[net][1]
@@ -207,6 +211,7 @@ def test_images_too_small_for_lpips_are_told(network):
     assert f"{least - 1}×{least}" in message and f"needs {least}×{least}" in message
 
 
+@pytest.mark.slow
 def test_unfit_lpips_weights_are_told(tmp_path):
     net, features = "alex", backbone("alex")
     a, b = pair(height=32, width=32)

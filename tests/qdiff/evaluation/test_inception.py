@@ -23,6 +23,8 @@ from qdiff.evaluation.measure import measure, possible
 from qdiff.evaluation.reference import load_reference
 from qdiff.evaluation.subject import Subject
 
+pytestmark = pytest.mark.slow
+
 COUNT, REAL_COUNT = 16, 12
 OF_FEATURES = ("fid", "sfid", "isc", "kid", "prc")
 # Resizing in float32 is off by 2e-6 of what NumPy gives, and random weights make a hundred times that of it.

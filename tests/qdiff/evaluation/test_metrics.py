@@ -104,6 +104,7 @@ def spatial_features(extractor, images: np.ndarray, channels: int = SPATIAL_CHAN
     return np.moveaxis(maps[:, :channels], 1, 3).reshape(len(images), -1)
 
 
+@pytest.mark.slow
 def test_sfid_equals_the_definition(extractor, reference, digits, noisy):
     result = measured(noisy, reference, extractor, ["sfid"])
     assert set(result) == {"num_images", "num_reference", "sfid"}
@@ -118,6 +119,7 @@ def test_sfid_equals_the_definition(extractor, reference, digits, noisy):
     assert frechet(ours, turned) != pytest.approx(expected, rel=CROSS_MACHINE)
 
 
+@pytest.mark.slow
 def test_kid_equals_the_definition_on_the_same_subsets(extractor, reference, noisy):
     features = extract_features(noisy, extractor, progress=False).features.double().numpy()
     result = measured(noisy, reference, extractor, ["kid"])
@@ -135,6 +137,7 @@ def test_kid_equals_the_definition_on_the_same_subsets(extractor, reference, noi
     assert result["kid"] != pytest.approx(np.mean(biased), rel=EXACT)
 
 
+@pytest.mark.slow
 def test_kid_near_zero_keeps_its_digits(extractor, reference, digits):
     """There it is a small difference of large sums."""
     from torch_fidelity import metric_kid
@@ -162,6 +165,7 @@ def test_is_equals_the_definition(extractor, noisy):
     assert inception_score(shuffled, 10) != pytest.approx(result["isc"], rel=EXACT)
 
 
+@pytest.mark.slow
 def test_is_by_adms_protocol_takes_parts_in_order(extractor, noisy, monkeypatch):
     logits = extract_features(noisy, extractor, progress=False).logits.numpy()
 
@@ -180,6 +184,7 @@ def test_is_by_adms_protocol_takes_parts_in_order(extractor, noisy, monkeypatch)
         assert found()["isc"] != pytest.approx(np.mean(wrong), rel=EXACT)
 
 
+@pytest.mark.slow
 def test_agrees_with_torch_fidelity_from_end_to_end(extractor, reference, digits, noisy, tmp_path):
     from torch_fidelity import calculate_metrics
 
@@ -215,6 +220,7 @@ def test_agrees_with_torch_fidelity_from_end_to_end(extractor, reference, digits
     assert other["kid"] != pytest.approx(theirs["kernel_inception_distance_mean"], rel=ROUNDING)
 
 
+@pytest.mark.slow
 def test_the_digits_are_at_no_distance_from_themselves_and_noise_is_far(extractor, reference, digits, monkeypatch):
     # 5 of the 100 subsets: how they are drawn and averaged is tested above, on smaller ones.
     monkeypatch.setattr(metric_kid, "kid_features_to_metric", partial(metric_kid.kid_features_to_metric, kid_subsets=5))
@@ -242,6 +248,7 @@ def write_folder(folder, images):
         Image.fromarray(image.squeeze()).save(folder / f"{index:05d}.png")
 
 
+@pytest.mark.slow
 def test_every_form_of_the_same_images_gives_the_same_numbers(extractor, reference, noisy, tmp_path):
     write_folder(tmp_path / "grey", noisy)
     write_folder(tmp_path / "rgb", noisy.repeat(3, axis=-1))
@@ -260,6 +267,7 @@ def test_every_form_of_the_same_images_gives_the_same_numbers(extractor, referen
         assert measured(images, reference, extractor, every) == expected, form
 
 
+@pytest.mark.slow
 def test_metrics_of_cached_features_are_the_same_and_need_no_forward(
     extractor, reference, noisy, tmp_path, monkeypatch
 ):
@@ -271,6 +279,7 @@ def test_metrics_of_cached_features_are_the_same_and_need_no_forward(
     assert first == again == expected
 
 
+@pytest.mark.slow
 def test_a_metric_is_the_same_alone_and_beside_others(extractor, reference, noisy):
     every = ("prc", "kid", "isc", "sfid", "fid")
     together = measured(noisy, reference, extractor, every)
@@ -280,6 +289,7 @@ def test_a_metric_is_the_same_alone_and_beside_others(extractor, reference, nois
     assert together == apart
 
 
+@pytest.mark.slow
 def test_batch_size_does_not_matter(extractor, reference, noisy):
     whole = measured(noisy, reference, extractor)
     parts = measured(noisy, reference, extractor, batch_size=33)

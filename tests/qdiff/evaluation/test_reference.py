@@ -75,6 +75,7 @@ def test_equal_content_gives_equal_bytes(reference, tmp_path):
     assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
 
 
+@pytest.mark.slow
 def test_bundled_reference_is_of_all_digits_with_the_bundled_weights(extractor):
     path = REPOSITORY / BUNDLED["digits"]
     bundled = find_reference("digits", extractor)
@@ -200,6 +201,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(reference, tm
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_ends_in_a_traceback(reference, tmp_path):
     """NumPy, zipfile, zlib and json each raise their own errors for damaged files."""
     path = tmp_path / "r.npz"

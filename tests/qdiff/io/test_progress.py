@@ -169,6 +169,7 @@ def importing_tqdm(text: str) -> bool:
     return any(name.partition(".")[0] == "tqdm" for name in names)
 
 
+@pytest.mark.slow
 def test_no_loop_has_a_bar_of_its_own():
     assert importing_tqdm("from tqdm.auto import tqdm")
     files = [p for folder in ("qdiff", "ldm", "ddim", "scripts") for p in (REPOSITORY / folder).rglob("*.py")]

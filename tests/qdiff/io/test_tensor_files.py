@@ -161,6 +161,7 @@ def test_evil_pickles_run_nothing(number, tmp_path):
         assert loaded == (0 if number in (2, 3) else 2), "what PyTorch blocks is refused, the rest is inert"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_any_damage_is_one_sentence(framework, tmp_path):
     """Bytes of the pickle inside the archive are changed at random: a result or a UserError, nothing else."""

@@ -71,6 +71,7 @@ ZERO_POINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero_point", ZERO_POINTS)
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8, 11, 15, 16])

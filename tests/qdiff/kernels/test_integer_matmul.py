@@ -107,6 +107,7 @@ def wrong_zero_point(x):
     return replace(x, zero_point=x.zero_point + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("int8_where_exact")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("bits", thorough_except(WIDTHS, (8, 8), (4, 8), (8, 16)), ids=lambda b: f"w{b[0]}a{b[1]}")
@@ -316,6 +317,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", thorough_except(NETWORKS, NETWORKS[0], NETWORKS[-1]), ids=str)
 def test_a_network(config, digits, relative, monkeypatch):
     """Over all steps and samples, each at its own time: one value on an edge behind an embedding moves an image."""

@@ -61,6 +61,7 @@ def held_bytes(qnn):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("cache_bytes", thorough_except([0, 300_000, ALL], 300_000))
 def test_the_quantized_output_stays(config, cache_bytes, calibrated, held_out):
@@ -91,6 +92,7 @@ def test_packing_while_quantized(calibrated, held_out):
         assert torch.equal(qnn(*held_out), expected)
 
 
+@pytest.mark.slow
 def test_packing_released_weights_and_releasing_packed_ones(calibrated, held_out):
     qnn = calibrated(**W4A8)
     expected = outputs(qnn, held_out)
@@ -278,6 +280,7 @@ def meta_network(tiny_config):
         return Model(tiny_config).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_loaded_without_a_float_copy(config, calibrated, meta_network, held_out, tmp_path):
     source = calibrated(**config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from qdiff.machine import memory
@@ -13,6 +14,7 @@ from qdiff.machine.memory import available_memory, available_on, resident_memory
 MIB = 1 << 20
 
 
+@pytest.mark.slow
 def test_resident_memory_grows_with_what_is_held():
     growths = []
     for _ in range(5):  # the kernel may take idle pages of ours away in the very moment

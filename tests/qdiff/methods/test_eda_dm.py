@@ -93,6 +93,7 @@ def assert_complete(qnn, run):
     assert all(0 <= e < float("inf") for e in run.errors.values())
 
 
+@pytest.mark.slow
 def test_everything_is_set_and_fires(wrap, data):
     run, qnn = quiet(), wrap(**W4A8)
     calibrated_with(qnn, data, run=run)
@@ -106,6 +107,7 @@ def test_everything_is_set_and_fires(wrap, data):
     assert not any(changed(ours, before, part) for part in ("weight_quantizers", "conv_in.act_quantizers.0.zero_point"))
 
 
+@pytest.mark.slow
 def test_a_latent_network_with_and_without_gradient_checkpointing(wrap):
     """Recomputing a block must meet what was dropped, or the gradients are of another loss."""
     from qdiff.config import QuantConfig
@@ -120,6 +122,7 @@ def test_a_latent_network_with_and_without_gradient_checkpointing(wrap):
     assert len([k for k in results[0] if k.endswith("act_quantizer_w.delta")]) >= 2  # self- and cross-attention
 
 
+@pytest.mark.slow
 def test_it_beats_rounding_to_nearest(wrap, data, held_out, run_quantized):
     config = {**W4A8, "weight_bits": 3}
     errors = []
@@ -129,6 +132,7 @@ def test_it_beats_rounding_to_nearest(wrap, data, held_out, run_quantized):
     assert 0 < errors[1] < GAIN * errors[0]
 
 
+@pytest.mark.slow
 def test_same_seed_same_result(wrap, data):
     results = []
     for seed in (0, 0, 1):
@@ -153,6 +157,7 @@ def counting(monkeypatch, interrupt_at=10**9):
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("unit", "call"), [("block", 0), ("block", 7), ("block", STEPS - 1), ("layer", 12)])
 def test_interrupted_and_resumed_equals_uninterrupted(unit, call, wrap, data, tmp_path, monkeypatch):
     recipe = quick(unit=unit)
@@ -189,6 +194,7 @@ def test_ranges_alone(wrap, data, monkeypatch):
         assert torch.equal(qnn.layers()[name].weight_int, layer.weight_int), name
 
 
+@pytest.mark.slow
 def test_loaded_weights_stay_as_they_are(wrap, data):
     """``--resume_w``: activations alone are calibrated."""
     source = calibrated_with(wrap(**{**W4A8, "act_bits": None}), data, run=quiet(3))
@@ -202,6 +208,7 @@ def test_loaded_weights_stay_as_they_are(wrap, data):
     assert changed(before, result(ranges), "weight_int"), "the weights loaded are those of nearest rounding"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["weight_bits", "act_bits"])
 def test_one_side_alone(side, wrap, data, held_out, run_quantized, relative):
     run, qnn = quiet(), wrap(**{**W4A8, side: None})
@@ -212,6 +219,7 @@ def test_one_side_alone(side, wrap, data, held_out, run_quantized, relative):
     assert len(run.errors) == STEPS and with_core
 
 
+@pytest.mark.slow
 def test_layer_by_layer(wrap, data, monkeypatch):
     run, qnn = quiet(), wrap(**W4A8)
     fitted = counting(monkeypatch)
@@ -237,6 +245,7 @@ def test_ranges_see_the_samples_shuffled(wrap, data, monkeypatch):
     assert all(sorted(rows) == list(range(len(data))) != rows for rows in seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["layer_weight", "drop"])
 def test_numbers_reach_the_fit(field, wrap, data):
     one, other = (calibrated_with(wrap(**W4A8), data, quick(**{field: v})) for v in (0.0, 0.5))

@@ -94,6 +94,7 @@ def test_the_float_network_stays_what_it_was(wrap, data, held_out):
         assert torch.equal(made(wrap, data)(*held_out), expected)
 
 
+@pytest.mark.slow
 def test_options_reach_the_result(wrap, data):
     default = state(made(wrap, data))
     assert same(default, state(made(wrap, data)))
@@ -107,6 +108,7 @@ def test_options_reach_the_result(wrap, data):
         assert not same(default, state(made(wrap, data, config)))
 
 
+@pytest.mark.slow
 def test_batches_do_not_matter(wrap, data):
     class InFives(CalibrationRun):
         def walker(self, qnn, inputs):
@@ -123,6 +125,7 @@ def test_batches_do_not_matter(wrap, data):
         assert torch.allclose(tensor.double(), states[1][name].double(), rtol=1e-9, atol=1e-9), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [0, 3])
 def test_interrupted_and_resumed_equals_uninterrupted(unit, wrap, data, tmp_path, monkeypatch):
     whole, original, count = state(made(wrap, data)), calibration_run.OpenUnit.measure, []
@@ -227,6 +230,7 @@ def test_without_iterations_worth_the_name_the_start_remains(wrap, data):
         assert torch.equal(layer.weight_int, other.weight_int)
 
 
+@pytest.mark.slow
 def test_on_the_virtual_gpu(cuda, wrap, data):
     """Moments and factors are where the network is; second moments in float32 sum in another order there."""
     on_cpu = made(wrap, data)

@@ -62,6 +62,7 @@ def test_it_has_the_options_of_gptq():
     assert plan(f"{W4A8} --gptq_target plain --no-bias_correction").recipe == GripConfig("plain", bias_correction=False)
 
 
+@pytest.mark.slow
 def test_it_rounds_as_gptq_does(wrap, data):
     config = METHODS["grip"].quant_config(weight_bits=4, act_bits=8)
     ours, theirs = (wrap(**config.to_dict()) for _ in range(2))

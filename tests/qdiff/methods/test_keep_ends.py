@@ -80,6 +80,7 @@ def test_a_network_without_known_ends_says_so():
         QuantModel(torch.nn.Linear(2, 2), QuantConfig(4, keep_ends=True))
 
 
+@pytest.mark.slow
 def test_saved_and_loaded_it_is_the_same(saved, wrap, held_out, run_quantized):
     qnn, path = saved(keep_ends=True)
     loaded = wrap(**W4A8, keep_ends=True)
@@ -94,6 +95,7 @@ def test_saved_and_loaded_it_is_the_same(saved, wrap, held_out, run_quantized):
     assert not torch.equal(run_quantized(loaded, held_out), out)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_last_layer_is_fed_floats(saved, held_out):
     qnn, _ = saved(keep_ends=True)
@@ -107,6 +109,7 @@ def test_the_last_layer_is_fed_floats(saved, held_out):
     assert len(seen[0].unique()) > 256
 
 
+@pytest.mark.slow
 def test_size_and_cost(saved):
     kept, kept_path = saved(keep_ends=True)
     plain, plain_path = saved()
@@ -122,6 +125,7 @@ def test_size_and_cost(saved):
     assert (costs["mid.block_1.conv1"].weight_bits, costs["mid.block_1.conv1"].act_bits) == (4, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("there", "says"), [(True, "add --keep_ends"), (False, "leave out --keep_ends")])
 def test_a_file_of_the_other_kind_is_refused(there, says, saved, wrap):
     _, path = saved(keep_ends=there)
@@ -133,6 +137,7 @@ def test_a_file_of_the_other_kind_is_refused(there, says, saved, wrap):
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
 
+@pytest.mark.slow
 def test_weights_of_a_file_alone(saved, wrap, held_out, run_quantized):
     qnn, path = saved(keep_ends=True)
     loaded = wrap(**{**W4A8, "act_bits": None}, keep_ends=True)

@@ -51,6 +51,7 @@ def test_one_side_alone(calibrated, held_out, run_quantized, relative, config):
     assert 0 < relative(run_quantized(qnn, held_out), qnn(*held_out)) < 0.5
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer_to_float(calibrated, held_out, run_quantized, relative):
     errors = []
     for bits in (3, 4, 6, 8):

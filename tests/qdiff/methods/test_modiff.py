@@ -133,6 +133,7 @@ def steps_of(difference, layer):
     return [(float(high) - float(low)) / LEVELS for low, high in extremes]
 
 
+@pytest.mark.slow
 def test_first_ranges_are_the_extremes_of_the_differences(changed):
     run, data = quiet(), pairs(1)
     qnn = changed(quick(learn=False), run)
@@ -153,6 +154,7 @@ def test_first_ranges_are_the_extremes_of_the_differences(changed):
     assert run.errors == {}  # nothing was learned
 
 
+@pytest.mark.slow
 def test_every_quantizer_is_set_and_split_layers_have_two(changed, rounded):
     assert not any(initialised for *_, initialised in ranges(rounded()).values())
     qnn = changed(quick(learn=False))
@@ -166,6 +168,7 @@ def test_every_quantizer_is_set_and_split_layers_have_two(changed, rounded):
     assert len(ranges(whole)) == len(whole.layers())
 
 
+@pytest.mark.slow
 def test_symmetric_ranges_and_the_least_error(changed, result):
     x = pairs(1).inputs[0]
     largest = float((x[:, 1] - x[:, 0]).abs().max())
@@ -178,6 +181,7 @@ def test_symmetric_ranges_and_the_least_error(changed, result):
 # --- Learning
 
 
+@pytest.mark.slow
 def test_learning_lowers_the_error_of_unseen_second_steps(changed, monkeypatch):
     monkeypatch.setattr(fitting, "MAX_STEP_CHANGE", 0.02)
     held_out = pairs(2, count=64)
@@ -188,6 +192,7 @@ def test_learning_lowers_the_error_of_unseen_second_steps(changed, monkeypatch):
     assert learned < GAIN * first
 
 
+@pytest.mark.slow
 def test_it_learns_step_sizes_alone(changed, rounded, result):
     before, run = rounded(), quiet()
     after = changed(quick(), run)
@@ -204,22 +209,26 @@ def test_it_learns_step_sizes_alone(changed, rounded, result):
     assert 0 < abs(learned[first][0] / extremes[first][0] - 1) < 2 * 2 * fitting.MAX_STEP_CHANGE
 
 
+@pytest.mark.slow
 def test_errors_are_named_by_layer(changed):
     run = quiet()
     qnn = changed(quick(iterations=1), run)
     assert {f"changes {name}" for name in qnn.layers()} <= set(run.errors)
 
 
+@pytest.mark.slow
 def test_same_seed_same_result(changed, result):
     torch.manual_seed(99)  # the global generator has no say
     assert ranges(changed(quick(), quiet(0))) == result() != ranges(changed(quick(), quiet(1)))
 
 
+@pytest.mark.slow
 def test_the_penalty_changes_the_result(result):
     plain, heavy = result(), result(out_penalty=10.0)
     assert set(heavy) == set(plain) and sum(heavy[n] != plain[n] for n in plain) > len(plain) // 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("call", "learn"), [(0, True), (7, True), (STEPS - 1, True), (7, False)])
 def test_interrupted_and_resumed_equals_uninterrupted(call, learn, changed, result, tmp_path, monkeypatch):
     record, kept = CalibrationJournal.record, []
@@ -243,6 +252,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(call, learn, changed, resu
     assert len(observed) == STEPS - call, "finished units were calibrated again"
 
 
+@pytest.mark.slow
 def test_rest_bits_and_kept_ends(changed, result):
     """Dynamic ranges have nothing to calibrate; the last layer's input stays in float."""
     qnn = changed(quick(learn=False), rest_bits=8, keep_ends=True)

@@ -46,6 +46,7 @@ def same(a, b):
 GAIN = 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", thorough_except([W4A8, {"weight_bits": 3}], W4A8), ids=["w4a8", "w3a32"])
 def test_it_beats_the_linear_baseline(config, wrap, calibrated, data, held_out, run_quantized):
     naive, ours = calibrated(**config), wrap(**config)
@@ -59,6 +60,7 @@ def test_it_beats_the_linear_baseline(config, wrap, calibrated, data, held_out, 
     assert len(run.errors) == STEPS * phases and all(0 <= e < float("inf") for e in run.errors.values())
 
 
+@pytest.mark.slow
 def test_same_seed_same_result(wrap, data):
     results = []
     for seed in (0, 0, 1):
@@ -70,6 +72,7 @@ def test_same_seed_same_result(wrap, data):
     assert not same(results[0], results[2])
 
 
+@pytest.mark.slow
 def test_both_phases_change_something(wrap, calibrated, data):
     qnn, naive = wrap(**W4A8), result(calibrated(**W4A8))
     qdiffusion.calibrate(qnn, data, quick(range_samples=12), quiet())
@@ -114,6 +117,7 @@ def uninterrupted(kept, wrap, data):
     return kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", thorough_except([0, 7, STEPS, STEPS + 9, 2 * STEPS - 1], 7, STEPS + 9))
 def test_interrupted_and_resumed_equals_uninterrupted(call, uninterrupted, wrap, data, tmp_path, monkeypatch):
     settings = {"seed": 0}
@@ -135,6 +139,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(call, uninterrupted, wrap,
     assert same(result(second), uninterrupted)
 
 
+@pytest.mark.slow
 def test_everything_on_disk_gives_the_same(wrap, data, tmp_path):
     results = []
     for storage in (ActivationStorage(), ActivationStorage(0, tmp_path)):
@@ -145,6 +150,7 @@ def test_everything_on_disk_gives_the_same(wrap, data, tmp_path):
     assert same(*results)
 
 
+@pytest.mark.slow
 def test_loaded_weights_stay_as_they_are(calibrated, wrap, data):
     """``--resume_w``: activations alone are calibrated."""
     qnn = wrap(**W4A8)
@@ -157,12 +163,14 @@ def test_loaded_weights_stay_as_they_are(calibrated, wrap, data):
     assert all(q.initialised for q in qnn.act_quantizers().values())
 
 
+@pytest.mark.slow
 def test_weights_without_a_width_are_left_alone(wrap, data, held_out, run_quantized, relative):
     qnn = wrap(weight_bits=None, act_bits=8)
     qdiffusion.calibrate(qnn, data, quick(), quiet())
     assert 0 < relative(run_quantized(qnn, held_out), qnn(*held_out)) < 0.5
 
 
+@pytest.mark.slow
 def test_layer_by_layer(wrap, data, monkeypatch):
     qnn, block = wrap(**W4A8), wrap(**W4A8)
     fitted = interrupted_at(monkeypatch, 10**9)
@@ -176,6 +184,7 @@ def test_layer_by_layer(wrap, data, monkeypatch):
     assert not same(result(qnn), result(block))
 
 
+@pytest.mark.slow
 def test_fisher_objective(wrap, data):
     results = []
     for objective in ("mse", "fisher"):
@@ -213,6 +222,7 @@ def observed_deltas(wrap, data, recipe, monkeypatch):
     return {n: float(q.delta.detach()) for n, q in qnn.act_quantizers().items()}
 
 
+@pytest.mark.slow
 def test_running_statistics_reach_every_quantizer(wrap, data, monkeypatch):
     """Attention's operands too."""
     momenta = {}
@@ -228,6 +238,7 @@ def test_running_statistics_reach_every_quantizer(wrap, data, monkeypatch):
     assert {q: [0.95] for q in qnn.act_quantizers().values()} == momenta
 
 
+@pytest.mark.slow
 def test_running_statistics_of_softmax_alone(wrap, data, monkeypatch):
     """All others keep the range of the first samples, as without the option."""
     # Three batches make an average.
@@ -243,6 +254,7 @@ def test_running_statistics_of_softmax_alone(wrap, data, monkeypatch):
     assert softmax and all(both[n] != plain[n] for n in softmax)
 
 
+@pytest.mark.slow
 def test_running_statistics_see_the_samples_shuffled(wrap, data, monkeypatch):
     """Samples are stored by timestep: in that order the average would forget all but the last timesteps."""
     rows_seen = []
@@ -259,6 +271,7 @@ def test_running_statistics_see_the_samples_shuffled(wrap, data, monkeypatch):
         assert rows.tolist() != sorted(rows.tolist())
 
 
+@pytest.mark.slow
 def test_step_sizes_stay_positive(wrap, data):
     qnn = wrap(**W4A8)
     qdiffusion.calibrate(qnn, data, quick(iterations=1, lr_act=10.0), quiet())

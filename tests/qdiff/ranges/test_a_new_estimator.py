@@ -46,6 +46,7 @@ def calibrated(wrap, held_out, **config):
     return qnn
 
 
+@pytest.mark.slow
 def test_it_quantizes_a_network(middle, wrap, held_out, tmp_path):
     config = {"weight_bits": 4, "act_bits": 8, "weight_range": middle, "act_range": middle}
     qnn = calibrated(wrap, held_out, **config)

@@ -44,6 +44,7 @@ def found_with(values, rows, monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_chunks(monkeypatch):
     """Bit for bit, from one row and one range at a time to all at once."""
     expected = found_with(range_errors.DEVICE_VALUES, 1000, monkeypatch)
@@ -107,6 +108,7 @@ WEIGHTS = [((512, 4608), 8), ((1280, 23040), 8), ((4096, 9), 8), ((1, 1 << 17), 
 SEARCHES = [(*w, method) for w in WEIGHTS for method in ("pairs", "thresholds")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "bits", "method"), [*SEARCHES, ((5120, 25600), 8, "mse"), ((4096, 9), 8, "mse")])
 def test_chunks_of_a_gpu_fit_in_its_memory(size, bits, method):
     assert launches(*size, bits, method).peak <= DEVICE_BYTES

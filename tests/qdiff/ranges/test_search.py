@@ -106,6 +106,7 @@ def families(n):
     return torch.cat(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "n"), [(2, 1), (2, 40), (3, 300), (4, 2), (4, 700), (5, 40), (8, 5), (8, 60)])
 def test_no_pair_of_width_and_zero_point_is_better(bits, n):
     rows = families(n)
@@ -119,6 +120,7 @@ def test_no_pair_of_width_and_zero_point_is_better(bits, n):
         assert planted.float().mean() < 0.2
 
 
+@pytest.mark.slow
 def test_no_pair_is_better_on_a_whole_row_of_weights():
     """With so many values that some share an entry of the prefix sums."""
     rows = torch.randn(1, 4608, generator=torch.Generator().manual_seed(0))
@@ -163,6 +165,7 @@ def test_one_sided_16_bits_and_softmax_start_at_zero():
             assert float(found[0]) == pytest.approx(float(x.max()) / 65535, rel=DELTA_TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [9, 10])
 def test_zero_points_from_coarse_to_fine(bits):
     """Beyond 8 bits not every zero point is tried; here they still can be."""

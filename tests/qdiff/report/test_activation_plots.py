@@ -41,6 +41,7 @@ def titles(svg: str) -> list[str]:
     return re.findall("<title>(.*?)</title>", svg)
 
 
+@pytest.mark.slow
 def test_a_line_for_every_choice_beside_the_width():
     rows = grid()
     series = activation_series(rows)
@@ -142,12 +143,14 @@ def test_only_measured_rows_count():
     assert activation_plots(rows) == {}
 
 
+@pytest.mark.slow
 def test_the_picture_shows_fid_or_the_first_metric():
     both = [{**r, "psnr": 30.0} for r in grid()]
     assert pictured(both).key == "fid" and set(activation_plots(both)) == {"fid", "psnr"}
     assert pictured(grid(metric="psnr")).key == "psnr"
 
 
+@pytest.mark.slow
 def test_weights_alone_and_float_are_lines_from_side_to_side():
     rows = [*grid(weights=(4,)), row("linear W4A32", "linear", 4, 32, fid=9.0)]
     shown = titles(activation_plots(rows)["fid"])
@@ -164,6 +167,7 @@ def test_published_numbers_are_hollow_points():
     assert f"{rows[-1]['label']}: FID 4.98 as published" in shown
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_plot_below_the_others(tmp_path):
     for rows, there in ((grid(), True), (grid(widths=(8, 4)), False)):
         write_page(tmp_path / "table.html", TableResults("T", rows=rows))
@@ -174,6 +178,7 @@ def test_the_page_shows_the_plot_below_the_others(tmp_path):
         assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_the_picture_is_the_same_for_equal_rows(tmp_path):
     for name in ("a.png", "b.png"):
         activation_picture(FID, grid(), tmp_path / name)

@@ -193,6 +193,7 @@ def test_labels_and_sentences_are_escaped(tmp_path):
     assert f"{label}: FID 1.00" in [shown for _, shown in page.all("title")]
 
 
+@pytest.mark.slow
 def test_flags_are_shown_on_top_and_in_their_row(tmp_path):
     rows = results()
     rows[0]["flags"] = ["FID 4.5 misses the published 4.22."]
@@ -214,6 +215,7 @@ def test_protocol_notes_and_commands_are_there(page):
     assert [shown for _, shown in page.all("code")] == [entry["command"] for entry in results()]
 
 
+@pytest.mark.slow
 def test_counts_of_images_have_a_column_where_they_differ(tmp_path, page):
     assert "images" not in [shown for _, shown in page.table()[0]]
     rows = results()
@@ -245,6 +247,7 @@ def test_numbers_that_are_none_sort_last_and_infinite_ones_as_such(tmp_path):
     assert first[3][0]["data-value"] == "Infinity" and first[3][0]["class"] == "best"
 
 
+@pytest.mark.slow
 def test_every_plot_has_each_method_once():
     rows = results()
     names = [series.name for series in series_of(rows)]
@@ -270,6 +273,7 @@ def test_a_methods_colour_is_the_same_whichever_others_there_are():
     assert len({series.colour for series in series_of(rows)}) == 2  # split is the same method
 
 
+@pytest.mark.slow
 def test_points_say_what_they_are():
     plots = metric_plots(results())
     titles = re.findall("<title>(.*?)</title>", plots[0].against_size)
@@ -279,6 +283,7 @@ def test_points_say_what_they_are():
     assert [(p.column.key, p.against_size is None) for p in plots] == [("fid", False), ("psnr", True)]
 
 
+@pytest.mark.slow
 def test_equal_rows_give_equal_bytes(tmp_path, text):
     again = written(tmp_path, results(), image_folders(tmp_path, results()), notes=["A note."])
     assert again == text
@@ -298,6 +303,7 @@ def test_floats_images_are_embedded_once_and_differences_amplified(page, text):
     assert (images[0, 9], difference[0, 9]) == (pytest.approx([20] * 3), pytest.approx([10 * AMPLIFIED] * 3))
 
 
+@pytest.mark.slow
 def test_rows_show_the_images_that_all_of_them_have(tmp_path):
     rows = results()
     folders = image_folders(tmp_path, rows)
@@ -311,6 +317,7 @@ def test_rows_show_the_images_that_all_of_them_have(tmp_path):
     assert {decoded(a["src"]).shape[1] for a in strips(page)} == {4 * 9 - 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_large_images_are_shrunk(channels, tmp_path):
     rows = results()[:2]
@@ -321,6 +328,7 @@ def test_large_images_are_shrunk(channels, tmp_path):
     assert decoded(strips(page)[0]["src"]).shape[:2] == (STRIP_SHRUNK_TO, 2 * STRIP_SHRUNK_TO + 1)
 
 
+@pytest.mark.slow
 def test_an_error_leaves_the_old_page(tmp_path, monkeypatch):
     before = written(tmp_path, results()[:1])
 
@@ -356,6 +364,7 @@ TIMED = [
 ]
 
 
+@pytest.mark.slow
 def test_quality_against_time_has_a_point_for_each_row_with_both_numbers():
     (plot,) = metric_plots([*TIMED, timed("loaded W4A8", "qdiff", (4, 8), 1e-3, None)])
     titles = re.findall("<title>(.*?)</title>", plot.against_time)
@@ -366,6 +375,7 @@ def test_quality_against_time_has_a_point_for_each_row_with_both_numbers():
     assert metric_plots(results())[0].against_time is None
 
 
+@pytest.mark.slow
 def test_a_shape_is_a_width_and_a_colour_a_method():
     def marker(label: str) -> tuple[bool, list[str]]:
         """Whether it is round, and its colour; black is SVG's own colour, and not written."""
@@ -380,6 +390,7 @@ def test_a_shape_is_a_width_and_a_colour_a_method():
     assert [name for name, _ in shape_legend(TIMED)] == ["W8A8", "W4A8"]
 
 
+@pytest.mark.slow
 def test_numbers_of_seeds_compete_within_their_widths_and_may_be_equal(tmp_path):
     header, *lines = Page(written(tmp_path, TIMED)).table()
     at = [shown for _, shown in header].index("ε error ↓")
@@ -393,6 +404,7 @@ def tables_page(tmp_path, *tables: TableResults) -> str:
     return (tmp_path / "all.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_page_of_several_tables(tmp_path):
     one = TableResults("One", [("seed", "1")], TIMED, image_folders(tmp_path / "one", TIMED), ["A note."])
     two = TableResults("Two", [("seed", "2")], TIMED[:3], image_folders(tmp_path / "two", TIMED[:3]))
@@ -411,6 +423,7 @@ def test_a_page_of_several_tables(tmp_path):
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_colours_and_shapes_mean_the_same_in_every_table(tmp_path):
     """A method without a colour of its own takes the one that it has among all rows."""
     new = [timed(f"{m} W4A8", m, (4, 8), 1e-3, 9.0) for m in ("new", "newer")]

@@ -42,6 +42,7 @@ def both(qnn, calls, timesteps=()):
             return expected, [qnn(*call) for call in calls], cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_the_same_bits(kind, calibrated):
     qnn = calibrated(**KINDS[kind])
@@ -152,6 +153,7 @@ def test_saved_inside_and_loaded(calibrated, wrap, tmp_path):
     assert all(torch.equal(out, expected) for (out,) in both(loaded, [call])[:2])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_packed_weights_and_integer_products(calibrated):
     qnn = calibrated(**W4A8)
@@ -175,6 +177,7 @@ def test_layers_called_by_themselves_compute(calibrated):
         assert torch.equal(layer(x), expected)  # also after a call that failed
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_on_a_gpu_a_call_does_not_wait(calibrated, cuda):
     qnn, times = calibrated(**W4A8), (900, 300, 0)
@@ -218,6 +221,7 @@ def test_a_latent_network_with_a_context():
         assert all(torch.equal(network(*call), wanted) for call, wanted in zip(calls, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_everything_that_depends_on_t_alone_stays_in_float(calibrated, wrap, tmp_path):
     names = temporal_layers(wrap(**W4A8))
     config = with_float_temporal(QuantConfig(**W4A8, layer_bits={"conv_in": "W8"}), wrap(**W4A8))
@@ -256,6 +260,7 @@ def test_it_ends_with_an_exception_and_is_not_exported(calibrated, tmp_path):
     assert not is_cached(qnn)
 
 
+@pytest.mark.slow
 def test_refusals(wrap):
     with pytest.raises(UserError, match="temb_proj W8, but --cache_temporal float leaves it in float"):
         with_float_temporal(QuantConfig(**W4A8, layer_bits={"down.0.block.0.temb_proj": "W8"}), wrap(**W4A8))

@@ -66,6 +66,7 @@ def state_of(qnn):
     return {name: tensor.clone() for name, tensor in qnn.state_dict().items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "settings"), CASES, ids=lambda value: value if isinstance(value, str) else "")
 def test_a_method_finds_the_same(method, settings):
     traced, stepped = wrapped(SkipNetwork), wrapped(SteppedSkipNetwork)

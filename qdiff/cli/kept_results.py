@@ -1,0 +1,137 @@
+"""Results of a table's rows that outlive their run folders: numbers as JSON, first images as one picture.
+
+A row that was measured once, with the same options and by the same protocol, need not be run again, on another machine
+either. The files are small enough to be committed (docs/leaderboard).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qdiff.cli.run_manifest import Manifest
+from qdiff.cli.table_file import TableFile, TableRow, without
+from qdiff.errors import UserError, first_line
+from qdiff.io.files import check_writable, written_whole
+from qdiff.io.images import load_png, save_png
+
+VERSION = 1
+IMAGES = 8  # per row; a page of several tables shows as many
+
+
+@dataclass(frozen=True)
+class KeptRow:
+    """What is kept of one row.
+
+    Attributes:
+        command: the commands that made it (of the row that it takes weights from, and its own), without the device and
+            with ``OUT`` for the folder of the runs.
+        measured_by: what identifies the protocol, see `qdiff.cli.measure.Measuring.by`.
+        run: the entries of the run's manifest that a table's protocol tells.
+        result: numbers as in `qdiff.report.columns`.
+    """
+
+    command: list[list[str]]
+    measured_by: dict[str, Any]
+    run: dict[str, Any]
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class KeptResults:
+    """The kept rows of a table: ``<name of the table>.json`` in a folder, and a picture of each row beside it.
+
+    Args:
+        folder: the folder; may not exist yet.
+        table: the table.
+        measured_by: the present protocol.
+
+    Raises:
+        UserError: the file is damaged or has a later version, or cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, table: TableFile, measured_by: dict[str, Any]) -> None:
+        self.table, self.measured_by = table, measured_by
+        self.file = Path(folder) / f"{table.path.stem}.json"
+        self.pictures = Path(folder) / table.path.stem
+        check_writable(self.file)
+        self._rows: dict[str, KeptRow] = {}
+        if not self.file.is_file():
+            return
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+            if found["version"] > VERSION:
+                raise ValueError(f"version {found['version']}")
+            self._rows = {label: KeptRow(**row) for label, row in found["rows"].items()}
+            for row in self._rows.values():
+                _ = row.result["label"], row.result["images"], Manifest(**row.run)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{self.file} holds no kept results ({first_line(error)}); correct it, or delete it to run all again"
+            ) from error
+
+    def find(self, row: TableRow) -> KeptRow | None:
+        """Return what is kept of a row, if it was made with the table's present options and protocol."""
+        kept = self._rows.get(row.label)
+        fits = kept is not None and kept.command == self._command(row) and kept.measured_by == self.measured_by
+        return kept if fits else None
+
+    def keep(self, row: TableRow, result: dict[str, Any], manifest: Manifest, picture: bool) -> None:
+        """Keep a row that was just measured; the same numbers again change nothing.
+
+        Args:
+            result: its numbers.
+            manifest: of its run.
+            picture: whether to keep the first images too.
+        """
+        kept = KeptRow(
+            self._command(row),
+            self.measured_by,
+            {
+                "config": {key: manifest.config.get(key) for key in ("seed", "sampler")},
+                "files": {
+                    role: {"sha256": entry["sha256"]}
+                    for role, entry in manifest.files.items()
+                    if role == "float weights"
+                },
+            },
+            {key: value for key, value in result.items() if key not in ("command", "published", "flags")},
+        )
+        if picture:
+            self._keep_picture(row.label, min(IMAGES, result["images"]))
+        kept = KeptRow(**json.loads(json.dumps(asdict(kept))))  # as it is read
+        if kept == self._rows.get(row.label):
+            return
+        self._rows[row.label] = kept
+        rows = {r.label: asdict(self._rows[r.label]) for r in self.table.rows if r.label in self._rows}
+        with written_whole(self.file) as temporary:
+            temporary.write_text(json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    def _keep_picture(self, label: str, number: int) -> None:
+        images, picture = self.table.folder(label) / "img", self._picture(label)
+        beside = np.concatenate([load_png(images / f"{i:05d}.png") for i in range(number)], axis=1)
+        if not picture.is_file() or not np.array_equal(load_png(picture), beside):
+            save_png(beside, picture)
+
+    def restore_picture(self, row: TableRow) -> None:
+        """Unpack the kept images to `TableFile.images`, unless the row's own are there."""
+        picture, folder = self._picture(row.label), self.table.kept_images(row.label)
+        if not picture.is_file() or self.table.images(row.label) != folder:
+            return
+        number = min(IMAGES, self._rows[row.label].result["images"])
+        for i, image in enumerate(np.split(load_png(picture), number, axis=1)):
+            save_png(image, folder / f"{i:05d}.png")
+
+    def _picture(self, label: str) -> Path:
+        return self.pictures / f"{self.table.folder(label).name}.png"
+
+    def _command(self, row: TableRow) -> list[list[str]]:
+        commands, out = [], str(self.table.out)
+        base = self.table.base(row)
+        for made in ([] if base is None else [base]) + [row]:
+            words = without(self.table.command(made, None), ["-l"])
+            commands.append([f"OUT{word.removeprefix(out)}" if word.startswith(out) else word for word in words])
+        return commands
