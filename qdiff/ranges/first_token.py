@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from qdiff.errors import UserError
 from qdiff.functional import at_least_single
 
-# Two tokens are the same if their mean difference is at most this share of their mean magnitude. Half precision in a
-# text encoder moves a token by a few tenths of a percent; the first tokens of other encoders are farther apart.
+# Two tokens are the same if their mean difference is at most this share of their mean magnitude: more than rounding to
+# half precision moves a value (0.4 % at most, in bfloat16), less than 8-bit ranges that hold outliers would.
 TOLERANCE = 0.01
 ANOTHER = (
     "the context begins with another token than in calibration, but --bos_aware made the outputs of its first token "
