@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.first_token import set_first_tokens
 from qdiff.calibration.input_scales import InputScaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
@@ -82,10 +83,12 @@ def calibrate(
         The final reconstruction error of every fitted unit, by its name.
 
     Raises:
-        UserError: the method is unknown, or the config belongs to another method.
+        UserError: the method is unknown, or the config belongs to another method; or the first token of the contexts is
+            not the same, where the network's config is ``bos_aware``.
     """
     row, config = method_and_config(method, config)
     run = run or CalibrationRun(seed)
+    set_first_tokens(qnn, data.inputs)
     if run.weights:
         set_input_scales(qnn, data, row.scaling if scaling is None else scaling, run)
     row.calibrate(qnn, data, config, run)

@@ -17,7 +17,7 @@ FIRST, LAST = "first", "last"  # in `QuantConfig.layer_bits`, the layers that ar
 _WEIGHT_WIDTHS, _ACT_WIDTHS = (1, 8), (2, 16)
 _OF_MODULATION = ("modulate", "rest_bits", "ablation")
 _OF_ACTS = ("act_dynamic", "act_scale_per", "act_ranges", "power_of_two_scales", *_OF_MODULATION)
-_LATER = ("keep_ends", "layer_bits", *_OF_ACTS)
+_LATER = ("keep_ends", "layer_bits", "bos_aware", *_OF_ACTS)
 
 
 class ScalePer(str, Enum):
@@ -104,9 +104,8 @@ class QuantConfig:
         act_scale_per: what shares a dynamic range.
         modulate: layers quantize the change of their input since the previous step of the trajectory (MoDiff), inside
             ``QuantModel.trajectory``.
-        rest_bits: width, 2 to 16, of the tensors that the published code leaves in float with dynamic ranges or
-            modulation: the operands of attention's two products, and a modulated layer's input at the first step. Their
-            ranges are dynamic. None leaves them in float.
+        rest_bits: width, 2 to 16, of what the published code leaves in float with dynamic ranges or modulation: what
+            attention multiplies, a modulated layer's first input. Their ranges are dynamic; None leaves them in float.
         ablation: the part of modulation to leave out; None leaves out nothing.
         act_ranges: what shares one calibrated range; ``timestep`` gives each quantizer a table with a range for each
             timestep of the calibration set (`qdiff.ranges.calibrated_timesteps`), which is observed and not learned.
@@ -115,6 +114,8 @@ class QuantConfig:
             own name counts before them, and both before ``keep_ends``. An attention is named like a layer.
         power_of_two_scales: channels of what shortcut convolutions take may have 1/2, 1/4 or 1/8 of the step size, as
             the calibration samples vote (DMQ's PTS; `qdiff.calibration.power_of_two`).
+        bos_aware: linear layers that read a text context do not quantize its first token, which is the same for all
+            texts; its output is a constant, computed in float (MixDQ).
 
     Raises:
         UserError: a value is out of range, or fields contradict each other; the sentence names the option.
@@ -137,6 +138,7 @@ class QuantConfig:
     act_ranges: ActRanges = ActRanges.SHARED
     layer_bits: tuple[tuple[str, LayerBits], ...] | Mapping[str, LayerBits | str] = ()
     power_of_two_scales: bool = False
+    bos_aware: bool = False
 
     def __post_init__(self) -> None:
         for name, (low, high), option in (
@@ -236,10 +238,8 @@ class QuantConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for JSON; fields that came later are left out at their defaults, as files had them."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        for f in fields(self):
-            if f.name in _LATER and values[f.name] == f.default:
-                del values[f.name]
+        kept = (f for f in fields(self) if f.name not in _LATER or getattr(self, f.name) != f.default)
+        values = {f.name: getattr(self, f.name) for f in kept}
         if self.layer_bits:
             values["layer_bits"] = {name: str(bits) for name, bits in self.layer_bits}
         return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}

@@ -10,6 +10,7 @@ from torch import nn
 
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
+from qdiff.ranges.first_token import FirstToken
 from qdiff.weight_forms import WeightForm
 
 LEAVES = (QuantModule, QuantAttention)
@@ -28,6 +29,20 @@ def quantized_layers(module: nn.Module) -> dict[str, QuantModule]:
 def scaled_layers(module: nn.Module) -> list[str]:
     """Return the names of the quantized layers inside a module that scale the channels of their input."""
     return [name for name, layer in quantized_layers(module).items() if layer.input_scale is not None]
+
+
+def first_tokens(module: nn.Module) -> dict[str, FirstToken]:
+    """Return what the quantized layers inside a module give for the first token, by the layer's name."""
+    layers = quantized_layers(module).items()
+    return {name: layer.first_token for name, layer in layers if layer.first_token is not None}
+
+
+@contextlib.contextmanager
+def watched_tokens(module: nn.Module) -> Iterator[None]:
+    """Raise the error of `FirstToken.check_seen` at the end of the block if a call inside was for another token."""
+    yield
+    for token in first_tokens(module).values():
+        token.check_seen()
 
 
 def set_modes(leaf: nn.Module, weights: bool, activations: bool) -> None:

@@ -13,6 +13,7 @@ from qdiff.errors import UserError
 from qdiff.kernels.integer_matmul import Geometry, Levels, integer_product
 from qdiff.modulation import LayerMemory
 from qdiff.quantizer import DynamicActQuantizer, act_quantizer, kept_wide
+from qdiff.ranges.first_token import FirstToken
 from qdiff.weight_forms import WeightedModule, WeightForm
 
 QUANTIZABLE = (nn.Conv1d, nn.Conv2d, nn.Linear)
@@ -35,6 +36,8 @@ class QuantModule(WeightedModule):
         act_quantizers: one per slice of the input channels (1, or 2 if split).
         first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty if that
             step stays in float.
+        first_token: if set, inputs are tokens [N, L, C_in] of which the first is always the same: its output is a
+            constant, and only the others are quantized; None quantizes all of an input.
     """
 
     def __init__(self, layer: nn.Module, config: QuantConfig, is_shortcut: bool = False) -> None:
@@ -47,17 +50,14 @@ class QuantModule(WeightedModule):
         self.bias = layer.bias
         self.register_buffer("float_bias", None)
         self.register_buffer("input_scale", None)
+        self.register_module("first_token", None)
         self.geometry = _geometry_of(layer)
 
         self.act_quantizers = nn.ModuleList()
         if config.act_bits is not None:
             finer = config.power_of_two_scales and is_shortcut and self.groups == 1
-            self.act_quantizers.extend(
-                act_quantizer(
-                    config, config.act_bits, config.act_symmetric, False, self.channel_dim, size if finer else None
-                )
-                for size in slices
-            )
+            given = (config, config.act_bits, config.act_symmetric, False, self.channel_dim)
+            self.act_quantizers.extend(act_quantizer(*given, size if finer else None) for size in slices)
         self.modulates = config.modulate and config.act_bits is not None
         self.first_quantizers = nn.ModuleList()
         if self.modulates and config.rest_bits is not None:
@@ -74,6 +74,11 @@ class QuantModule(WeightedModule):
         self.acts_quantized = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first_token is None or not (self.weights_quantized or self.acts_quantized):
+            return self._output(x)
+        return self.first_token.before(self._output(self.quantized_part(x)), x)
+
+    def _output(self, x: Tensor) -> Tensor:
         if self.weights_quantized or self.acts_quantized:
             x = self.scaled_input(x)
         if not self.acts_quantized:
@@ -88,9 +93,15 @@ class QuantModule(WeightedModule):
         """Return an input with its channels multiplied by ``input_scale``, in its shape and dtype."""
         return x if self.input_scale is None else self.times_channels(x, self.input_scale)
 
+    def quantized_part(self, x: Tensor) -> Tensor:
+        """Return what of an input is quantized: all of it, or all tokens but the first (`first_token`)."""
+        return x if self.first_token is None else x[:, 1:]
+
     def quantized_input(self, x: Tensor) -> Tensor:
         """Return an input as the activation quantizers give it to the product: scaled, in its shape."""
-        return self._quantized(self.scaled_input(x), self.act_quantizers)
+        x = self.scaled_input(x)
+        part = self._quantized(self.quantized_part(x), self.act_quantizers)
+        return part if self.first_token is None else torch.cat([x[:, :1], part], dim=1)
 
     def weight_to_quantize(self) -> Tensor:
         return self.float_weight() if self.input_scale is None else self.weight_over(self.input_scale)
@@ -170,7 +181,7 @@ class QuantModule(WeightedModule):
 
     @torch.no_grad()
     def discard_calibration(self) -> None:
-        """Forget ranges, integers, the input scale and a corrected bias, as at construction.
+        """Forget ranges, integers, the input scale and a corrected bias; what is computed in float stays.
 
         Raises the errors of `float_weight`; nothing is changed then.
         """
@@ -199,6 +210,7 @@ class QuantModule(WeightedModule):
     def _load_from_state_dict(self, state: Mapping[str, Tensor], prefix: str, *args, **kwargs) -> None:
         # Only some layers have these tensors, so their places are made or removed before they are loaded.
         self.float_bias = torch.empty_like(self.bias) if f"{prefix}float_bias" in state else None
+        self.first_token = FirstToken.place_for(state, f"{prefix}first_token.", self.weight.device)
         scale = state.get(f"{prefix}input_scale")
         self.input_scale = None if scale is None else torch.empty_like(scale, device=self.weight.device)
         super()._load_from_state_dict(state, prefix, *args, **kwargs)

@@ -15,7 +15,7 @@ from qdiff.errors import UserError, first_few
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
 from qdiff.kernels.packed_weight import WeightCache
-from qdiff.modes import leaf_modes, leaves, quantized_layers
+from qdiff.modes import first_tokens, leaf_modes, leaves, quantized_layers, watched_tokens
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers, share_timesteps
@@ -187,7 +187,7 @@ class QuantModel(nn.Module):
             UserError: a quantizer that would be used is not set (no calibration, no checkpoint loaded).
         """
         self.assert_initialised(weights, activations)
-        with leaf_modes([self.model], weights, activations), watched(self.act_timesteps):
+        with leaf_modes([self.model], weights, activations), watched(self.act_timesteps), watched_tokens(self.model):
             yield self
 
     @contextlib.contextmanager
@@ -201,11 +201,14 @@ class QuantModel(nn.Module):
             RuntimeError: a trajectory is open already.
         """
         compensates = self.config.ablation is not Ablation.NO_COMPENSATION
-        with memories(self.layers(), compensates), watched(self.act_timesteps):
+        with memories(self.layers(), compensates), watched(self.act_timesteps), watched_tokens(self.model):
             yield self
 
     def assert_initialised(self, weights: bool = True, activations: bool = True) -> None:
-        """Raise a `UserError` that names the first quantizer of the requested kinds that is not set."""
+        """Raise a `UserError` that names the first quantizer of the requested kinds, or constant, that is not set."""
+        advice = "calibrate the network or load a checkpoint first"
+        if self.config.bos_aware and (weights or activations) and not first_tokens(self.model):
+            raise UserError(f"no layer knows what it makes of the context's first token; {advice}")
         kinds = {"activation": activations, "weight": weights}
         found = {n: m for n, m in self.model.named_modules() if isinstance(m, Quantizer) and kinds[_kind(m)]}
         if not found:
@@ -214,10 +217,7 @@ class QuantModel(nn.Module):
         flags = torch.stack([m.initialised for m in found.values()]).tolist()
         for (name, module), initialised in zip(found.items(), flags, strict=True):
             if not initialised:
-                raise UserError(
-                    f"the {_kind(module)} quantizer {name} has no range; calibrate the network or load a checkpoint "
-                    "first"
-                )
+                raise UserError(f"the {_kind(module)} quantizer {name} has no range; {advice}")
 
     def release_float_weights(self) -> None:
         """Replace the float weights by dequantized ones; from now on only ``quantized(weights=True)`` works.

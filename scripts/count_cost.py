@@ -46,6 +46,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    from qdiff.cli.first_token import check_has_text
     from qdiff.cli.options.ptq import resolve_ptq
     from qdiff.cli.temporal_cache import cached_timesteps, with_temporal_cache
     from qdiff.cost.account import account
@@ -57,6 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         args.use_pretrained = True  # only shapes matter, so any weights will do
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     plan = with_temporal_cache(args, resolve_ptq(args, pipeline.weight_range, pipeline.act_range), pipeline)
+    check_has_text(plan, pipeline)
     network, context_shape = pipeline.build_network()
     shapes, kept = (pipeline.input_shape, context_shape), len(cached_timesteps(args, pipeline))
     accounts = {"float": account(network, *shapes, kept if plan is None else 0)}

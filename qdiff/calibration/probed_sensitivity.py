@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from qdiff.config import ActRanges, QuantConfig
 from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
+from qdiff.ranges.first_token import FirstToken
 from qdiff.wrapping import layer_places
 
 Found = dict[str, dict[int, float] | None]
@@ -35,6 +37,7 @@ def probed_sensitivities(
     inputs: Sequence[Tensor],
     batch_size: int,
     generator: torch.Generator,
+    first_tokens: Mapping[str, FirstToken] = MappingProxyType({}),
 ) -> dict[Operand, Found]:
     """Estimate the SQNR of the output by the width of one operand of one layer, for all layers and widths together.
 
@@ -49,6 +52,7 @@ def probed_sensitivities(
         inputs: the network's, batch first. Every sample gives one projection per layer.
         batch_size: samples per call.
         generator: of the projections, on the CPU.
+        first_tokens: by layer (`qdiff.calibration.first_token`); these tokens are not quantized.
 
     Returns:
         10·log₁₀(Σ ε² / Σ (v·J·n)²), at most `qdiff.calibration.sensitivity.SQNR_CAP`, by operand, layer and width.
@@ -57,7 +61,10 @@ def probed_sensitivities(
     batches = list(zip(*(part.to(device).split(batch_size) for part in inputs), strict=True))
     places = {name: parent._modules[attribute] for name, ((parent, attribute), *_) in layer_places(network).items()}
     layers = {
-        operand: {name: _Rounded(places[name], name, config, operand, widths[operand]) for name in names[operand]}
+        operand: {
+            name: _Rounded(places[name], name, config, operand, widths[operand], first_tokens.get(name))
+            for name in names[operand]
+        }
         for operand in Operand
     }
     everything = [layer for found in layers.values() for layer in found.values()]
@@ -115,7 +122,13 @@ class _Rounded:
     """One operand of one layer, rounded to several widths beside a float forward."""
 
     def __init__(
-        self, layer: nn.Module, name: str, config: QuantConfig, operand: Operand, widths: Sequence[int]
+        self,
+        layer: nn.Module,
+        name: str,
+        config: QuantConfig,
+        operand: Operand,
+        widths: Sequence[int],
+        first_token: FirstToken | None,
     ) -> None:
         self.layer = layer
         self.operand = operand
@@ -125,6 +138,7 @@ class _Rounded:
             own = replace(config, keep_ends=False, act_ranges=ActRanges.SHARED, layer_bits={name: words})
             made = QuantModule(self.layer, own.of_layer(name, None)).to(self.layer.weight.device).eval()
             set_modes(made, weights=True, activations=True)
+            made.first_token = first_token
             if operand is Operand.WEIGHTS:
                 made.init_weight_ranges(config.weight_range)
             else:
@@ -178,7 +192,9 @@ class _Rounded:
     def _noise_of(self, made: QuantModule, x: Tensor) -> Tensor:
         if self.operand is Operand.ACTIVATIONS:
             return made.quantized_input(x) - x
-        return made.apply_weight(x, (made.dequantized_weight() - made.float_weight()).to(x.dtype), None)
+        part = made.quantized_part(x)
+        noise = made.apply_weight(part, (made.dequantized_weight() - made.float_weight()).to(x.dtype), None)
+        return noise if made.first_token is None else torch.cat([torch.zeros_like(noise[:, :1]), noise], dim=1)
 
     def _multiply(self, gradient: Tensor, noises: Mapping[int, Tensor]) -> None:
         for bits, noise in noises.items():

@@ -16,6 +16,7 @@ from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
 from qdiff.ranges.estimators import ESTIMATORS
+from qdiff.ranges.first_token import FirstToken
 from qdiff.wrapping import layer_places
 
 SQNR_CAP = 200.0  # dB; that of an output without an error is infinite, which JSON cannot hold
@@ -84,6 +85,7 @@ def layer_sensitivity(
     operand: Operand,
     widths: Sequence[int],
     quality: Callable[[], float],
+    first_token: FirstToken | None = None,
 ) -> dict[int, float] | None:
     """Return the quality of a network by the width of one operand of one layer; None if the layer is never called.
 
@@ -95,12 +97,14 @@ def layer_sensitivity(
         name: a name in `qdiff.wrapping.layer_places`.
         config: how ranges are chosen, and what is split; with a width for this operand.
         quality: runs the network as it is, and returns its quality.
+        first_token: of the layer (`qdiff.calibration.first_token`), which is not quantized; None quantizes all tokens.
     """
     found = {}
     for bits in widths:
         words = f"W{bits}A32" if operand is Operand.WEIGHTS else f"W32A{bits}"
         own = replace(config, keep_ends=False, layer_bits={name: words}).of_layer(name, None)
         with _replaced(network, name, own) as layer:
+            layer.first_token = first_token
             seen: list[object] = []
             handle = layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(None))
             if operand is Operand.WEIGHTS:

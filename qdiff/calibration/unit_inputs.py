@@ -62,13 +62,13 @@ class UnitInputs:
     def float_inputs(self, layer: QuantModule) -> tuple[Tensor, Tensor]:
         """Return what a layer takes in the float network [M, …], stored, and the sample of each of its rows [M].
 
-        Where its calls have several shapes, those of the first one's are returned.
+        Where its calls have several shapes, those of the first one's are returned. Without tokens that stay in float.
         """
-        shape = self._float[layer][0][0].shape[1:]
+        shape = layer.quantized_part(self._float[layer][0][0]).shape[1:]
         found = [
             (x, rows)
             for taken, rows in zip(self._float[layer], self._rows, strict=True)
-            for x in taken
+            for x in map(layer.quantized_part, taken)
             if x.shape[1:] == shape
         ]
         inputs = self.walker.storage.empty((sum(len(x) for x, _ in found), *shape), found[0][0].dtype)
@@ -115,7 +115,7 @@ class UnitInputs:
             pairs = zip(self._loaded(in_float, batch), self._loaded(quantized, batch), strict=True)
             for x, x_hat in pairs:
                 x_hat = layer.quantized_input(x_hat) if quantizes else layer.scaled_input(x_hat)
-                moments.add(layer.scaled_input(x), x_hat, first)
+                moments.add(*map(layer.quantized_part, (layer.scaled_input(x), x_hat)), first)
             first += len(rows)
         return moments
 

@@ -28,6 +28,7 @@ _WEIGHT_OPTIONS = {
     "split_shortcut": "--split",
     "weight_symmetric": "--w_sym",
     "keep_ends": "--keep_ends",
+    "bos_aware": "--bos_aware",
 }
 _ACT_OPTIONS = {
     "act_bits": "--act_bit",

@@ -14,7 +14,9 @@ Tensors, each the concatenation over all layers in name order:
     ``act_timesteps``     float32: the calibrated timesteps, ascending, if there are ranges per timestep. Each quantizer
                           then has as many δ and zero points, in this order;
     ``input_scale``       uint8: the factors of all layers' input channels (1 where a layer has none), stored as
-                          ``float``; only in files of the format ``qdiff-3``, which older readers refuse.
+                          ``float``; only in files of the format ``qdiff-3``, which older readers refuse;
+    ``first_token``       uint8, if the config is ``bos_aware``: outputs of the first token, stored as ``float``, and
+                          ``first_token_parts``, which layers these are of: 1 has the output, 2 then the token as well.
 
 One tensor per layer would be neater, but each name costs about 100 bytes of header, more than many layers hold.
 Metadata: ``format``, ``config`` (JSON of `QuantConfig`), ``layout`` (hash of names and shapes), ``notes`` (JSON),
@@ -36,8 +38,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qdiff.checkpoint import optional_tensors as optional
 from qdiff.checkpoint.channel_shifts import shifts_of_each, stored_shifts
-from qdiff.checkpoint.input_scales import scales_by_layer, stored_scales
+from qdiff.checkpoint.concatenation import concatenated, separated, split
 from qdiff.checkpoint.metadata import (
     CHECKSUM,
     FIRST_FORMAT,
@@ -57,6 +60,7 @@ from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, Quantizer, WeightQuantizer
 from qdiff.ranges.calibrated_timesteps import checked_timesteps
+from qdiff.ranges.first_token import FirstToken
 
 FLOAT_BYTES = 4
 
@@ -93,10 +97,6 @@ def layout(qnn: QuantModel) -> str:
     return hashlib.sha256(json.dumps(sorted(shapes.items())).encode()).hexdigest()[:16]
 
 
-def _concatenated(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    return torch.cat([t.detach().reshape(-1).cpu().to(dtype) for t in tensors] or [torch.empty(0, dtype=dtype)])
-
-
 def content_hash(qnn: QuantModel) -> str:
     """Return a hash of every value of a calibrated network, which tells it from others of the same `layout`."""
     found = hashlib.sha256()
@@ -105,13 +105,14 @@ def content_hash(qnn: QuantModel) -> str:
         found.update(values.cpu().contiguous().numpy())
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())]
     quantizers = [*_weight_quantizers(qnn).values(), *act]
-    found.update(_concatenated(list(_plain(qnn).values()), torch.float32).numpy())
-    found.update(_concatenated([q.delta for q in quantizers], torch.float32).numpy())
-    found.update(_concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
+    found.update(concatenated(list(_plain(qnn).values()), torch.float32).numpy())
+    found.update(concatenated([q.delta for q in quantizers], torch.float32).numpy())
+    found.update(concatenated([q.zero_point for q in quantizers], torch.int32).numpy())
     if qnn.act_timesteps is not None:
         found.update(qnn.act_timesteps.values.cpu().numpy())
-    found.update(_concatenated(stored_scales(_layers(qnn)), torch.float32).numpy())
-    found.update(_concatenated(stored_shifts(act), torch.uint8).numpy())
+    found.update(concatenated(optional.stored_scales(_layers(qnn)), torch.float32).numpy())
+    found.update(concatenated(optional.first_token_values(_layers(qnn)), torch.float32).numpy())
+    found.update(concatenated(stored_shifts(act), torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
@@ -121,24 +122,25 @@ def save_native(qnn: QuantModel, path: Path, notes: dict[str, Any]) -> None:
 
     layers = _stored_layers(qnn).values()
     if qnn.config.weight_bits is None:
-        tensors = {"weight": _concatenated([layer.weight for layer in layers], torch.float32)}
+        tensors = {"weight": concatenated([layer.weight for layer in layers], torch.float32)}
     else:
         zero_points = [pack(q.zero_point.to(torch.uint8), q.bits) for q in _weight_quantizers(qnn).values()]
         tensors = {
-            "weight": _concatenated([layer.packed_integers() for layer in layers], torch.uint8),
-            "weight_zero_point": _concatenated(zero_points, torch.uint8),
+            "weight": concatenated([layer.packed_integers() for layer in layers], torch.uint8),
+            "weight_zero_point": concatenated(zero_points, torch.uint8),
         }
-    tensors["float"] = deflate_floats(_concatenated(list(_float_tensors(qnn).values()), torch.float32))
+    tensors["float"] = deflate_floats(concatenated(list(_float_tensors(qnn).values()), torch.float32))
     act = [q for _, q in sorted(qnn.calibrated_act_quantizers().items())]
     if act:
-        tensors["act_delta"] = _concatenated([q.delta for q in act], torch.float32)
-        tensors["act_zero_point"] = _concatenated([q.zero_point for q in act], torch.int32)
+        tensors["act_delta"] = concatenated([q.delta for q in act], torch.float32)
+        tensors["act_zero_point"] = concatenated([q.zero_point for q in act], torch.int32)
         for shifts in stored_shifts(act):
             tensors["act_shift"] = shifts
     if qnn.act_timesteps is not None:
         tensors["act_timesteps"] = qnn.act_timesteps.values.cpu()
-    if scales := stored_scales(_layers(qnn)):
-        tensors["input_scale"] = deflate_floats(_concatenated(scales, torch.float32))
+    if scales := optional.stored_scales(_layers(qnn)):
+        tensors["input_scale"] = deflate_floats(concatenated(scales, torch.float32))
+    tensors |= optional.stored_tokens(_layers(qnn))
     metadata = {
         "format": SCALED_FORMAT if scales else FORMAT,
         "config": json.dumps(qnn.config.to_dict(), separators=(",", ":")),
@@ -194,6 +196,7 @@ class _Contents:
         shifts: of the step sizes of channels, by quantizer; empty if the file has none.
         timesteps: [T], of ranges per timestep; None without such ranges.
         scales: of the input channels, by layer; empty if no layer has any.
+        tokens: what layers make of the first token, by layer.
     """
 
     weights: dict[str, Tensor]
@@ -202,6 +205,7 @@ class _Contents:
     shifts: dict[ActQuantizer, Tensor]
     timesteps: Tensor | None
     scales: dict[str, Tensor]
+    tokens: dict[str, FirstToken]
 
     @torch.no_grad()
     def take_small_ones(self, qnn: QuantModel) -> None:
@@ -221,6 +225,8 @@ class _Contents:
             quantizer.set(delta, zero_point, *([self.shifts[quantizer]] if quantizer in self.shifts else []))
         for name, layer in qnn.layers().items():
             layer.set_input_scale(self.scales.get(name))
+            token = self.tokens.get(name)
+            layer.first_token = None if token is None else token.to(qnn.device)
 
 
 def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
@@ -230,19 +236,19 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
     tensors, expected = read_safetensors(path), _float_tensors(qnn)
     check_checksum(tensors, metadata, path)
     try:
-        separated = _first_format if metadata["format"] == FIRST_FORMAT else _this_format
-        weights, floats, zero_points = separated(qnn, tensors)
-        floats = dict(zip(expected, _separated(floats, list(expected.values())), strict=True))
+        parts = _first_format if metadata["format"] == FIRST_FORMAT else _this_format
+        weights, floats, zero_points = parts(qnn, tensors)
+        floats = dict(zip(expected, separated(floats, list(expected.values())), strict=True))
         quantizers = _weight_quantizers(qnn)
         like = [q.zero_point for q in quantizers.values()]
         ranges = [
             (quantizer, floats[f"{name}.delta"], zero_point)
-            for (name, quantizer), zero_point in zip(quantizers.items(), _separated(zero_points, like), strict=True)
+            for (name, quantizer), zero_point in zip(quantizers.items(), separated(zero_points, like), strict=True)
         ]
         timesteps = checked_timesteps(tensors["act_timesteps"]) if act and qnn.act_timesteps is not None else None
         if act:
             like = [q.delta if timesteps is None else timesteps for q in act]
-            deltas, zero_points = (_separated(tensors[f"act_{part}"], like) for part in ("delta", "zero_point"))
+            deltas, zero_points = (separated(tensors[f"act_{part}"], like) for part in ("delta", "zero_point"))
             ranges += zip(act, deltas, zero_points, strict=True)
         shifts = shifts_of_each(act, tensors.get("act_shift"), 1 if timesteps is None else len(timesteps))
         for quantizer, delta, zero_point in ranges:
@@ -250,14 +256,16 @@ def _read(qnn: QuantModel, path: Path, activations: bool) -> _Contents:
             if not levels or not (torch.isfinite(delta) & (delta > 0)).all():
                 raise ValueError("step sizes or zero points are out of range")
         scaled = metadata["format"] == SCALED_FORMAT
-        scales = scales_by_layer(_layers(qnn), tensors["input_scale"]) if scaled else {}
+        scales = optional.scales_by_layer(_layers(qnn), tensors["input_scale"]) if scaled else {}
+        tokens = optional.tokens_by_layer(_layers(qnn), tensors) if qnn.config.bos_aware else {}
         for (name, layer), size in zip(_stored_layers(qnn).items(), _weight_sizes(qnn), strict=True):
             if weights[name].numel() != size:
                 raise ValueError(f"{weights[name].numel()} values where {name} has {tuple(layer.weight.shape)}")
     except (KeyError, ValueError, RuntimeError, zlib.error) as error:
         raise UserError(f"checkpoint {path} is damaged ({error}); download or create it again") from error
     check_finite({**floats, **weights}, path)
-    return _Contents(weights, {name: floats[name] for name in _plain(qnn)}, ranges, shifts, timesteps, scales)
+    plain = {name: floats[name] for name in _plain(qnn)}
+    return _Contents(weights, plain, ranges, shifts, timesteps, scales, tokens)
 
 
 Parts = tuple[dict[str, Tensor], Tensor, Tensor]
@@ -271,12 +279,12 @@ def _first_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
 
 
 def _this_format(qnn: QuantModel, tensors: dict[str, Tensor]) -> Parts:
-    weights = dict(zip(_stored_layers(qnn), _split(tensors["weight"], _weight_sizes(qnn)), strict=True))
+    weights = dict(zip(_stored_layers(qnn), split(tensors["weight"], _weight_sizes(qnn)), strict=True))
     floats = inflate_floats(tensors["float"], sum(t.numel() for t in _float_tensors(qnn).values()))
     zero_points = [torch.empty(0, dtype=torch.uint8)]
     if quantizers := _weight_quantizers(qnn).values():
         counts = [(q.bits, q.zero_point.numel()) for q in quantizers]
-        streams = _split(tensors["weight_zero_point"], [packed_bytes(count, bits) for bits, count in counts])
+        streams = split(tensors["weight_zero_point"], [packed_bytes(count, bits) for bits, count in counts])
         zero_points = [unpack(s, bits, count) for s, (bits, count) in zip(streams, counts, strict=True)]
     return weights, floats, torch.cat(zero_points)
 
@@ -287,14 +295,3 @@ def _weight_sizes(qnn: QuantModel) -> list[int]:
         packed_bytes(m.weight.numel(), m.weight_quantizers[0].bits) if len(m.weight_quantizers) else m.weight.numel()
         for m in _stored_layers(qnn).values()
     ]
-
-
-def _split(values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
-    if values.numel() != sum(sizes):
-        raise ValueError(f"{values.numel()} values where {sum(sizes)} are needed")
-    return values.split(sizes)
-
-
-def _separated(values: Tensor, like: list[Tensor]) -> list[Tensor]:
-    parts = _split(values, [t.numel() for t in like])
-    return [part.reshape(t.shape) for part, t in zip(parts, like, strict=True)]

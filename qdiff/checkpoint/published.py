@@ -78,6 +78,8 @@ def load_published(qnn: QuantModel, state: dict[str, Tensor], path: Path, activa
             f"{path} holds one range per quantizer and none per timestep; add --resume_w to calibrate these, or leave "
             "out --act_ranges"
         )
+    if qnn.config.bos_aware:
+        raise UserError(f"checkpoint {path} is a published file, which quantizes all tokens; leave out --bos_aware")
     if qnn.config.layer_bits:
         raise UserError(f"checkpoint {path} is a published file, whose layers have one width; leave out --layer_bits")
     quantizers = _quantizers(qnn, activations)
@@ -214,9 +216,9 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     levels of that code, which cannot express the unsigned one.
 
     Raises:
-        UserError: weights stay in float, ranges are per timestep, channels have step sizes of their own, inputs are
-            scaled, or the float weights were released or are not those that were quantized (a native file does not hold
-            them).
+        UserError: weights or first tokens are in float, ranges are per timestep, channels have step sizes of their own,
+            inputs are scaled, or the float weights were released or are not those that were quantized (a native file
+            does not hold them).
     """
     if qnn.config.weight_bits is None:
         raise UserError("the published format needs quantized weights; give --weight_bit, or save the native format")
@@ -235,6 +237,11 @@ def to_published(qnn: QuantModel) -> dict[str, Tensor]:
     if qnn.config.layer_bits:
         named = ", ".join(f"{name}={bits}" for name, bits in qnn.config.layer_bits[:3])
         raise UserError(f"the published format has one width for all layers ({named} differ); save the native format")
+    if qnn.config.bos_aware:
+        raise UserError(
+            "the published format has no place for outputs of the first token; save the native format, or calibrate "
+            "without --bos_aware"
+        )
     if scaled := scaled_layers(qnn.model):
         raise UserError(
             f"the published format has no factors of input channels ({scaled[0]} has some, from --scaling); save the "

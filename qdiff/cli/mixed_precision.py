@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
@@ -33,6 +34,7 @@ from qdiff.io.files import sha256, written_whole
 from qdiff.io.images import to_uint8
 from qdiff.io.progress import progress_bar
 from qdiff.pipeline import Pipeline
+from qdiff.ranges.first_token import FirstToken
 
 log = logging.getLogger("qdiff")
 
@@ -175,8 +177,9 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
     if not left:
         return
     log.info("measuring how sensitive the network is to %d operands of layers", len(left))
+    tokens = find_first_tokens(pipeline.network, data.inputs) if plan.quant.bos_aware else {}
     if mixed.measure is Measure.PROBE:
-        _probe(plan, pipeline, data, file, left)
+        _probe(plan, pipeline, data, file, left, tokens)
         return
     quality = (
         _image_quality(pipeline, mixed) if mixed.measure is Measure.SSIM else _output_quality(pipeline, data, mixed)
@@ -184,7 +187,8 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
     with progress_bar(total=len(left), desc="sensitivities", unit="layer") as bar:
         for operand, name, path in left:
             widths = mixed.widths(operand)
-            file.add(operand, name, layer_sensitivity(pipeline.network, path, plan.quant, operand, widths, quality))
+            measured = (pipeline.network, path, plan.quant, operand, widths, quality, tokens.get(path))
+            file.add(operand, name, layer_sensitivity(*measured))
             bar.update()
 
 
@@ -194,6 +198,7 @@ def _probe(
     data: CalibrationSet,
     file: SensitivityFile,
     left: Sequence[tuple[Operand, str, str]],
+    tokens: Mapping[str, FirstToken],
 ) -> None:
     """Measure all of them at once; projections are the same in every run."""
     mixed, names = plan.mixed, {path: name for _, name, path in left}
@@ -205,6 +210,7 @@ def _probe(
         _spread_samples(data, mixed),
         min(PROBE_BATCH, pipeline.batch_size),
         torch.Generator().manual_seed(0),
+        tokens,
     )
     for operand, values in found.items():
         for path, value in values.items():

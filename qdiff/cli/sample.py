@@ -21,6 +21,7 @@ from torch import Tensor
 from qdiff.calibration.collect import check_recorded_steps, record_evenly, recorded_calls
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
+from qdiff.cli.first_token import check_first_tokens, check_has_text
 from qdiff.cli.held_out import held_out_error
 from qdiff.cli.mixed_precision import with_chosen_widths
 from qdiff.cli.noise_correction import run_correction
@@ -74,6 +75,7 @@ class SampleCommand:
         preset_values = {**of_width(values, args.weight_bit), **of_width(pipeline.eda_dm, args.weight_bit)}
         plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range, preset_values)
         self.plan = with_temporal_cache(args, plan, pipeline)
+        check_has_text(plan, pipeline)
         self._calibration_seed = args.seed if self.plan is None or self.plan.seed is None else self.plan.seed
         if self.plan is not None:
             pipeline.check_modulation(self.plan.quant)
@@ -238,10 +240,10 @@ class SampleCommand:
         if self.plan is None:
             return None
         pipeline = self.pipeline
+        check_first_tokens(self.plan, pipeline)
         plan = with_chosen_widths(self.plan, pipeline, run, self._calibration_seed, self.args.sensitivities)
-        shapes = pipeline.input_shape, pipeline.context_shape
-        given = (pipeline.training_steps, pipeline.sampler.visited, pipeline.probe)
-        return Quantization(pipeline.network, plan, run, *shapes, *given)
+        shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
+        return Quantization(pipeline.network, plan, run, *shapes, pipeline.sampler.visited, pipeline.probe)
 
     def _complete(self, prepared: Quantization | None, run: RunFolder) -> None:
         """Calibrate if needed, and measure once the error of ε against float on inputs outside the calibration set."""

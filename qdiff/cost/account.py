@@ -3,7 +3,8 @@
 The size counts the bits of every parameter as a native checkpoint stores it (`qdiff.checkpoint.native`). The BOPs of a
 layer are MACs · weight bits · activation bits; attention products are included, and float counts as 32 bits. A
 modulated layer (`qdiff.modulation`) has another width at the first call of a trajectory, and keeps two tensors that it
-adds to.
+adds to. Where the first token of a context is not quantized (``bos_aware``), its outputs are stored in float32 and cost
+no operations.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
+from qdiff.tracing.context import Context, context_of
 from qdiff.tracing.temporal_cache import temporal_layers
 
 FLOAT_BYTES = 4
@@ -64,10 +66,13 @@ def account(
         Counts for one sample (N = 1) and one call.
     """
     always_first = isinstance(network, QuantModel) and network.config.ablation is Ablation.CLEARED_STATE
+    bos_aware = isinstance(network, QuantModel) and network.config.bos_aware
     network = _unwrapped(network)
     shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
-    work = _count_work(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
+    work, contexts = _count_work(network, tuple(torch.empty(1, *shape, device="meta") for shape in shapes))
     costs = _costs(network, work)
+    if bos_aware:
+        costs = _without_first_tokens(network, costs, contexts)
     if always_first:  # the state is cleared before every call, so every call is a first one
         costs = (replace(c, act_bits=c.first_act_bits, additions=0) if c.modulates else c for c in costs)
     if cached_timesteps:
@@ -90,6 +95,26 @@ def _looked_up(network: nn.Module, costs: Iterable[LayerCost], timesteps: int) -
     yield LayerCost("temporal table", "Table", 0, timesteps * outputs * FLOAT_BYTES)
 
 
+def _without_first_tokens(
+    network: nn.Module, costs: Iterable[LayerCost], contexts: Mapping[str, tuple[Context, int]]
+) -> Iterator[LayerCost]:
+    """Yield costs where layers do not compute the first token of the context that they read.
+
+    Args:
+        contexts: which context a layer reads, and how many tokens that has.
+    """
+    known = set()  # of each context, one layer has the token
+    for cost in costs:
+        context, tokens = contexts.get(cost.name, (None, 0))
+        if tokens < 2 or min(cost.weight_bits, cost.act_bits) == FLOAT_BITS:
+            yield cost
+            continue
+        floats = len(network.get_submodule(cost.name).weight) + (0 if context in known else context.channels)
+        known.add(context)
+        scaled = {name: getattr(cost, name) * (tokens - 1) // tokens for name in ("macs", "state_bytes", "additions")}
+        yield replace(cost, size_bytes=cost.size_bytes + floats * FLOAT_BYTES, **scaled)
+
+
 def _weight_quantizers(layer: nn.Module) -> list[WeightQuantizer]:
     return list(layer.weight_quantizers) if isinstance(layer, QuantModule) else []
 
@@ -99,8 +124,13 @@ def _unwrapped(network: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[int, ...]]:
-    """Return counts by name: MACs, input and output elements of a layer; MACs of both products of attention."""
+def _count_work(
+    network: nn.Module, inputs: tuple[Tensor, ...]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[Context, int]]]:
+    """Return counts by name: MACs, input and output elements of a layer; MACs of both products of attention.
+
+    Also, of the layers that read a context, which one, and its number of tokens.
+    """
     # The copy takes its tensors from the memo, so none is copied, and float16 networks need no float16 inputs.
     memo: dict[int, Any] = {}
     for tensor in (*network.parameters(), *network.buffers()):
@@ -111,6 +141,7 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
         memo |= {id(hooks): OrderedDict() for hooks in (module._forward_hooks, module._forward_pre_hooks)}
     shadow = copy.deepcopy(network, memo)
     counts: dict[str, tuple[int, ...]] = {}
+    contexts: dict[str, tuple[Context, int]] = {}
 
     def counting(name: str):
         def add(module: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
@@ -118,6 +149,8 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
                 now = _attention_macs(*given)
             else:
                 now = _layer_macs(module, out), given[0].numel(), out.numel()
+                if (context := context_of(given[0], inputs)) is not None:
+                    contexts[name] = context, given[0].shape[1]
             counts[name] = tuple(a + b for a, b in zip(counts.get(name, (0,) * len(now)), now, strict=True))
 
         return add
@@ -132,7 +165,7 @@ def _count_work(network: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tup
             module.register_forward_hook(counting(name))
     with NormsKeepShapes():
         shadow.eval()(*inputs)
-    return counts
+    return counts, contexts
 
 
 def _layer_macs(layer: nn.Module, out: Tensor) -> int:

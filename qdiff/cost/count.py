@@ -21,8 +21,8 @@ class LayerCost:
             softmax·v; a layer split into slices of different widths has one per slice, ``NAME[0]`` and ``NAME[1]``.
         kind: ``Conv1d``, ``Conv2d``, ``Linear``, ``Attention``, or the class of another module with parameters.
         parameters: number of weights and biases, without δ and z.
-        size_bytes: their stored bytes, including δ and z of the weight and of the layer's inputs, and the
-            factors of its input channels.
+        size_bytes: their stored bytes, including δ and z of the weight and of the layer's inputs, the factors of its
+            input channels, and its output for the first token.
         macs: multiply-accumulate operations per sample.
         weight_bits, act_bits: widths of the two factors: for q·kᵀ those of k and q, for softmax·v those of the
             softmax output and v, for a modulated layer those of a later call.

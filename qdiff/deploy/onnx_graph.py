@@ -28,6 +28,8 @@ STATE = "state"  # state.LAYER.input, state.LAYER.output
 class _Denoiser(nn.Module):
     """Returns a network's ε and the state of its modulated layers, as a function of its inputs and the previous state.
 
+    ε is NaN where a context begins with another token than the one that layers have an output for.
+
     Args:
         network: network whose leaves are `OnnxLayer` and `OnnxAttention`.
         count: number of the network's own inputs; the inputs after them are the state.
@@ -36,8 +38,8 @@ class _Denoiser(nn.Module):
     def __init__(self, network: nn.Module, count: int) -> None:
         super().__init__()
         self.network, self.count = network, count
-        layers = (m for m in network.modules() if isinstance(m, OnnxLayer))
-        self.memories = tuple(layer.memory for layer in layers if layer.memory is not None)
+        self.layers = tuple(m for m in network.modules() if isinstance(m, OnnxLayer))
+        self.memories = tuple(layer.memory for layer in self.layers if layer.memory is not None)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given, state = inputs[: self.count], inputs[self.count :]
@@ -47,6 +49,10 @@ class _Denoiser(nn.Module):
             for memory, before, output in zip(self.memories, state[::2], state[1::2], strict=True):
                 memory.input, memory.output = before, output
         eps = self.network(*given)
+        for seen in (layer.seen for layer in self.layers if layer.seen.same is not None):
+            # Not in the layer, because a quantized operand cannot hold NaN.
+            known = seen.same.view(-1, *[1] * (eps.dim() - 1))
+            eps = torch.where(known, eps, torch.full_like(eps, torch.nan))
         return eps, *(tensor for memory in self.memories for tensor in (memory.input, memory.output))
 
 

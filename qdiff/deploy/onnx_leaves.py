@@ -6,6 +6,8 @@ linear layers and attention's products.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from qdiff.modulation import LayerMemory
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import DynamicActQuantizer
+from qdiff.ranges.first_token import is_same_token
 
 
 class _WeightSlice(nn.Module):
@@ -49,6 +52,8 @@ class OnnxLayer(nn.Module):
 
     Attributes:
         memory: state of a layer that modulates, filled before tracing and read after it; else None.
+        seen: its ``same`` says which inputs of the last call began with the layer's first token, bool [N]; None for a
+            layer without one.
     """
 
     def __init__(self, layer: QuantModule, name: str) -> None:
@@ -66,6 +71,7 @@ class OnnxLayer(nn.Module):
         if scale is not None:  # in the shape that multiplies an input
             scale = scale.float().view(-1, *[1] * (0 if self.geometry is None else len(self.geometry.stride)))
         self.register_buffer("input_scale", scale)
+        self.first_token, self.seen = layer.first_token, SimpleNamespace(same=None)
         self.ranges, self.first_ranges = (
             nn.ModuleList(onnx_range(q, in_bytes=quantizes_weight) for q in quantizers)
             for quantizers in (layer.act_quantizers, layer.first_quantizers)
@@ -85,6 +91,14 @@ class OnnxLayer(nn.Module):
             self.weight = layer.float_weight() if scale is None else layer.weight_to_quantize()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.first_token is None:
+            return self._output(x)
+        if self.first_token.input is not None:
+            self.seen.same = is_same_token(x[:, 0], self.first_token.input)
+        first = self.first_token.output.view(1, 1, -1).expand(x.shape[0], -1, -1)
+        return torch.cat([first, self._output(x[:, 1:])], dim=1)
+
+    def _output(self, x: Tensor) -> Tensor:
         if self.input_scale is not None:
             x = x * self.input_scale
         if self.memory is None:

@@ -22,6 +22,7 @@ from qdiff.deploy.runtime import OnnxRuntime
 from qdiff.deploy.runtimes import RUNTIMES
 from qdiff.errors import UserError
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.first_token import ANOTHER
 
 if TYPE_CHECKING:
     import onnx
@@ -66,6 +67,7 @@ class OnnxNetwork:
             self._first = _Graph(earlier, RUNTIMES[runtime], threads)
         self._graph = _Graph(model, RUNTIMES[runtime], threads)
         self._state: dict[str, np.ndarray] | None = None
+        self._bos_aware = _config_of(model).bos_aware
 
     def __call__(self, *inputs: Tensor | None) -> Tensor:
         given = [i for i in inputs if i is not None]
@@ -79,6 +81,8 @@ class OnnxNetwork:
             raise UserError(
                 f"{self._runtime} returns an empty output on this CPU; give another --runtime, e.g. simulated"
             )
+        if self._bos_aware and not np.isfinite(eps).all():
+            raise UserError(ANOTHER)  # so the graph says
         if self._first is not None:
             self._state = dict(zip(self._graph.states, state, strict=True))
         return torch.from_numpy(eps).to(given[0].device)
@@ -144,11 +148,15 @@ def properties(model: onnx.ModelProto) -> dict[str, str]:
 
 def check_config(path: Path, model: onnx.ModelProto, here: QuantConfig) -> None:
     """Raise a `UserError` if a file was exported with other widths or modes than a run asks for."""
-    there = QuantConfig.from_dict(json.loads(properties(model)[METADATA[1]]))
+    there = _config_of(model)
     for name in (field.name for field in fields(QuantConfig) if field.name not in HOW_CHOSEN):
         theirs, ours = (getattr(value, "value", value) for value in (getattr(there, name), getattr(here, name)))
         if theirs != ours:
             raise UserError(f"{path} was exported with {name} {theirs}, this run asks for {ours}; export it again")
+
+
+def _config_of(model: onnx.ModelProto) -> QuantConfig:
+    return QuantConfig.from_dict(json.loads(properties(model)[METADATA[1]]))
 
 
 def _check_content(path: Path, found: dict[str, str], expected: dict[str, str]) -> None:

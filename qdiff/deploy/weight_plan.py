@@ -113,6 +113,11 @@ def plan_weights(
     if qnn.config.weight_bits is None:
         raise UserError(f"the weights of this network have no width, and {title} is for quantized ones; give it one")
     qnn.assert_initialised(weights=True, activations=False)
+    if qnn.config.bos_aware:
+        raise UserError(
+            f"{title} has no place for outputs of the first token, which --bos_aware leaves in float; calibrate "
+            "without --bos_aware"
+        )
     if scaled := scaled_layers(qnn.model):
         raise UserError(
             f"{scaled[0]} multiplies its input's channels by factors (--scaling), for which {title} has no place; "

@@ -33,6 +33,8 @@ def card_of(network: nn.Module) -> str:
         acts += f", a range for each of {len(config.timesteps)} timesteps"
     if widths.power_of_two_scales:
         acts += ", finer step sizes for single channels of what shortcuts take"
+    if config.first_tokens:
+        acts += ", the first token of a text in float"
     rows = [
         (
             "weights",

@@ -45,6 +45,8 @@ class QDiffConfig(QuantizationConfigMixin):
         fused_projections: whether attention has one layer for q, k and v (``fuse_qkv_projections``).
         ends: names of the first and the last layer, for ``keep_ends``.
         timesteps: the calibrated ones, ascending, of ranges per timestep.
+        first_tokens: names of the layers that have an output of the first token, for ``bos_aware``, and whether each
+            has the token as well.
         notes: method, calibration and measured error; not used for loading.
         format_version: of what is stored in the component's tensors.
 
@@ -62,6 +64,7 @@ class QDiffConfig(QuantizationConfigMixin):
         fused_projections: bool = False,
         ends: list[str] | None = None,
         timesteps: list[float] | None = None,
+        first_tokens: dict[str, bool] | None = None,
         notes: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
@@ -86,6 +89,7 @@ class QDiffConfig(QuantizationConfigMixin):
         self.fused_projections = fused_projections
         self.ends = None if ends is None else tuple(ends)
         self.timesteps = list(timesteps or ())
+        self.first_tokens = dict(first_tokens or {})
         self.notes = dict(notes or {})
         self.format_version = format_version
 
@@ -98,6 +102,7 @@ class QDiffConfig(QuantizationConfigMixin):
             "fused_projections": self.fused_projections,
             "ends": list(self.ends or ()),
             "timesteps": self.timesteps,
+            "first_tokens": self.first_tokens,
         }
         return {
             "quant_method": self.quant_method.value,

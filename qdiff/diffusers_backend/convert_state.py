@@ -41,6 +41,11 @@ def check_convertible(config: QuantConfig) -> None:
             "checkpoints with ranges per timestep are not converted; quantize the pipeline with "
             f"scripts/quantize_pipeline.py --act_ranges {config.act_ranges.value}, or give another checkpoint"
         )
+    if config.bos_aware:
+        raise UserError(
+            "checkpoints with outputs of the first token are not converted; quantize the pipeline with "
+            "scripts/quantize_pipeline.py --bos_aware, or give another checkpoint"
+        )
     if named := config.named_layers(None) - {FIRST, LAST}:
         raise UserError(
             f"--layer_bits names {min(named)}, which has another name in the other network; quantize that network with "

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.config import QuantConfig
 from qdiff.diffusers_backend.card import writes_card
 from qdiff.diffusers_backend.component_timesteps import follow_timesteps, timestep_of
+from qdiff.diffusers_backend.component_tokens import check_at_first_call, tokens_of, watch_first_tokens
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser, listen
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
@@ -94,11 +96,14 @@ def quantize_pipeline(
     started = time.monotonic()
     record = {"prompts": prompts, "batch_size": batch_size, "options": options}
     visited: set[float] = set()
-    handle = listen(network, lambda args, keywords: visited.update(timestep_of(network, args, keywords).tolist()))
+    handles = [listen(network, lambda args, keywords: visited.update(timestep_of(network, args, keywords).tolist()))]
+    if config.bos_aware:
+        handles.append(check_at_first_call(network, partial(_in_single_precision, network)))
     try:
         data, call = record_pipeline(pipe, network, samples, steps, seed=seed, **record)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     held_out, _ = record_pipeline(pipe, network, max(1, samples // 8), steps, seed=seed + samples, **record)
     with _in_single_precision(network):
         example = [i[:2].to(network.device) for i in data.inputs]
@@ -137,6 +142,7 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         fused_projections=has_fused_projections(network),
         ends=[name.removeprefix(prefix) for name in qnn.ends] if qnn.ends else None,
         timesteps=None if qnn.act_timesteps is None else qnn.act_timesteps.values.tolist(),
+        first_tokens=tokens_of(network),
         notes=notes,
         **qnn.config.to_dict(),
     )
@@ -156,6 +162,7 @@ def make_component(network: nn.Module, config: QDiffConfig) -> None:
     network.register_to_config(quantization_config=config)
     switch_on(network)
     follow_timesteps(network)
+    watch_first_tokens(network)
     refuse_changes(network)
     writes_card(network)
 

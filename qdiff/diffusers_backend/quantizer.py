@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qdiff.diffusers_backend.card import writes_card
 from qdiff.diffusers_backend.component_timesteps import follow_timesteps
+from qdiff.diffusers_backend.component_tokens import watch_first_tokens
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.refusals import refuse_changes
 from qdiff.diffusers_backend.structure import pack_without_values, replace_layers, switch_on
@@ -42,11 +43,13 @@ class QDiffQuantizer(DiffusersQuantizer):
         self._freed = 0  # bytes of float weights since memory was returned
         self._step_sizes: dict[str, Tensor] = {}  # read and not yet used
         self._shapes: dict[str, torch.Size] = {}  # of the component's tensors
-        if not self.pre_quantized and quantization_config.quant_config.act_bits is not None:
-            raise UserError(
-                "quantized activations need calibration data; load the pipeline in float and call "
-                "qdiff.quantize_pipeline, or leave out act_bits"
-            )
+        needing = {"act_bits": "quantized activations need", "bos_aware": "outputs of the first token need"}
+        for name, needs in needing.items() if not self.pre_quantized else ():
+            if getattr(quantization_config.quant_config, name):
+                raise UserError(
+                    f"{needs} calibration data; load the pipeline in float and call qdiff.quantize_pipeline, or leave "
+                    f"out {name}"
+                )
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         if importlib.util.find_spec("accelerate") is None:
@@ -136,6 +139,7 @@ class QDiffQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         switch_on(model)
         follow_timesteps(model)
+        watch_first_tokens(model)
         refuse_changes(model)
         writes_card(model)
         return model

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qdiff.diffusers_backend.component_timesteps import make_timesteps
+from qdiff.diffusers_backend.component_tokens import make_token_places
 from qdiff.errors import UserError
 from qdiff.interface import split_input
 from qdiff.kernels.packed_weight import WeightCache
@@ -151,7 +152,8 @@ def replace_layers(network: nn.Module, config: QDiffConfig) -> None:
     if config.fused_projections:
         network.fuse_qkv_projections()
     known = {name for name, _ in network.named_modules()}
-    missing = sorted({*config.attention, *config.left_in_float, *(config.ends or ())} - known)
+    named = {*config.attention, *config.left_in_float, *config.first_tokens, *(config.ends or ())}
+    missing = sorted(named - known)
     if missing:
         raise UserError(
             f"{type(network).__name__} has no module {missing[0]} that its quantization_config names; the folder mixes "
@@ -168,6 +170,7 @@ def replace_layers(network: nn.Module, config: QDiffConfig) -> None:
             network.get_submodule(name).prescale = True
     replace_leaves(network, config.quant_config, config.ends, config.left_in_float)
     make_timesteps(network, config.timesteps)
+    make_token_places(network, config.first_tokens)
 
 
 def pack_without_values(network: nn.Module) -> None:

@@ -99,6 +99,12 @@ def add_quantization_options(parser: argparse.ArgumentParser) -> None:
         help="channels of what shortcut convolutions take may have a half, a quarter or an eighth of the step size, on "
         "which the calibration samples vote (default: with dmq)",
     )
+    group.add_argument(
+        "--bos_aware",
+        action="store_true",
+        help="leave the first token of a text context in float, which is the same for all texts and may be far larger "
+        "than the others: its outputs are constants in the layers that read it, whose ranges are without it (MixDQ)",
+    )
 
 
 def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True) -> None:

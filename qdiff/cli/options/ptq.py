@@ -135,6 +135,7 @@ def ignored_options(args: Namespace) -> list[str]:
         "power_of_two_scales",
         "keep_ends",
         "layer_bits",
+        "bos_aware",
         "fused_kernels",
         "refit",
         *modiff.QUANTIZING,
@@ -197,6 +198,7 @@ def resolve_ptq(
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
         power_of_two_scales=scaling.power_of_two_scales(args, method, modulate or args.quant_mode == "dynamic"),
         layer_bits=_layer_bits(args, own.get("layer_bits", {})),
+        bos_aware=args.bos_aware,
     )
     action = _action(args, method, quant)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)
