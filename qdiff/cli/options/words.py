@@ -22,6 +22,7 @@ def quantization_words(quant: QuantConfig) -> list[str]:
         ("--a_sym", quant.act_symmetric),
         ("--w_sym", quant.weight_symmetric),
         ("--keep_ends", quant.keep_ends),
+        ("--bos_aware", quant.bos_aware),
     ):
         made += [option] if given else []
     if quant.act_dynamic:

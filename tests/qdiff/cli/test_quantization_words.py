@@ -18,6 +18,7 @@ CONFIGS = [
     QuantConfig(weight_bits=4, act_bits=8, act_dynamic=True),
     QuantConfig(weight_bits=4, act_bits=8, act_ranges="timestep"),
     QuantConfig(weight_bits=4, act_bits=8, power_of_two_scales=True),
+    QuantConfig(weight_bits=4, act_bits=8, bos_aware=True),
     QuantConfig(weight_bits=4, act_bits=8, layer_bits={"first": "A16", "mid.attn_1.q": "W8A32"}),
 ]
 
