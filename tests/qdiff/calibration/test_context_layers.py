@@ -109,6 +109,7 @@ def test_rounding_in_closed_form_sees_the_other_tokens_alone(monkeypatch):
         assert torch.equal(quantized, layer.act_quantizers[0](x))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_input_scales_are_of_the_other_tokens():
     qnn, data = wrapped(), text_data()

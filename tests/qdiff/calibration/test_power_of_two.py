@@ -238,6 +238,7 @@ def test_a_calibration_that_is_discarded(wrap, data):
     assert same(shifts(qnn), shifts(made(wrap, data)))
 
 
+@pytest.mark.slow
 def test_calibrated_on_a_gpu(tiny_network, data, cuda):
     qnn = QuantModel(uneven(tiny_network).to("cuda"), QuantConfig(**W4A8, act_ranges="timestep"))
     calibrate(qnn, data, "linear", run=quiet())

@@ -52,6 +52,7 @@ def output(qnn, inputs):
         return qnn(*inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", thorough_except(ActRanges, ActRanges.TIMESTEP))
 def test_a_native_file_holds_them(ranges, made, wrap, tiny_network, data, tmp_path):
     qnn, loaded = made(act_ranges=ranges), wrap(power_of_two_scales=True, act_ranges=ranges)
@@ -67,6 +68,7 @@ def test_a_native_file_holds_them(ranges, made, wrap, tiny_network, data, tmp_pa
     assert content_hash(loaded) != content_hash(qnn)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranges", ActRanges)
 @pytest.mark.parametrize("weight_bits", [4, 8])
 @torch.no_grad()

@@ -50,6 +50,7 @@ def shifting(qnn):
     return [n for n in found if any(q.channel_shifts is not None and q.channel_shifts.any() for q in n.act_quantizers)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("runtime", thorough_except(RUNTIMES, "onnxruntime"))
 def test_runtimes_compute_what_the_simulation_does(runtime, bits, exported):

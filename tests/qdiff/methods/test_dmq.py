@@ -41,6 +41,7 @@ def test_its_row():
     assert not any(method.quant.get("power_of_two_scales") for name, method in METHODS.items() if name != "dmq")
 
 
+@pytest.mark.slow
 def test_shared_ranges_are_not_learned(data):
     few, many = (
         steps(data, "dmq", DmqConfig(**QUICK, act_iterations=count, lr_act=0.01), "shared") for count in (1, 5)
