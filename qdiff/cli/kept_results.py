@@ -58,16 +58,19 @@ class KeptResults:
         self.file = Path(folder) / f"{table.path.stem}.json"
         self.pictures = Path(folder) / table.path.stem
         check_writable(self.file)
-        self._rows: dict[str, KeptRow] = {}
+        self._rows = self._read()
+
+    def _read(self) -> dict[str, KeptRow]:
         if not self.file.is_file():
-            return
+            return {}
         try:
             found = json.loads(self.file.read_text(encoding="utf-8"))
             if found["version"] > VERSION:
                 raise ValueError(f"version {found['version']}")
-            self._rows = {label: KeptRow(**row) for label, row in found["rows"].items()}
-            for row in self._rows.values():
+            rows = {label: KeptRow(**row) for label, row in found["rows"].items()}
+            for row in rows.values():
                 _ = row.result["label"], row.result["images"], Manifest(**row.run)
+            return rows
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.file} holds no kept results ({first_line(error)}); correct it, or delete it to run all again"
@@ -105,7 +108,7 @@ class KeptResults:
         kept = KeptRow(**json.loads(json.dumps(asdict(kept))))  # as it is read
         if kept == self._rows.get(row.label):
             return
-        self._rows[row.label] = kept
+        self._rows = {**self._read(), row.label: kept}  # another process may have kept other rows meanwhile
         rows = {r.label: asdict(self._rows[r.label]) for r in self.table.rows if r.label in self._rows}
         with written_whole(self.file) as temporary:
             temporary.write_text(json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from digit_runs import QUANTIZED
 
+from qdiff.cli import table as module
 from qdiff.cli.kept_results import IMAGES
 from qdiff.cli.tables_page import tables_page
 from qdiff.errors import UserError
@@ -102,6 +103,20 @@ def test_published_numbers_are_the_present_ones(table, kept):
 
 
 @pytest.mark.slow
+def test_two_processes_keep_their_rows(table, kept, monkeypatch):
+    of_another, call = (kept / "t.json").read_text(), table.call
+    (kept / "t.json").unlink()
+
+    def beside(command):  # another process keeps W4 while W8 is sampled
+        call(command)
+        if command[command.index("-l") + 1].endswith("w8"):
+            (kept / "t.json").write_text(of_another)
+
+    monkeypatch.setattr(module, "_call", beside)
+    table.run([FLOAT, W4, W8], "W8", results=kept, metrics=METRICS)
+    assert list(json.loads((kept / "t.json").read_text())["rows"]) == ["float", "W4", "W8"]
+
+
 def test_seeds_share_the_first_ones_picture(table, tmp_path):
     rows = table.run([FLOAT, SEEDS], results=tmp_path / "kept", metrics=METRICS)
     assert sorted(p.name for p in (tmp_path / "kept" / "t").iterdir()) == ["float.png", "w8-seed-1.png"]
