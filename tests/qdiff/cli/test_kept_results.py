@@ -117,6 +117,7 @@ def test_two_processes_keep_their_rows(table, kept, monkeypatch):
     assert list(json.loads((kept / "t.json").read_text())["rows"]) == ["float", "W4", "W8"]
 
 
+@pytest.mark.slow
 def test_seeds_share_the_first_ones_picture(table, tmp_path):
     rows = table.run([FLOAT, SEEDS], results=tmp_path / "kept", metrics=METRICS)
     assert sorted(p.name for p in (tmp_path / "kept" / "t").iterdir()) == ["float.png", "w8-seed-1.png"]
