@@ -122,7 +122,9 @@ class TableRun:
         run = [row for row in self.chosen if self._is_finished(row) or not self._is_kept(row)]
         bases = [base for row in run if (base := self.table.base(row)) is not None]
         run = [row for row in self.chosen if row in run or row in bases]
-        self.chosen = self._with_float(run) if run else []
+        float_row = self.table.float_row
+        nothing = not run and (self._is_finished(float_row) or self._is_kept(float_row))
+        self.chosen = [] if nothing else self._with_float(run)
 
     def _leave_out_rows_without_files(self) -> None:
         """Leave out the rows whose calibrated checkpoint is missing; for a row named in --rows this is an error."""

@@ -59,6 +59,14 @@ def test_a_row_that_is_missing_is_run_beside_float(table, kept):
     assert table.run([FLOAT, W4, W8], results=kept, metrics=METRICS) == rows and table.commands == []
 
 
+def test_float_is_run_where_it_is_not_kept(table, kept):
+    held = json.loads((kept / "t.json").read_text())
+    del held["rows"]["float"]
+    (kept / "t.json").write_text(json.dumps(held))
+    assert list(table.run([FLOAT, W4], "W4", results=kept, metrics=METRICS)) == ["float", "W4"]
+    assert table.commands == [("sample", "float")]
+
+
 def test_named_rows_are_run_and_kept_ones_shown(table, kept):
     assert list(table.run([FLOAT, W4, W8], "W4", results=kept, metrics=METRICS)) == ["float", "W4"]
     assert table.commands == []
