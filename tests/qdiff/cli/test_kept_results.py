@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from digit_runs import QUANTIZED
 
+from qdiff.cli import table as module
 from qdiff.cli.kept_results import IMAGES
 from qdiff.cli.tables_page import tables_page
 from qdiff.errors import UserError
-from qdiff.io.images import load_png
+from qdiff.io.images import load_png, save_png
 
 METRICS = ["fid", "fidelity"]
 FLOAT, W4, W8 = {"label": "float"}, {"label": "W4", "options": QUANTIZED}, {"label": "W8", "options": "--ptq"}
@@ -127,3 +128,98 @@ def test_a_damaged_file_is_one_sentence(text, table, kept):
     with pytest.raises(UserError, match=r"t\.json holds no kept results .*; correct it, or delete it") as caught:
         table.run([FLOAT, W4], results=kept, metrics=METRICS)
     assert "\n" not in str(caught.value) and table.commands == []
+
+
+def rewritten(file, label, path, value):
+    """Change one value of a kept row; `...` takes it away."""
+    found = json.loads(file.read_text())
+    inner = found["rows"][label]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner.pop(path[-1]) if value is ... else inner.update({path[-1]: value})
+    file.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("result", "date"), ...),
+        (("result", "machine"), 3),
+        (("result", "images"), "20"),
+        (("result", "fid"), "low"),
+        (("result", "bytes"), "7"),
+        (("run", "config"), {}),
+        (("run", "files"), {"float weights": 3}),
+    ],
+)
+def test_a_value_that_no_table_shows_is_one_sentence_before_any_work(path, value, table, kept):
+    rewritten(kept / "t.json", "float", path, value)
+    with pytest.raises(UserError, match=r"t\.json holds no kept results .*; correct it, or delete it"):
+        table.run([FLOAT, W4, W8], results=kept, metrics=METRICS)
+    assert table.commands == []
+
+
+@pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:-20], None])
+def test_a_damaged_picture_is_one_sentence_before_any_work(damage, table, kept):
+    picture = kept / "t" / "w4.png"
+    if damage is None:  # another size
+        save_png(load_png(picture)[:, 1:], picture)
+    else:
+        picture.write_bytes(damage(picture.read_bytes()))
+    with pytest.raises(UserError, match=r"w4\.png is not the kept picture of 8 images; delete it"):
+        table.run([FLOAT, W4, W8], results=kept, metrics=METRICS)
+    assert table.commands == []
+    picture.unlink()
+    assert table.run([FLOAT, W4], results=kept, metrics=METRICS) == table.before
+
+
+def test_float_is_run_if_only_another_named_row_is_kept(table, kept):
+    found = json.loads((kept / "t.json").read_text())
+    del found["rows"]["float"]
+    (kept / "t.json").write_text(json.dumps(found))
+    assert table.run([FLOAT, W4, W8], "W4", results=kept, metrics=METRICS) == table.before
+    assert table.commands == [("sample", "float")]
+
+
+@pytest.mark.slow
+def test_a_metric_that_a_kept_row_lacks_is_measured(table, kept):
+    rows = table.run([FLOAT, W4], results=kept, metrics=[*METRICS, "kid"])
+    assert table.commands == [("sample", "float"), ("sample", "w4")] and "kid" in rows["W4"]
+    shutil.rmtree(table.out)
+    table.run([FLOAT, W4], results=kept, metrics=METRICS)
+    assert table.commands == []
+    rewritten(kept / "t.json", "W4", ("metrics",), ...)  # kept without them
+    table.run([FLOAT, W4], results=kept, metrics=[*METRICS, "kid"])
+    assert table.commands == []
+
+
+@pytest.mark.slow
+def test_a_kept_row_needs_no_checkpoint(table, tmp_path):
+    checkpoint = tmp_path / "w4.pth"
+    checkpoint.touch()
+    rows = [FLOAT, {"label": "W4", "options": f"{QUANTIZED} --cali_ckpt {checkpoint}"}]
+    before = table.run(rows, results=tmp_path / "kept", metrics=METRICS)
+    shutil.rmtree(table.out)
+    checkpoint.unlink()
+    assert table.run(rows, "W4", results=tmp_path / "kept", metrics=METRICS) == before and table.commands == []
+
+
+def test_rows_that_another_process_kept_stay(table, kept, monkeypatch):
+    add, call = json.loads((kept / "t.json").read_text())["rows"]["W4"], table.call
+
+    def meanwhile(command):
+        call(command)
+        found = json.loads((kept / "t.json").read_text())
+        (kept / "t.json").write_text(json.dumps(found | {"rows": found["rows"] | {"W8": add}}))
+
+    monkeypatch.setattr(module, "_call", meanwhile)
+    other = {"label": "W3", "options": "--ptq --weight_bit 3"}
+    table.run([FLOAT, W4, W8, other], "W3", results=kept, metrics=METRICS)
+    assert list(json.loads((kept / "t.json").read_text())["rows"]) == ["float", "W4", "W8", "W3"]
+
+
+def test_another_folder_whose_name_begins_alike_is_another(table, tmp_path):
+    row = {"label": "W4", "options": f"{QUANTIZED} --cali_data_path {table.out}side/data.pt"}
+    table.run([FLOAT, row], results=tmp_path / "kept", metrics=METRICS)
+    (command,) = json.loads((tmp_path / "kept" / "t.json").read_text())["rows"]["W4"]["command"]
+    assert command[-1] == f"{table.out}side/data.pt"
