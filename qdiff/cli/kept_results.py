@@ -17,7 +17,8 @@ from qdiff.cli.run_manifest import Manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
 from qdiff.errors import UserError, first_line
 from qdiff.io.files import check_writable, written_whole
-from qdiff.io.images import load_png, save_png
+from qdiff.io.images import load_png, png_shape, save_png
+from qdiff.report.columns import COSTS, metric_columns
 
 VERSION = 1
 IMAGES = 8  # per row; a page of several tables shows as many
@@ -33,12 +34,14 @@ class KeptRow:
         measured_by: what identifies the protocol, see `qdiff.cli.measure.Measuring.by`.
         run: the entries of the run's manifest that a table's protocol tells.
         result: numbers as in `qdiff.report.columns`.
+        metrics: the table's metrics; None, of a row that was kept without them, fits any table.
     """
 
     command: list[list[str]]
     measured_by: dict[str, Any]
     run: dict[str, Any]
     result: dict[str, Any] = field(default_factory=dict)
+    metrics: list[str] | None = None
 
 
 class KeptResults:
@@ -50,7 +53,7 @@ class KeptResults:
         measured_by: the present protocol.
 
     Raises:
-        UserError: the file is damaged or has a later version, or cannot be written.
+        UserError: the file or a picture is damaged, the file has a later version, or cannot be written.
     """
 
     def __init__(self, folder: str | Path, table: TableFile, measured_by: dict[str, Any]) -> None:
@@ -59,6 +62,9 @@ class KeptResults:
         self.pictures = Path(folder) / table.path.stem
         check_writable(self.file)
         self._rows = self._read()
+        for row in table.rows:
+            if self.find(row) is not None and self._picture(row.label).is_file():
+                self._kept_images(row.label)  # an error now, not when all rows are run
 
     def _read(self) -> dict[str, KeptRow]:
         if not self.file.is_file():
@@ -69,18 +75,18 @@ class KeptResults:
                 raise ValueError(f"version {found['version']}")
             rows = {label: KeptRow(**row) for label, row in found["rows"].items()}
             for row in rows.values():
-                _ = row.result["label"], row.result["images"], Manifest(**row.run)
-            return rows
+                _check(row)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
                 f"{self.file} holds no kept results ({first_line(error)}); correct it, or delete it to run all again"
             ) from error
+        return rows
 
     def find(self, row: TableRow) -> KeptRow | None:
         """Return what is kept of a row, if it was made with the table's present options and protocol."""
         kept = self._rows.get(row.label)
         fits = kept is not None and kept.command == self._command(row) and kept.measured_by == self.measured_by
-        return kept if fits else None
+        return kept if fits and set(self.table.metrics) <= set(kept.metrics or self.table.metrics) else None
 
     def keep(self, row: TableRow, result: dict[str, Any], manifest: Manifest, picture: bool) -> None:
         """Keep a row that was just measured; the same numbers again change nothing.
@@ -102,6 +108,7 @@ class KeptResults:
                 },
             },
             {key: value for key, value in result.items() if key not in ("command", "published", "flags")},
+            list(self.table.metrics),
         )
         if picture:
             self._keep_picture(row.label, min(IMAGES, result["images"]))
@@ -121,12 +128,21 @@ class KeptResults:
 
     def restore_picture(self, row: TableRow) -> None:
         """Unpack the kept images to `TableFile.images`, unless the row's own are there."""
-        picture, folder = self._picture(row.label), self.table.kept_images(row.label)
-        if not picture.is_file() or self.table.images(row.label) != folder:
+        folder = self.table.kept_images(row.label)
+        if not self._picture(row.label).is_file() or self.table.images(row.label) != folder:
             return
-        number = min(IMAGES, self._rows[row.label].result["images"])
-        for i, image in enumerate(np.split(load_png(picture), number, axis=1)):
+        for i, image in enumerate(self._kept_images(row.label)):
             save_png(image, folder / f"{i:05d}.png")
+
+    def _kept_images(self, label: str) -> list[np.ndarray]:
+        picture, number = self._picture(label), min(IMAGES, self._rows[label].result["images"])
+        shape = png_shape(picture)
+        if shape is None or shape[1] % number != 0:
+            raise UserError(
+                f"{picture} is not the kept picture of {number} images; delete it to show the row without images, or "
+                "get it again"
+            )
+        return np.split(load_png(picture), number, axis=1)
 
     def _picture(self, label: str) -> Path:
         return self.pictures / f"{self.table.folder(label).name}.png"
@@ -136,5 +152,20 @@ class KeptResults:
         base = self.table.base(row)
         for made in ([] if base is None else [base]) + [row]:
             words = without(self.table.command(made, None), ["-l"])
-            commands.append([f"OUT{word.removeprefix(out)}" if word.startswith(out) else word for word in words])
+            inside = [word == out or word.startswith(f"{out}/") for word in words]
+            commands.append([f"OUT{w.removeprefix(out)}" if i else w for w, i in zip(words, inside, strict=True)])
         return commands
+
+
+def _check(row: KeptRow) -> None:
+    """Raise an error of Python's own for values that a table could not show."""
+    manifest, result = Manifest(**row.run), row.result
+    _ = manifest.config["seed"], manifest.config["sampler"], [entry["sha256"] for entry in manifest.files.values()]
+    if not (isinstance(result["images"], int) and result["images"] > 0):
+        raise ValueError(f"images {result['images']}")
+    for key in ("label", "method", "machine", "date"):
+        if not isinstance(result[key], str):
+            raise TypeError(f"{key} {result[key]}")
+    for key in (column.key for column in (*metric_columns(), *COSTS)):
+        if not isinstance(result.get(key), int | float | None):
+            raise TypeError(f"{key} {result[key]}")

@@ -122,13 +122,12 @@ class TableRun:
         run = [row for row in self.chosen if self._is_finished(row) or not self._is_kept(row)]
         bases = [base for row in run if (base := self.table.base(row)) is not None]
         run = [row for row in self.chosen if row in run or row in bases]
-        float_row = self.table.float_row
-        nothing = not run and (self._is_finished(float_row) or self._is_kept(float_row))
-        self.chosen = [] if nothing else self._with_float(run)
+        self.chosen = self._with_float(run) if run or not self._is_kept(self.table.float_row) else []
 
     def _leave_out_rows_without_files(self) -> None:
         """Leave out the rows whose calibrated checkpoint is missing; for a row named in --rows this is an error."""
-        lacking = {row.label: path for row in self.chosen if (path := self.table.missing_checkpoint(row)) is not None}
+        left = [row for row in self.chosen if not self._is_kept(row)]
+        lacking = {row.label: path for row in left if (path := self.table.missing_checkpoint(row)) is not None}
         for label, path in lacking.items():
             sentence = (
                 f"row {label} needs the calibrated checkpoint {path}, which is missing (the head of "

@@ -42,25 +42,33 @@ def read_layer_bits(
     return {name: LayerBits.parse(bits) for name, bits in values.items()}
 
 
-def of_checkpoint(path: str | None, own: Mapping[str, LayerBits], activations: bool) -> dict[str, LayerBits]:
+def of_checkpoint(
+    path: str | None, own: Mapping[str, LayerBits], activations: bool, only_weights: bool = False
+) -> dict[str, LayerBits]:
     """Return the widths that a calibrated file's layers have of their own, so that nobody has to repeat them.
 
     Args:
         path: ``--cali_ckpt``. What is no native file has none: published ones do not store widths, and what is wrong
             with others is said where they are loaded.
-        own: the method's, for what the file leaves open.
+        own: the method's, for what the file leaves open: inputs, if it holds no ranges of these.
         activations: whether activations are quantized; if not, those of a file that has them are not looked at.
+        only_weights: the file's ranges of inputs are not loaded (``--resume_w``), so they leave open what they can.
     """
-    if path is None or not path.endswith(".safetensors"):
+    if path is None or not path.endswith(".safetensors") or not os.path.isfile(path):
         return dict(own)
+    from qdiff.checkpoint.metadata import read_config  # loads torch, which other files do not need
+
     try:
-        found = read_layer_bits(path) if os.path.isfile(path) else {}
+        there = read_config(Path(path))
     except UserError:
         return dict(own)
-    widths = dict(own)
-    for name, bits in found.items():
-        act_bits = own[name].act_bits if bits.act_bits is None and name in own else bits.act_bits
-        widths[name] = replace(bits, act_bits=act_bits if activations else None)
+    found, widths = dict(there.layer_bits), {}
+    for name in {**own, **found}:
+        # A layer that the file does not name has the network's width there, whatever the method gives it.
+        theirs, mine = found.get(name, LayerBits()), own.get(name, LayerBits())
+        is_open = theirs.act_bits is None and (only_weights or there.act_bits is None)
+        act_bits = mine.act_bits if is_open else theirs.act_bits
+        widths[name] = replace(theirs, act_bits=act_bits if activations else None)
     return widths
 
 

@@ -246,9 +246,11 @@ def _recipe(args: Namespace, method: Method, preset: dict[str, Any]) -> Any:
 
 
 def _layer_bits(args: Namespace, own: Mapping[str, str]) -> dict[str, LayerBits]:
-    """Return the widths of single layers: the given ones, or the calibrated file's and the method's."""
+    """Return the widths of single layers: the given ones, or the calibrated file's, or the method's."""
     widths = read_layer_bits(args.layer_bits, own, args.quant_act)
-    return widths if args.layer_bits is not None else of_checkpoint(args.cali_ckpt, widths, args.quant_act)
+    if args.layer_bits is not None:
+        return widths
+    return of_checkpoint(args.cali_ckpt, widths, args.quant_act, only_weights=args.resume_w)
 
 
 def _method(args: Namespace) -> str:

@@ -107,10 +107,17 @@ def test_a_calibrated_file_has_its_widths(checkpoint):
     file = checkpoint({"conv_in": "W8A16", "mid.q": "A6"})
     widths = (("conv_in", LayerBits(8, 16)), ("mid.q", LayerBits(None, 6)))
     assert plan("--quant_act", "--cali_ckpt", file).quant.layer_bits == widths
-    ends = (("conv_in", LayerBits(8, 16)), ("first", LayerBits(8, 16)), ("last", LayerBits(8, 16)))
-    assert plan("--quant_act", "--method", "grip", "--cali_ckpt", file).quant.layer_bits == (*ends, widths[1])
+    assert plan("--quant_act", "--method", "grip", "--cali_ckpt", file).quant.layer_bits == widths
     assert plan("--quant_act", "--cali_ckpt", file, "--layer_bits", "none").quant.layer_bits == ()
     assert plan("--cali_ckpt", file).quant.layer_bits == (("conv_in", LayerBits(8)),)  # of weights alone
+
+
+def test_a_calibrated_file_without_widths_has_none_of_the_methods(checkpoint):
+    file = checkpoint({})
+    words = ("--quant_act", "--method", "grip", "--cali_ckpt", file)
+    assert plan(*words).quant.layer_bits == ()
+    ends = (("first", LayerBits(None, 16)), ("last", LayerBits(None, 16)))  # new ranges are by the method's recipe
+    assert plan(*words, "--resume_w").quant.layer_bits == ends
 
 
 def test_a_file_of_weights_leaves_the_inputs_to_the_method(checkpoint):
