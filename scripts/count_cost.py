@@ -48,10 +48,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
     from qdiff.cli.first_token import check_has_text
     from qdiff.cli.options.ptq import resolve_ptq
+    from qdiff.cli.quantize import wrap_network
     from qdiff.cli.temporal_cache import cached_timesteps, with_temporal_cache
     from qdiff.cost.account import account
     from qdiff.errors import require_at_least
-    from qdiff.quant_model import QuantModel
 
     require_at_least(0, {"--layers": args.layers})
     if not getattr(args, "ckpt", True):
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     shapes, kept = (pipeline.input_shape, context_shape), len(cached_timesteps(args, pipeline))
     accounts = {"float": account(network, *shapes, kept if plan is None else 0)}
     if plan is not None:
-        accounts["quantized"] = account(QuantModel(network, plan.quant), *shapes, kept)
+        accounts["quantized"] = account(wrap_network(network, plan), *shapes, kept)
     for note in pipeline.notes:
         print(note, file=sys.stderr)
     heaviest = list(accounts.values())[-1].heaviest(args.layers, args.by)

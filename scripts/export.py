@@ -66,11 +66,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     from qdiff.checkpoint import load_checkpoint
     from qdiff.cli.options.ptq import resolve_ptq
+    from qdiff.cli.quantize import wrap_network
     from qdiff.cli.runtime import wrapped
     from qdiff.errors import UserError
     from qdiff.io.files import sha256
     from qdiff.io.tensor_files import check_readable
-    from qdiff.quant_model import QuantModel
 
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range)
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> None:
     if plan is None:
         qnn, notes = wrapped(pipeline.network), {"method": "float"}
     else:
-        qnn, notes = QuantModel(pipeline.network, plan.quant), {"checkpoint": sha256(plan.checkpoint)}
+        qnn, notes = wrap_network(pipeline.network, plan), {"checkpoint": sha256(plan.checkpoint)}
         load_checkpoint(qnn, plan.checkpoint, probe=pipeline.probe)
     for path in write(qnn, pipeline, notes):
         print(f"{path}: {path.stat().st_size} bytes")

@@ -16,6 +16,7 @@ from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.cli.options.ptq import PtqPlan
+from qdiff.cli.quantize import wrap_network
 from qdiff.cli.runtime import wrapped
 from qdiff.cli.script import Script
 from qdiff.config import QuantConfig
@@ -116,7 +117,7 @@ def write_checkpoints(job: Job) -> list[str]:
     inputs = _inputs(pipeline, context_shape, job.args.batch)
     calls = _checked_calls(inputs, job.plan.quant)
     outputs = {FLOAT: [network(*given) for given in calls]}
-    qnn = QuantModel(network, job.plan.quant)
+    qnn = wrap_network(network, job.plan)
     if is_random:
         _calibrate_on_noise(qnn, job.plan, _inputs(pipeline, context_shape, RANDOM_SAMPLES))
     else:

@@ -18,6 +18,7 @@ from qdiff.checkpoint import load_checkpoint
 from qdiff.cli.options.parser import chosen_runtimes
 from qdiff.cli.options.ptq import PtqPlan, resolve_ptq
 from qdiff.cli.processes import choose_device
+from qdiff.cli.quantize import wrap_network
 from qdiff.cli.runtime import check_onnx_file
 from qdiff.deploy.runtimes import RUNTIMES, onnx_runtimes
 from qdiff.deploy.torch_runtimes import SIMULATED
@@ -131,7 +132,7 @@ def compare(
         then the runtimes.
     """
     pipeline.load(choose_device(device))
-    qnn = QuantModel(pipeline.network, plan.quant)
+    qnn = wrap_network(pipeline.network, plan)
     load_checkpoint(qnn, plan.checkpoint, probe=pipeline.probe)
     # First, before packing and the long work, because the file may not fit.
     networks = _exported(pipeline, qnn, [name for name in runtimes if name in onnx_runtimes()], onnx)

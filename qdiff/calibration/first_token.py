@@ -19,6 +19,7 @@ from qdiff.tracing.context import Context, context_of
 from qdiff.tracing.trace import Call, call_directly
 
 LEAVE_OUT = "leave out --bos_aware"
+NO_READER = f"no layer that is quantized reads a context of tokens; {LEAVE_OUT}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def find_first_tokens(
     found = {name: reads[0] for name, reads in calls.items() if len({read.context for read in reads}) == 1}
     found = {name: read for name, read in found.items() if read.context is not None}
     if not found:
-        raise UserError(f"no layer that is quantized reads a context of tokens; {LEAVE_OUT}")
+        raise UserError(NO_READER)
     if not (found := {name: read for name, read in found.items() if read.tokens > 1}):
         raise UserError(f"the context is a single token, and none would be left to quantize; {LEAVE_OUT}")
     tokens = {c: _the_one(c.first_tokens(inputs)) for c in {read.context: None for read in found.values()}}

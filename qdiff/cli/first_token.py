@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qdiff.calibration.first_token import LEAVE_OUT, find_first_tokens
+from qdiff.calibration.first_token import LEAVE_OUT, NO_READER, find_first_tokens
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.errors import UserError
 from qdiff.pipeline import Pipeline
@@ -33,6 +33,8 @@ def check_has_text(plan: PtqPlan | None, pipeline: Pipeline) -> None:
 def check_first_tokens(plan: PtqPlan, pipeline: Pipeline) -> None:
     """Raise a `UserError` if a plan is to make outputs of the first token constants, and it is not always the same.
 
+    Likewise if all layers that read it stay in float.
+
     The first texts of the run and of its calibration are compared, and the empty text of guidance. What comes later is
     compared where the calibration set is read, and while sampling.
 
@@ -49,4 +51,7 @@ def check_first_tokens(plan: PtqPlan, pipeline: Pipeline) -> None:
         contexts += [half for half in halves if half is not None]
     context = torch.cat([c.to(contexts[0].device) for c in contexts])
     first = (part[:1].expand(len(context), *part.shape[1:]) for part in (x, t))
-    find_first_tokens(pipeline.network, (*first, context))
+    found = find_first_tokens(pipeline.network, (*first, context))
+    widths = [plan.quant.of_layer(name, None) for name in found]
+    if all(own.weight_bits is None and own.act_bits is None for own in widths):
+        raise UserError(NO_READER)

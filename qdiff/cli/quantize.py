@@ -91,7 +91,7 @@ class Quantization:
         self.fit = 0
         self.data: CalibrationSet | None = None
         self.pairs: CalibrationSet | None = None
-        self.qnn = _wrapped(network, plan)
+        self.qnn = wrap_network(network, plan)
         self.is_calibrated = plan.action == "load" or self.finished.is_file()
         if self.is_calibrated:
             load_checkpoint(self.qnn, self._source, probe=probe)
@@ -254,7 +254,8 @@ class Quantization:
         log.info("calibrated checkpoint: %s (%d bytes)", self.finished, self.finished.stat().st_size)
 
 
-def _wrapped(network: SteppedNetwork, plan: PtqPlan) -> QuantModel:
+def wrap_network(network: SteppedNetwork, plan: PtqPlan) -> QuantModel:
+    """Return the network with a plan's quantizers; a `UserError` names the checkpoint that widths may come from."""
     try:
         return QuantModel(network, plan.quant)
     except UserError as error:

@@ -43,6 +43,14 @@ def test_an_encoder_that_looks_in_both_directions_is_refused_before_any_work(cal
     assert not (tmp_path / "run").exists()
 
 
+def test_readers_that_all_stay_in_float_are_refused_before_any_work(call, small_latent, tmp_path):
+    readers = (f"middle_block.1.transformer_blocks.0.attn2.{name}=W32A32" for name in ("to_k", "to_v"))
+    words = (*LINEAR, "--bos_aware", "--layer_bits", ",".join(readers), "-l", tmp_path / "run")
+    outcome = call("txt2img", *small_latent("text").options, *TEXT, *words)
+    assert "no layer that is quantized reads a context of tokens" in outcome.error_line()
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("script", "kind", "has"),
     [

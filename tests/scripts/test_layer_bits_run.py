@@ -66,9 +66,15 @@ def test_widths_of_another_networks_file_are_its_fault(call, tiny, tmp_path):
         tmp_path / "other.safetensors",
         {"format": FORMAT, "config": json.dumps(config.to_dict())},
     )
-    words = ("--ptq", "--weight_bit", 4, "--cali_ckpt", tmp_path / "other.safetensors", "-l", tmp_path / "run")
-    line = call(SCRIPT, *tiny.options, *SAMPLER, *words).error_line()
-    assert "other.safetensors does not fit this network" in line and "mid.block_9.conv1, which is no layer" in line
+    words = ("--ptq", "--weight_bit", 4, "--cali_ckpt", tmp_path / "other.safetensors")
+    for script, others in (
+        (SCRIPT, (*tiny.options, *SAMPLER, "-l", tmp_path / "run")),
+        ("export", (*tiny.options[:4], "--timesteps", 2, "--out", tmp_path / "model.onnx")),
+        ("count_cost", (*tiny.options[:2], "--timesteps", 2)),
+        ("compare_runtimes", (*tiny.options, "--timesteps", 2, "--images", 1, "--runtimes", "torch")),
+    ):
+        line = call(script, *others, *words).error_line()
+        assert "other.safetensors does not fit this network" in line and "mid.block_9.conv1, which is no layer" in line
 
 
 def test_a_run_with_other_widths_is_another_run(call, tiny, tmp_path):
