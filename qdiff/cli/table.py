@@ -176,13 +176,17 @@ class TableRun:
         with written_whole(table.out / "table.json") as path:
             path.write_text(json.dumps({**about, "rows": results}, indent=1))
         write_page(table.out / "table.html", TableResults(table.title, protocol, results, folders, notes))
-        with written_whole(table.out / "comparison.png") as path:
-            comparison_picture(list(folders.items()), path)
+        picture = table.out / "comparison.png"
+        if any(next(folder.glob("*.png"), None) for folder in folders.values()):
+            with written_whole(picture) as path:
+                comparison_picture(list(folders.items()), path)
+        else:  # rows were kept without their pictures
+            picture.unlink(missing_ok=True)
         if (column := pictured(results)) is not None:
             with written_whole(table.out / "against-activation-bits.png") as path:
                 activation_picture(column, results, path)
         print(f"# {table.title}\n\n{text}")
-        print(f"Page: {table.out / 'table.html'}   Picture: {table.out / 'comparison.png'}")
+        print(f"Page: {table.out / 'table.html'}" + (f"   Picture: {picture}" if picture.is_file() else ""))
         return text
 
     def _is_finished(self, row: TableRow) -> bool:

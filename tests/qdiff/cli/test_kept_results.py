@@ -169,6 +169,12 @@ def test_a_damaged_picture_is_one_sentence_before_any_work(damage, table, kept):
     assert table.run([FLOAT, W4], results=kept, metrics=METRICS) == table.before
 
 
+def test_rows_are_shown_without_any_picture(table, kept):
+    shutil.rmtree(kept / "t")
+    assert table.run([FLOAT, W4], results=kept, metrics=METRICS) == table.before
+    assert table.commands == [] and not (table.out / "comparison.png").exists()
+
+
 def test_float_is_run_if_only_another_named_row_is_kept(table, kept):
     found = json.loads((kept / "t.json").read_text())
     del found["rows"]["float"]
