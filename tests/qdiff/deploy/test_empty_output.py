@@ -21,6 +21,7 @@ class Graph:
 def network_that_returns(output: np.ndarray) -> OnnxNetwork:
     network = OnnxNetwork.__new__(OnnxNetwork)
     network._runtime, network._first, network._graph = "openvino", None, Graph(output)
+    network._bos_aware = False
     return network
 
 
