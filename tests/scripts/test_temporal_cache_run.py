@@ -43,7 +43,9 @@ def test_in_float_it_is_calibrated_loaded_and_counted(call, tiny, tmp_path):
     loaded = (*tiny.options, *SAMPLER, *W4A8, "--act_ranges", "timestep", "--cali_ckpt", checkpoint)
     succeeded(call(SCRIPT, *loaded, *in_float, "--runtime", "torch", "-l", tmp_path / "loaded"))
     assert images(tmp_path / "loaded") == images(tmp_path / "run")
-    other = call(SCRIPT, *loaded, "--cache_temporal", "-l", tmp_path / "other")
+    succeeded(call(SCRIPT, *loaded, "--cache_temporal", "-l", tmp_path / "quantized"))  # the file has these in float
+    assert images(tmp_path / "quantized") == images(tmp_path / "run")
+    other = call(SCRIPT, *loaded, "--cache_temporal", "--layer_bits", "none", "-l", tmp_path / "other")
     assert "which holds its widths" in other.error_line()
     counted = succeeded(
         call("count_cost", "--config", tiny.config, "--timesteps", 4, *W4A8, "--split", *in_float, "--json")
