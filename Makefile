@@ -45,7 +45,7 @@ leaderboard: $(READY)
 # Bytecode is kept even where the environment says not to: pytest compiles every test file, in every worker, else.
 test test-all: export PYTHONDONTWRITEBYTECODE =
 
-# Three in four tests. Marked thorough: what repeats a property on another network, family or runtime; marked slow:
+# Seven in ten tests. Marked thorough: what repeats a property on another network, family or runtime; marked slow:
 # whole runs, exports, processes.
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not thorough and not slow"
