@@ -112,6 +112,19 @@ def read_config(path: Path) -> QuantConfig:
     return _config_of(read_metadata(path), path)
 
 
+def config_if_native(path: str | Path | None) -> QuantConfig | None:
+    """Return `read_config` of a file; None for anything else: no path, no file, a published or a damaged one.
+
+    It is for what options leave open before a file is loaded, where what is wrong with it is said.
+    """
+    if path is None or not Path(path).is_file():
+        return None
+    try:
+        return read_config(Path(path))
+    except UserError:
+        return None
+
+
 def _config_of(metadata: dict[str, str], path: Path) -> QuantConfig:
     if metadata.get("format") not in (FORMAT, FIRST_FORMAT, SCALED_FORMAT):
         found = metadata.get("format", "none")

@@ -68,8 +68,8 @@ class TableRun:
         """Run and measure the chosen rows, then write the table as .md, .json and .html, and its pictures.
 
         The table shows the chosen rows and those that earlier calls finished. Rows whose results are kept are not run
-        again. The pictures are ``comparison.png`` and,
-        if rows have three or more widths of activations, ``against-activation-bits.png``.
+        again. The pictures are ``comparison.png`` and, if rows have three or more widths of activations,
+        ``against-activation-bits.png``.
 
         Returns:
             The results and the protocol as markdown without a title.

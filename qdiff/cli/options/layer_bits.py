@@ -54,13 +54,10 @@ def of_checkpoint(
         activations: whether activations are quantized; if not, those of a file that has them are not looked at.
         only_weights: the file's ranges of inputs are not loaded (``--resume_w``), so they leave open what they can.
     """
-    if path is None or not path.endswith(".safetensors") or not os.path.isfile(path):
-        return dict(own)
-    from qdiff.checkpoint.metadata import read_config  # loads torch, which other files do not need
+    from qdiff.checkpoint.metadata import config_if_native  # loads torch, which other files do not need
 
-    try:
-        there = read_config(Path(path))
-    except UserError:
+    there = config_if_native(path)
+    if there is None:
         return dict(own)
     found, widths = dict(there.layer_bits), {}
     for name in {**own, **found}:

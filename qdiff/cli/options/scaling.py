@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from argparse import Namespace
 from dataclasses import replace
-from pathlib import Path
 
 from qdiff.calibration.input_scales import InputScaling, Scaling
-from qdiff.checkpoint.metadata import read_config
+from qdiff.checkpoint.metadata import config_if_native
 from qdiff.errors import UserError
 from qdiff.methods.registry import Method
 
@@ -56,12 +54,8 @@ def power_of_two_scales(args: Namespace, method: Method, dynamic: bool) -> bool:
     if not args.quant_act or dynamic:
         return False
     own = method.quant.get("power_of_two_scales", False)
-    if args.cali_ckpt is None or args.resume_w or not os.path.isfile(args.cali_ckpt):
-        return own
-    try:
-        return read_config(Path(args.cali_ckpt)).power_of_two_scales
-    except UserError:  # a published file; or damaged, which is said where it is loaded
-        return own
+    there = None if args.resume_w else config_if_native(args.cali_ckpt)
+    return own if there is None else there.power_of_two_scales
 
 
 def resolve_scaling(args: Namespace, method: Method, action: str) -> InputScaling:
