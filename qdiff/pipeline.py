@@ -74,6 +74,11 @@ class Pipeline:
         require_at_least(1, {"count": count, "batch_size": batch_size})
 
     @property
+    def samples_linearly(self) -> bool:
+        """Whether ``sampler`` is this project's, whose result can be differentiated by what the network returns."""
+        return isinstance(self.sampler, Sampler)
+
+    @property
     def calls(self) -> int:
         """Network calls per image."""
         return self.sampler.calls

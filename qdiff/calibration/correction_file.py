@@ -102,7 +102,7 @@ def check_use(
         if there != here:
             what = "for another quantized checkpoint" if name == "checkpoint" else f"with {name} {there}, not {here}"
             raise UserError(f"noise correction {path} was collected {what}; {fix}")
-    times = sampler.call_times()
+    times = sampler.visited()
     missing = [t for call, t in enumerate(times) if correction.times[call : call + 1] != (t,)]
     if missing:
         raise UserError(f"noise correction {path} has no entry for timestep {missing[0]:g}; {fix}")

@@ -67,7 +67,7 @@ def collect_noise_pairs(
         UserError: ε of one of the networks is not finite.
     """
     storage, sampler = storage or ActivationStorage(), pipeline.sampler
-    times = sampler.call_times()
+    times = sampler.visited()
     held = [storage.empty((2, len(rows), *sampler.shape), torch.float32) for _ in times]
     with progress_bar(total=len(rows), desc="comparing ε", unit="img", disable=not show_progress) as bar:
         for first in range(0, len(rows), pipeline.batch_size):

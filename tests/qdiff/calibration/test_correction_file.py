@@ -26,7 +26,7 @@ def fitted_to(times, channels=1):
 
 @pytest.fixture
 def written(tmp_path):
-    fitted, use = fitted_to(SAMPLER.call_times()), describe_use(SAMPLER, QuantConfig(2), "abc")
+    fitted, use = fitted_to(SAMPLER.visited()), describe_use(SAMPLER, QuantConfig(2), "abc")
     write_correction(tmp_path / "c.json", fitted, use, {"kind": "d2", "samples": 3})
     return tmp_path / "c.json", fitted, use
 
@@ -78,7 +78,7 @@ def test_it_is_for_what_it_was_collected_with(written):
     with pytest.raises(UserError, match="for another quantized checkpoint"):
         check_use(path, fitted, use, {**use, "checkpoint": "other"}, SAMPLER)
     # Entries that were cut out of an otherwise fitting file, or are too many.
-    times = SAMPLER.call_times()
+    times = SAMPLER.visited()
     with pytest.raises(UserError, match="has no entry for timestep 250"):
         check_use(path, fitted_to([*times[:2], times[3]]), use, use, SAMPLER)
     with pytest.raises(UserError, match="has 5 entries for 4 network calls"):

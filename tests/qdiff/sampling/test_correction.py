@@ -124,7 +124,7 @@ def test_the_variance_that_an_error_brings_is_what_is_not_added(kind):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_correction_that_changes_nothing(name):
     sampler = Sampler(SHORT, (2, 4, 4), SamplerOptions(name, 5, eta=0.5 if name == "ddim" else 0.0), seed=3)
-    times = sampler.call_times()
+    times = sampler.visited()
     assert len(times) == sampler.calls
     heard = []
     plain = sampler(eps, [0, 7], on_call=lambda x, t, *_: heard.append(float(t[0])))
@@ -141,7 +141,7 @@ def test_a_planted_affine_error_is_undone(name):
     """Each call has its own entry, also the two of PLMS's first step and those between timesteps."""
     options = SamplerOptions(name, 5, method="singlestep", order=3)
     sampler = Sampler(SHORT, (2, 4, 4), options, seed=3)
-    times = sampler.call_times()
+    times = sampler.visited()
     scale, shift, _ = tables(len(times), 2)
     count = iter(range(len(times)))
 
@@ -207,7 +207,7 @@ def test_bad_tables():
 @pytest.mark.parametrize("name", ["ddim", "ddpm_noisy", "plms"])
 def test_no_step_waits_for_a_gpu(name, cuda):
     sampler = Sampler(SCHEDULE, (2, 4, 4), SamplerOptions(name, 5, eta=1.0 if name == "ddim" else 0.0), seed=3)
-    times = sampler.call_times()
+    times = sampler.visited()
     correction = NoiseCorrection(tuple(times), *tables(len(times), 2))
     with cuda.counting() as counts:
         found = sampler(eps, [0, 1], "cuda", correction=correction)
