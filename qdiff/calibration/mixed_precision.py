@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from torch import nn
 
 from qdiff.calibration.sensitivity import Measure, Operand
-from qdiff.calibration.width_allocation import Choice, allocate
+from qdiff.calibration.width_allocation import Choice, PairChoice, allocate, allocate_pairs
 from qdiff.config import FLOAT_BITS, LayerBits, QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.interface import family_of
@@ -30,7 +31,9 @@ class MixedPrecision:
             of attention keep their width. None keeps all.
         act_candidates: widths of inputs to choose from.
         measure: what the sensitivities compare.
-        samples: calibration samples that they are measured on; with ``ssim``, images.
+        samples: calibration samples that they are measured on; with ``ssim`` and ``trajectory``, images.
+        bounded: whether the bit operations may not exceed those of uniform widths either. With both targets they never
+            do, and the widths of inputs then have no mean of their own: a wide input may have a narrow weight.
 
     Raises:
         UserError: a value is out of range; the sentence names the option.
@@ -42,9 +45,11 @@ class MixedPrecision:
     act_candidates: tuple[int, ...] = (4, 6, 8, 16)
     measure: Measure = Measure.SQNR
     samples: int = 32
+    bounded: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "measure", Measure(self.measure))
+        object.__setattr__(self, "bounded", self.bounded or None not in (self.target, self.act_target))
         require_at_least(1, {"--sensitivity_samples": self.samples})
         for target, widths, option, own, (low, high) in (
             (self.target, self.candidates, "bits", "weights", (1, 8)),
@@ -109,7 +114,7 @@ def choose_widths(
     sensitivities: Mapping[Operand, Sensitivities],
     macs: Mapping[str, int],
 ) -> Allocation:
-    """Choose the widths with the least sum of losses at the targets, weights and inputs each for themselves.
+    """Choose the widths with the least sum of losses at the targets: of one operand, or of both together.
 
     Args:
         network: the float network.
@@ -122,40 +127,97 @@ def choose_widths(
     family = family_of(network)
     ends = without_prefix(family.ends, family.prefix)
     places = {path.removeprefix(family.prefix): (path, where[0]) for path, where in layer_places(network).items()}
-    counts = {n: parent._modules[attribute].weight.numel() for n, (_, (parent, attribute)) in places.items()}
-    given = {
-        Operand.WEIGHTS: (mixed.target, counts, "weight_bits"),
-        Operand.ACTIVATIONS: (mixed.act_target, {n: macs[path] for n, (path, _) in places.items()}, "act_bits"),
-    }
-    chosen: dict[str, dict[str, int]] = {"weight_bits": {}, "act_bits": {}}
-    means: dict[Operand, float | None] = dict.fromkeys(Operand)
-    for operand, (target, shares, field) in given.items():
-        if target is None:
-            continue
-        found = sensitivities[operand]
-        layers = {
-            name: Choice(shares[name], {b: mixed.measure.loss(found[name][b]) for b in mixed.widths(operand)})
+    layers = [
+        _Layer(name, parent._modules[attribute].weight.numel(), macs[path], quant.of_layer(name, ends))
+        for name, (path, (parent, attribute)) in places.items()
+    ]
+    losses = {
+        operand: {
+            name: {bits: mixed.measure.loss(values[bits]) for bits in mixed.widths(operand)}
             for name in layers_to_measure(network, quant, operand)
-            if found[name] is not None and shares[name] > 0
+            if (values := sensitivities[operand][name]) is not None
         }
-        fixed = [
-            (shares[name], getattr(quant.of_layer(name, ends), field) or FLOAT_BITS)
-            for name in places
-            if name not in layers and found.get(name, {}) is not None
-        ]
-        chosen[field] = allocate(layers, target, fixed)
-        counted = [*fixed, *((layers[name].weight, bits) for name, bits in chosen[field].items())]
-        means[operand] = _mean(counted)
-    names = {*chosen["weight_bits"], *chosen["act_bits"]}
+        for operand in Operand
+        if mixed.widths(operand)
+    }
+    called = [layer for layer in layers if all(sensitivities[o].get(layer.name, {}) is not None for o in losses)]
+    chosen = _together(called, losses, mixed, quant) if mixed.bounded else _apart(called, losses, mixed)
+    means = {
+        operand: _mean(
+            [(layer.share(operand), chosen[operand].get(layer.name, layer.width(operand))) for layer in called]
+        )
+        for operand in losses
+    }
+    weights, inputs = chosen.get(Operand.WEIGHTS, {}), chosen.get(Operand.ACTIVATIONS, {})
+    names = dict.fromkeys((*weights, *inputs))
     own = {name: quant.bits_of(name, ends) for name in names}
     made = {
-        name: LayerBits(
-            chosen["weight_bits"].get(name, own[name].weight_bits), chosen["act_bits"].get(name, own[name].act_bits)
-        )
+        name: LayerBits(weights.get(name, own[name].weight_bits), inputs.get(name, own[name].act_bits))
         for name in names
     }
     config = QuantConfig.from_dict({**quant.to_dict(), "layer_bits": {**dict(quant.layer_bits), **made}})
-    return Allocation(config, means[Operand.WEIGHTS], means[Operand.ACTIVATIONS])
+    return Allocation(config, means.get(Operand.WEIGHTS), means.get(Operand.ACTIVATIONS))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer: its name, what it costs, and its config."""
+
+    name: str
+    weights: int
+    macs: int
+    config: QuantConfig
+
+    def share(self, operand: Operand) -> int:
+        """Return how much the width of an operand counts in the mean."""
+        return self.weights if operand is Operand.WEIGHTS else self.macs
+
+    def width(self, operand: Operand) -> int:
+        """Return the width that it has if none is chosen."""
+        return (self.config.weight_bits if operand is Operand.WEIGHTS else self.config.act_bits) or FLOAT_BITS
+
+
+_Losses = Mapping[Operand, Mapping[str, Mapping[int, float]]]
+_Chosen = dict[Operand, dict[str, int]]
+
+
+def _apart(layers: Sequence[_Layer], losses: _Losses, mixed: MixedPrecision) -> _Chosen:
+    """Choose the widths of one operand at its mean."""
+    chosen = {}
+    for operand, found in losses.items():
+        target = mixed.target if operand is Operand.WEIGHTS else mixed.act_target
+        free = {x.name: Choice(x.share(operand), found[x.name]) for x in layers if x.name in found and x.share(operand)}
+        fixed = [(x.share(operand), x.width(operand)) for x in layers if x.name not in free]
+        chosen[operand] = allocate(free, target, fixed)
+    return chosen
+
+
+def _together(layers: Sequence[_Layer], losses: _Losses, mixed: MixedPrecision, quant: QuantConfig) -> _Chosen:
+    """Choose the widths of weights and inputs within the bits and the bit operations of uniform widths."""
+    of_weights, of_inputs = (losses.get(operand, {}) for operand in (Operand.WEIGHTS, Operand.ACTIVATIONS))
+    targets = [
+        Fraction(str(target)) if target is not None else Fraction(own or FLOAT_BITS)
+        for target, own in ((mixed.target, quant.weight_bits), (mixed.act_target, quant.act_bits))
+    ]
+    pairs = {
+        layer.name: PairChoice(
+            layer.weights,
+            layer.macs,
+            (
+                of_weights.get(layer.name, {layer.width(Operand.WEIGHTS): 0.0}),
+                of_inputs.get(layer.name, {layer.width(Operand.ACTIVATIONS): 0.0}),
+            ),
+        )
+        for layer in layers
+    }
+    bits = targets[0] * sum(layer.weights for layer in layers)
+    operations = targets[0] * targets[1] * sum(layer.macs for layer in layers)
+    chosen = allocate_pairs(pairs, bits, operations)
+    return {
+        operand: {name: pair[i] for name, pair in chosen.items() if name in losses[operand]}
+        for i, operand in enumerate(Operand)
+        if operand in losses
+    }
 
 
 def _mean(counted: Sequence[tuple[int, int]]) -> float:

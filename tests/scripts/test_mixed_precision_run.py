@@ -47,7 +47,9 @@ def test_widths_are_chosen_kept_and_used_again(call, tiny, tmp_path, monkeypatch
     succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
     assert len(measured) == len(set(measured)) * 2 + 1, "a layer is measured once for each operand, unless interrupted"
     run, widths = read(tmp_path / "run" / "run.json"), read(tmp_path / "run" / "widths.json")
-    assert widths["mean_bits"] <= 4.5 and widths["mean_act_bits"] <= 7
+    assert widths["mean_bits"] <= 4.5
+    # 31.5 per MAC of layers, 64 per MAC of attention's products
+    assert 31 < run["cost"]["bops"] / run["cost"]["macs"] < 32
     assert {bits[:2] for bits in widths["layer_bits"].values()} == {"W3", "W8"}
     assert run["config"]["ptq"]["mixed"]["target"] == 4.5 and run["seconds"]["sensitivities"] > 0
 

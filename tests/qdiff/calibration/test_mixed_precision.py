@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 
 from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
@@ -18,34 +21,72 @@ IMAGE = (1, 8, 8)
 
 @pytest.fixture
 def chosen(tiny_network):
-    """``chosen(quant, mixed)``: widths for sensitivities by which layers with few weights matter most."""
+    """``chosen(quant, mixed)``: widths for sensitivities by which layers with few weights matter most.
+
+    With ``positions``, it is layers whose weights are used at many positions.
+    """
     macs = {cost.name: cost.macs for cost in account(tiny_network, IMAGE).layers}
     sizes = {n: p._modules[a].weight.numel() for n, [(p, a)] in layer_places(tiny_network).items()}
 
-    def made(quant=W4A8, **mixed):
+    def made(quant=W4A8, positions=False, **mixed):
         mixed = MixedPrecision(**mixed)
-        found = {
-            operand: {n: {b: 6.0 * b + 0.001 * sizes[n] for b in mixed.widths(operand)} for n in sizes}
-            for operand in Operand
-        }
+        better = {n: -3 * math.log2(macs[n] / sizes[n]) if positions else 0.001 * sizes[n] for n in sizes}
+        found = {o: {n: {b: 6.0 * b + better[n] for b in mixed.widths(o)} for n in sizes} for o in Operand}
         return choose_widths(tiny_network, quant, mixed, found, macs)
 
     return made
 
 
-def test_what_is_chosen_is_what_is_counted(chosen, tiny_network):
-    """Size and bit operations of the network are those of the means that were asked for."""
-    made = chosen(target=4.5, act_target=7)
-    before = account(tiny_network, IMAGE)
-    counted = account(QuantModel(tiny_network, made.quant), IMAGE)
-    layers = [c for c in counted.layers if c.kind in ("Conv2d", "Linear")]
-    weights = {n: m.weight.numel() for n, m in tiny_network.named_modules() if n in {c.name for c in layers}}
+def counted_layers(network, quant):
+    """What the account says of the layers with a weight, and how many weights each has."""
+    wrapped = QuantModel(copy.deepcopy(network), quant)
+    layers = [c for c in account(wrapped, IMAGE).layers if c.kind in ("Conv2d", "Linear")]
+    return layers, {n: m.weight.numel() for n, m in network.named_modules() if n in {c.name for c in layers}}
+
+
+@pytest.mark.parametrize("asked", [{"target": 4.5}, {"act_target": 7}])
+def test_what_is_chosen_is_what_is_counted(asked, chosen, tiny_network):
+    """Size and bit operations of the network are those of the mean that was asked for."""
+    made, before = chosen(**asked), account(tiny_network, IMAGE)
+    layers, weights = counted_layers(tiny_network, made.quant)
     mean = sum(weights[c.name] * c.weight_bits for c in layers) / sum(weights.values())
     act_mean = sum(c.macs * c.act_bits for c in layers) / sum(c.macs for c in layers)
-    assert mean == pytest.approx(made.mean_bits, abs=1e-12) and 4.4 < mean <= 4.5
-    assert act_mean == pytest.approx(made.mean_act_bits, abs=1e-12) and 6.8 < act_mean <= 7
-    assert len({c.weight_bits for c in layers}) > 1 and len({c.act_bits for c in layers}) > 1
-    assert counted.parameters == before.parameters
+    if "target" in asked:
+        assert mean == pytest.approx(made.mean_bits, abs=1e-12) and 4.4 < mean <= 4.5
+        assert len({c.weight_bits for c in layers}) > 1 and act_mean == 8
+    else:
+        assert act_mean == pytest.approx(made.mean_act_bits, abs=1e-12) and 6.8 < act_mean <= 7
+        assert len({c.act_bits for c in layers}) > 1 and mean == 4
+    assert account(QuantModel(tiny_network, made.quant), IMAGE).parameters == before.parameters
+
+
+@pytest.mark.parametrize("asked", [{"target": 4.5, "act_target": 7}, {"target": 4, "bounded": True}])
+def test_both_operands_together_cost_what_uniform_widths_do(asked, chosen, tiny_network):
+    made = chosen(positions=True, **asked)
+    layers, weights = counted_layers(tiny_network, made.quant)
+    mean = sum(weights[c.name] * c.weight_bits for c in layers) / sum(weights.values())
+    target, act_target = asked["target"], asked.get("act_target", 8)
+    assert mean == pytest.approx(made.mean_bits, abs=1e-12) and target - 0.1 < mean <= target
+    operations = sum(c.macs * c.weight_bits * c.act_bits for c in layers) / sum(c.macs for c in layers)
+    assert operations <= target * act_target
+    assert len({c.weight_bits for c in layers}) > 1
+    alone = chosen(positions=True, target=target)  # planted: without the bound there are more
+    layers, _ = counted_layers(tiny_network, alone.quant)
+    unbounded = sum(c.macs * c.weight_bits * c.act_bits for c in layers) / sum(c.macs for c in layers)
+    assert unbounded > target * 8 * 1.05
+
+
+def test_both_together_with_layers_that_have_a_width(chosen, tiny_network):
+    """What is decided of one operand leaves the other free, and costs what it costs."""
+    quant = QuantConfig(4, 8, layer_bits={"conv_in": "W8", "mid.block_1.conv1": "A16"})
+    made = chosen(quant, target=5, act_target=9)
+    layers, weights = counted_layers(tiny_network, made.quant)
+    of = {c.name: c for c in layers}
+    assert of["conv_in"].weight_bits == 8 and of["mid.block_1.conv1"].act_bits == 16
+    assert sum(weights[c.name] * c.weight_bits for c in layers) <= 5 * sum(weights.values())
+    assert sum(c.macs * c.weight_bits * c.act_bits for c in layers) <= 45 * sum(c.macs for c in layers)
+    with pytest.raises(UserError, match="need more bit operations than the targets allow"):
+        chosen(QuantConfig(4, 8, layer_bits={"mid.block_1.conv1": "A32"}), target=2, act_target=4)
 
 
 def test_only_what_is_asked_for_is_chosen(chosen):

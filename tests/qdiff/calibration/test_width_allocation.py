@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from qdiff.calibration.width_allocation import Choice, allocate
+from qdiff.calibration.width_allocation import Choice, PairChoice, allocate, allocate_pairs
 from qdiff.errors import UserError
 
 TOLERANCE = 1e-9  # relative, of the sum of losses
@@ -100,3 +100,67 @@ def test_a_hundred_layers():
     chosen = allocate(layers, 4.5)
     mean = used(layers, chosen) / sum(c.weight for c in layers.values())
     assert 4.499 < mean <= 4.5
+
+
+def pairs(seed):
+    """Layers of 1 to 3 with widths of both operands, and budgets that some allocation fits."""
+    draw = random.Random(seed)
+    layers = {}
+    for i in range(draw.randint(1, 3)):
+        scale = 10 ** draw.uniform(-4, 0)
+        losses = [
+            {b: scale * draw.choice([4.0**-b, draw.random() * 4.0**-b, 0.0]) for b in widths}
+            for widths in ((2, 3, 4, 6), (4, 6, 8, 16))
+        ]
+        layers[f"layer{i}"] = PairChoice(draw.choice([9, 64, 10_001]), draw.choice([0, 64, 5_000]), tuple(losses))
+    bits = draw.choice([3, 4]) * sum(c.weights for c in layers.values())
+    return layers, bits, draw.choice([20, 32]) * sum(c.macs for c in layers.values())
+
+
+def test_pairs_are_the_best_of_all():
+    worse = 0
+    for seed in range(40):
+        layers, bits, operations = pairs(seed)
+        sums = set()
+        for taken in itertools.product(*(itertools.product(*c.losses) for c in layers.values())):
+            choices = list(zip(layers.values(), taken, strict=True))
+            if (
+                sum(c.weights * w for c, (w, _) in choices) <= bits
+                and sum(c.macs * w * a for c, (w, a) in choices) <= operations
+            ):
+                sums.add(sum(c.losses[0][w] + c.losses[1][a] for c, (w, a) in choices))
+        chosen = allocate_pairs(layers, bits, operations)
+        loss = sum(layers[n].losses[0][w] + layers[n].losses[1][a] for n, (w, a) in chosen.items())
+        assert sum(layers[n].weights * w for n, (w, _) in chosen.items()) <= bits
+        assert sum(layers[n].macs * w * a for n, (w, a) in chosen.items()) <= operations
+        best = sorted(sums)[:2]
+        assert loss <= best[0] * (1 + 2e-4) + 1e-300, seed  # of two budgets, within 1e-4 of the least
+        worse += len(best) > 1 and best[1] > best[0] * (1 + 2e-4)
+    assert worse > 15
+
+
+def test_pairs_that_no_budget_fits():
+    layers = {"a": PairChoice(10, 100, ({2: 1.0, 4: 0.5}, {4: 1.0, 8: 0.5}))}
+    with pytest.raises(UserError, match="need more bits of weights than the targets allow"):
+        allocate_pairs(layers, 19, 10_000)
+    with pytest.raises(UserError, match="need more bit operations than the targets allow"):
+        allocate_pairs(layers, 20, 799)
+    assert allocate_pairs(layers, 20, 800) == {"a": (2, 4)}
+    assert allocate_pairs(layers, 40, 1600) == {"a": (2, 8)} or allocate_pairs(layers, 40, 1600) == {"a": (4, 4)}
+
+
+@pytest.mark.slow
+def test_pairs_of_a_hundred_layers():
+    draw = random.Random(0)
+    layers = {
+        str(i): PairChoice(
+            draw.randint(1000, 9_000_000),
+            draw.randint(1000, 9_000_000),
+            tuple({b: draw.random() * 4.0**-b for b in widths} for widths in ((2, 3, 4, 5, 6, 8), (6, 7, 8, 16))),
+        )
+        for i in range(100)
+    }
+    bits, operations = 4 * sum(c.weights for c in layers.values()), 32 * sum(c.macs for c in layers.values())
+    chosen = allocate_pairs(layers, bits, operations)
+    assert 0.999 * bits < sum(layers[n].weights * w for n, (w, _) in chosen.items()) <= bits
+    assert 0.999 * operations < sum(layers[n].macs * w * a for n, (w, a) in chosen.items()) <= operations
