@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from qdiff.ranges.grid_search import GridSearch
-from qdiff.ranges.least_error import LeastError
+from qdiff.ranges.least_error import LeastError, QuickLeastError
 from qdiff.ranges.min_max import MinMax
 from qdiff.ranges.moving_average import MovingAverage
 from qdiff.ranges.range_estimator import RangeEstimator
@@ -21,6 +21,7 @@ class RangeMethod:
     MSE = "mse"
     SEARCH = "search"  # EDA-DM's
     AVERAGE = "ema"  # TFMQ-DM's
+    QUICK = "quick"  # GRIP's
 
 
 ESTIMATORS: dict[str, type[RangeEstimator]] = {
@@ -28,6 +29,7 @@ ESTIMATORS: dict[str, type[RangeEstimator]] = {
     RangeMethod.MSE: LeastError,
     RangeMethod.SEARCH: GridSearch,
     RangeMethod.AVERAGE: MovingAverage,
+    RangeMethod.QUICK: QuickLeastError,
 }
 """The estimators by their name in ``--w_range``, ``--a_range``, `QuantConfig` and checkpoints."""
 

@@ -22,6 +22,12 @@ class LeastError(RangeEstimator):
         return qparams(*shrunk(rows, low, high, bits, symmetric, unsigned), bits, symmetric, unsigned)
 
 
+class QuickLeastError(LeastError):
+    """The same, for activations on an eighth of the values that others keep."""
+
+    SAMPLE = LeastError.SAMPLE >> 3
+
+
 def shrunk(
     rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool
 ) -> tuple[Tensor, Tensor]:
