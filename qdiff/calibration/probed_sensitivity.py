@@ -9,14 +9,14 @@ pass per batch stand in for a forward pass per layer and width (`qdiff.calibrati
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.sensitivity import Operand, settle_observed, sqnr, start_observing
+from qdiff.calibration.sensitivity import Operand, quick_range, settle_observed, sqnr, start_observing
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
@@ -62,7 +62,7 @@ def probed_sensitivities(
     places = {name: parent._modules[attribute] for name, ((parent, attribute), *_) in layer_places(network).items()}
     layers = {
         operand: {
-            name: _Rounded(places[name], name, config, operand, widths[operand], first_tokens.get(name))
+            name: RoundedLayer(places[name], name, config, operand, widths[operand], first_tokens.get(name))
             for name in names[operand]
         }
         for operand in Operand
@@ -76,7 +76,7 @@ def probed_sensitivities(
         for layer in observing:
             layer.settle()
     signal = torch.zeros((), dtype=torch.float64, device=device)
-    with _parameters_without_gradients(network), torch.enable_grad(), _listening(everything):
+    with parameters_without_gradients(network), torch.enable_grad(), _listening(everything):
         for batch in batches:
             for layer in everything:
                 layer.start(len(batch[0]))
@@ -92,7 +92,7 @@ def probed_sensitivities(
 
 
 @contextlib.contextmanager
-def _listening(rounded: Sequence[_Rounded], observe: bool = False) -> Iterator[None]:
+def _listening(rounded: Sequence[RoundedLayer], observe: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for one in rounded:
             if observe:
@@ -106,7 +106,7 @@ def _listening(rounded: Sequence[_Rounded], observe: bool = False) -> Iterator[N
 
 
 @contextlib.contextmanager
-def _parameters_without_gradients(network: nn.Module) -> Iterator[None]:
+def parameters_without_gradients(network: nn.Module) -> Iterator[None]:
     """Spare the backward pass the gradients of weights."""
     wanted = [p for p in network.parameters() if p.requires_grad]
     try:
@@ -118,7 +118,28 @@ def _parameters_without_gradients(network: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-class _Rounded:
+def by_sample(rows: Tensor, samples: int, copies: int) -> Tensor:
+    """Return rows [copies · samples, …] summed over the copies, [samples, …]; other rows are one sample together."""
+    return rows.unflatten(0, (copies, samples)).sum(0) if len(rows) == copies * samples else rows.sum(0, keepdim=True)
+
+
+def until_backward(x: Tensor) -> Callable[[], Tensor]:
+    """Return what gives a tensor back in the backward pass, without a copy.
+
+    Raises:
+        RuntimeError: (when it is called) something changed the tensor in place.
+    """
+    values, version = x.detach(), x._version
+
+    def get() -> Tensor:
+        if values._version != version:
+            raise RuntimeError("a layer's input was changed in place after the layer; its sensitivity cannot be told")
+        return values
+
+    return get
+
+
+class RoundedLayer:
     """One operand of one layer, rounded to several widths beside a float forward."""
 
     def __init__(
@@ -140,12 +161,13 @@ class _Rounded:
             set_modes(made, weights=True, activations=True)
             made.first_token = first_token
             if operand is Operand.WEIGHTS:
-                made.init_weight_ranges(config.weight_range)
+                made.init_weight_ranges(quick_range(config.weight_range, bits))
             else:
-                start_observing(made, config.act_range)
+                start_observing(made, quick_range(config.act_range, bits))
             self.rounded[bits] = made
         self._called = False
         self._samples = 0  # of this batch
+        self._copies = 1
         self._products: dict[int, Tensor] = {}
         self._squares: dict[int, Tensor] = {}
 
@@ -163,9 +185,14 @@ class _Rounded:
         for made in self.rounded.values():
             settle_observed(made)
 
-    def start(self, samples: int) -> None:
-        """Begin a batch."""
-        self._samples, self._products = samples, {}
+    def start(self, samples: int, copies: int = 1) -> None:
+        """Begin a batch; products of all calls until `finish` add up.
+
+        Args:
+            samples: number of samples.
+            copies: how often the network is given the samples in one call, one copy behind the other.
+        """
+        self._samples, self._copies, self._products = samples, copies, {}
 
     def on_input(self, layer: nn.Module, args: _Inputs) -> _Inputs | None:
         """Have the backward pass multiply the noise of this call's input by its gradient."""
@@ -174,8 +201,8 @@ class _Rounded:
         if not torch.is_grad_enabled():  # a checkpointed part, which is called again in the backward pass
             return None
         x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # other users of x do not count
-        noises = {bits: self._noise_of(made, x.detach()) for bits, made in self.rounded.items()}
-        x.register_hook(lambda gradient: self._multiply(gradient, noises))
+        values = until_backward(x)
+        x.register_hook(lambda gradient: self._multiply(gradient, values()))
         return (x, *args[1:])
 
     def on_output(self, layer: nn.Module, args: _Inputs, out: Tensor) -> Tensor | None:
@@ -184,8 +211,8 @@ class _Rounded:
         if not torch.is_grad_enabled():
             return None
         out = out.view_as(out) if out.requires_grad else out.detach().requires_grad_()
-        noises = {bits: self._noise_of(made, args[0].detach()) for bits, made in self.rounded.items()}
-        out.register_hook(lambda gradient: self._multiply(gradient, noises))
+        values = until_backward(args[0])
+        out.register_hook(lambda gradient: self._multiply(gradient, values()))
         return out
 
     @torch.no_grad()
@@ -196,18 +223,20 @@ class _Rounded:
         noise = made.apply_weight(part, (made.dequantized_weight() - made.float_weight()).to(x.dtype), None)
         return noise if made.first_token is None else torch.cat([torch.zeros_like(noise[:, :1]), noise], dim=1)
 
-    def _multiply(self, gradient: Tensor, noises: Mapping[int, Tensor]) -> None:
-        for bits, noise in noises.items():
-            products = gradient.double() * noise
-            # Per sample, where samples come first; else all of them in one projection.
-            by_sample = len(products) == self._samples
-            made = products.flatten(1).sum(1) if by_sample and products.dim() > 1 else products.sum()[None]
+    def _multiply(self, gradient: Tensor, x: Tensor) -> None:
+        # Only now, so that no layer's noise waits for the backward pass.
+        for bits, made in self.rounded.items():
+            products = gradient * self._noise_of(made, x)
+            # Where samples do not come first, all of them are in one projection.
+            rows = products.flatten(1) if products.dim() > 1 else products[None]
+            sums = rows.sum(1, dtype=torch.float64)
+            made = by_sample(sums, self._samples, self._copies)
             self._products[bits] = made if bits not in self._products else self._products[bits] + made
 
-    def finish(self) -> None:
-        """End a batch."""
+    def finish(self, scale: float = 1.0) -> None:
+        """End a batch; its noise counts ``scale`` times."""
         for bits, products in self._products.items():
-            self._squares[bits] = products.square().sum() + self._squares.get(bits, 0.0)
+            self._squares[bits] = scale * products.square().sum() + self._squares.get(bits, 0.0)
         self._products = {}
 
     def quality(self, signal: float) -> dict[int, float] | None:

@@ -15,7 +15,7 @@ from qdiff.config import QuantConfig
 from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
-from qdiff.ranges.estimators import ESTIMATORS
+from qdiff.ranges.estimators import ESTIMATORS, RangeMethod
 from qdiff.ranges.first_token import FirstToken
 from qdiff.wrapping import layer_places
 
@@ -27,6 +27,7 @@ class Measure(str, Enum):
 
     SQNR = "sqnr"  # ε, as the ratio of signal and quantization noise in dB
     PROBE = "probe"  # likewise, estimated for all layers at once (`qdiff.calibration.probed_sensitivity`)
+    TRAJECTORY = "trajectory"  # likewise of the sampler's result (`qdiff.calibration.trajectory_sensitivity`)
     SSIM = "ssim"  # images of the same noise
 
     def loss(self, value: float) -> float:
@@ -141,6 +142,15 @@ def _observe(layer: QuantModule, method: str, run: Callable[[], float]) -> None:
     start_observing(layer, method)
     run()
     settle_observed(layer)
+
+
+def quick_range(method: str, bits: int) -> str:
+    """Return the range method for an estimate: above 4 bits, searching for a range takes long and changes little."""
+    return (
+        RangeMethod.MIN_MAX
+        if bits > 4 and method in (RangeMethod.MSE, RangeMethod.SEARCH, RangeMethod.QUICK)
+        else method
+    )
 
 
 def start_observing(layer: QuantModule, method: str) -> None:

@@ -164,3 +164,23 @@ def test_dynamic_ranges_and_ranges_per_timestep(tiny_network, held_out):
     for changes in ({"act_dynamic": True}, {"act_ranges": "timestep"}):
         found = probed(tiny_network, held_out, {ACTS: (4, 8)}, config=QuantConfig(4, 8, **changes))[ACTS]
         assert all(found[name][4] < found[name][8] - 10 for name in NAMES), changes
+
+
+class InPlace(nn.Module):
+    """What a layer takes is changed behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.one(x)
+        z = self.two(y)
+        y.add_(1)
+        return y + z
+
+
+def test_an_input_that_is_changed_in_place_is_no_wrong_number():
+    torch.manual_seed(0)
+    with pytest.raises(RuntimeError, match=r"changed in place|an inplace operation"):
+        probed(InPlace(), (torch.randn(6, 4),), {ACTS: (6,)})

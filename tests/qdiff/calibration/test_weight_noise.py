@@ -1,0 +1,103 @@
+"""The noise of a weight, from gradients: exact gradients, and the error that rounding column by column has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qdiff.calibration.column_rounding import Grid, round_matrix
+from qdiff.calibration.weight_noise import WeightNoise
+from qdiff.config import QuantConfig
+
+EXACT = 1e-9  # relative, in float64
+SPREAD = 1.5  # dB: the model has independent errors, and the columns' grid is clipped
+
+
+def noise_of(layer, widths=(4,), name="layer", config=None):
+    config = QuantConfig(4, None, weight_range="mse") if config is None else config
+    return WeightNoise(layer, name, config, widths, None, torch.Generator().manual_seed(0))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 4), (5, 3, 6)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2), (5, 4, 7, 7)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2, bias=False), (5, 4, 6, 6)),
+    "conv1d": (lambda: nn.Conv1d(3, 5, 2), (5, 3, 9)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("copies", [1, 2])
+def test_gradients_are_those_of_every_sample(kind, copies):
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer = make().double()
+    noise = noise_of(layer)
+    calls = [torch.randn(copies * shape[0], *shape[1:], dtype=torch.float64) for _ in range(3)]
+    noise.start(shape[0], copies)
+    with layer.register_forward_hook(noise.on_output):
+        outs = [layer(x) for x in calls]
+        factors = [torch.randn_like(out) for out in outs]
+        sum((out * factor).sum() for out, factor in zip(outs, factors, strict=True)).backward()
+    for sample in range(shape[0]):
+        rows = [sample + copy * shape[0] for copy in range(copies)]
+        layer.zero_grad()
+        sum((layer(x[rows]) * f[rows]).sum() for x, f in zip(calls, factors, strict=True)).backward()
+        expected = layer.weight.grad.flatten(1)
+        assert (noise._gradient[sample] - expected).abs().max() < EXACT * expected.abs().max()
+        if layer.bias is not None:
+            assert (noise._bias_gradient[sample] - layer.bias.grad).abs().max() < EXACT * layer.bias.grad.abs().max()
+
+
+def test_it_predicts_the_error_of_rounding_column_by_column():
+    """On inputs whose channels go together, rounding to nearest has several times the error."""
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(8, 32, generator=generator)
+    x = torch.randn(512, 8, generator=generator) @ mixing + 0.2 * torch.randn(512, 32, generator=generator)
+    layer = nn.Linear(32, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64, 32, generator=generator))
+    for bits in (3, 4):
+        noise = noise_of(layer, (bits,))
+        noise.keep(x, 4096)
+        noise.start(len(x), 1)
+        with layer.register_forward_hook(noise.on_output):
+            out = layer(x)
+            # A projection onto independent numbers has the square of the output's error.
+            (out * torch.randn(out.shape, generator=generator)).sum().backward()
+        noise.finish()
+        predicted = noise.quality(1.0)[bits]
+        made = noise.shape
+        made.init_weight_ranges("mse")
+        delta, zero_point = (t.expand_as(made.weight) for t in made.weight_grid())
+        q = round_matrix(layer.weight, Grid(delta, zero_point, bits), 2 * x.mT @ x / len(x))
+        error = ((q - zero_point) * delta - layer.weight).float()
+        actual = -10 * (x @ error.mT).square().sum().log10()
+        nearest = -10 * (x @ (made.dequantized_weight() - layer.weight).mT).square().sum().log10()
+        assert abs(predicted - float(actual)) < SPREAD, (bits, predicted, float(actual))
+        assert predicted - float(nearest) > 3 * SPREAD  # planted: that of rounding to nearest
+
+
+def test_a_bias_takes_the_mean():
+    """An input without any variation makes no noise where there is a bias, and noise where there is none."""
+    torch.manual_seed(0)
+    found = {}
+    for bias in (True, False):
+        layer = nn.Linear(5, 4, bias=bias)
+        x = torch.ones(3, 5)
+        noise = noise_of(layer)
+        noise.keep(x, 64)
+        noise.start(3, 1)
+        with layer.register_forward_hook(noise.on_output):
+            (layer(x) * torch.randn(3, 4)).sum().backward()
+        noise.finish()
+        found[bias] = noise.quality(1.0)[4]
+    assert found[True] > found[False] + 60
+
+
+def test_a_layer_that_is_never_called():
+    noise = noise_of(nn.Linear(5, 4))
+    noise.start(1, 1)
+    noise.finish()
+    assert noise.quality(1.0) is None
