@@ -15,18 +15,20 @@ from torch import Tensor
 
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
-from qdiff.calibration.probed_sensitivity import probed_sensitivities
+from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
 from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
-from qdiff.cli.planned_recording import read_planned, record_planned
+from qdiff.cli.planned_recording import first_image, read_planned, record_planned
 from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.quantize import RECORDING
 from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.run_manifest import OF_WIDTHS
+from qdiff.config import QuantConfig
 from qdiff.cost.account import account
 from qdiff.errors import UserError, first_line
 from qdiff.evaluation.fidelity import mean_ssim
@@ -95,10 +97,11 @@ class SensitivityFile:
     def __contains__(self, key: tuple[Operand, str]) -> bool:
         return key[1] in self._values[key[0].value]
 
-    def add(self, operand: Operand, name: str, found: dict[int, float] | None) -> None:
-        """Keep what was found for a layer; None if it is never called."""
-        values = None if found is None else {str(bits): value for bits, value in found.items()}
-        self._values[operand.value][name] = values
+    def add(self, operand: Operand, found: Mapping[str, dict[int, float] | None]) -> None:
+        """Keep what was found for some layers; None if one is never called."""
+        for name, values in found.items():
+            kept = None if values is None else {str(bits): value for bits, value in values.items()}
+            self._values[operand.value][name] = kept
         with written_whole(self.path) as temporary:
             temporary.write_text(
                 json.dumps({"settings": {**self.settings, DATA: self._data}, **self._values}, indent=1)
@@ -135,7 +138,7 @@ def with_chosen_widths(
         data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
         shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
         data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
-        file = SensitivityFile(run.path / SENSITIVITIES, _settings(plan, pipeline), start and Path(start))
+        file = SensitivityFile(run.path / SENSITIVITIES, _settings(plan, pipeline, seed), start and Path(start))
         run.open()
         with run.logged():
             if data is None:
@@ -145,18 +148,20 @@ def with_chosen_widths(
             file.settle(sha256(data_file))
             advice = smaller_batch(pipeline.batch_size)
             with run.timed(OF_WIDTHS), memory_advice("measuring sensitivities", advice):
-                _measure(plan, pipeline, data, file)
-            _choose(plan, pipeline, file, path)
+                _measure(plan, pipeline, data, file, seed)
+                _choose(plan, pipeline, file, path)
     layer_bits = {**dict(plan.quant.layer_bits), **read_layer_bits(str(path))}
     return replace(plan, quant=replace(plan.quant, layer_bits=layer_bits))
 
 
-def _settings(plan: PtqPlan, pipeline: Pipeline) -> dict[str, Any]:
+def _settings(plan: PtqPlan, pipeline: Pipeline, seed: int) -> dict[str, Any]:
     """Return what the sensitivities depend on, apart from the calibration set."""
     quant, mixed = plan.quant.to_dict(), plan.mixed
     quant.pop("layer_bits", None)  # decides which layers are measured, not what is found
+    stream = {"first": first_image(plan.seed), "seed": seed} if mixed.measure is Measure.TRAJECTORY else {}
     return {
         "measure": mixed.measure.value,
+        **stream,
         "samples": mixed.samples,
         "widths": {operand.value: list(mixed.widths(operand)) for operand in Operand},
         "quant": quant,
@@ -164,7 +169,7 @@ def _settings(plan: PtqPlan, pipeline: Pipeline) -> dict[str, Any]:
     }
 
 
-def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: SensitivityFile) -> None:
+def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: SensitivityFile, seed: int) -> None:
     """Measure the layers that are not in the file yet."""
     mixed = plan.mixed
     left = [
@@ -178,8 +183,16 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
         return
     log.info("measuring how sensitive the network is to %d operands of layers", len(left))
     tokens = find_first_tokens(pipeline.network, data.inputs) if plan.quant.bos_aware else {}
-    if mixed.measure is Measure.PROBE:
-        _probe(plan, pipeline, data, file, left, tokens)
+    if mixed.measure in (Measure.PROBE, Measure.TRAJECTORY):
+        names = {path: name for _, name, path in left}
+        paths = {operand: [path for kind, _, path in left if kind is operand] for operand in Operand}
+        given = paths, {operand: mixed.widths(operand) for operand in Operand}, plan.quant
+        if mixed.measure is Measure.PROBE:
+            found = _probed(pipeline, given, _spread_samples(data, mixed), tokens)
+        else:
+            found = _by_trajectories(pipeline, given, first_image(plan.seed), mixed.samples, seed, tokens)
+        for operand, values in found.items():
+            file.add(operand, {names[path]: value for path, value in values.items()})
         return
     quality = (
         _image_quality(pipeline, mixed) if mixed.measure is Measure.SSIM else _output_quality(pipeline, data, mixed)
@@ -188,33 +201,30 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
         for operand, name, path in left:
             widths = mixed.widths(operand)
             measured = (pipeline.network, path, plan.quant, operand, widths, quality, tokens.get(path))
-            file.add(operand, name, layer_sensitivity(*measured))
+            file.add(operand, {name: layer_sensitivity(*measured)})
             bar.update()
 
 
-def _probe(
-    plan: PtqPlan,
-    pipeline: Pipeline,
-    data: CalibrationSet,
-    file: SensitivityFile,
-    left: Sequence[tuple[Operand, str, str]],
-    tokens: Mapping[str, FirstToken],
-) -> None:
-    """Measure all of them at once; projections are the same in every run."""
-    mixed, names = plan.mixed, {path: name for _, name, path in left}
-    found = probed_sensitivities(
-        pipeline.network,
-        {operand: [path for kind, _, path in left if kind is operand] for operand in Operand},
-        {operand: mixed.widths(operand) for operand in Operand},
-        plan.quant,
-        _spread_samples(data, mixed),
-        min(PROBE_BATCH, pipeline.batch_size),
-        torch.Generator().manual_seed(0),
-        tokens,
-    )
-    for operand, values in found.items():
-        for path, value in values.items():
-            file.add(operand, names[path], value)
+_Given = tuple[dict[Operand, list[str]], dict[Operand, tuple[int, ...]], QuantConfig]
+
+
+def _probed(
+    pipeline: Pipeline, given: _Given, inputs: Sequence[Tensor], tokens: Mapping[str, FirstToken]
+) -> dict[Operand, Found]:
+    """Measure all layers at once on calibration samples; projections are the same in every run."""
+    size, generator = min(PROBE_BATCH, pipeline.batch_size), torch.Generator().manual_seed(0)
+    return probed_sensitivities(pipeline.network, *given, inputs, size, generator, tokens)
+
+
+def _by_trajectories(
+    pipeline: Pipeline, given: _Given, first: int, count: int, seed: int, tokens: Mapping[str, FirstToken]
+) -> dict[Operand, Found]:
+    """Measure all layers at once along the trajectories of the calibration stream's images."""
+    generator = torch.Generator().manual_seed(seed)
+    with progress_bar(total=count, desc="sensitivities", unit="img") as bar:
+        return trajectory_sensitivities(
+            pipeline, *given, range(first, first + count), generator, tokens, on_batch=bar.update
+        )
 
 
 def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path) -> None:

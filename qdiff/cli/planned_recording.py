@@ -22,6 +22,11 @@ log = logging.getLogger("qdiff")
 SEEDED_FROM, SEEDED_IMAGES = 1 << 24, 1 << 20
 
 
+def first_image(seed: int | None) -> int:
+    """Return the number of the first image of the calibration streams that a ``--cali_seed`` records."""
+    return 0 if seed is None else SEEDED_FROM + seed * SEEDED_IMAGES
+
+
 def read_planned(
     plan: PtqPlan,
     path: Path,
@@ -60,8 +65,7 @@ def record_planned(
         qnn: the pipeline's network, calibrated, whose quantized trajectory is recorded; None records the float one.
     """
     kind = "float" if qnn is None else "quantized"
-    # Every --cali_seed uses other images.
-    first = 0 if plan.seed is None else SEEDED_FROM + plan.seed * SEEDED_IMAGES
+    first = first_image(plan.seed)
     if plan.draw is None:
         log.info("recording %d samples at %d steps from the %s model", plan.per_step, plan.steps, kind)
         with memory_advice("recording", smaller_batch(pipeline.batch_size)):

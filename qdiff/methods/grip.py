@@ -1,11 +1,16 @@
-"""GRIP, our own recipe: weights rounded in closed form, and precise inputs where they cost little.
+"""GRIP, our own recipe: weights rounded in closed form, and precision where the images need it.
 
 GPTQ-Rounded, Input-Precise. It is GPTQ towards the float network's output (`qdiff.methods.gptq`) with
 
-- 8-bit weights and 16-bit inputs in the first and the last layer. The first one takes x_t, and at the last steps 8 bits
-  of it are coarser than the noise that is left in it; both layers together are less than 1 % of the bit operations;
+- widths chosen layer by layer, by commands that have a sampler to go through: those that are asked for are means, and
+  size and bit operations are those of uniform widths. What a layer's rounding does to the sampler's result decides
+  (`qdiff.calibration.trajectory_sensitivity`);
+- without a sampler, 8-bit weights and 16-bit inputs in the first and the last layer. The first one takes x_t, and at
+  the last steps 8 bits of it are coarser than the noise that is left in it; both layers together are less than 1 % of
+  the bit operations;
 - quantizers of their own for both parts of a concatenation (Q-Diffusion's split);
-- weight ranges of least error, without which the column rounding has to work on a grid for outliers.
+- weight ranges of least error, without which the column rounding has to work on a grid for outliers, and ranges of
+  least error for activations, searched on fewer values than elsewhere.
 
 Nothing is learned, and nothing has to be set. docs/results.md has the ablation.
 """
@@ -27,10 +32,11 @@ QUANT: Mapping[str, Any] = MappingProxyType(
     {
         "split_shortcut": True,
         "weight_range": RangeMethod.MSE,
+        "act_range": RangeMethod.QUICK,
         "layer_bits": MappingProxyType({FIRST: END_BITS, LAST: END_BITS}),
     }
 )
-"""Its fields of `QuantConfig` besides the widths."""
+"""Its fields of `QuantConfig` besides the widths; where it chooses these, no layer is named."""
 OPTIONS: Mapping[str, str] = gptq.OPTIONS
 
 

@@ -44,6 +44,8 @@ class Method:
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
         scaling: how layers get factors of their input's channels before anything is quantized.
+        chooses_widths: whether commands choose the widths of single layers where they may, so that those that are asked
+            for are means; ``quant`` then names no layers.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Method:
     quant: Mapping[str, Any] = field(default_factory=dict)
     draws: Schedule | None = None
     scaling: InputScaling = field(default_factory=InputScaling)
+    chooses_widths: bool = False
 
     @property
     def learns(self) -> bool:
@@ -154,7 +157,7 @@ _ROWS = (
         },
         scaling=InputScaling(Scaling.LEARNED),
     ),
-    Method("grip", "GRIP", grip.calibrate, grip.GripConfig, grip.OPTIONS, quant=grip.QUANT),
+    Method("grip", "GRIP", grip.calibrate, grip.GripConfig, grip.OPTIONS, quant=grip.QUANT, chooses_widths=True),
 )
 DEFAULT = "qdiff"
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})

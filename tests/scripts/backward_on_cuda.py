@@ -140,3 +140,12 @@ def test_parts_of_the_gpu_check(part, cuda, monkeypatch):
     lines = lines(Namespace(small=True, device="cuda"), SCRIPTS)
     found = {line.what: line for line in lines}
     assert len(found) > 3 and not any(line.good is False for line in found.values())
+
+
+def test_widths_chosen_through_the_sampler(call, one_level, tmp_path, cuda):
+    """The trajectories, their gradients and the kept rows are on the device; what is chosen is what the CPU chooses."""
+    words = (*one_level.options, *STEPS, *W4A8, "--method", "grip", *DATA, "--sensitivity_samples", 2)
+    for device in ("cpu", "cuda"):
+        succeeded(call(SCRIPT, *words, "--device", device, "-l", tmp_path / device))
+    chosen = [(tmp_path / device / "widths.json").read_bytes() for device in ("cpu", "cuda")]
+    assert chosen[0] == chosen[1] and manifest(tmp_path / "cuda")["device"] == "cuda"

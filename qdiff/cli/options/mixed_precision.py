@@ -9,8 +9,10 @@ from argparse import Namespace
 
 from qdiff.calibration.mixed_precision import MixedPrecision
 from qdiff.calibration.sensitivity import Measure
+from qdiff.cli.options.modiff import modulates
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
+from qdiff.methods.registry import Method
 
 OPTIONS = (
     "target_bits",
@@ -21,8 +23,12 @@ OPTIONS = (
     "sensitivity_samples",
     "sensitivities",
 )
+_OF_OWN_CHOICE = "sensitivity_samples", "sensitivities"  # these change it
+QUANTIZING = (*OPTIONS, "uniform_widths")
+"""What has no effect on a float model."""
 # By default: samples of one projection each; images of each sensitivity.
-_USUAL = {Measure.SQNR: MixedPrecision.samples, Measure.PROBE: 128, Measure.SSIM: 4}
+_USUAL = {Measure.SQNR: MixedPrecision.samples, Measure.PROBE: 128, Measure.TRAJECTORY: 16, Measure.SSIM: 4}
+_WIDER_WEIGHTS, _WIDER_INPUTS = (4, 5, 6, 8), (5, 6, 8, 10, 16)  # candidates of a method that chooses by itself
 
 
 def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +39,12 @@ def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
         "--target_bits", type=float, help="mean width of weights; widths of layers are chosen for the least error of ε"
     )
     group.add_argument("--candidate_bits", help=f"widths to choose from (default: {_words(default['candidates'])})")
-    group.add_argument("--target_act_bits", type=float, help="likewise for inputs of layers, as the mean over MACs")
+    group.add_argument(
+        "--target_act_bits",
+        type=float,
+        help="likewise for inputs of layers, as the mean over MACs; with both, widths of weights and inputs are chosen "
+        "together, within the size and the bit operations of uniform widths",
+    )
     group.add_argument(
         "--candidate_act_bits", help=f"widths to choose from (default: {_words(default['act_candidates'])})"
     )
@@ -41,7 +52,8 @@ def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
         "--sensitivity",
         choices=[m.value for m in Measure],
         help="what shows how sensitive a layer is: noise of ε, measured layer by layer (sqnr, default) or estimated "
-        "for all layers in one backward pass (probe), or images (ssim), far slower",
+        "for all layers in one backward pass (probe); noise of the sampler's result, estimated by a backward pass "
+        "through all steps (trajectory); or images (ssim), far slower",
     )
     group.add_argument(
         "--sensitivity_samples",
@@ -54,27 +66,79 @@ def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
         "--sensitivities",
         help="sensitivities.json of another run on the same calibration set, instead of measuring again",
     )
+    group.add_argument(
+        "--uniform_widths",
+        action="store_true",
+        help="all layers have the widths that are asked for, where the method would choose them itself (GRIP)",
+    )
 
 
 def _words(widths: tuple[int, ...]) -> str:
     return ",".join(map(str, widths))
 
 
-def resolve_mixed_precision(args: Namespace, quant: QuantConfig, action: str) -> MixedPrecision | None:
-    """Return how widths are chosen; None if no target is given.
+def chooses_by_itself(args: Namespace, method: Method, linear: bool) -> bool:
+    """Return whether a method's own choice of widths applies: nothing else is said of them, and they can be chosen.
+
+    Args:
+        linear: see `qdiff.pipeline.Pipeline.samples_linearly`.
+
+    Raises:
+        UserError: ``--uniform_widths`` is given, but the method does not choose.
+    """
+    uniform = getattr(args, "uniform_widths", False)
+    if uniform and not method.chooses_widths:
+        raise UserError(
+            f"--uniform_widths has no meaning with {method.title}, which chooses no widths; leave it out, or give "
+            "--method grip"
+        )
+    others = [name for name in (*OPTIONS, "layer_bits", "cali_ckpt") if name not in _OF_OWN_CHOICE]
+    given = any(getattr(args, name, None) is not None for name in others)
+    cached_in_float = getattr(args, "cache_temporal", None) == "float"  # these layers then have a width
+    dynamic = modulates(args) or args.quant_mode == "dynamic"
+    return method.chooses_widths and linear and not (uniform or given or cached_in_float or dynamic)
+
+
+def _own_choice(args: Namespace, quant: QuantConfig) -> MixedPrecision:
+    """Return how a method chooses by itself: at the size and the bit operations of the widths that are asked for."""
+    return MixedPrecision(
+        target=quant.weight_bits,
+        candidates=_around(quant.weight_bits, _WIDER_WEIGHTS),
+        act_target=quant.act_bits,
+        act_candidates=MixedPrecision.act_candidates
+        if quant.act_bits is None
+        else _around(quant.act_bits, _WIDER_INPUTS),
+        measure=Measure.TRAJECTORY,
+        samples=_USUAL[Measure.TRAJECTORY] if args.sensitivity_samples is None else args.sensitivity_samples,
+        bounded=True,
+    )
+
+
+def _around(bits: int, wider: tuple[int, ...]) -> tuple[int, ...]:
+    return (*range(min(bits, max(2, bits - 2)), bits + 1), *(width for width in wider if width > bits))
+
+
+def resolve_mixed_precision(
+    args: Namespace, quant: QuantConfig, action: str, by_itself: bool = False, linear: bool = False
+) -> MixedPrecision | None:
+    """Return how widths are chosen; None if they are not.
 
     Args:
         args: a command's options; commands that do not calibrate lack these.
         action: see `qdiff.cli.options.ptq.PtqPlan`.
+        by_itself: `chooses_by_itself`.
+        linear: see `qdiff.pipeline.Pipeline.samples_linearly`.
 
     Raises:
         UserError: options contradict each other or are out of range.
     """
     given = {name: value for name in OPTIONS if (value := getattr(args, name, None)) is not None}
-    if not given:
-        return None
     if "sensitivities" in given:
         _check_file(given["sensitivities"])
+    if by_itself:
+        return _own_choice(args, quant)
+    if not given:
+        return None
     if "target_bits" not in given and "target_act_bits" not in given:
         raise UserError(f"--{next(iter(given))} needs a mean width; add --target_bits or --target_act_bits")
     for kind in ("", "act_"):
@@ -93,6 +157,11 @@ def resolve_mixed_precision(args: Namespace, quant: QuantConfig, action: str) ->
     if "target_act_bits" in given and quant.modulate:
         raise UserError("--target_act_bits measures activations, not their changes; leave out --modulate")
     measure = given.get("sensitivity", Measure.SQNR.value)
+    if measure == Measure.TRAJECTORY and not linear:
+        raise UserError(
+            "--sensitivity trajectory needs a sampler of this project, but a diffusers pipeline has a loop of its own; "
+            "give --sensitivity probe"
+        )
     return MixedPrecision(
         target=given.get("target_bits"),
         candidates=_widths("candidate_bits", given, MixedPrecision.candidates),

@@ -142,7 +142,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *eda_dm.IMPLYING,
         *gptq.QUANTIZING,
         *tfmq_dm.OPTIONS,
-        *mixed_precision.OPTIONS,
+        *mixed_precision.QUANTIZING,
         *scaling.QUANTIZING,
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
@@ -151,13 +151,14 @@ def ignored_options(args: Namespace) -> list[str]:
 
 
 def resolve_ptq(
-    args: Namespace, weight_range: str, act_range: str, preset: dict[str, Any] | None = None
+    args: Namespace, weight_range: str, act_range: str, preset: dict[str, Any] | None = None, linear: bool = False
 ) -> PtqPlan | None:
     """Return the plan that the options in ``args`` ask for, or None without ``--ptq``.
 
     Args:
         weight_range, act_range: the script's defaults, for methods that do not choose ranges themselves.
         preset: EDA-DM's values by option name, for options that were not given.
+        linear: see `qdiff.pipeline.Pipeline.samples_linearly`.
 
     Raises:
         UserError: options that contradict each other (both are named) or are out of range.
@@ -177,6 +178,7 @@ def resolve_ptq(
     tfmq_dm.check_tfmq_dm_options(args, method)
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
     own = {"weight_range": weight_range, "act_range": act_range, **method.quant}
+    chooses = mixed_precision.chooses_by_itself(args, method, linear)
     if modulate:  # these are ranges of changes
         own["act_range"] = RangeMethod.MIN_MAX
     quant = QuantConfig(
@@ -197,7 +199,7 @@ def resolve_ptq(
         ablation=args.modulate_ablation,
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
         power_of_two_scales=scaling.power_of_two_scales(args, method, modulate or args.quant_mode == "dynamic"),
-        layer_bits=_layer_bits(args, own.get("layer_bits", {})),
+        layer_bits=_layer_bits(args, {} if chooses else own.get("layer_bits", {})),
         bos_aware=args.bos_aware,
     )
     action = _action(args, method, quant)
@@ -231,7 +233,7 @@ def resolve_ptq(
         draw=draw,
         seed=args.cali_seed,
         changes=changes,
-        mixed=mixed_precision.resolve_mixed_precision(args, quant, action),
+        mixed=mixed_precision.resolve_mixed_precision(args, quant, action, chooses, linear),
         scaling=scaling.resolve_scaling(args, method, action),
         refit=args.refit,
     )

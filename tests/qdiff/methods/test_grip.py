@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import qdiff
+from qdiff.calibration.mixed_precision import MixedPrecision
+from qdiff.calibration.sensitivity import Measure
+from qdiff.cli.options.mixed_precision import add_mixed_precision_options
 from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
 from qdiff.config import LayerBits, QuantConfig
 from qdiff.methods.gptq import GptqConfig
@@ -18,17 +21,18 @@ W4A8 = "--weight_bit 4 --quant_act --act_bit 8"
 ENDS = (("first", LayerBits(8, 16)), ("last", LayerBits(8, 16)))
 
 
-def plan(words):
+def plan(words, linear=False):
     parser = argparse.ArgumentParser()
     add_ptq_options(parser)
+    add_mixed_precision_options(parser)
     args = parser.parse_args(["--ptq", "--method", "grip", *words.split()])
     args.generate = None
-    return resolve_ptq(args, "max", "max")
+    return resolve_ptq(args, "max", "max", linear=linear)
 
 
 def test_its_config():
     made = METHODS["grip"].quant_config(weight_bits=4, act_bits=8)
-    assert made == QuantConfig(4, 8, split_shortcut=True, weight_range="mse", layer_bits=dict(ENDS))
+    assert made == QuantConfig(4, 8, split_shortcut=True, weight_range="mse", act_range="quick", layer_bits=dict(ENDS))
     assert METHODS["grip"].quant_config(weight_bits=4, act_bits=8, layer_bits={}).layer_bits == ()
     assert METHODS["qdiff"].quant_config(weight_bits=4) == QuantConfig(4)
 
@@ -38,6 +42,51 @@ def test_the_commands_plan_has_it():
     assert made.quant == METHODS["grip"].quant_config(weight_bits=4, act_bits=8)
     assert made.recipe == GripConfig() and made.recipe.bias_correction
     assert made.to_dict()["recipe"]["bias_correction"] is True
+
+
+@pytest.mark.parametrize(
+    ("words", "candidates", "act_target", "act_candidates"),
+    [
+        (W4A8, (2, 3, 4, 5, 6, 8), 8, (6, 7, 8, 10, 16)),
+        ("--weight_bit 4 --quant_act --act_bit 4", (2, 3, 4, 5, 6, 8), 4, (2, 3, 4, 5, 6, 8, 10, 16)),
+        ("--weight_bit 8 --quant_act --act_bit 8", (6, 7, 8), 8, (6, 7, 8, 10, 16)),
+        ("--weight_bit 2", (2, 4, 5, 6, 8), None, MixedPrecision.act_candidates),
+    ],
+)
+def test_with_a_sampler_to_go_through_it_chooses_widths(words, candidates, act_target, act_candidates):
+    made = plan(words, linear=True)
+    bits = int(words.split()[1])
+    assert made.mixed == MixedPrecision(
+        bits, candidates, act_target, act_candidates, Measure.TRAJECTORY, samples=16, bounded=True
+    )
+    assert made.quant.layer_bits == ()  # the ends are chosen too
+    assert made.to_dict()["mixed"]["measure"] == "trajectory"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--uniform_widths",
+        "--layer_bits none",
+        "--layer_bits last=W8",
+        "--modulate --quant_mode dynamic",
+        "--quant_mode dynamic",
+        "--cali_ckpt file.pth",
+    ],
+)
+def test_what_it_does_not_choose(words):
+    assert plan(f"{W4A8} {words}", linear=True).mixed is None
+    assert plan(W4A8).mixed is None  # a loop of diffusers
+
+
+def test_the_number_of_trajectories_can_be_given():
+    assert plan(f"{W4A8} --sensitivity_samples 4", linear=True).mixed.samples == 4
+
+
+def test_other_targets_come_first():
+    made = plan(f"{W4A8} --target_act_bits 8 --sensitivity probe", linear=True)
+    assert (made.mixed.target, made.mixed.act_target, made.mixed.measure) == (None, 8.0, Measure.PROBE)
+    assert made.quant.layer_bits == ENDS
 
 
 def test_weights_alone_have_8_bit_ends():
