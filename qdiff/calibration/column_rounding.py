@@ -83,13 +83,8 @@ def round_matrix(
         NotPositiveDefinite: H has no factor.
     """
     factor = FACTORS[target] if factor is None else factor
-    weight, inputs = weight.double(), inputs.double().clone()
-    dead = inputs.diagonal() == 0
-    strength = inputs.diagonal().sum() / (~dead).sum().clamp(min=1)
-    inputs.diagonal()[dead] = 1.0
-    order = inputs.diagonal().masked_fill(dead, 0.0).argsort(descending=True, stable=True)
-    inputs = inputs[order][:, order]
-    upper = inverse_factor(inputs, damping * strength)
+    weight, dead = weight.double(), inputs.diagonal() == 0
+    order, upper = ordered_factor(inputs, damping)
     coupling = None
     if target is not Target.PLAIN:
         cross = factor * cross.double()[order][:, order]
@@ -99,6 +94,24 @@ def round_matrix(
             coupling = (cross @ upper.mT).triu_(1) @ upper
     weight = weight.masked_fill(dead, 0.0)[:, order]
     return round_columns(weight, grid.ordered(order), upper, coupling, block)[:, order.argsort()]
+
+
+def ordered_factor(inputs: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+    """Return the order in which columns are rounded [K], and U of H with its columns in that order [K, K], float64.
+
+    Args:
+        inputs: H, [K, K].
+        damping: as in `round_matrix`.
+
+    Raises:
+        NotPositiveDefinite: H has no factor.
+    """
+    inputs = inputs.double().clone()
+    dead = inputs.diagonal() == 0
+    strength = inputs.diagonal().sum() / (~dead).sum().clamp(min=1)
+    inputs.diagonal()[dead] = 1.0
+    order = inputs.diagonal().masked_fill(dead, 0.0).argsort(descending=True, stable=True)
+    return order, inverse_factor(inputs[order][:, order], damping * strength)
 
 
 def inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor:

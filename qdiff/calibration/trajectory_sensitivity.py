@@ -96,11 +96,12 @@ def trajectory_sensitivities(
     signal = float(sum(result.double().square().sum() for result in results))
     with parameters_without_gradients(network), torch.enable_grad(), layers.listening():
         for calls, result in zip(trajectories, results, strict=True):
-            layers.start(len(result), 1 if calls[0].unconditional is None else 2)
+            batch = len(result), 1 if calls[0].unconditional is None else 2
+            layers.start(*batch)
             v = torch.randn(result.shape, generator=generator).to(result)
             _backward(pipeline, sampler, response, calls, v)
             layers.finish()
-            layers.start(len(result), 1 if calls[0].unconditional is None else 2)
+            layers.start(*batch)
             last = _predicted(pipeline, sampler, calls[-1])
             (last * torch.randn(last.shape, generator=generator).to(last)).sum().backward()
             # Relative to the signal of ε there, as that of the result is to its own.

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.column_rounding import NotPositiveDefinite, inverse_factor
+from qdiff.calibration.column_rounding import NotPositiveDefinite, ordered_factor
 from qdiff.calibration.input_moments import columns_of, input_patches, input_rows
 from qdiff.calibration.probed_sensitivity import by_sample, until_backward
 from qdiff.calibration.sensitivity import quick_range, sqnr
@@ -28,7 +28,6 @@ from qdiff.ranges.first_token import FirstToken
 
 ROWS = 2048  # of a layer's input, for H
 SEARCHED_ROWS = 16  # of a weight
-DAMPING = 0.01  # as in GPTQ
 
 
 class WeightNoise:
@@ -156,12 +155,8 @@ def _rounding_variances(layer: QuantModule, config: QuantConfig, bits: int) -> T
 def _transposed_factor(rows: Tensor) -> Tensor:
     """Return Lᵀ [K, K] for rows of the input [n, K]; its rows are in the order of the weight's columns."""
     moments = (rows.mT @ rows).double() / len(rows)
-    dead = moments.diagonal() == 0
-    strength = moments.diagonal().sum() / (~dead).sum().clamp(min=1)
-    moments.diagonal()[dead] = 1.0
-    order = moments.diagonal().masked_fill(dead, 0.0).argsort(descending=True, stable=True)
     try:
-        upper = inverse_factor(moments[order][:, order], DAMPING * strength)
+        order, upper = ordered_factor(moments)
     except NotPositiveDefinite:
         return torch.eye(len(moments), dtype=rows.dtype, device=rows.device)
     return (upper / upper.diagonal()[:, None]).mT[order.argsort()].to(rows.dtype)

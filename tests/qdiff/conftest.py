@@ -90,3 +90,15 @@ def relative():
         return float((out.double() - expected.double()).norm() / expected.double().norm())
 
     return error
+
+
+@pytest.fixture
+def state_of():
+    """``state_of(network)``: its values, how many hooks each module has, and what its parameters have of gradients."""
+
+    def state(network):
+        values = {name: value.clone() for name, value in network.state_dict().items()}
+        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in network.modules()]
+        return values, hooks, [(p.requires_grad, p.grad) for p in network.parameters()]
+
+    return state

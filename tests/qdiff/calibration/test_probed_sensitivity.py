@@ -91,22 +91,17 @@ def test_it_is_close_to_what_is_measured_layer_by_layer(operand, tiny_network):
         assert found[name][8] - found[name][6] > 2 * SPREAD  # a planted other width is seen
 
 
-def test_the_network_is_as_before(tiny_network, held_out):
-    def state():
-        made = {name: value.clone() for name, value in tiny_network.state_dict().items()}
-        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_network.modules()]
-        return made, hooks, [(p.requires_grad, p.grad) for p in tiny_network.parameters()]
-
+def test_the_network_is_as_before(tiny_network, held_out, state_of):
     next(tiny_network.parameters()).requires_grad_(False)
-    before = state()
+    before = state_of(tiny_network)
     probed(tiny_network, held_out, {WEIGHTS: (4,), ACTS: (8,)})
-    after = state()
+    after = state_of(tiny_network)
     assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
     assert before[1:] == after[1:] and all(grad is None for _, grad in after[2])
     with pytest.raises(ZeroDivisionError):
         tiny_network.conv_out.register_forward_hook(lambda *_: 1 / 0)
         probed(tiny_network, held_out, {WEIGHTS: (4,)})
-    assert state()[2] == before[2]
+    assert state_of(tiny_network)[2] == before[2]
 
 
 class Uneven(nn.Module):

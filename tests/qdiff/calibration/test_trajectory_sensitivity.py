@@ -141,17 +141,12 @@ def test_the_last_call_has_a_share(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_network_is_as_before(tiny_network):
-    def state():
-        made = {name: value.clone() for name, value in tiny_network.state_dict().items()}
-        hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in tiny_network.modules()]
-        return made, hooks, [(p.requires_grad, p.grad) for p in tiny_network.parameters()]
-
+def test_the_network_is_as_before(tiny_network, state_of):
     next(tiny_network.parameters()).requires_grad_(False)
-    before = state()
+    before = state_of(tiny_network)
     pipeline = stub(tiny_network, (1, 8, 8), steps=2)
     found = sensitivities(pipeline, {WEIGHTS: (2, 4), ACTS: (4, 8)}, images=range(2))
-    after = state()
+    after = state_of(tiny_network)
     assert all(torch.equal(value, after[0][name]) for name, value in before[0].items())
     assert before[1:] == after[1:] and all(grad is None for _, grad in after[2])
     for operand, (narrow, wide) in ((WEIGHTS, (2, 4)), (ACTS, (4, 8))):
