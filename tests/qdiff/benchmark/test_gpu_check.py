@@ -15,8 +15,7 @@ from qdiff.benchmark import gpu_check, gpu_demo, gpu_tests
 from qdiff.benchmark.gpu_check import Line, Part, Result, missing_packages, run_check, run_part, table
 from qdiff.benchmark.gpu_networks import QUANT
 from qdiff.errors import UserError
-
-REPOSITORY = Path(__file__).parents[3]
+from qdiff.io.yaml_files import read_table
 
 
 @pytest.fixture
@@ -110,17 +109,29 @@ def test_counts_of_pytest():
     assert gpu_tests.counted("nothing") == {}
 
 
-@pytest.mark.parametrize("label", gpu_demo.CPU_NUMBERS)
+@pytest.mark.parametrize("label", gpu_demo.TOLERANCES)
 def test_demo_is_compared_with_the_readme(label):
-    readme = (REPOSITORY / "README.md").read_text()
-    row = next(line for line in readme.splitlines() if line.startswith(f"| {label} | "))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    wanted = gpu_demo.CPU_NUMBERS[label]
-    assert float(cells[1]) == wanted["fid"]
-    if "noise_mse" in wanted:
-        assert float(cells[7]) == wanted["noise_mse"]
-    result = {"label": label, "calibration_s": 1.0, "sampling_s": 1.0, **wanted}
+    wanted = gpu_demo.readme_numbers(label)
+    assert wanted.keys() == ({"fid"} if label == "float" else {"fid", "noise_mse"})
+    result = {"label": label, "noise_mse": 0.0, "calibration_s": 1.0, "sampling_s": 1.0, **wanted}
     assert gpu_demo.compared(result).good is True
     for key, value in wanted.items():  # planted: beyond the tolerance
         assert gpu_demo.compared(result | {key: value * (1.01 + gpu_demo.TOLERANCES[label])}).good is False
     assert gpu_demo.compared(result, compare=False).good is None
+
+
+def test_numbers_of_the_readme(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(
+        "| A | a sentence |\n\n|  | FID ↓ | IS ↑ | ε error ↓ |\n| --- | --- | --- | --- |\n"
+        "| float | 0.78 | 8.32 ± 0.38 | – |\n| A | 0.79 | 8.33 ± 0.43 | 1.31e-04 |\n"
+    )
+    monkeypatch.setattr(gpu_demo, "README", readme)
+    assert gpu_demo.readme_numbers("float") == {"fid": 0.78}
+    assert gpu_demo.readme_numbers("A") == {"fid": 0.79, "noise_mse": 1.31e-4}
+    with pytest.raises(UserError, match=r"README.md has no row 'B'"):
+        gpu_demo.readme_numbers("B")
+
+
+def test_rows_of_the_demo_have_tolerances():
+    assert [row["label"] for row in read_table(gpu_demo.TABLE)["rows"]] == list(gpu_demo.TOLERANCES)
