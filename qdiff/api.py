@@ -17,7 +17,7 @@ from qdiff.calibration.input_scales import InputScaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.scaling import set_input_scales
-from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.errors import UserError
 from qdiff.methods.registry import DEFAULT, Method, find_method
 from qdiff.quant_model import QuantModel
@@ -26,15 +26,18 @@ Sampler = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
 
 
 @torch.no_grad()
-def record(sampler: Sampler, network: nn.Module, count: int, steps: int, batch_size: int = 64) -> CalibrationSet:
-    """Sample from the float network and keep its inputs at evenly spaced calls (Q-Diffusion's calibration set).
+def record(
+    sampler: Sampler, network: nn.Module, count: int, steps: int, batch_size: int = 64, spacing: Spacing = Spacing.EVERY
+) -> CalibrationSet:
+    """Sample from the float network and keep its inputs at evenly spaced calls.
 
     Args:
         network: float network; a `QuantModel` computes in float outside of ``quantized()``, and inside of it its own
             trajectory is recorded, to calibrate it again (`qdiff.calibration.refit`).
         count: number of samples; with guidance that doubles the batch, each sample gives two inputs per step.
-        steps: number of calls of a sampling run to keep, from the noisiest on.
+        steps: number of calls of a sampling run to keep.
         batch_size: samples per batch.
+        spacing: which calls these are: Q-Diffusion's, or from the first to the last one.
 
     Returns:
         The inputs of the kept calls, on the CPU; count·steps rows.
@@ -53,7 +56,7 @@ def record(sampler: Sampler, network: nn.Module, count: int, steps: int, batch_s
             return network(*inputs)
 
         sampler(listening, range(first, min(first + batch_size, count)))
-        kept += [calls[i] for i in evenly_spaced(len(calls), steps)]
+        kept += [calls[i] for i in spaced(len(calls), steps, spacing)]
     return CalibrationSet(tuple(torch.cat(part) for part in zip(*kept, strict=True)))
 
 

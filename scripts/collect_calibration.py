@@ -19,13 +19,15 @@ from families import SCRIPTS
 
 from qdiff.cli.errors import exits_cleanly
 from qdiff.cli.options.modiff import add_generate_option
+from qdiff.cli.options.spacing import add_spacing_option, resolve_spacing
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.script import parser_like
 
 
 def parse_args(arguments: list[str]) -> argparse.Namespace:
     parser = parser_like(__doc__, arguments, SCRIPTS)
-    parser.add_argument("--cali_st", type=int, default=20, help="number of evenly spaced steps to record")
+    parser.add_argument("--cali_st", type=int, default=20, help="number of steps to record")
+    add_spacing_option(parser)
     parser.add_argument("--cali_n", type=int, default=256, help="samples per step")
     parser.add_argument("--batch_size", type=int, help="images per batch")
     parser.add_argument("--device", help="e.g. cpu, cuda:0 (default: CUDA if available)")
@@ -53,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         pipeline.load(choose_device(args.device))
         for note in pipeline.notes:
             print(note, file=sys.stderr)
-        recording = record_evenly(pipeline, args.cali_st, args.cali_n, pairs=pairs)
+        recording = record_evenly(pipeline, args.cali_st, args.cali_n, pairs=pairs, spacing=resolve_spacing(args))
     save_recording(recording, args.out)
     print(f"{args.out}: {args.cali_st} steps with {args.cali_n} samples each")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qdiff.calibration.recording import Sample, assign, record_assigned, record_calls, record_features
 from qdiff.calibration.tdac import Allocation, tdac
-from qdiff.calibration.timesteps import Draw, Schedule, evenly_spaced, normal_counts, uniform_counts
+from qdiff.calibration.timesteps import Draw, Schedule, Spacing, normal_counts, spaced, uniform_counts
 from qdiff.errors import UserError
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.io.progress import progress_bar
@@ -21,7 +21,7 @@ from qdiff.sampling import OnCall
 LOOKED_AT = 64
 
 
-def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[int]:
+def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False, spacing: Spacing = Spacing.EVERY) -> list[int]:
     """Return which calls of a sampling run `record_evenly` keeps, counted from 0 (the noisiest).
 
     Args:
@@ -31,7 +31,7 @@ def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[
         UserError: the sampler makes fewer calls.
     """
     if not pairs:
-        return evenly_spaced(pipeline.calls, steps)
+        return spaced(pipeline.calls, steps, spacing)
     if pipeline.calls < 2:
         raise UserError("pairs of steps cannot be recorded from a sampler with one step; give it more steps")
     if steps >= pipeline.calls:  # no call precedes the first
@@ -39,7 +39,7 @@ def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False) -> list[
             f"--cali_st {steps} with each previous step needs more than the {pipeline.calls} steps of this sampler; "
             f"give --cali_st {pipeline.calls - 1} or less"
         )
-    return [call + 1 for call in evenly_spaced(pipeline.calls - 1, steps)]
+    return [call + 1 for call in spaced(pipeline.calls - 1, steps, spacing)]
 
 
 def check_recorded_steps(pipeline: Pipeline, steps: int, pairs: bool = False) -> None:
@@ -74,6 +74,7 @@ def record_evenly(
     pairs: bool = False,
     qnn: QuantModel | None = None,
     and_last: bool = False,
+    spacing: Spacing = Spacing.EVERY,
 ) -> dict[str, Tensor]:
     """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
 
@@ -85,11 +86,12 @@ def record_evenly(
         qnn: the pipeline's network, wrapped and calibrated, which then samples quantized; None records from the float
             network.
         and_last: also record the sampler's last call, behind the others if it is not one of them.
+        spacing: which calls these are.
 
     Returns:
         The published format: see `record_calls`.
     """
-    calls = recorded_calls(pipeline, steps, pairs)
+    calls = recorded_calls(pipeline, steps, pairs, spacing)
     if and_last:
         calls = [*dict.fromkeys((*calls, pipeline.calls - 1))]
     kept = sorted({*calls, *(call - 1 for call in calls)}) if pairs else calls

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 from qdiff.io.torch_files import read_torch_file
@@ -114,6 +114,7 @@ def select_samples(
     image_shape: tuple[int, ...],
     conditional: bool = False,
     source: str | Path = "the recording",
+    spacing: Spacing = Spacing.EVERY,
 ) -> CalibrationSet:
     """Take ``per_step`` samples at each of ``steps`` evenly spaced recorded steps; None takes all.
 
@@ -125,6 +126,7 @@ def select_samples(
         conditional: take the conditional and the unconditional half, twice the data; only the conditional half if the
             file has no other (sampled without guidance).
         source: name for error messages.
+        spacing: which of the recorded steps are taken.
 
     Raises:
         UserError: fewer steps or samples are recorded than requested, or samples have another shape.
@@ -136,7 +138,7 @@ def select_samples(
         raise UserError(
             f"--cali_st {steps} is more than the {len(xs)} steps recorded in {source}; give --cali_st {len(xs)} or less"
         )
-    chosen = evenly_spaced(len(xs), steps)
+    chosen = spaced(len(xs), steps, spacing)
     if per_step is not None and per_step < 1:
         raise UserError(f"--cali_n is {per_step}; give at least 1")
     fewest = min(len(xs[i]) for i in chosen)
@@ -193,6 +195,7 @@ def select_pairs(
     image_shape: tuple[int, ...],
     conditional: bool = False,
     source: str | Path = "the recording",
+    spacing: Spacing = Spacing.EVERY,
 ) -> CalibrationSet:
     """Take samples as `select_samples` does, each together with the sampling step before it.
 
@@ -206,7 +209,8 @@ def select_pairs(
         )
     here = {key: values for key, values in recording.items() if not key.endswith("_prev")}
     before = {**here, "xs": recording["xs_prev"], "ts": recording["ts_prev"]}
-    pair = [select_samples(r, steps, per_step, image_shape, conditional, source).inputs for r in (before, here)]
+    chosen = steps, per_step, image_shape, conditional, source, spacing
+    pair = [select_samples(recorded, *chosen).inputs for recorded in (before, here)]
     if any(a.shape != b.shape for a, b in zip(*pair, strict=True)):
         raise UserError(f"{source} is malformed: xs_prev and ts_prev do not hold one previous step per sample; {FIX}")
     return CalibrationSet(tuple(torch.stack(both, dim=1) for both in zip(*pair, strict=True)))

@@ -1,6 +1,6 @@
 """The timesteps of calibration samples: how a set is drawn, and how many samples each step gives.
 
-Either evenly spaced steps give equally many samples (`evenly_spaced`), or step i of a sampling run gives counts[i]
+Either evenly spaced steps give equally many samples (`spaced`), or step i of a sampling run gives counts[i]
 samples, int64 [T] with the sum N. Steps are in sampling order, so step 0 is the noisiest.
 """
 
@@ -17,6 +17,13 @@ from qdiff.errors import UserError
 
 # PTQ4DM's distribution of timesteps, in units of T.
 NORMAL_MEAN, NORMAL_STD = 0.4, 0.4
+
+
+class Spacing(str, Enum):
+    """Which of a run's steps are kept where fewer are asked for."""
+
+    EVERY = "every"  # every ⌊recorded/count⌋-th from the first (Q-Diffusion): of 25 steps, 20 are the first 20
+    ENDS = "ends"  # from the first to the last one
 
 
 class Schedule(str, Enum):
@@ -56,8 +63,8 @@ class Draw:
             raise UserError(f"--tdac_radius is {self.radius}; give it above 0")
 
 
-def evenly_spaced(recorded: int, count: int) -> list[int]:
-    """Return ``count`` step indices out of ``recorded``: every ⌊recorded/count⌋-th from the first (Q-Diffusion).
+def spaced(recorded: int, count: int, spacing: Spacing = Spacing.EVERY) -> list[int]:
+    """Return ``count`` step indices out of ``recorded``, ascending.
 
     Raises:
         UserError: more steps are requested than recorded, or fewer than one.
@@ -66,7 +73,12 @@ def evenly_spaced(recorded: int, count: int) -> list[int]:
         raise UserError(
             f"{count} calibration steps were requested but {recorded} are recorded; give --cali_st 1 to {recorded}"
         )
-    return list(range(0, recorded, recorded // count))[:count]
+    if spacing is Spacing.EVERY:
+        return list(range(0, recorded, recorded // count))[:count]
+    if count == 1:
+        return [(recorded - 1) // 2]
+    gaps = count - 1
+    return [(2 * i * (recorded - 1) + gaps) // (2 * gaps) for i in range(count)]  # rounded half up
 
 
 def uniform_counts(steps: int, count: int) -> Tensor:

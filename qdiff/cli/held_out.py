@@ -7,7 +7,7 @@ from typing import Any
 
 from qdiff.calibration.collect import record_evenly
 from qdiff.calibration.samples import network_calls, select_samples
-from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.timesteps import spaced
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.errors import UserError
 from qdiff.evaluation.noise_error import measure_noise_error, measure_trajectory_error
@@ -50,7 +50,7 @@ def _measured(pipeline: Pipeline, qnn: QuantModel) -> dict[str, Any]:
     # The last step is told apart: what noise is left in x_t is then finer than an 8-bit range.
     recording = record_evenly(pipeline, recorded, IMAGES, first=FIRST, show_progress=False, and_last=True)
     if qnn.config.modulate:
-        compared = evenly_spaced(pipeline.calls, steps)
+        compared = spaced(pipeline.calls, steps)
         calls = network_calls(recording)
         return measure_trajectory_error(qnn, calls, compared, release=True, precision=pipeline.precision)
     held_out, last_call = (

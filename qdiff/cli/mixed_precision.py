@@ -18,7 +18,7 @@ from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, lay
 from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
-from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.timesteps import spaced
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.ptq import PtqPlan
@@ -258,7 +258,7 @@ def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecis
 
 def _spread_samples(data: CalibrationSet, mixed: MixedPrecision) -> list[Tensor]:
     """Return as many inputs as are asked for, spread over the calibration set."""
-    chosen = evenly_spaced(len(data), min(mixed.samples, len(data)))
+    chosen = spaced(len(data), min(mixed.samples, len(data)))
     return [part[chosen] for part in data.inputs]
 
 

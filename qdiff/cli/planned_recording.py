@@ -48,7 +48,7 @@ def read_planned(
     recording = load_recording(path, training_steps)
     # A draw's samples already are at the steps that its distribution chose, so all are used.
     steps, per_step = (plan.steps, plan.per_step) if plan.draw is None else (None, None)
-    chosen = (recording, steps, per_step, image_shape, context_shape is not None, path)
+    chosen = (recording, steps, per_step, image_shape, context_shape is not None, path, plan.spacing)
     data = select_samples(*chosen)
     check_context(data, context_shape, path)
     return data, None if plan.changes is None else select_pairs(*chosen)
@@ -69,7 +69,8 @@ def record_planned(
     if plan.draw is None:
         log.info("recording %d samples at %d steps from the %s model", plan.per_step, plan.steps, kind)
         with memory_advice("recording", smaller_batch(pipeline.batch_size)):
-            return record_evenly(pipeline, plan.steps, plan.per_step, first, pairs=plan.changes is not None, qnn=qnn)
+            pairs = plan.changes is not None
+            return record_evenly(pipeline, plan.steps, plan.per_step, first, pairs=pairs, qnn=qnn, spacing=plan.spacing)
     told = plan.draw.count, plan.draw.schedule.value, kind
     log.info("recording %d samples, one per image, by distribution %s, from the %s model", *told)
     fewer = max(1, plan.draw.batch_size // 2)

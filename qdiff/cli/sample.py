@@ -27,6 +27,7 @@ from qdiff.cli.mixed_precision import with_chosen_widths
 from qdiff.cli.noise_correction import run_correction
 from qdiff.cli.options.eda_dm import of_width
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
+from qdiff.cli.options.spacing import resolve_spacing
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.pending import sample_pending
 from qdiff.cli.planned_recording import record_planned
@@ -124,21 +125,21 @@ class SampleCommand:
         if args.cali_data_path is None:
             raise UserError(f"--generate {args.generate} writes a calibration set; give --cali_data_path PATH")
         require_at_least(1, {"--cali_n": args.cali_n})
-        calls = recorded_calls(self.pipeline, args.cali_st, pairs)
+        calls = recorded_calls(self.pipeline, args.cali_st, pairs, resolve_spacing(args))
         return {"out": args.cali_data_path, "pairs": pairs, "calls": calls, "per_step": args.cali_n}
 
     def _generate(self) -> None:
-        args, wanted = self.args, self.config["generate"]
+        args, wanted, pipeline = self.args, self.config["generate"], self.pipeline
+        chosen = args.cali_st, args.cali_n
         check_writable(wanted["out"])
         processes = Processes(choose_device(args.device, args.tf32))
         if not processes.is_first:
             return
-        batch_size = min(self.pipeline.batch_size, wanted["per_step"])
-        with memory_advice("recording", smaller_batch(batch_size, to_continue=False)):
-            self.pipeline.load(processes.device)
-            recording = record_evenly(self.pipeline, args.cali_st, wanted["per_step"], pairs=wanted["pairs"])
+        with memory_advice("recording", smaller_batch(min(pipeline.batch_size, chosen[1]), to_continue=False)):
+            pipeline.load(processes.device)
+            recording = record_evenly(pipeline, *chosen, pairs=wanted["pairs"], spacing=resolve_spacing(args))
         save_recording(recording, wanted["out"])
-        log.info("%s: %d steps of %d samples", wanted["out"], args.cali_st, wanted["per_step"])
+        log.info("%s: %d steps of %d samples", wanted["out"], *chosen)
 
     def run(self) -> None:
         """Quantize as planned, then sample what is missing in the run folder; with ``--generate``, record."""
@@ -294,7 +295,6 @@ class SampleCommand:
             log.warning("%d activation quantizers never fired: the state was cleared before every step", len(silent))
         elif silent:
             raise RuntimeError(f"{len(silent)} activation quantizers never fired while sampling, e.g. {silent[0]}")
-        args = self.args
-        keep = {"write_grid": not args.skip_grid, "keep_images": not args.skip_save}
-        run.finish(args.save_npz, columns=args.n_rows or None, **keep)
+        keep = {"write_grid": not self.args.skip_grid, "keep_images": not self.args.skip_save}
+        run.finish(self.args.save_npz, columns=self.args.n_rows or None, **keep)
         log.info("%d images in %s (%.1f s)", run.count, run.images, seconds)

@@ -61,10 +61,10 @@ class TableRow:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the row uses the shared recording: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
+        """Whether the row uses the shared recording: checkpoints need none, some methods record their own."""
         words = shlex.split(self.options)
         pairs = list(itertools.pairwise(words))
-        draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.draws)
+        draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.records_its_own)
         # With dynamic ranges and weights from elsewhere, nothing is left to calibrate.
         dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
         return (

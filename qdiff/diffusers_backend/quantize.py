@@ -100,7 +100,7 @@ def quantize_pipeline(
     if config.bos_aware:
         handles.append(check_at_first_call(network, partial(_in_single_precision, network)))
     try:
-        data, call = record_pipeline(pipe, network, samples, steps, seed=seed, **record)
+        data, call = record_pipeline(pipe, network, samples, steps, seed=seed, spacing=row.spacing, **record)
     finally:
         for handle in handles:
             handle.remove()

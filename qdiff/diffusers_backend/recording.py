@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.diffusers_backend.denoiser import DenoiserCall, listen, read_call
 from qdiff.errors import UserError
 
@@ -26,6 +26,7 @@ def record_pipeline(
     seed: int = 0,
     batch_size: int = 8,
     options: Mapping[str, Any] | None = None,
+    spacing: Spacing = Spacing.EVERY,
 ) -> tuple[CalibrationSet, DenoiserCall]:
     """Sample from a pipeline and keep its network's inputs at evenly spaced calls.
 
@@ -40,6 +41,7 @@ def record_pipeline(
         batch_size: images per batch.
         options: further keywords for the pipeline's call. Encoded prompts (tensors such as ``prompt_embeds``) and
             ``class_labels`` are one per image, repeated as prompts are.
+        spacing: which calls are kept.
 
     Returns:
         The inputs on the CPU, and how the pipeline passes them to the network.
@@ -58,7 +60,7 @@ def record_pipeline(
             pipe(**arguments_of(pipe, rows, prompts, seed, options))
         finally:
             handle.remove()
-        for index in evenly_spaced(len(calls), steps):
+        for index in spaced(len(calls), steps, spacing):
             found, inputs = read_call(network, *calls[index])
             if call is not None and found.names != call.names:
                 raise UserError(

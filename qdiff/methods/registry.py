@@ -14,7 +14,7 @@ from typing import Any
 from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
-from qdiff.calibration.timesteps import Schedule
+from qdiff.calibration.timesteps import Schedule, Spacing
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods import dmq, eda_dm, gptq, grip, linear, ptq4dm, qdiffusion, tfmq_dm
@@ -43,6 +43,7 @@ class Method:
         quant: fields of `QuantConfig` that the method sets where nothing else is asked for.
         draws: how the calibration set's timesteps are drawn, one sample per image; None records every image at every
             chosen timestep.
+        spacing: which timesteps these are, if a run has more.
         scaling: how layers get factors of their input's channels before anything is quantized.
         chooses_widths: whether commands choose the widths of single layers where they may, so that those that are asked
             for are means; ``quant`` then names no layers.
@@ -56,6 +57,7 @@ class Method:
     scripts: Scripts = Scripts.Q_DIFFUSION
     quant: Mapping[str, Any] = field(default_factory=dict)
     draws: Schedule | None = None
+    spacing: Spacing = Spacing.EVERY
     scaling: InputScaling = field(default_factory=InputScaling)
     chooses_widths: bool = False
 
@@ -63,6 +65,11 @@ class Method:
     def learns(self) -> bool:
         """Whether the method fits anything."""
         return self.config is not None
+
+    @property
+    def records_its_own(self) -> bool:
+        """Whether the method calibrates at other timesteps than the papers' common choice."""
+        return self.draws is not None or self.spacing is not Spacing.EVERY
 
     def quant_config(self, **given: Any) -> QuantConfig:
         """Return the method's widths and ranges, with fields of one's own."""
@@ -157,7 +164,16 @@ _ROWS = (
         },
         scaling=InputScaling(Scaling.LEARNED),
     ),
-    Method("grip", "GRIP", grip.calibrate, grip.GripConfig, grip.OPTIONS, quant=grip.QUANT, chooses_widths=True),
+    Method(
+        "grip",
+        "GRIP",
+        grip.calibrate,
+        grip.GripConfig,
+        grip.OPTIONS,
+        quant=grip.QUANT,
+        spacing=Spacing.ENDS,
+        chooses_widths=True,
+    ),
 )
 DEFAULT = "qdiff"
 METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ROWS})

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from qdiff.cli.options.noise_correction import add_correction_options
 from qdiff.cli.options.paper_options import check_paper_options, refused_values
+from qdiff.cli.options.spacing import add_spacing_option
 from qdiff.cli.options.temporal_cache import add_temporal_cache_option
 from qdiff.errors import UserError
 
@@ -122,6 +123,7 @@ def add_calibration_options(parser: argparse.ArgumentParser, resume: bool = True
     )
     group.add_argument("--cali_data_path", help="calibration file; without it, one is recorded from the float model")
     group.add_argument("--cali_st", type=int, default=1, help="number of timesteps to calibrate on")
+    add_spacing_option(group, "with grip: ends")
     group.add_argument("--cali_n", type=int, default=1024, help="samples per timestep")
     group.add_argument("--cali_batch_size", type=int, help="samples per iteration (default: 32)")
     group.add_argument(

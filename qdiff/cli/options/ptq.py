@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.mixed_precision import MixedPrecision
-from qdiff.calibration.timesteps import Draw
+from qdiff.calibration.timesteps import Draw, Spacing
 from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, scaling, tfmq_dm
 from qdiff.cli.options.layer_bits import of_checkpoint, read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
+from qdiff.cli.options.spacing import resolve_spacing
 from qdiff.config import LayerBits, QuantConfig
 from qdiff.errors import UserError, require_at_least
 from qdiff.methods.modiff import ChangesConfig
@@ -46,6 +47,7 @@ class PtqPlan:
         changes: how ranges of activation changes are calibrated (MoDiff); None if they are not.
         mixed: how widths of layers are chosen before calibrating (`qdiff.cli.mixed_precision`); None if they are not.
         scaling: how layers get their input scales.
+        spacing: which timesteps are recorded, or taken from the file, where there are more.
         refit: how often the network is calibrated again, on its own trajectory (`qdiff.calibration.refit`).
     """
 
@@ -63,6 +65,7 @@ class PtqPlan:
     changes: ChangesConfig | None = None
     mixed: MixedPrecision | None = None
     scaling: InputScaling = field(default_factory=InputScaling)
+    spacing: Spacing = Spacing.EVERY
     refit: int = 0
 
     @property
@@ -87,13 +90,11 @@ class PtqPlan:
         values = {**asdict(self), "quant": self.quant.to_dict()}
         del values["memory_budget"]
         # Entries that came later are left out at their defaults, so that runs from before can be continued.
-        for name in ("changes", "mixed"):
-            if values[name] is None:
+        for name, default in (("changes", None), ("mixed", None), ("refit", 0), ("spacing", Spacing.EVERY)):
+            if values[name] == default:
                 del values[name]
         if self.scaling.kind is Scaling.NONE:
             del values["scaling"]
-        if self.refit == 0:
-            del values["refit"]
         for name, default in _LATER.items():
             recipe = values["recipe"] or {}
             if recipe.get(name, not default) == default and name not in _FROM_THE_FIRST.get(self.method, ()):
@@ -235,6 +236,7 @@ def resolve_ptq(
         changes=changes,
         mixed=mixed_precision.resolve_mixed_precision(args, quant, action, chooses, linear),
         scaling=scaling.resolve_scaling(args, method, action),
+        spacing=resolve_spacing(args, method),
         refit=args.refit,
     )
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qdiff.calibration.samples import load_recording, save_recording, select_samples
-from qdiff.calibration.timesteps import evenly_spaced
+from qdiff.calibration.timesteps import spaced
 from qdiff.errors import UserError
 
 SHAPE = (2, 4, 4)
@@ -31,13 +31,13 @@ def recording(steps=10, count=6, conditional=False):
     ("recorded", "count", "expected"), [(10, 3, [0, 3, 6]), (10, 10, list(range(10))), (7, 1, [0])]
 )
 def test_steps_are_taken_evenly(recorded, count, expected):
-    assert evenly_spaced(recorded, count) == expected
+    assert spaced(recorded, count) == expected
 
 
 @pytest.mark.parametrize("count", [0, -1, 11])
 def test_steps_that_cannot_be_taken(count):
     with pytest.raises(UserError, match="--cali_st 1 to 10"):
-        evenly_spaced(10, count)
+        spaced(10, count)
 
 
 def test_selection_takes_the_first_samples_of_each_chosen_step():
