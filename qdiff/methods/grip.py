@@ -5,6 +5,8 @@ GPTQ-Rounded, Input-Precise. It is GPTQ towards the float network's output (`qdi
 - widths chosen layer by layer, by commands that have a sampler to go through: those that are asked for are means, and
   size and bit operations are those of uniform widths. What a layer's rounding does to the sampler's result decides
   (`qdiff.calibration.trajectory_sensitivity`);
+- calibration from the first to the last timestep of a run: the papers' choice leaves out the last ones where their
+  number does not divide that of the steps, and there activations are largest (`Method.spacing`);
 - without a sampler, 8-bit weights and 16-bit inputs in the first and the last layer. The first one takes x_t, and at
   the last steps 8 bits of it are coarser than the noise that is left in it; both layers together are less than 1 % of
   the bit operations;

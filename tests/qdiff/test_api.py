@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import qdiff
+from qdiff.calibration.timesteps import Spacing
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
@@ -58,6 +59,8 @@ def test_what_is_recorded(tiny_network):
     assert len(data) == 10 and x.shape == (10, 1, 8, 8)
     assert t.tolist() == [900] * 3 + [300] * 3 + [900] * 2 + [300] * 2
     assert x[:3, 0, 0, 0].tolist() == [0.0, 1.0, 2.0]
+    ends = qdiff.record(sampler, tiny_network, count=1, steps=3, spacing=Spacing.ENDS).inputs[1]
+    assert ends.tolist() == [900, 300, 0]
     for wrong in ({"count": 0, "steps": 2}, {"count": 1, "steps": 5}):
         with pytest.raises(UserError, match="give"):
             qdiff.record(sampler, tiny_network, **wrong)

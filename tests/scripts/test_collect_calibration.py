@@ -28,6 +28,17 @@ def test_published_format(call, tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("spacing", "kept"), [((), [900, 600, 300]), (("--cali_spacing", "ends"), [900, 400, 0])])
+def test_spacing(spacing, kept, call, tiny, tmp_path):
+    words = ("--timesteps", 10, "--cali_st", 3, "--cali_n", 2)
+    assert call(SCRIPT, *tiny.options, *words, *spacing, "--out", tmp_path / "a.pt").code == 0
+    like = (*tiny.options, *words, "--generate", "raw", "--cali_data_path", tmp_path / "b.pt")
+    assert call("sample_diffusion_ddim", *like, *spacing).code == 0
+    for name in ("a.pt", "b.pt"):
+        assert load_recording(tmp_path / name)["ts"][:, 0].tolist() == kept
+
+
+@pytest.mark.slow
 def test_batches_and_repetition_change_nothing_but_the_seed_does(call, tiny, tmp_path):
     options = (*tiny.options, "--timesteps", 4, "--cali_st", 2, "--cali_n", 5, "--out", tmp_path / "a.pt")
     made = []

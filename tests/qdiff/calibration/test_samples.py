@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from qdiff.calibration.samples import load_recording, save_recording, select_samples
-from qdiff.calibration.timesteps import spaced
+from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.errors import UserError
 
 SHAPE = (2, 4, 4)
@@ -34,10 +35,39 @@ def test_steps_are_taken_evenly(recorded, count, expected):
     assert spaced(recorded, count) == expected
 
 
+@pytest.mark.parametrize(
+    ("recorded", "count", "expected"),
+    [
+        (25, 4, [0, 8, 16, 24]),
+        (21, 20, [*range(10), *range(11, 21)]),
+        (10, 10, list(range(10))),
+        (7, 1, [3]),
+        (2, 1, [0]),
+    ],
+)
+def test_steps_from_end_to_end(recorded, count, expected):
+    assert spaced(recorded, count, Spacing.ENDS) == expected
+
+
+@pytest.mark.parametrize("recorded", range(2, 30))
+def test_both_ends_are_kept_and_gaps_are_like(recorded):
+    for count in range(2, recorded + 1):
+        steps = spaced(recorded, count, Spacing.ENDS)
+        gaps = [b - a for a, b in itertools.pairwise(steps)]
+        assert (steps[0], steps[-1], len(steps)) == (0, recorded - 1, count)
+        assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("spacing", Spacing)
 @pytest.mark.parametrize("count", [0, -1, 11])
-def test_steps_that_cannot_be_taken(count):
+def test_steps_that_cannot_be_taken(count, spacing):
     with pytest.raises(UserError, match="--cali_st 1 to 10"):
-        spaced(10, count)
+        spaced(10, count, spacing)
+
+
+def test_selection_from_end_to_end():
+    x, t = select_samples(recording(), 3, 2, SHAPE, spacing=Spacing.ENDS).inputs
+    assert t.tolist() == [0, 0, 5, 5, 9, 9] and x[:, 0, 0, 0].tolist() == [0, 1, 500, 501, 900, 901]
 
 
 def test_selection_takes_the_first_samples_of_each_chosen_step():

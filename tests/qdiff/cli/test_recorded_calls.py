@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qdiff.calibration.collect import record_evenly, recorded_calls
+from qdiff.calibration.timesteps import Spacing
 from qdiff.errors import UserError
 from qdiff.pipeline import Pipeline
 
@@ -70,6 +71,16 @@ def test_the_last_call_too(steps, times):
 )
 def test_calls_are_spaced_evenly(steps, pairs, calls):
     assert recorded_calls(Counted(6), steps, pairs) == calls
+
+
+@pytest.mark.parametrize(("pairs", "calls"), [(False, [0, 3, 5]), (True, [1, 3, 5])])
+def test_calls_from_end_to_end(pairs, calls):
+    model = Counted(6)
+    assert recorded_calls(model, 3, pairs, Spacing.ENDS) == calls
+    made = record_evenly(model, 3, 4, show_progress=False, pairs=pairs, spacing=Spacing.ENDS)
+    assert made["ts"][:, 0].tolist() == [900 - 100 * call for call in calls]
+    if pairs:
+        assert made["ts_prev"][:, 0].tolist() == [1000 - 100 * call for call in calls]
 
 
 @pytest.mark.parametrize(

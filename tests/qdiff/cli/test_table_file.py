@@ -147,9 +147,11 @@ def test_commands(file):
     ]  # fmt: skip
 
 
-def test_a_finished_checkpoint_needs_no_calibration_data(file):
+def test_finished_checkpoints_and_some_methods_share_no_calibration_data(file):
     for options, calibrates in ((f"{QUANTIZED} --cali_ckpt a.pth", False),
                                 (f"{QUANTIZED} --cali_ckpt a.pth --quant_act --resume_w", True),
+                                (f"{QUANTIZED} --method eda-dm", False), (f"{QUANTIZED} --method grip", False),
+                                (f"{QUANTIZED} --method gptq", True),
                                 (QUANTIZED, True), ("", False)):  # fmt: skip
         table = TableFile(file(rows=[{"label": "float"}, {"label": "row", "options": options}]))
         row = table.rows[1]

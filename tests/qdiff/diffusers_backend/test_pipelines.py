@@ -25,6 +25,8 @@ from tiny_models import text_unet
 
 import qdiff
 from qdiff.calibration.run import CalibrationRun
+from qdiff.calibration.timesteps import Spacing
+from qdiff.diffusers_backend.denoiser import listen
 from qdiff.diffusers_backend.recording import record_pipeline
 from qdiff.methods.qdiffusion import QDiffusionConfig
 
@@ -101,6 +103,16 @@ def test_the_data_are_what_the_pipeline_calls_its_network_with():
         args, kwargs = calls[index]
         assert torch.equal(x[rows], args[0]) and (t[rows] == args[1]).all()
         assert torch.equal(context[rows], kwargs["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(("spacing", "wanted"), [(Spacing.EVERY, [0, 1, 2]), (Spacing.ENDS, [0, 2, 4])])
+def test_calls_that_are_kept(spacing, wanted):
+    pipe, times = stable_diffusion(), []
+    options = {"prompts": PROMPTS, "options": {"num_inference_steps": 5}, "spacing": spacing}
+    handle = listen(pipe.unet, lambda args, kwargs: times.append(float(args[1])))
+    data, _ = record_pipeline(pipe, pipe.unet, 1, 3, **options)
+    handle.remove()
+    assert data.inputs[1].unique_consecutive().tolist() == [times[i] for i in wanted]
 
 
 def test_batches_do_not_change_the_data():
