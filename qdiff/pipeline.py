@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -72,11 +73,6 @@ class Pipeline:
         self.notes: list[str] = []
         require_at_least(0, {"seed": sampler.seed})
         require_at_least(1, {"count": count, "batch_size": batch_size})
-
-    @property
-    def samples_linearly(self) -> bool:
-        """Whether ``sampler`` is this project's, whose result can be differentiated by what the network returns."""
-        return isinstance(self.sampler, Sampler)
 
     @property
     def calls(self) -> int:
@@ -173,6 +169,19 @@ class Pipeline:
             condition, unconditional = self.encoded or self.conditions(rows, calibration)
             context = condition, unconditional
             return self.sampler(network, rows, self.device, *context, calibration, on_call, on_step, correction)
+
+    def sample_latents(self, network: Network, rows: Sequence[int]) -> Tensor:
+        """Run the sampler for images of the calibration stream and return what its last step returns, not decoded.
+
+        No step leaves torch, so that the result has gradients if the network's outputs have.
+        """
+        return self.sample(network, rows, calibration=True)
+
+    def with_steps(self, steps: int) -> Pipeline:
+        """Return this pipeline with a sampler of so many steps and much the same result; both share their network."""
+        made = copy.copy(self)
+        made.sampler = self.sampler.with_steps(steps)
+        return made
 
     def to_images(self, x_0: Tensor) -> Tensor:
         """Turn the result of `sample` into images [N, C, H, W] in [−1, 1]."""

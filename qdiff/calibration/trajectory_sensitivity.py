@@ -1,12 +1,12 @@
-"""The sensitivity of a sampler's result to every layer's width at once, by the adjoint of its trajectory.
+"""The sensitivity of a sampler's result to every layer's width at once, by going backward through its trajectory.
 
 Images suffer from what the errors of all network calls add up to, which the error of ε at single calls does not tell:
 an error of a weight is the same at every step and adds up, rounding noise of activations averages out, guidance
-amplifies the difference of its two halves, and early and late steps count differently. Samplers are linear in ε
-(`Sampler.response`): x_k = Σ_j C_kj·ε_j + …, with the result as the last row. So for a random v, the gradient of v·x_0
-by ε_j is g_j = C_0j·v + Σ_k>j C_kj·J_kᵀ·g_k, with J_k the derivative of ε_k by x_k: one forward and one backward pass
-of the network for each call, from the last to the first, in the memory of a single one. What `probed_sensitivity` does
-at one call is summed over all of them before it is squared.
+amplifies the difference of its two halves, and early and late steps count differently. So the result x_0 of a whole run
+of the sampler is projected on a random v, and the gradient of v·x_0 goes backward through the sampler's own arithmetic
+and, from the last call to the first, through the network: every call keeps nothing but its input and is made again
+(`_Call`), so that the memory is that of one call. What `probed_sensitivity` does at one call is summed over all of them
+before it is squared. Any loop will do whose arithmetic torch can differentiate, those of diffusers pipelines too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qdiff.calibration.probed_sensitivity import Found, RoundedLayer, parameters_without_gradients
 from qdiff.calibration.sensitivity import Operand
 from qdiff.calibration.weight_noise import ROWS, WeightNoise
 from qdiff.config import QuantConfig
+from qdiff.errors import UserError
 from qdiff.pipeline import Pipeline
 from qdiff.ranges.first_token import FirstToken
-from qdiff.sampling import Sampler
 from qdiff.wrapping import layer_places
 
 MOST_CALLS, FEWER_STEPS = 64, 25  # a trajectory of more calls is replaced by one of so many steps
@@ -36,18 +36,49 @@ LAST_CALL = 0.03
 TOGETHER, GRADIENT_BYTES = 16, 1 << 31  # trajectories at a time: each has a gradient of all weights
 
 
-class _Call(NamedTuple):
-    """What one network call of a batch takes, before guidance doubles it."""
+class _Call(torch.autograd.Function):
+    """A network call that keeps its input alone; the backward pass makes it again, with the hooks of that time."""
 
-    x: Tensor
-    t: Tensor
-    condition: Tensor | None
-    unconditional: Tensor | None
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.x, ctx.call = x.detach().clone(), call  # samplers reuse their memory
+        return call(x.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
+        return _backward(ctx.call, ctx.x, gradient), None, None
 
 
-def short_sampler(sampler: Sampler) -> Sampler:
-    """Return the sampler, or one of fewer steps that it may be replaced with: its calls are costly, or it clips."""
-    return sampler.with_steps(FEWER_STEPS) if sampler.clips or sampler.calls > MOST_CALLS else sampler
+def _backward(call: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor | None:
+    """Make a call again and run backward through it; return the gradient by its input, if it has one."""
+    x = x.requires_grad_()
+    with torch.enable_grad():
+        out = call(x)
+    out.backward(gradient.to(out))
+    return x.grad
+
+
+class _Watched:
+    """A network in the place of a pipeline's own, whose calls can be gone back through.
+
+    Attributes:
+        last: the last call: its input and the function of it.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network, self.anchor = network, torch.zeros((), requires_grad=True)
+        self.last: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+
+    def __call__(self, x: Tensor, *rest: Tensor) -> Tensor:
+        torch.set_grad_enabled(True)  # loops are run without gradients; from here to their end they have them
+
+        def call(x: Tensor) -> Tensor:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.network(x, *rest)
+
+        self.last = x.detach().clone(), call
+        # The anchor gives the first call, whose input has no gradient, a backward pass too.
+        return _Call.apply(x, self.anchor, call)
 
 
 def trajectory_sensitivities(
@@ -66,7 +97,8 @@ def trajectory_sensitivities(
     those of the config's estimators over these trajectories, shared by all timesteps.
 
     Args:
-        pipeline: its float network must be loaded, and not wrapped; it is unchanged afterwards.
+        pipeline: its float network must be loaded, and not wrapped; it is unchanged afterwards. A run of more than
+            ``MOST_CALLS`` calls is replaced by one of fewer steps.
         names: layers of `qdiff.wrapping.layer_places`, by operand.
         widths: in bits, by operand.
         config: how ranges are chosen, and what is split.
@@ -77,57 +109,53 @@ def trajectory_sensitivities(
 
     Returns:
         10·log₁₀(Σ x_0² / Σ (v·noise)²), by operand, layer and width; None for a layer that is never called. The noise
-        has a share of that of ε at the last call.
+        has a share of that of ε at the last call, before guidance.
+
+    Raises:
+        UserError: the pipeline's loop lets no gradients through.
     """
-    network, sampler = pipeline.network, short_sampler(pipeline.sampler)
-    response, device = sampler.response(), next(pipeline.network.parameters()).device
+    network = pipeline.network
+    if pipeline.calls > MOST_CALLS:
+        pipeline = pipeline.with_steps(FEWER_STEPS)
     layers = _Layers(pipeline, names, widths, config, first_tokens, generator)
     size = max(1, min(TOGETHER, pipeline.batch_size, len(images), GRADIENT_BYTES // layers.gradient_bytes))
     batches = [images[i : i + size] for i in range(0, len(images), size)]
-    trajectories, results = [], []
-    with torch.no_grad(), layers.watching(-(-ROWS // (sampler.calls * len(batches)))):
-        for rows in batches:
-            calls: list[_Call] = []
-            conditions = pipeline.conditions(rows, calibration=True)
-            note = lambda *given, calls=calls: calls.append(_Call(given[0].clone(), *given[1:]))  # noqa: E731
-            results.append(sampler(network, rows, device, *conditions, calibration=True, on_call=note))
-            trajectories.append(calls)
+    watched, results = [_Watched(network) for _ in batches], []
+    with layers.watching(-(-ROWS // (pipeline.calls * len(batches)))):
+        for run, rows in zip(watched, batches, strict=True):
+            results.append(_result(pipeline, run, rows))
     layers.settle()
-    signal = float(sum(result.double().square().sum() for result in results))
-    with parameters_without_gradients(network), torch.enable_grad(), layers.listening():
-        for calls, result in zip(trajectories, results, strict=True):
-            batch = len(result), 1 if calls[0].unconditional is None else 2
+    signal = sum(float(result.detach().double().square().sum()) for result in results)
+    with parameters_without_gradients(network), layers.listening():
+        for run, rows in zip(watched, batches, strict=True):
+            result, (x, call) = results.pop(0), run.last
+            batch = len(rows), max(1, len(x) // len(rows))
             layers.start(*batch)
-            v = torch.randn(result.shape, generator=generator).to(result)
-            _backward(pipeline, sampler, response, calls, v)
+            result.backward(torch.randn(result.shape, generator=generator).to(result))
             layers.finish()
+            with torch.no_grad():
+                last = call(x)
             layers.start(*batch)
-            last = _predicted(pipeline, sampler, calls[-1])
-            (last * torch.randn(last.shape, generator=generator).to(last)).sum().backward()
+            _backward(call, x, torch.randn(last.shape, generator=generator))
             # Relative to the signal of ε there, as that of the result is to its own.
-            layers.finish(LAST_CALL * float(result.double().square().sum() / last.detach().double().square().sum()))
-            on_batch(len(result))
+            layers.finish(LAST_CALL * float(result.detach().double().square().sum() / last.double().square().sum()))
+            on_batch(len(rows))
     return layers.found(signal)
 
 
-def _backward(pipeline: Pipeline, sampler: Sampler, response: Tensor, calls: Sequence[_Call], v: Tensor) -> None:
-    """Run backward through a trajectory from v·x_0; hooks see the gradients of every call."""
-    of_result, of_inputs = response[-1].tolist(), response[:-1].tolist()
-    inputs: dict[int, Tensor] = {}  # gradients by x at later calls
-    for k in reversed(range(len(calls))):
-        gradient = of_result[k] * v
-        for j, later in inputs.items():
-            if of_inputs[j][k] != 0:
-                gradient = gradient + of_inputs[j][k] * later
-        predicted = _predicted(pipeline, sampler, calls[k])
-        predicted.backward(gradient.to(predicted))
-        inputs[k], calls[k].x.grad = calls[k].x.grad, None
-
-
-def _predicted(pipeline: Pipeline, sampler: Sampler, call: _Call) -> Tensor:
-    """Return ε of a call after guidance, with a graph back to its x."""
-    predict = sampler.noise_prediction(pipeline.network, call.condition, call.unconditional)
-    return predict(call.x.requires_grad_(), call.t)
+def _result(pipeline: Pipeline, network: _Watched, rows: Sequence[int]) -> Tensor:
+    """Return what the sampler ends with, with a graph back through all calls."""
+    before = torch.is_grad_enabled()
+    try:
+        result = pipeline.sample_latents(network, rows)
+    finally:
+        torch.set_grad_enabled(before)
+    if not result.requires_grad:
+        raise UserError(
+            f"the sampler of {pipeline.name} lets no gradients through, so widths cannot be chosen by its result; give "
+            "--uniform_widths, or --sensitivity probe with targets"
+        )
+    return result
 
 
 class _Layers:

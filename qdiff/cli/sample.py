@@ -74,7 +74,7 @@ class SampleCommand:
         values = {} if preset is None else dict(read_config(REPOSITORY / preset, "restore it from the repository"))
         pipeline.notes += ignored_options(self.args)
         preset_values = {**of_width(values, args.weight_bit), **of_width(pipeline.eda_dm, args.weight_bit)}
-        plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range, preset_values, pipeline.samples_linearly)
+        plan = resolve_ptq(args, pipeline.weight_range, pipeline.act_range, preset_values, samples=True)
         self.plan = with_temporal_cache(args, plan, pipeline)
         check_has_text(plan, pipeline)
         self._calibration_seed = args.seed if self.plan is None or self.plan.seed is None else self.plan.seed

@@ -124,7 +124,6 @@ def _per_sample(timestep: Any, count: int, device: torch.device) -> Tensor:
 
 
 def _at_least_single(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 

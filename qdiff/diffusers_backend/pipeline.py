@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Loop:
 
 
 class _Reached(Exception):
-    """Ends a pipeline's loop at its first call of the network."""
+    """Ends a pipeline's loop where what is wanted from it is there."""
 
 
 class DiffusersPipeline(Pipeline):
@@ -229,6 +230,42 @@ class DiffusersPipeline(Pipeline):
             made = self.pipe(**self._arguments(rows, calibration)).images
         images = torch.as_tensor(made) if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
         return images if calibration else images.to(self.device) * 2 - 1
+
+    def sample_latents(self, network: Network, rows: Sequence[int]) -> Tensor:
+        calls, step, made = 0, self.pipe.scheduler.step, []
+
+        def counted(*inputs: Tensor) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return network(*inputs)
+
+        @functools.wraps(step)  # pipelines look at its parameters
+        def stepped(*args: Any, **keywords: Any) -> Any:
+            after = step(*args, **keywords)
+            if calls == self.calls:
+                made.append(after[0])
+                raise _Reached
+            return after
+
+        self.pipe.scheduler.step = stepped
+        try:
+            with contextlib.suppress(_Reached):
+                self.sample(counted, rows, calibration=True)
+        finally:
+            del self.pipe.scheduler.step
+        if not made:
+            raise UserError(
+                f"{type(self.pipe).__name__} made {calls} of {self.calls} network calls with steps of its scheduler "
+                "between them; this loop cannot be followed"
+            )
+        return made[0]
+
+    def with_steps(self, steps: int) -> DiffusersPipeline:
+        made = copy.copy(self)
+        if "num_inference_steps" in self.options:
+            made.options = {**self.options, "num_inference_steps": steps}
+            made.sampler = Loop(self.sampler.seed, self.folder.calls(steps))
+        return made
 
 
 def _halves(

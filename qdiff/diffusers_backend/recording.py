@@ -68,7 +68,7 @@ def record_pipeline(
                     f"({', '.join(found.names)}); record it with options for which they stay the same"
                 )
             call = call or found
-            kept.append(tuple(i.cpu() for i in inputs))
+            kept.append(tuple(i.detach().cpu() for i in inputs))
     return CalibrationSet(tuple(torch.cat(part) for part in zip(*kept, strict=True))), call
 
 

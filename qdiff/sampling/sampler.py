@@ -67,34 +67,6 @@ class Sampler:
         self._row.sample(listen, noise.draw(), SamplingRun(self.schedule, self.timesteps, self.options, noise, None))
         return times
 
-    @property
-    def clips(self) -> bool:
-        """Whether the predicted x_0 is clipped, so that the result is not linear in ε."""
-        return self._row.clips
-
-    def response(self) -> Tensor:
-        """Return how every network input and the result depend on the network's outputs, float64 [calls + 1, calls].
-
-        A sampler is linear: x at call k is Σ_j response[k, j]·ε_j plus what x_T and drawn noise contribute, with ε_j
-        the output of call j after guidance; the last row is the result's.
-
-        Raises:
-            UserError: the sampler clips, and so is not linear.
-        """
-        if self._row.clips:
-            raise UserError(f"{self._row.title} clips the predicted x_0, so its result is not linear in ε; use DDIM")
-        seen: list[Tensor] = []
-
-        def impulse(x: Tensor, t: Tensor) -> Tensor:
-            """Image j has 1 at call j, and 0 else."""
-            seen.append(x.flatten())
-            return torch.eye(self.calls, dtype=x.dtype)[len(seen) - 1].view_as(x)
-
-        silent = _Silence(self.calls)
-        run = SamplingRun(self.schedule, self.timesteps, self.options, silent, None)
-        result = self._row.sample(impulse, silent.draw(), run)
-        return torch.stack([*seen, result.flatten()])
-
     def with_steps(self, steps: int) -> Sampler:
         """Return a sampler of much the same result in fewer steps: DDIM if this one clips or takes all steps."""
         options = replace(self.options, steps=steps)
@@ -148,13 +120,3 @@ class Sampler:
         # Guidance and the conversion to ε commute: both are linear in the prediction.
         guided_network = guided(network, condition, unconditional, self.options.scale)
         return as_noise_prediction(guided_network, self.schedule, self.parameterization)
-
-
-class _Silence:
-    """A noise source of zeros, in double precision: draws [count, 1, 1, 1]."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def draw(self) -> Tensor:
-        return torch.zeros(self.count, 1, 1, 1, dtype=torch.float64)

@@ -77,11 +77,11 @@ def _words(widths: tuple[int, ...]) -> str:
     return ",".join(map(str, widths))
 
 
-def chooses_by_itself(args: Namespace, method: Method, linear: bool) -> bool:
+def chooses_by_itself(args: Namespace, method: Method, samples: bool) -> bool:
     """Return whether a method's own choice of widths applies: nothing else is said of them, and they can be chosen.
 
     Args:
-        linear: see `qdiff.pipeline.Pipeline.samples_linearly`.
+        samples: whether the command has a sampler, whose result can tell widths.
 
     Raises:
         UserError: ``--uniform_widths`` is given, but the method does not choose.
@@ -96,7 +96,7 @@ def chooses_by_itself(args: Namespace, method: Method, linear: bool) -> bool:
     given = any(getattr(args, name, None) is not None for name in others)
     cached_in_float = getattr(args, "cache_temporal", None) == "float"  # these layers then have a width
     dynamic = modulates(args) or args.quant_mode == "dynamic"
-    return method.chooses_widths and linear and not (uniform or given or cached_in_float or dynamic)
+    return method.chooses_widths and samples and not (uniform or given or cached_in_float or dynamic)
 
 
 def _own_choice(args: Namespace, quant: QuantConfig) -> MixedPrecision:
@@ -119,7 +119,7 @@ def _around(bits: int, wider: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def resolve_mixed_precision(
-    args: Namespace, quant: QuantConfig, action: str, by_itself: bool = False, linear: bool = False
+    args: Namespace, quant: QuantConfig, action: str, by_itself: bool = False
 ) -> MixedPrecision | None:
     """Return how widths are chosen; None if they are not.
 
@@ -127,7 +127,6 @@ def resolve_mixed_precision(
         args: a command's options; commands that do not calibrate lack these.
         action: see `qdiff.cli.options.ptq.PtqPlan`.
         by_itself: `chooses_by_itself`.
-        linear: see `qdiff.pipeline.Pipeline.samples_linearly`.
 
     Raises:
         UserError: options contradict each other or are out of range.
@@ -157,11 +156,6 @@ def resolve_mixed_precision(
     if "target_act_bits" in given and quant.modulate:
         raise UserError("--target_act_bits measures activations, not their changes; leave out --modulate")
     measure = given.get("sensitivity", Measure.SQNR.value)
-    if measure == Measure.TRAJECTORY and not linear:
-        raise UserError(
-            "--sensitivity trajectory needs a sampler of this project, but a diffusers pipeline has a loop of its own; "
-            "give --sensitivity probe"
-        )
     return MixedPrecision(
         target=given.get("target_bits"),
         candidates=_widths("candidate_bits", given, MixedPrecision.candidates),

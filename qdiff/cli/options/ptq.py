@@ -152,14 +152,14 @@ def ignored_options(args: Namespace) -> list[str]:
 
 
 def resolve_ptq(
-    args: Namespace, weight_range: str, act_range: str, preset: dict[str, Any] | None = None, linear: bool = False
+    args: Namespace, weight_range: str, act_range: str, preset: dict[str, Any] | None = None, samples: bool = False
 ) -> PtqPlan | None:
     """Return the plan that the options in ``args`` ask for, or None without ``--ptq``.
 
     Args:
         weight_range, act_range: the script's defaults, for methods that do not choose ranges themselves.
         preset: EDA-DM's values by option name, for options that were not given.
-        linear: see `qdiff.pipeline.Pipeline.samples_linearly`.
+        samples: whether the command has a sampler, whose result can tell widths.
 
     Raises:
         UserError: options that contradict each other (both are named) or are out of range.
@@ -179,7 +179,7 @@ def resolve_ptq(
     tfmq_dm.check_tfmq_dm_options(args, method)
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
     own = {"weight_range": weight_range, "act_range": act_range, **method.quant}
-    chooses = mixed_precision.chooses_by_itself(args, method, linear)
+    chooses = mixed_precision.chooses_by_itself(args, method, samples)
     if modulate:  # these are ranges of changes
         own["act_range"] = RangeMethod.MIN_MAX
     quant = QuantConfig(
@@ -234,7 +234,7 @@ def resolve_ptq(
         draw=draw,
         seed=args.cali_seed,
         changes=changes,
-        mixed=mixed_precision.resolve_mixed_precision(args, quant, action, chooses, linear),
+        mixed=mixed_precision.resolve_mixed_precision(args, quant, action, chooses),
         scaling=scaling.resolve_scaling(args, method, action),
         spacing=resolve_spacing(args, method),
         refit=args.refit,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,10 @@ from torch import nn
 from qdiff.calibration import trajectory_sensitivity, weight_noise
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.sensitivity import Operand, layer_sensitivity, sqnr
-from qdiff.calibration.trajectory_sensitivity import FEWER_STEPS, short_sampler, trajectory_sensitivities
+from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.config import QuantConfig
+from qdiff.errors import UserError
+from qdiff.pipeline import Pipeline
 from qdiff.sampling import DiffusionSchedule, Sampler, SamplerOptions, make_beta_schedule
 from qdiff.wrapping import layer_places
 
@@ -39,7 +40,9 @@ class Small(nn.Module):
         return self.two(torch.tanh(y))
 
 
-class Stub(SimpleNamespace):
+class Stub(Pipeline):
+    guided = False
+
     def conditions(self, rows, calibration):
         if not self.guided:
             return None, None
@@ -50,7 +53,9 @@ class Stub(SimpleNamespace):
 def stub(network, shape=(2, 3, 3), guided=False, batch_size=4, **options):
     options = SamplerOptions(**{"steps": 5, "scale": 3.0 if guided else 1.0, **options})
     sampler = Sampler(SCHEDULE, shape, options, seed=7)
-    return Stub(network=network, sampler=sampler, batch_size=batch_size, guided=guided)
+    made = Stub("stub", sampler, 1, batch_size)
+    made.network, made.guided = network, guided
+    return made
 
 
 def sensitivities(pipeline, widths, names=None, images=range(4), seed=3, config=W4A8):
@@ -73,8 +78,14 @@ def test_gradients_are_those_of_the_result(guided, options, monkeypatch):
     monkeypatch.setattr(
         weight_noise.WeightNoise, "finish", lambda self, scale=1.0: seen.setdefault(self.layer, self._gradient.clone())
     )
-    backward = trajectory_sensitivity._backward
-    monkeypatch.setattr(trajectory_sensitivity, "_backward", lambda *given: (drawn.append(given[-1]), backward(*given)))
+    run = trajectory_sensitivity._result
+
+    def heard(*given):
+        made = run(*given)
+        made.register_hook(drawn.append)
+        return made
+
+    monkeypatch.setattr(trajectory_sensitivity, "_result", heard)
     pipeline = stub(network, guided=guided, **options)
     sensitivities(pipeline, {WEIGHTS: (4,)}, list(changes))
 
@@ -162,11 +173,24 @@ def test_a_layer_that_is_never_called():
     assert found[WEIGHTS]["one"] is not None and found[ACTS]["two"] is not None
 
 
-def test_long_trajectories_are_shortened():
-    def taken(**options):
-        return short_sampler(Sampler(SCHEDULE, (2, 3, 3), SamplerOptions(**options), seed=7)).options
+@pytest.mark.parametrize("calls", [50, 100])
+def test_long_trajectories_are_shortened(calls, monkeypatch):
+    made = []
+    monkeypatch.setattr(trajectory_sensitivity, "_result", lambda pipeline, *_: made.append(pipeline) or 1 / 0)
+    pipeline = stub(Small(), steps=calls, batch_size=2)
+    with pytest.raises(ZeroDivisionError):
+        sensitivities(pipeline, {ACTS: (8,)}, ["one"])
+    assert made[0].calls == (25 if calls > 50 else calls) and made[0].network is pipeline.network
+    assert pipeline.calls == calls
 
-    assert taken(kind="plms", steps=50).steps == 50
-    assert taken(kind="ddim", steps=250, eta=0.5) == SamplerOptions("ddim", steps=FEWER_STEPS, eta=0.5)
-    assert taken(kind="ddpm_noisy", steps=20) == SamplerOptions("ddim", steps=FEWER_STEPS, eta=1.0)
-    assert taken(kind="ancestral", steps=20) == SamplerOptions("ddim", steps=FEWER_STEPS, eta=1.0)
+
+def test_a_loop_without_gradients():
+    class Numbers(Stub):
+        def sample_latents(self, network, rows):
+            return super().sample_latents(network, rows).detach()
+
+    pipeline = stub(Small(), steps=2)
+    pipeline.__class__ = Numbers
+    with pytest.raises(UserError, match="the sampler of stub lets no gradients through"):
+        sensitivities(pipeline, {ACTS: (8,)}, ["one"])
+    assert torch.is_grad_enabled()

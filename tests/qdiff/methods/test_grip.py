@@ -21,13 +21,13 @@ W4A8 = "--weight_bit 4 --quant_act --act_bit 8"
 ENDS = (("first", LayerBits(8, 16)), ("last", LayerBits(8, 16)))
 
 
-def plan(words, linear=False):
+def plan(words, samples=False):
     parser = argparse.ArgumentParser()
     add_ptq_options(parser)
     add_mixed_precision_options(parser)
     args = parser.parse_args(["--ptq", "--method", "grip", *words.split()])
     args.generate = None
-    return resolve_ptq(args, "max", "max", linear=linear)
+    return resolve_ptq(args, "max", "max", samples=samples)
 
 
 def test_its_config():
@@ -54,7 +54,7 @@ def test_the_commands_plan_has_it():
     ],
 )
 def test_with_a_sampler_to_go_through_it_chooses_widths(words, candidates, act_target, act_candidates):
-    made = plan(words, linear=True)
+    made = plan(words, samples=True)
     bits = int(words.split()[1])
     assert made.mixed == MixedPrecision(
         bits, candidates, act_target, act_candidates, Measure.TRAJECTORY, samples=16, bounded=True
@@ -75,16 +75,16 @@ def test_with_a_sampler_to_go_through_it_chooses_widths(words, candidates, act_t
     ],
 )
 def test_what_it_does_not_choose(words):
-    assert plan(f"{W4A8} {words}", linear=True).mixed is None
+    assert plan(f"{W4A8} {words}", samples=True).mixed is None
     assert plan(W4A8).mixed is None  # a loop of diffusers
 
 
 def test_the_number_of_trajectories_can_be_given():
-    assert plan(f"{W4A8} --sensitivity_samples 4", linear=True).mixed.samples == 4
+    assert plan(f"{W4A8} --sensitivity_samples 4", samples=True).mixed.samples == 4
 
 
 def test_other_targets_come_first():
-    made = plan(f"{W4A8} --target_act_bits 8 --sensitivity probe", linear=True)
+    made = plan(f"{W4A8} --target_act_bits 8 --sensitivity probe", samples=True)
     assert (made.mixed.target, made.mixed.act_target, made.mixed.measure) == (None, 8.0, Measure.PROBE)
     assert made.quant.layer_bits == ENDS
 
