@@ -15,7 +15,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from qdiff.functional import quantize
+from qdiff.functional import max_level
 
 BLOCK = 128  # columns between two updates of all the rest; the result is the same for any number
 MORE_DAMPING, TRIES = 10.0, 6  # factor by which the damping grows where the factorisation fails, and how often
@@ -159,21 +159,25 @@ def round_columns(weight: Tensor, grid: Grid, upper: Tensor, coupling: Tensor | 
         coupling: P = a·striu(D·Uᵀ)·U [K, K] (GPTAQ, eq. 17 and its code), or None.
         block: columns per block; the columns after a block are updated once per block, by a matrix product.
     """
-    weight = weight.clone()
-    delta, zero_point = (t.to(weight.dtype).expand_as(weight) for t in (grid.delta, grid.zero_point))
-    integers = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], block):
-        stop = min(start + block, weight.shape[1])
-        errors, columns = torch.empty_like(weight[:, start:stop]), torch.empty_like(weight[:, start:stop])
-        for j in range(start, stop):
-            column = weight[:, j].clone()
-            q = quantize(column, delta[:, j], zero_point[:, j], grid.bits)
-            error = (column - (q - zero_point[:, j]) * delta[:, j]) / upper[j, j]
-            weight[:, j:stop] -= torch.outer(error, upper[j, j:stop])
-            if coupling is not None:
-                weight[:, j:stop] += torch.outer(column, coupling[j, j:stop])
-            integers[:, j], errors[:, j - start], columns[:, j - start] = q, error, column
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
+    # Columns lie in rows, and every step writes into memory that is there: the loop is a few small operations a column.
+    columns = weight.mT.contiguous().clone()
+    delta, zero_point = (t.to(weight.dtype).expand_as(weight).mT.contiguous() for t in (grid.delta, grid.zero_point))
+    integers, divisors = torch.empty_like(columns), upper.diagonal().tolist()
+    for start in range(0, len(columns), block):
+        part = slice(start, start + block)
+        here, errors, before = columns[part], torch.empty_like(columns[part]), columns[part].clone()
+        factor, pull = upper[part, part], None if coupling is None else coupling[part, part]
+        steps = zip(here, delta[part], zero_point[part], integers[part], errors, before, strict=True)
+        for j, (w, d, z, q, error, kept) in enumerate(steps):
+            torch.div(w, d, out=q).round_().add_(z).clamp_(0, max_level(grid.bits))
+            torch.sub(q, z, out=error).mul_(d)
+            torch.sub(w, error, out=error).div_(divisors[start + j])
+            if pull is not None:
+                kept.copy_(w)
+                here[j + 1 :].addr_(pull[j, j + 1 :], w)
+            here[j + 1 :].addr_(factor[j, j + 1 :], error, alpha=-1)
+        rest = columns[start + block :]
+        rest.addmm_(upper[part, start + block :].mT, errors, alpha=-1)
         if coupling is not None:
-            weight[:, stop:] += columns @ coupling[start:stop, stop:]
-    return integers
+            rest.addmm_(coupling[part, start + block :].mT, before)
+    return integers.mT

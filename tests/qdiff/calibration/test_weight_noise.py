@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from qdiff.calibration import weight_noise
 from qdiff.calibration.column_rounding import Grid, round_matrix
 from qdiff.calibration.weight_noise import WeightNoise
 from qdiff.config import QuantConfig
@@ -77,6 +78,38 @@ def test_it_predicts_the_error_of_rounding_column_by_column():
         nearest = -10 * (x @ (made.dequantized_weight() - layer.weight).mT).square().sum().log10()
         assert abs(predicted - float(actual)) < SPREAD, (bits, predicted, float(actual))
         assert predicted - float(nearest) > 3 * SPREAD  # planted: that of rounding to nearest
+
+
+def _predicted_and_actual(rank, bits):
+    """The error of a rounded weight on inputs of few dimensions, in dB, beside what it was thought to be."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(512, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
+    layer = nn.Linear(32, 64, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(64, 32, generator=generator))
+    noise = noise_of(layer, (bits,))
+    noise.keep(x, 4096)
+    noise.start(len(x), 1)
+    with layer.register_forward_hook(noise.on_output):
+        out = layer(x)
+        (out * torch.randn(out.shape, generator=generator)).sum().backward()
+    noise.finish()
+    made = noise.shape
+    made.init_weight_ranges("mse")
+    delta, zero_point = (t.expand_as(made.weight) for t in made.weight_grid())
+    q = round_matrix(layer.weight, Grid(delta, zero_point, bits), 2 * x.mT @ x / len(x))
+    error = ((q - zero_point) * delta - layer.weight).float()
+    return noise.quality(1.0)[bits], float(-10 * (x @ error.mT).square().sum().log10())
+
+
+@pytest.mark.parametrize("rank", [3, 6])
+def test_narrow_grids_are_left(rank, monkeypatch):
+    """Few columns must make up for all others, which at 2 bits takes them beyond their grid."""
+    predicted, actual = _predicted_and_actual(rank, 2)
+    assert abs(predicted - actual) < 2 * SPREAD
+    monkeypatch.setattr(weight_noise, "CLIPPED_BITS", 1)  # planted: as if every grid reached far enough
+    predicted, actual = _predicted_and_actual(rank, 2)
+    assert predicted - actual > 2 * SPREAD
 
 
 def test_a_bias_takes_the_mean():
