@@ -54,6 +54,20 @@ def test_widths_are_chosen_and_written(folder, tmp_path):
     assert found == {n: bits.partition("A")[0] for n, bits in chosen["layer_bits"].items() if n in found}
 
 
+@pytest.mark.slow
+def test_grip_chooses_through_the_pipelines_loop(folder, tmp_path):
+    grip = [*WORDS[:5], "--method", "grip", "--cali_st", "2", "--cali_n", "2", "--device", "cpu"]
+    for name, more in {"chosen": [], "uniform": ["--uniform_widths"]}.items():
+        out, run = str(tmp_path / f"{name}-out"), str(tmp_path / name)
+        quantize_pipeline.main([str(folder), "--out", out, *grip, *more, "-l", run])
+    assert not (tmp_path / "uniform" / "widths.json").exists()
+    found = json.loads((tmp_path / "chosen" / "sensitivities.json").read_text())
+    assert found["settings"]["measure"] == "trajectory"
+    widths = json.loads((tmp_path / "chosen" / "widths.json").read_text())["layer_bits"]
+    stored = json.loads((tmp_path / "chosen-out" / "unet" / "config.json").read_text())["quantization_config"]
+    assert stored["layer_bits"] == widths and len(set(widths.values())) > 3
+
+
 def test_a_wrong_name_is_told_in_the_pipelines_names(folder, tmp_path, capsys):
     words = [*WORDS, "--layer_bits", "conv_inn=W8", "-l", str(tmp_path / "run"), "--device", "cpu"]
     with pytest.raises(SystemExit):
