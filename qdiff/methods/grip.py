@@ -2,7 +2,7 @@
 
 GPTQ-Rounded, Input-Precise. It is GPTQ towards the float network's output (`qdiff.methods.gptq`) with
 
-- widths chosen layer by layer, by commands that have a sampler to go through: those that are asked for are means, and
+- widths chosen layer by layer, by commands, which have a sampler to go through: those that are asked for are means, and
   size and bit operations are those of uniform widths. What a layer's rounding does to the sampler's result decides
   (`qdiff.calibration.trajectory_sensitivity`);
 - calibration from the first to the last timestep of a run: the papers' choice leaves out the last ones where their
