@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from qdiff.errors import UserError
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QUANTIZABLE, QuantModule
 from qdiff.ranges.first_token import FirstToken
@@ -19,6 +20,12 @@ LEAVES = (QuantModule, QuantAttention)
 def leaves(module: nn.Module) -> list[nn.Module]:
     """Return the quantized leaves inside a module (itself included), in registration order."""
     return [m for m in module.modules() if isinstance(m, LEAVES)]
+
+
+def check_is_float(network: nn.Module) -> None:
+    """Raise a `UserError` if a network that is to be wrapped has quantized leaves."""
+    if leaves(network):
+        raise UserError(f"this {type(network).__name__} is already quantized; wrap a float network")
 
 
 def quantized_layers(module: nn.Module) -> dict[str, QuantModule]:

@@ -15,7 +15,7 @@ from qdiff.errors import UserError, first_few
 from qdiff.interface import SteppedNetwork, family_of
 from qdiff.kernels.integer_matmul import check_integer_products, int8_is_exact
 from qdiff.kernels.packed_weight import WeightCache
-from qdiff.modes import first_tokens, leaf_modes, leaves, quantized_layers, watched_tokens
+from qdiff.modes import check_is_float, first_tokens, leaf_modes, leaves, quantized_layers, watched_tokens
 from qdiff.modulation import memories
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, Quantizer, calibrated_act_quantizers, share_timesteps
@@ -67,8 +67,7 @@ class QuantModel(nn.Module):
         ends: tuple[str, str] | None = None,
     ) -> None:
         super().__init__()
-        if leaves(network):
-            raise UserError(f"this {type(network).__name__} is already quantized; wrap a float network")
+        check_is_float(network)
         self.config = config
         self.family = family_of(network)
         self.model = network

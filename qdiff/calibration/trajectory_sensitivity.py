@@ -71,10 +71,11 @@ class _Watched:
 
     def __call__(self, x: Tensor, *rest: Tensor) -> Tensor:
         torch.set_grad_enabled(True)  # loops are run without gradients; from here to their end they have them
+        network = self.network.as_called() if hasattr(self.network, "as_called") else self.network
 
         def call(x: Tensor) -> Tensor:
             with torch.autocast(x.device.type, enabled=False):
-                return self.network(x, *rest)
+                return network(x, *rest)
 
         self.last = x.detach().clone(), call
         # The anchor gives the first call, whose input has no gradient, a backward pass too.
@@ -138,7 +139,8 @@ def trajectory_sensitivities(
             layers.start(*batch)
             _backward(call, x, torch.randn(last.shape, generator=generator))
             # Relative to the signal of ε there, as that of the result is to its own.
-            layers.finish(LAST_CALL * float(result.detach().double().square().sum() / last.double().square().sum()))
+            energy = float(last.double().square().sum())
+            layers.finish(LAST_CALL * float(result.detach().double().square().sum()) / energy if energy > 0 else 0.0)
             on_batch(len(rows))
     return layers.found(signal)
 

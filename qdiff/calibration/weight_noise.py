@@ -143,7 +143,7 @@ class WeightNoise:
         """
         weight, variance = self.shape.weight_to_quantize().flatten(1), self.variances[bits]
         method, symmetric = quick_range(self.config.weight_range, bits), self.config.weight_symmetric
-        inputs = inputs[:CLIPPED_INPUTS]
+        inputs = inputs[:: max(1, len(inputs) // CLIPPED_INPUTS)]  # of all calls
         inputs = inputs - inputs.mean(0) if self.shape.bias is not None else inputs
         chosen = torch.arange(0, len(weight), max(1, len(weight) // SEARCHED_ROWS))
         groups = chosen * self.shape.groups // len(weight)
@@ -178,7 +178,7 @@ def _rounding_variances(layer: QuantModule, config: QuantConfig, bits: int) -> T
         delta, zero_point = estimate(some, bits, kind, config.weight_symmetric, per_channel=True)
         rounded = dequantize(quantize(some, delta, zero_point, bits), delta, zero_point)
         errors.append((rounded - some).double().square().sum())
-    return variances * (errors[0] / errors[1].clamp(min=torch.finfo(torch.float64).tiny)).clamp(max=1.0)
+    return variances * (errors[0] / errors[1] if errors[1] > 0 else errors[1] + 1.0).clamp(max=1.0)
 
 
 class _InputFactor:

@@ -35,6 +35,7 @@ from qdiff.evaluation.fidelity import mean_ssim
 from qdiff.io.files import sha256, written_whole
 from qdiff.io.images import to_uint8
 from qdiff.io.progress import progress_bar
+from qdiff.modes import check_is_float
 from qdiff.pipeline import Pipeline
 from qdiff.ranges.first_token import FirstToken
 
@@ -135,6 +136,7 @@ def with_chosen_widths(
         return plan
     path = run.path / WIDTHS
     if not path.is_file():
+        check_is_float(pipeline.network)
         data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
         shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
         data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
@@ -158,7 +160,10 @@ def _settings(plan: PtqPlan, pipeline: Pipeline, seed: int) -> dict[str, Any]:
     """Return what the sensitivities depend on, apart from the calibration set."""
     quant, mixed = plan.quant.to_dict(), plan.mixed
     quant.pop("layer_bits", None)  # decides which layers are measured, not what is found
-    stream = {"first": first_image(plan.seed), "seed": seed} if mixed.measure is Measure.TRAJECTORY else {}
+    stream = {}
+    if mixed.measure is Measure.TRAJECTORY:
+        sampled = {name: value for name, value in pipeline.config.items() if name not in ("num_images", "weights")}
+        stream = {"first": first_image(plan.seed), "seed": seed, "sampled": sampled}
     return {
         "measure": mixed.measure.value,
         **stream,

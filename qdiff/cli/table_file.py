@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qdiff.calibration.timesteps import Spacing
 from qdiff.cli.table_grid import expand
 from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns, named_metrics
@@ -60,18 +61,23 @@ class TableRow:
         return "--ptq" in shlex.split(self.options)
 
     @property
-    def calibrates(self) -> bool:
-        """Whether the row uses the shared recording: checkpoints need none, some methods record their own."""
+    def takes_samples(self) -> bool:
+        """Whether the row takes --cali_st and --cali_n: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
         words = shlex.split(self.options)
         pairs = list(itertools.pairwise(words))
-        draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.records_its_own)
+        draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.draws)
         # With dynamic ranges and weights from elsewhere, nothing is left to calibrate.
         dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
-        return (
-            self.quantizes
-            and not (draws or self.own_recording or dynamic)
-            and ("--cali_ckpt" not in words or "--resume_w" in words)
-        )
+        return self.quantizes and not (draws or dynamic) and ("--cali_ckpt" not in words or "--resume_w" in words)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the row uses the shared recording; rows at other timesteps than the common ones record their own."""
+        pairs = list(itertools.pairwise(shlex.split(self.options)))
+        method = next((row for name, row in METHODS.items() if ("--method", name) in pairs), None)
+        default = Spacing.EVERY if method is None else method.spacing
+        spacing = next((Spacing(word) for option, word in pairs if option == "--cali_spacing"), default)
+        return self.takes_samples and not self.own_recording and spacing is Spacing.EVERY
 
 
 @dataclass(frozen=True)
@@ -222,7 +228,7 @@ class TableFile:
         words = [*self.common, *shlex.split(row.options), *_device(device), "-l", str(self.folder(row.label))]
         if row.calibrates and self.calibration is not None:
             words += ["--cali_data_path", str(self.recording)]
-        if (row.calibrates or row.own_recording) and self.calibration is not None:
+        if (row.takes_samples or row.own_recording) and self.calibration is not None:
             words += shlex.split(self.calibration.options)
         if row.weights_from is not None:
             words += ["--resume_w", "--cali_ckpt", str(self.folder(row.weights_from) / "quantized.safetensors")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,10 @@ class Denoiser(nn.Module):
         self.call, self.conditions, self._shape = call, Conditions.of(tuple(conditions)), x.shape[1:]
         self._time = t.dtype
         return x, t, self.conditions.join(tuple(conditions)) if conditions else None
+
+    def as_called(self) -> Denoiser:
+        """Return this network with the way in which the pipeline calls it now; both share all modules."""
+        return copy.copy(self)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.folder import Folder
+from qdiff.diffusers_backend.interception import Reached, ended_at_a_step, intercepted
 from qdiff.diffusers_backend.module import Denoiser
 from qdiff.diffusers_backend.recording import arguments_of, check_options, count_classes
 from qdiff.errors import UserError, require_at_least
@@ -42,10 +42,6 @@ class Loop:
     def visited(self) -> list[float]:
         """Return nothing: what the network gets as timesteps is not known before the loop runs."""
         return []
-
-
-class _Reached(Exception):
-    """Ends a pipeline's loop where what is wanted from it is there."""
 
 
 class DiffusersPipeline(Pipeline):
@@ -174,9 +170,9 @@ class DiffusersPipeline(Pipeline):
 
         def first_call(*args: Any, **keywords: Any) -> None:
             heard.append(self.network.describe(*read_call(self.network.network, args, keywords)))
-            raise _Reached
+            raise Reached
 
-        with contextlib.suppress(_Reached), _intercepted(self.network.network, first_call), torch.no_grad():
+        with contextlib.suppress(Reached), intercepted(self.network.network, first_call), torch.no_grad():
             self.pipe(**self._arguments([0, 1], calibration=True))
         if not heard:
             raise UserError(f"{type(self.pipe).__name__} does not call its {self.component}; name another --component")
@@ -226,33 +222,24 @@ class DiffusersPipeline(Pipeline):
             output = output.to(dtype)
             return (output,) if keywords.get("return_dict", True) is False else SimpleNamespace(sample=output)
 
-        with _intercepted(self.network.network, called):
+        # Some pipelines give their scheduler no generator, so that its noise is drawn from the global one.
+        forked = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        with intercepted(self.network.network, called), forked:
+            torch.manual_seed(self.sampler.seed + rows[0])
             made = self.pipe(**self._arguments(rows, calibration)).images
         images = torch.as_tensor(made) if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
         return images if calibration else images.to(self.device) * 2 - 1
 
     def sample_latents(self, network: Network, rows: Sequence[int]) -> Tensor:
-        calls, step, made = 0, self.pipe.scheduler.step, []
+        calls = 0
 
         def counted(*inputs: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             return network(*inputs)
 
-        @functools.wraps(step)  # pipelines look at its parameters
-        def stepped(*args: Any, **keywords: Any) -> Any:
-            after = step(*args, **keywords)
-            if calls == self.calls:
-                made.append(after[0])
-                raise _Reached
-            return after
-
-        self.pipe.scheduler.step = stepped
-        try:
-            with contextlib.suppress(_Reached):
-                self.sample(counted, rows, calibration=True)
-        finally:
-            del self.pipe.scheduler.step
+        with ended_at_a_step(self.pipe, lambda: calls == self.calls) as made:
+            self.sample(counted, rows, calibration=True)
         if not made:
             raise UserError(
                 f"{type(self.pipe).__name__} made {calls} of {self.calls} network calls with steps of its scheduler "
@@ -279,28 +266,6 @@ def _halves(
     raise UserError(
         f"the pipeline calls its network with {len(x)} rows for {count} images; record it with qdiff.quantize_pipeline"
     )
-
-
-@contextlib.contextmanager
-def _intercepted(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Call ``function`` in the place of a module's forward; calls that it makes itself reach the module."""
-    before, inside = module.forward, False
-
-    def forward(*args: Any, **keywords: Any) -> Any:
-        nonlocal inside
-        if inside:
-            return before(*args, **keywords)
-        inside = True
-        try:
-            return function(*args, **keywords)
-        finally:
-            inside = False
-
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
 
 
 def _numbers(text: str) -> list[int]:

@@ -135,6 +135,9 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
     if qnn.config.weight_bits is not None:
         qnn.pack_weights()
     prefix = next(f"{name}." if name else "" for name, module in qnn.model.named_modules() if module is network)
+    values = qnn.config.to_dict()
+    # A network without concatenations is split nowhere, and a file that says otherwise would not load.
+    values["split_shortcut"] = any(len(layer.slices) > 1 for layer in qnn.layers().values())
     config = QDiffConfig(
         attention=routed_calls(network),
         prescaled=[n for n, m in network.named_modules() if getattr(m, "prescale", False)],
@@ -144,7 +147,7 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
         timesteps=None if qnn.act_timesteps is None else qnn.act_timesteps.values.tolist(),
         first_tokens=tokens_of(network),
         notes=notes,
-        **qnn.config.to_dict(),
+        **values,
     )
     make_component(network, config)
 

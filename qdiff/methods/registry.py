@@ -66,11 +66,6 @@ class Method:
         """Whether the method fits anything."""
         return self.config is not None
 
-    @property
-    def records_its_own(self) -> bool:
-        """Whether the method calibrates at other timesteps than the papers' common choice."""
-        return self.draws is not None or self.spacing is not Spacing.EVERY
-
     def quant_config(self, **given: Any) -> QuantConfig:
         """Return the method's widths and ranges, with fields of one's own."""
         return QuantConfig(**{**self.quant, **given})

@@ -14,7 +14,9 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, UNet2DModel
 
 from qdiff.modes import quantized_layers
+from qdiff.weight_forms import WeightForm
 
+DIT = str(Path(__file__).parents[2] / "models" / "dit_digits")
 WORDS = ["--steps", "2", "--weight_bit", "4", "--quant_act", "--method", "linear", "--cali_st", "2", "--cali_n", "2"]
 
 
@@ -66,6 +68,24 @@ def test_grip_chooses_through_the_pipelines_loop(folder, tmp_path):
     widths = json.loads((tmp_path / "chosen" / "widths.json").read_text())["layer_bits"]
     stored = json.loads((tmp_path / "chosen-out" / "unet" / "config.json").read_text())["quantization_config"]
     assert stored["layer_bits"] == widths and len(set(widths.values())) > 3
+
+
+@pytest.mark.slow
+def test_a_network_that_is_split_nowhere_is_loaded_again(tmp_path):
+    out, words = (
+        tmp_path / "dit",
+        [*WORDS[:5], "--method", "grip", "--uniform_widths", "--cali_st", "2", "--cali_n", "2"],
+    )
+    quantize_pipeline.main([DIT, "--out", str(out), *words, "-l", str(tmp_path / "run"), "--device", "cpu"])
+    assert not json.loads((out / "transformer" / "config.json").read_text())["quantization_config"]["split_shortcut"]
+    layers = quantized_layers(DiffusionPipeline.from_pretrained(out).transformer)
+    assert layers and all(layer.form is WeightForm.PACKED for layer in layers.values())
+
+    again = [str(out), "--out", str(tmp_path / "twice"), *words, "-l", str(tmp_path / "again"), "--device", "cpu"]
+    for more in ([], ["--target_bits", "4"]):
+        with pytest.raises(SystemExit) as stopped:
+            quantize_pipeline.main([*(word for word in again if not more or word != "--uniform_widths"), *more])
+        assert stopped.value.code == 2 and not (tmp_path / "again").exists()
 
 
 def test_a_wrong_name_is_told_in_the_pipelines_names(folder, tmp_path, capsys):

@@ -145,6 +145,7 @@ def ignored_options(args: Namespace) -> list[str]:
         *tfmq_dm.OPTIONS,
         *mixed_precision.QUANTIZING,
         *scaling.QUANTIZING,
+        *(() if args.generate else ("cali_spacing",)),
     )
     given = [name for name in (*widths, *flags) if widths.get(name, getattr(args, name, None))]
     named = ", ".join(f"--{name}" for name in given)
@@ -236,7 +237,7 @@ def resolve_ptq(
         changes=changes,
         mixed=mixed_precision.resolve_mixed_precision(args, quant, action, chooses),
         scaling=scaling.resolve_scaling(args, method, action),
-        spacing=resolve_spacing(args, method),
+        spacing=Spacing.EVERY if action == "load" else resolve_spacing(args, method),
         refit=args.refit,
     )
 

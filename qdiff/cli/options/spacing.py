@@ -19,8 +19,8 @@ def add_spacing_option(parser: argparse._ActionsContainer, exception: str | None
     parser.add_argument(
         "--cali_spacing",
         choices=[spacing.value for spacing in Spacing],
-        help="which timesteps these are: every k-th from the noisiest on, where k is the number of steps divided by "
-        "--cali_st and rounded down, as in the papers' code, which leaves out the last steps of 25 for --cali_st 20; "
+        help="which timesteps --cali_st takes: every k-th from the noisiest on, where k is the number of steps divided "
+        "by --cali_st and rounded down, as in the papers' code, where 20 of 25 steps are the first 20; "
         f"or spread from the first to the last, both ends included ({default})",
     )
 

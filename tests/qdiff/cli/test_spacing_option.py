@@ -6,7 +6,7 @@ import pytest
 
 from qdiff.calibration.timesteps import Spacing
 from qdiff.cli.options.parser import Parser
-from qdiff.cli.options.ptq import add_ptq_options, resolve_ptq
+from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS
 from qdiff.ranges.estimators import RangeMethod
@@ -32,6 +32,14 @@ def test_grip_takes_both_ends():
     assert plan("--method", "grip").spacing is Spacing.ENDS
     assert plan("--method", "grip").to_dict()["spacing"] == "ends"
     assert plan("--method", "grip", "--cali_spacing", "every").spacing is Spacing.EVERY
+
+
+def test_where_nothing_is_recorded_it_is_nothing(tmp_path):
+    loaded = ("--method", "grip", "--cali_ckpt", tmp_path / "q.safetensors")
+    assert "spacing" not in plan(*loaded).to_dict()
+    parser = Parser(None)
+    add_ptq_options(parser)
+    assert "--cali_spacing has no effect" in ignored_options(parser.parse_args(["--cali_spacing", "ends"]))[0]
 
 
 @pytest.mark.parametrize("method", PAPERS)

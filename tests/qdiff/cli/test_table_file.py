@@ -152,11 +152,16 @@ def test_finished_checkpoints_and_some_methods_share_no_calibration_data(file):
                                 (f"{QUANTIZED} --cali_ckpt a.pth --quant_act --resume_w", True),
                                 (f"{QUANTIZED} --method eda-dm", False), (f"{QUANTIZED} --method grip", False),
                                 (f"{QUANTIZED} --method gptq", True),
+                                (f"{QUANTIZED} --method grip --cali_spacing every", True),
+                                (f"{QUANTIZED} --method gptq --cali_spacing ends", False),
                                 (QUANTIZED, True), ("", False)):  # fmt: skip
         table = TableFile(file(rows=[{"label": "float"}, {"label": "row", "options": options}]))
         row = table.rows[1]
         assert row.calibrates is calibrates
-        assert ("--cali_data_path" in table.command(row, None)) is calibrates
+        words = table.command(row, None)
+        assert ("--cali_data_path" in words) is calibrates
+        # A row that records its own set takes as many samples.
+        assert ("--cali_st" in words) is (calibrates or "grip" in options or "ends" in options)
 
 
 def test_a_grid_is_a_row_for_every_combination(file):

@@ -106,14 +106,42 @@ def test_gradients_are_those_of_the_result(kind, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_result_is_the_last_steps(tmp_path):
     pipeline = loaded(tmp_path, *KINDS["text"])
-    step = pipeline.pipe.scheduler.step
+    scheduler = pipeline.pipe.scheduler
     made = latents(pipeline)
-    assert pipeline.pipe.scheduler.step == step and made.shape == (2, 4, 8, 8)
+    assert pipeline.pipe.scheduler is scheduler and "step" not in vars(scheduler) and made.shape == (2, 4, 8, 8)
     decoded = pipeline.sample(pipeline.network, range(2), calibration=True)
     assert torch.equal(decoded, made)  # a recording does not decode either
     fewer = pipeline.with_steps(2)
     assert (fewer.calls, pipeline.calls) == (2, 3) and fewer.network is pipeline.network
     assert not torch.equal(latents(fewer), made)
+
+
+@pytest.mark.slow
+def test_a_scheduler_keeps_no_gradients(tmp_path):
+    """PNDM keeps the outputs of earlier calls."""
+    pipeline = loaded(tmp_path, *KINDS["several steps"])
+    sensitivities(pipeline, list(layer_places(pipeline.network))[:2])
+    copy.deepcopy(pipeline.pipe.scheduler)  # fails for tensors with a graph
+
+
+@pytest.mark.slow
+def test_noise_that_a_scheduler_draws_itself_is_the_same_again(tmp_path):
+    pipeline = loaded(tmp_path, class_conditional, "EulerAncestralDiscreteScheduler", {"class_labels": [1, 0]})
+    state = torch.random.get_rng_state()
+    first = latents(pipeline)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.randn(3)
+    assert torch.equal(latents(pipeline), first)
+
+
+@pytest.mark.slow
+def test_batches_may_be_called_in_other_ways(tmp_path):
+    """A batch of one image and one of two: each is gone back through as it was called."""
+    pipeline = loaded(tmp_path, *KINDS["classes"])
+    pipeline.batch_size = 2
+    names = list(layer_places(pipeline.network))[:2]
+    found = sensitivities(pipeline, names, range(3))[Operand.WEIGHTS]
+    assert all(found[name][4] > 0 for name in names)
 
 
 def test_a_loop_of_another_number_of_calls_is_told(tmp_path):

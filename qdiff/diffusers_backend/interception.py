@@ -1,0 +1,68 @@
+"""Functions in the place of a pipeline's own while its loop runs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Reached(Exception):
+    """Ends a pipeline's loop where what is wanted from it is there."""
+
+
+@contextlib.contextmanager
+def intercepted(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Call ``function`` in the place of a module's forward; calls that it makes itself reach the module."""
+    before, inside = module.forward, False
+
+    def forward(*args: Any, **keywords: Any) -> Any:
+        nonlocal inside
+        if inside:
+            return before(*args, **keywords)
+        inside = True
+        try:
+            return function(*args, **keywords)
+        finally:
+            inside = False
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextlib.contextmanager
+def ended_at_a_step(pipe: Any, is_last: Callable[[], bool]) -> Iterator[list[Tensor]]:
+    """End a pipeline's loop, inside the block, after the first step of its scheduler for which ``is_last`` says so.
+
+    A copy of the scheduler takes the steps, because schedulers keep tensors of earlier ones, with their gradients.
+
+    Yields:
+        A list that holds the next sample of that step afterwards; it stays empty if there was none.
+    """
+    made: list[Tensor] = []
+    scheduler = pipe.scheduler
+    taking = copy.copy(scheduler)
+    step = taking.step
+
+    @functools.wraps(step)  # pipelines look at its parameters
+    def stepped(*args: Any, **keywords: Any) -> Any:
+        after = step(*args, **keywords)
+        if is_last():
+            made.append(after[0])
+            raise Reached
+        return after
+
+    taking.step = stepped
+    pipe.scheduler = taking
+    try:
+        with contextlib.suppress(Reached):
+            yield made
+    finally:
+        pipe.scheduler = scheduler
