@@ -29,7 +29,7 @@ Sampler = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
 def record(
     sampler: Sampler, network: nn.Module, count: int, steps: int, batch_size: int = 64, spacing: Spacing = Spacing.EVERY
 ) -> CalibrationSet:
-    """Sample from the float network and keep its inputs at evenly spaced calls.
+    """Sample from the float network and keep its inputs at chosen calls.
 
     Args:
         network: float network; a `QuantModel` computes in float outside of ``quantized()``, and inside of it its own

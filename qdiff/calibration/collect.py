@@ -76,7 +76,7 @@ def record_evenly(
     and_last: bool = False,
     spacing: Spacing = Spacing.EVERY,
 ) -> dict[str, Tensor]:
-    """Record the network's inputs at evenly spaced calls, from image ``first`` of the calibration streams.
+    """Record the network's inputs at chosen calls, from image ``first`` of the calibration streams.
 
     Args:
         pipeline: its weights must be loaded.

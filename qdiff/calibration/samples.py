@@ -116,7 +116,7 @@ def select_samples(
     source: str | Path = "the recording",
     spacing: Spacing = Spacing.EVERY,
 ) -> CalibrationSet:
-    """Take ``per_step`` samples at each of ``steps`` evenly spaced recorded steps; None takes all.
+    """Take ``per_step`` samples at each of ``steps`` recorded steps; None takes all.
 
     Args:
         recording: as from `load_recording`.

@@ -28,7 +28,7 @@ def record_pipeline(
     options: Mapping[str, Any] | None = None,
     spacing: Spacing = Spacing.EVERY,
 ) -> tuple[CalibrationSet, DenoiserCall]:
-    """Sample from a pipeline and keep its network's inputs at evenly spaced calls.
+    """Sample from a pipeline and keep its network's inputs at chosen calls.
 
     Guidance that doubles the batch gives two rows per image and kept call.
 
