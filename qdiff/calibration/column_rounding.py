@@ -160,7 +160,7 @@ def round_columns(weight: Tensor, grid: Grid, upper: Tensor, coupling: Tensor | 
         block: columns per block; the columns after a block are updated once per block, by a matrix product.
     """
     # Columns lie in rows, and every step writes into memory that is there: the loop is a few small operations a column.
-    columns = weight.mT.contiguous().clone()
+    columns = weight.mT.clone(memory_format=torch.contiguous_format)
     delta, zero_point = (t.to(weight.dtype).expand_as(weight).mT.contiguous() for t in (grid.delta, grid.zero_point))
     integers, divisors = torch.empty_like(columns), upper.diagonal().tolist()
     for start in range(0, len(columns), block):
