@@ -40,18 +40,18 @@ class _Call(torch.autograd.Function):
     """A network call that keeps its input alone; the backward pass makes it again, with the hooks of that time."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.x, ctx.call = x.detach().clone(), call  # samplers reuse their memory
-        return call(x.detach())
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, kept: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.x, ctx.call = kept, call
+        return call(kept)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None]:
-        return _backward(ctx.call, ctx.x, gradient), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        return _backward(ctx.call, ctx.x, gradient), None, None, None
 
 
 def _backward(call: Callable[[Tensor], Tensor], x: Tensor, gradient: Tensor) -> Tensor | None:
     """Make a call again and run backward through it; return the gradient by its input, if it has one."""
-    x = x.requires_grad_()
+    x = x.detach().requires_grad_()
     with torch.enable_grad():
         out = call(x)
     out.backward(gradient.to(out))
@@ -62,12 +62,12 @@ class _Watched:
     """A network in the place of a pipeline's own, whose calls can be gone back through.
 
     Attributes:
-        last: the last call: its input and the function of it.
+        last: the last call: its input, the function of it, and its output.
     """
 
     def __init__(self, network: nn.Module) -> None:
         self.network, self.anchor = network, torch.zeros((), requires_grad=True)
-        self.last: tuple[Tensor, Callable[[Tensor], Tensor]] | None = None
+        self.last: tuple[Tensor, Callable[[Tensor], Tensor], Tensor] | None = None
 
     def __call__(self, x: Tensor, *rest: Tensor) -> Tensor:
         torch.set_grad_enabled(True)  # loops are run without gradients; from here to their end they have them
@@ -77,9 +77,11 @@ class _Watched:
             with torch.autocast(x.device.type, enabled=False):
                 return network(x, *rest)
 
-        self.last = x.detach().clone(), call
+        kept = x.detach().clone()  # samplers reuse their memory
         # The anchor gives the first call, whose input has no gradient, a backward pass too.
-        return _Call.apply(x, self.anchor, call)
+        out = _Call.apply(x, self.anchor, kept, call)
+        self.last = kept, call, out.detach().clone()
+        return out
 
 
 def trajectory_sensitivities(
@@ -129,13 +131,11 @@ def trajectory_sensitivities(
     signal = sum(float(result.detach().double().square().sum()) for result in results)
     with parameters_without_gradients(network), layers.listening():
         for run, rows in zip(watched, batches, strict=True):
-            result, (x, call) = results.pop(0), run.last
+            result, (x, call, last) = results.pop(0), run.last
             batch = len(rows), max(1, len(x) // len(rows))
             layers.start(*batch)
             result.backward(torch.randn(result.shape, generator=generator).to(result))
             layers.finish()
-            with torch.no_grad():
-                last = call(x)
             layers.start(*batch)
             _backward(call, x, torch.randn(last.shape, generator=generator))
             # Relative to the signal of ε there, as that of the result is to its own.

@@ -16,7 +16,7 @@ from qdiff.errors import UserError
 from qdiff.evaluation.registry import metric_columns, named_metrics
 from qdiff.io.repository import REPOSITORY
 from qdiff.io.yaml_files import read_table
-from qdiff.methods.registry import METHODS
+from qdiff.methods.registry import METHODS, Method
 
 EXAMPLE = "see configs/tables/digits-demo.yaml"
 DEFAULT_METRICS = ("fid", "sfid", "isc", "kid", "fidelity")
@@ -61,11 +61,16 @@ class TableRow:
         return "--ptq" in shlex.split(self.options)
 
     @property
+    def _method(self) -> Method | None:
+        pairs = list(itertools.pairwise(shlex.split(self.options)))
+        return next((method for name, method in METHODS.items() if ("--method", name) in pairs), None)
+
+    @property
     def takes_samples(self) -> bool:
         """Whether the row takes --cali_st and --cali_n: checkpoints need none, EDA-DM and PTQ4DM draw their own."""
         words = shlex.split(self.options)
         pairs = list(itertools.pairwise(words))
-        draws = any(("--method", name) in pairs for name, method in METHODS.items() if method.draws)
+        draws = self._method is not None and self._method.draws is not None
         # With dynamic ranges and weights from elsewhere, nothing is left to calibrate.
         dynamic = ("--quant_mode", "dynamic") in pairs and (self.weights_from is not None or "--cali_ckpt" in words)
         return self.quantizes and not (draws or dynamic) and ("--cali_ckpt" not in words or "--resume_w" in words)
@@ -73,9 +78,8 @@ class TableRow:
     @property
     def calibrates(self) -> bool:
         """Whether the row uses the shared recording; rows at other timesteps than the common ones record their own."""
-        pairs = list(itertools.pairwise(shlex.split(self.options)))
-        method = next((row for name, row in METHODS.items() if ("--method", name) in pairs), None)
-        default = Spacing.EVERY if method is None else method.spacing
+        pairs = itertools.pairwise(shlex.split(self.options))
+        default = Spacing.EVERY if self._method is None else self._method.spacing
         spacing = next((Spacing(word) for option, word in pairs if option == "--cali_spacing"), default)
         return self.takes_samples and not self.own_recording and spacing is Spacing.EVERY
 

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from qdiff.calibration import trajectory_sensitivity, weight_noise
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
@@ -102,3 +103,21 @@ def state_of():
         return values, hooks, [(p.requires_grad, p.grad) for p in network.parameters()]
 
     return state
+
+
+@pytest.fixture
+def heard_gradients(monkeypatch):
+    """What `trajectory_sensitivities` works with: gradients by the weights of layers, and the projections v."""
+    seen, drawn = {}, []
+    run = trajectory_sensitivity._result
+
+    def heard(*given):
+        made = run(*given)
+        made.register_hook(drawn.append)
+        return made
+
+    monkeypatch.setattr(trajectory_sensitivity, "_result", heard)
+    monkeypatch.setattr(
+        weight_noise.WeightNoise, "finish", lambda self, scale=1.0: seen.setdefault(self.layer, self._gradient)
+    )
+    return seen, drawn

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from qdiff.calibration import trajectory_sensitivity, weight_noise
+from qdiff.calibration import trajectory_sensitivity
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.sensitivity import Operand, layer_sensitivity, sqnr
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
@@ -67,25 +67,14 @@ def sensitivities(pipeline, widths, names=None, images=range(4), seed=3, config=
 
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("options", [{}, {"kind": "plms"}, {"kind": "ddim", "eta": 1.0}])
-def test_gradients_are_those_of_the_result(guided, options, monkeypatch):
+def test_gradients_are_those_of_the_result(guided, options, heard_gradients):
     """What a weight's gradients say of a small change is what x_0 does."""
     torch.manual_seed(0)
     network = Small()
     changes = {n: 1e-3 * torch.randn_like(m.weight) for n, m in network.named_modules() if hasattr(m, "weight")}
     if not guided:
         del changes["label"]
-    seen, drawn = {}, []
-    monkeypatch.setattr(
-        weight_noise.WeightNoise, "finish", lambda self, scale=1.0: seen.setdefault(self.layer, self._gradient.clone())
-    )
-    run = trajectory_sensitivity._result
-
-    def heard(*given):
-        made = run(*given)
-        made.register_hook(drawn.append)
-        return made
-
-    monkeypatch.setattr(trajectory_sensitivity, "_result", heard)
+    seen, drawn = heard_gradients
     pipeline = stub(network, guided=guided, **options)
     sensitivities(pipeline, {WEIGHTS: (4,)}, list(changes))
 

@@ -51,39 +51,17 @@ def test_gradients_are_those_of_every_sample(kind, copies):
             assert (noise._bias_gradient[sample] - layer.bias.grad).abs().max() < EXACT * layer.bias.grad.abs().max()
 
 
-def test_it_predicts_the_error_of_rounding_column_by_column():
-    """On inputs whose channels go together, rounding to nearest has several times the error."""
-    generator = torch.Generator().manual_seed(1)
-    mixing = torch.randn(8, 32, generator=generator)
-    x = torch.randn(512, 8, generator=generator) @ mixing + 0.2 * torch.randn(512, 32, generator=generator)
-    layer = nn.Linear(32, 64, bias=False)
-    with torch.no_grad():
-        layer.weight.copy_(torch.randn(64, 32, generator=generator))
-    for bits in (3, 4):
-        noise = noise_of(layer, (bits,))
-        noise.keep(x, 4096)
-        noise.start(len(x), 1)
-        with layer.register_forward_hook(noise.on_output):
-            out = layer(x)
-            # A projection onto independent numbers has the square of the output's error.
-            (out * torch.randn(out.shape, generator=generator)).sum().backward()
-        noise.finish()
-        predicted = noise.quality(1.0)[bits]
-        made = noise.shape
-        made.init_weight_ranges("mse")
-        delta, zero_point = (t.expand_as(made.weight) for t in made.weight_grid())
-        q = round_matrix(layer.weight, Grid(delta, zero_point, bits), 2 * x.mT @ x / len(x))
-        error = ((q - zero_point) * delta - layer.weight).float()
-        actual = -10 * (x @ error.mT).square().sum().log10()
-        nearest = -10 * (x @ (made.dequantized_weight() - layer.weight).mT).square().sum().log10()
-        assert abs(predicted - float(actual)) < SPREAD, (bits, predicted, float(actual))
-        assert predicted - float(nearest) > 3 * SPREAD  # planted: that of rounding to nearest
+def errors_of(rank, bits, spread=0.0):
+    """What is thought of the error of a rounded weight, that error, and that of rounding to nearest, in dB.
 
-
-def _predicted_and_actual(rank, bits):
-    """The error of a rounded weight on inputs of few dimensions, in dB, beside what it was thought to be."""
+    Args:
+        rank: dimensions of the inputs.
+        spread: of what every channel has for itself.
+    """
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(512, rank, generator=generator) @ torch.randn(rank, 32, generator=generator)
+    if spread:
+        x = x + spread * torch.randn(512, 32, generator=generator)
     layer = nn.Linear(32, 64, bias=False)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(64, 32, generator=generator))
@@ -92,23 +70,33 @@ def _predicted_and_actual(rank, bits):
     noise.start(len(x), 1)
     with layer.register_forward_hook(noise.on_output):
         out = layer(x)
+        # A projection onto independent numbers has the square of the output's error.
         (out * torch.randn(out.shape, generator=generator)).sum().backward()
     noise.finish()
     made = noise.shape
     made.init_weight_ranges("mse")
     delta, zero_point = (t.expand_as(made.weight) for t in made.weight_grid())
-    q = round_matrix(layer.weight, Grid(delta, zero_point, bits), 2 * x.mT @ x / len(x))
-    error = ((q - zero_point) * delta - layer.weight).float()
-    return noise.quality(1.0)[bits], float(-10 * (x @ error.mT).square().sum().log10())
+    q = round_matrix(layer.weight.detach(), Grid(delta, zero_point, bits), 2 * x.mT @ x / len(x))
+    weights = (q - zero_point) * delta, made.dequantized_weight()
+    errors = [(x @ (weight - layer.weight.detach()).float().mT).square().sum() for weight in weights]
+    return noise.quality(1.0)[bits], *(float(-10 * error.log10()) for error in errors)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_it_predicts_the_error_of_rounding_column_by_column(bits):
+    """On inputs whose channels go together, rounding to nearest has several times the error."""
+    predicted, actual, nearest = errors_of(8, bits, spread=0.2)
+    assert abs(predicted - actual) < SPREAD
+    assert predicted - nearest > 3 * SPREAD  # planted: that of rounding to nearest
 
 
 @pytest.mark.parametrize("rank", [3, 6])
 def test_narrow_grids_are_left(rank, monkeypatch):
     """Few columns must make up for all others, which at 2 bits takes them beyond their grid."""
-    predicted, actual = _predicted_and_actual(rank, 2)
+    predicted, actual, _ = errors_of(rank, 2)
     assert abs(predicted - actual) < 2 * SPREAD
     monkeypatch.setattr(weight_noise, "CLIPPED_BITS", 1)  # planted: as if every grid reached far enough
-    predicted, actual = _predicted_and_actual(rank, 2)
+    predicted, actual, _ = errors_of(rank, 2)
     assert predicted - actual > 2 * SPREAD
 
 

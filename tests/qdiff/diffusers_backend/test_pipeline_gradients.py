@@ -12,7 +12,6 @@ import diffusers
 import torch
 from pipelines import class_conditional, ddim, stable_diffusion
 
-from qdiff.calibration import trajectory_sensitivity, weight_noise
 from qdiff.calibration.sensitivity import Operand
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.config import QuantConfig
@@ -65,7 +64,7 @@ def sensitivities(pipeline, names, images=range(2)):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_are_those_of_the_result(kind, tmp_path, monkeypatch):
+def test_gradients_are_those_of_the_result(kind, tmp_path, heard_gradients):
     pipeline = loaded(tmp_path, *KINDS[kind])
     if "clip_sample" in pipeline.pipe.scheduler.config:  # a tiny network's x_0 is beyond 1 almost everywhere
         pipeline.pipe.scheduler.register_to_config(clip_sample=False)
@@ -76,18 +75,7 @@ def test_gradients_are_those_of_the_result(kind, tmp_path, monkeypatch):
         weight = pipeline.network.get_submodule(name).weight
         changes[name] = 1e-2 * float(weight.detach().std()) * torch.randn(weight.shape, generator=generator)
     before = copy.deepcopy(pipeline.network.state_dict())
-    seen, drawn = {}, []
-    monkeypatch.setattr(
-        weight_noise.WeightNoise, "finish", lambda self, scale=1.0: seen.setdefault(self.layer, self._gradient)
-    )
-    run = trajectory_sensitivity._result
-
-    def heard(*given):
-        made = run(*given)
-        made.register_hook(drawn.append)
-        return made
-
-    monkeypatch.setattr(trajectory_sensitivity, "_result", heard)
+    seen, drawn = heard_gradients
     sensitivities(pipeline, names)
     assert torch.is_grad_enabled()
     told, expected = [], []
