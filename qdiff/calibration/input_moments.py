@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,14 +35,58 @@ def input_patches(layer: QuantModule, x: Tensor) -> Tensor:
     x = at_least_single(x)
     if layer.geometry is None:
         return x.reshape(len(x), -1, 1, x.shape[-1])
+    return _windows(layer, _padded(layer, x).contiguous(), layer.groups)
+
+
+def input_rows(layer: QuantModule, x: Tensor, chosen: Callable[[torch.Size], Tensor] | None = None) -> Tensor:
+    """Return rows of `input_patches` (im2col), with the columns in the order of memory.
+
+    Group g of the output is rows[:, g] · weight[g-th C_out/G rows].flatten(1)[:, `column_order`]ᵀ.
+
+    Args:
+        layer, x: as in `input_patches`.
+        chosen: given (N, *positions), returns which of them to take, bool of this shape; None takes all.
+
+    Returns:
+        [rows, G, K], sample after sample.
+    """
+    x = at_least_single(x)
+    if layer.geometry is None:
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        rows = rows.flatten(0, 1) if chosen is None else rows[chosen(rows.shape[:2])]
+        return rows[:, None]
+    # All channels of a place are copied together; taken from the patches, it would be number by number.
+    x = _padded(layer, x).movedim(1, -1).contiguous()
+    places = torch.arange(x[..., 0].numel(), device=x.device).view(len(x), 1, *x.shape[1:-1])
+    places = _windows(layer, places, 1).flatten(1 - layer.weight.dim())  # [N, *positions, kernel]
+    places = places.flatten(0, -2) if chosen is None else places[chosen(places.shape[:-1])]
+    rows = x.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, layer.groups, -1)
+    return rows.transpose(1, 2).flatten(2)
+
+
+def column_order(layer: QuantModule) -> Tensor:
+    """Return for every column of `input_rows` its column in the weight, [K]: channels vary fastest, not places."""
+    channels = layer.weight.shape[1]
+    return torch.arange(columns_of(layer), device=layer.weight.device).view(channels, -1).T.flatten()
+
+
+def _padded(layer: QuantModule, x: Tensor) -> Tensor:
+    return F.pad(x, _padding(layer.geometry.padding, tuple(layer.weight.shape[2:]), layer.geometry.dilation))
+
+
+def _windows(layer: QuantModule, x: Tensor, groups: int) -> Tensor:
+    """Return the part of a padded, contiguous input [N, C, …] under the kernel at every position, as a view.
+
+    Returns:
+        [N, *positions, groups, C/groups, *kernel].
+    """
     where, kernel = layer.geometry, tuple(layer.weight.shape[2:])
-    x = F.pad(x, _padding(where.padding, kernel, where.dilation)).contiguous()
     (count, channels, *sizes), (by_sample, by_channel, *by_position) = x.shape, x.stride()
     steps = list(zip(sizes, kernel, where.stride, where.dilation, by_position, strict=True))
     positions = [(size - dilation * (width - 1) - 1) // stride + 1 for size, width, stride, dilation, _ in steps]
-    in_group = channels // where.groups
+    in_group = channels // groups
     return x.as_strided(
-        (count, *positions, where.groups, in_group, *kernel),
+        (count, *positions, groups, in_group, *kernel),
         (
             by_sample,
             *(stride * by for _, _, stride, _, by in steps),
@@ -50,15 +95,6 @@ def input_patches(layer: QuantModule, x: Tensor) -> Tensor:
             *(dilation * by for _, _, _, dilation, by in steps),
         ),
     )
-
-
-def input_rows(layer: QuantModule, x: Tensor) -> Tensor:
-    """Return `input_patches` as rows [N, positions, G, K] (im2col).
-
-    Group g of the output is rows[:, :, g] · weight[g-th C_out/G rows].flatten(1)ᵀ.
-    """
-    patches = input_patches(layer, x)
-    return patches.reshape(len(x), -1, layer.groups, columns_of(layer))
 
 
 def _padding(padding: tuple[int, ...] | str, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
@@ -115,15 +151,16 @@ class InputMoments:
         """
         positions = math.prod(input_patches(self.layer, x[:1]).shape[1 : -self.layer.weight.dim()])
         every = 1 if self.most_rows is None else -(-self.samples * positions // self.most_rows)
+        self.rows += len(x) * positions
+        for total, t in zip(self._sums, (x, quantized), strict=True):
+            # Samples first, in the inputs' own precision: converting every patch to float64 takes far longer.
+            patches = input_patches(self.layer, at_least_single(t).sum(0, keepdim=True).double())
+            total += patches.flatten(0, -self.layer.weight.dim() - 1).sum(0).view_as(total)
+        if self._inputs is None:
+            return
         for part in self._parts(x, positions, every):
-            pair = [input_patches(self.layer, t[part]) for t in (x, quantized)]
-            self.rows += len(pair[0]) * positions
-            for total, patches in zip(self._sums, pair, strict=True):
-                # Positions first, in the patches' own precision: converting every patch to float64 takes far longer.
-                by_sample = patches.sum(dim=tuple(range(1, patches.dim() - self.layer.weight.dim())))
-                total += by_sample.sum(dim=0, dtype=torch.float64).view_as(total)
-            if self._inputs is not None:
-                self._add_products(*(self._thinned(patches, first + part.start, every) for patches in pair))
+            thinned = _Thinned(first + part.start, every) if every > 1 else None
+            self._add_products(*(input_rows(self.layer, t[part], thinned).transpose(0, 1) for t in (x, quantized)))
 
     def _add_products(self, x: Tensor, quantized: Tensor) -> None:
         self.used += quantized.shape[1]
@@ -139,21 +176,6 @@ class InputMoments:
         for start in range(0, len(x), size):
             yield slice(start, min(start + size, len(x)))
 
-    def _thinned(self, patches: Tensor, first: int, every: int) -> Tensor:
-        """Return the chosen rows, [G, rows, K].
-
-        Args:
-            first: number of the first of these samples among all.
-            every: a row is taken at every so many positions.
-        """
-        count, *positions = patches.shape[: -self.layer.weight.dim()]
-        if every > 1:
-            sample = torch.arange(first, first + count, device=patches.device)
-            position = torch.arange(math.prod(positions), device=patches.device)
-            chosen = (sample[:, None] + position) % every == 0
-            patches = patches[chosen.view(count, *positions)]
-        return patches.reshape(-1, self.layer.groups, columns_of(self.layer)).transpose(0, 1)
-
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """The means of x and of x̂, each [G, K]."""
@@ -162,9 +184,27 @@ class InputMoments:
     @property
     def inputs(self) -> Tensor:
         """H, [G, K, K]."""
-        return self._inputs * (2 / max(1, self.used))
+        return self._in_order(self._inputs) * (2 / max(1, self.used))
 
     @property
     def cross(self) -> Tensor | None:
         """D, [G, K, K], or None."""
-        return None if self._cross is None else self._cross * (2 / max(1, self.used))
+        return None if self._cross is None else self._in_order(self._cross) * (2 / max(1, self.used))
+
+    def _in_order(self, moments: Tensor) -> Tensor:
+        """Return moments of the columns of `input_rows` in the weight's order."""
+        order = column_order(self.layer).argsort()
+        return moments[:, order][:, :, order]
+
+
+@dataclass(frozen=True)
+class _Thinned:
+    """Chooses one position of every so many, others in every sample; ``first`` is the number of the first sample."""
+
+    first: int
+    every: int
+
+    def __call__(self, shape: torch.Size) -> Tensor:
+        sample = torch.arange(self.first, self.first + shape[0])
+        position = torch.arange(math.prod(shape[1:]))
+        return ((sample[:, None] + position) % self.every == 0).view(shape)

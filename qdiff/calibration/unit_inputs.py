@@ -26,7 +26,8 @@ class UnitInputs:
     """Inputs of a unit's layers, in stored tensors.
 
     The float network's do not depend on what is rounded, so one run of the unit collects those of all layers. The
-    quantized network's do: each layer needs a run of its own, which ends behind that layer.
+    quantized network's do: each layer needs a run of its own, which ends behind that layer. Layers that take the very
+    same tensor, as queries, keys and values do, share it.
 
     Args:
         activations: quantize activations as well as weights in the quantized network.
@@ -48,6 +49,8 @@ class UnitInputs:
         self._float: dict[nn.Module, list[Taken]] = {leaf: [] for _, leaf in self.leaves}
         self._quantized: tuple[nn.Module | None, list[Taken]] = None, []  # of the layer in work
         self._collect_float()
+        alike: dict[tuple[int, ...], nn.Module] = {}
+        self._first_with_input = {leaf: alike.setdefault(self._identity(leaf), leaf) for _, leaf in self.leaves}
 
     @property
     def layers(self) -> list[tuple[str, QuantModule]]:
@@ -129,10 +132,18 @@ class UnitInputs:
     @torch.no_grad()
     def _collect_float(self) -> None:
         seen: dict[nn.Module, Taken] = {}
+        copies: list[tuple[Tensor, int, Tensor]] = []  # a tensor in this forward, its version then, and the copy
+
+        def copy_of(x: Tensor) -> Tensor:
+            for one, version, copy in copies:
+                if one is x and version == x._version:
+                    return copy
+            copies.append((x, x._version, self._stored(x)))
+            return copies[-1][2]
 
         def see(leaf: nn.Module, args: tuple[Tensor, ...]) -> None:
             # Attention is only counted.
-            seen[leaf].append(self._stored(args[0]) if isinstance(leaf, QuantModule) else torch.empty(0))
+            seen[leaf].append(copy_of(args[0]) if isinstance(leaf, QuantModule) else torch.empty(0))
 
         handles = [leaf.register_forward_pre_hook(see) for _, leaf in self.leaves]
         try:
@@ -140,17 +151,25 @@ class UnitInputs:
                 for rows in self._rows:
                     seen.update({leaf: [] for _, leaf in self.leaves})
                     self.unit.module(*self.walker.load(self.unit.float_inputs, rows))
+                    copies.clear()
                     for leaf, calls in seen.items():
                         self._float[leaf].append(calls)
         finally:
             for handle in handles:
                 handle.remove()
 
+    def _identity(self, leaf: nn.Module) -> tuple[int, ...]:
+        """Return what is equal for layers that take the same tensors, before any of them has run."""
+        batches = self._float[leaf]
+        once = all(len(calls) == 1 for calls in batches)  # what a later call takes may depend on an earlier one
+        return tuple(id(calls[0]) for calls in batches) if once else (id(leaf),)
+
     def _of_quantized(self, layer: QuantModule) -> list[Taken]:
         """Return what a layer takes in the quantized network, before its own quantizers, by batch."""
-        if self._quantized[0] is not layer:
+        first = self._first_with_input[layer]
+        if self._quantized[0] is not first:
             self._quantized = None, []  # before the next is collected, so that only one is held
-            self._quantized = layer, self._run_past(layer, list(range(len(self._rows))))
+            self._quantized = first, self._run_past(first, list(range(len(self._rows))))
         return self._quantized[1]
 
     def _run_past(self, leaf: nn.Module, batches: list[int]) -> list[Taken]:

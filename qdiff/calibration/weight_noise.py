@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, ordered_factor, round_columns
-from qdiff.calibration.input_moments import columns_of, input_patches, input_rows
+from qdiff.calibration.input_moments import column_order, columns_of, input_patches, input_rows
 from qdiff.calibration.probed_sensitivity import by_sample, until_backward
 from qdiff.calibration.sensitivity import quick_range, sqnr
 from qdiff.config import QuantConfig
@@ -62,13 +62,13 @@ class WeightNoise:
             self.shape = QuantModule(layer, own).to(layer.weight.device).eval()
             self.shape.first_token = first_token
             self.variances[bits] = _rounding_variances(self.shape, config, bits)
-        self._kept: list[Tensor] = []  # rows of the input [n, G, K]
+        self._kept: list[Tensor] = []  # rows of the input [n, G, K]; columns as in `input_rows`, here and below
         self._samples = self._copies = 1
         self._gradient: Tensor | None = None  # [samples, C_out, K]
         self._bias_gradient: Tensor | None = None  # [samples, C_out]
         self._noises: dict[int, Tensor | float] = dict.fromkeys(widths, 0.0)
         self._called = False
-        self._factors: list[Tensor] = []  # Lᵀ of each group, in the columns' own order
+        self._factors: list[Tensor] = []  # Lᵀ of each group, in the order of the rows' columns
 
     @torch.no_grad()
     def keep(self, x: Tensor, rows: int) -> None:
@@ -76,7 +76,8 @@ class WeightNoise:
         patches = input_patches(self.shape, self.shape.quantized_part(x.detach()))
         where = patches.shape[: -self.shape.weight.dim()]
         chosen = [torch.randint(size, (rows,), generator=self.generator).to(x.device) for size in where]
-        self._kept.append(patches[tuple(chosen)].reshape(rows, self.shape.groups, columns_of(self.shape)))
+        kept = patches[tuple(chosen)].reshape(rows, self.shape.groups, columns_of(self.shape))
+        self._kept.append(kept[..., column_order(self.shape)])
 
     def start(self, samples: int, copies: int) -> None:
         """Begin a batch; gradients of all calls until `finish` add up. Arguments as in `RoundedLayer.start`."""
@@ -96,7 +97,7 @@ class WeightNoise:
     @torch.no_grad()
     def _add(self, x: Tensor, gradient: Tensor) -> None:
         part, groups = self.shape.quantized_part(x), self.shape.groups
-        rows = input_rows(self.shape, part)  # [N, P, G, K]
+        rows = input_rows(self.shape, part).unflatten(0, (len(x), -1))  # [N, P, G, K]
         if self.shape.geometry is None:
             gradient = self.shape.quantized_part(gradient).reshape(len(x), -1, gradient.shape[-1])
         else:
@@ -141,7 +142,8 @@ class WeightNoise:
             inputs: rows of the layer's input [n, G, K].
             factors: of its groups.
         """
-        weight, variance = self.shape.weight_to_quantize().flatten(1), self.variances[bits]
+        weight = self.shape.weight_to_quantize().flatten(1)[:, column_order(self.shape)]
+        variance = self.variances[bits]
         method, symmetric = quick_range(self.config.weight_range, bits), self.config.weight_symmetric
         inputs = inputs[:: max(1, len(inputs) // CLIPPED_INPUTS)]  # of all calls
         inputs = inputs - inputs.mean(0) if self.shape.bias is not None else inputs
@@ -190,7 +192,7 @@ class _InputFactor:
     Attributes:
         order: of the columns [K].
         upper: U [K, K], float64.
-        transposed: Lᵀ [K, K]; its rows are in the weight's own order of columns.
+        transposed: Lᵀ [K, K]; its rows are in the order of the inputs' columns.
     """
 
     def __init__(self, inputs: Tensor) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qdiff.calibration import trajectory_sensitivity, weight_noise
+from qdiff.calibration.input_moments import column_order
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.storage import ActivationStorage
@@ -108,6 +109,10 @@ def state_of():
 @pytest.fixture
 def heard_gradients(monkeypatch):
     """What `trajectory_sensitivities` works with: gradients by the weights of layers, and the projections v."""
+
+    def finish(noise, scale=1.0):
+        seen.setdefault(noise.layer, noise._gradient[..., column_order(noise.shape).argsort()])
+
     seen, drawn = {}, []
     run = trajectory_sensitivity._result
 
@@ -117,7 +122,5 @@ def heard_gradients(monkeypatch):
         return made
 
     monkeypatch.setattr(trajectory_sensitivity, "_result", heard)
-    monkeypatch.setattr(
-        weight_noise.WeightNoise, "finish", lambda self, scale=1.0: seen.setdefault(self.layer, self._gradient)
-    )
+    monkeypatch.setattr(weight_noise.WeightNoise, "finish", finish)
     return seen, drawn

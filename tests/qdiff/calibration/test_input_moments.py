@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qdiff.calibration import input_moments
-from qdiff.calibration.input_moments import InputMoments, input_rows
+from qdiff.calibration.input_moments import InputMoments, column_order, input_patches, input_rows
 from qdiff.config import QuantConfig
 from qdiff.quant_layer import QuantModule
 
@@ -34,6 +34,11 @@ def made(name):
     return QuantModule(layer().double(), QuantConfig(4)), x, x + 0.1 * torch.randn_like(x)
 
 
+def rows_in_order(layer, x, chosen=None):
+    """Rows with the columns of the weight."""
+    return input_rows(layer, x, chosen)[..., column_order(layer).argsort()]
+
+
 def close(found, expected):
     return bool((found - expected).norm() <= EXACT * expected.norm())
 
@@ -43,9 +48,9 @@ def test_rows_times_the_weight_are_the_output(name):
     """Padding, stride, dilation, groups and the order of a kernel's weights."""
     layer, x, _ = made(name)
     rows, groups = input_rows(layer, x), 1 if layer.geometry is None else layer.geometry.groups
-    weights = layer.weight.flatten(1).unflatten(0, (groups, -1))
-    found = torch.einsum("npgk,grk->npgr", rows, weights).flatten(2) + layer.bias
-    expected = layer(x).movedim(layer.channel_dim, -1).reshape(len(x), -1, len(layer.weight))
+    weights = layer.weight.flatten(1)[:, column_order(layer)].unflatten(0, (groups, -1))
+    found = torch.einsum("pgk,grk->pgr", rows, weights).flatten(1) + layer.bias
+    expected = layer(x).movedim(layer.channel_dim, -1).flatten(0, -2)
     assert close(found, expected)
     assert not close(found, expected.flip(0))
 
@@ -53,7 +58,17 @@ def test_rows_times_the_weight_are_the_output(name):
 def test_rows_of_a_convolution_are_those_of_unfold():
     layer, x, _ = made("dilation")
     expected = F.unfold(x, 3, dilation=(1, 2), padding=2).mT
-    assert torch.equal(input_rows(layer, x)[:, :, 0], expected)
+    assert torch.equal(rows_in_order(layer, x)[:, 0], expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_rows_are_the_patches(name):
+    layer, x, _ = made(name)
+    patches = input_patches(layer, x)
+    assert torch.equal(rows_in_order(layer, x).flatten(), patches.flatten())
+    odd = lambda shape: torch.arange(shape.numel()).view(shape) % 2 == 1  # noqa: E731
+    chosen = patches[odd(patches.shape[: -layer.weight.dim()])]
+    assert torch.equal(rows_in_order(layer, x, odd).flatten(), chosen.flatten())
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -74,11 +89,13 @@ def test_the_formulas(name):
     layer, x, quantized = made(name)
     moments = InputMoments(layer, len(x))
     moments.add(x, quantized)
-    rows, in_float = input_rows(layer, quantized).flatten(0, 1), input_rows(layer, x).flatten(0, 1)
+    rows, in_float = rows_in_order(layer, quantized), rows_in_order(layer, x)
     expected = 2 * torch.einsum("ngk,ngl->gkl", rows, rows) / len(rows)
     assert close(moments.inputs, expected)
     assert close(moments.cross, 2 * torch.einsum("ngk,ngl->gkl", in_float - rows, rows) / len(rows))
     assert not close(moments.inputs, expected * (1 + 1e-8))
+    for found, every in zip(moments.means, (in_float, rows), strict=True):
+        assert close(found, every.mean(0))
 
 
 def test_a_layer_that_is_called_twice_adds_both():
@@ -94,7 +111,8 @@ def test_thinning_takes_other_positions_of_every_sample():
     layer, x, quantized = made("conv")  # 5 samples of 20 positions
     moments = InputMoments(layer, 5, most_rows=25)
     moments.add(x, quantized)
-    chosen = [row for n in range(5) for p, row in enumerate(input_rows(layer, quantized)[n, :, 0]) if (n + p) % 4 == 0]
+    rows = rows_in_order(layer, quantized)[:, 0].unflatten(0, (5, -1))
+    chosen = [row for n in range(5) for p, row in enumerate(rows[n]) if (n + p) % 4 == 0]
     rows = torch.stack(chosen)
     assert moments.used == len(rows) == 25
     assert close(moments.inputs[0], 2 / 25 * rows.T @ rows)

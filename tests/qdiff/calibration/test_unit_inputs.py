@@ -163,3 +163,37 @@ def test_stored_inputs_are_in_the_storage_and_released(small):
     assert small.storage.in_ram - before == floats * 3 // 2
     del inputs
     assert small.storage.in_ram == before
+
+
+class Attention(nn.Module):
+    """Queries and keys take the same tensor, values another one with the same numbers, and the last its changed memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.keys, self.values, self.last = (nn.Linear(8, 8) for _ in range(4))
+        self.runs = 0
+
+    def forward(self, x):
+        self.runs += 1
+        x = torch.tanh(x)
+        y = self.queries(x) + self.keys(x) + self.values(x.clone())
+        x.mul_(2)
+        return y + self.last(x)
+
+
+def test_layers_that_take_the_same_tensor_share_a_run(small):
+    unit = unit_of(Attention())
+    inputs = UnitInputs(unit, small, activations=True)
+    batches, before = -(-SAMPLES // 12), unit.module.runs
+    found = {}
+    for name, leaf in inputs.leaves:
+        inputs.observe(leaf)
+        found[name] = inputs.moments(leaf)
+    assert unit.module.runs - before == 3 * batches
+    for name, moments in found.items():
+        layer = getattr(unit.module, name)
+        (x,) = inputs_seen(unit, layer, unit.float_inputs, weights=False, activations=False)
+        (x_hat,) = inputs_seen(unit, layer, unit.inputs, weights=True, activations=True)
+        expected = InputMoments(layer, SAMPLES)
+        expected.add(x, layer.act_quantizers[0](x_hat))
+        assert torch.allclose(moments.cross, expected.cross, rtol=1e-9, atol=1e-12)
