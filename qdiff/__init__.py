@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qdiff.diffusers_backend.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from qdiff.api import calibrate, record, sample
+    from qdiff.api import calibrate, choose_widths, record, sample
     from qdiff.checkpoint import load_checkpoint, save_checkpoint
     from qdiff.config import QuantConfig
     from qdiff.diffusers_backend.config import QDiffConfig
@@ -29,6 +29,7 @@ __all__ = [
     "UserError",
     "cache_weights",
     "calibrate",
+    "choose_widths",
     "load_checkpoint",
     "measure_noise_error",
     "quantize_pipeline",
@@ -47,6 +48,7 @@ _HOMES = {
     "QuantModel": "qdiff.quant_model",
     "UserError": "qdiff.errors",
     "calibrate": "qdiff.api",
+    "choose_widths": "qdiff.api",
     "measure_noise_error": "qdiff.evaluation.noise_error",
     "record": "qdiff.api",
     "sample": "qdiff.api",

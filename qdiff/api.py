@@ -1,4 +1,4 @@
-"""Python API: record a calibration set, calibrate, sample. docs/api.md is a tour, and examples/ has programs to run.
+"""Python API: record a calibration set, choose widths, calibrate, sample. Tour: docs/api.md; programs: examples/.
 
 Here a sampler is any ``sampler(network, rows)`` that calls ``network(x, t)`` or ``network(x, t, context)`` and returns
 the samples numbered ``rows``, [N, …]: the `sample` of a pipeline, or a function of your own.
@@ -6,7 +6,8 @@ the samples numbered ``rows``, [N, …]: the `sample` of a pipeline, or a functi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,13 +15,23 @@ from torch import Tensor, nn
 
 from qdiff.calibration.first_token import set_first_tokens
 from qdiff.calibration.input_scales import InputScaling
+from qdiff.calibration.mixed_precision import TRAJECTORIES, MixedPrecision, layers_to_measure
+from qdiff.calibration.mixed_precision import choose_widths as allocate_widths
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.scaling import set_input_scales
+from qdiff.calibration.sensitivity import Operand
 from qdiff.calibration.timesteps import Spacing, spaced
+from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
+from qdiff.config import QuantConfig
+from qdiff.cost.account import account
 from qdiff.errors import UserError
+from qdiff.io.progress import progress_bar
 from qdiff.methods.registry import DEFAULT, Method, find_method
+from qdiff.modes import check_is_float
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
+from qdiff.ranges.first_token import FirstToken
 
 Sampler = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
 
@@ -58,6 +69,50 @@ def record(
         sampler(listening, range(first, min(first + batch_size, count)))
         kept += [calls[i] for i in spaced(len(calls), steps, spacing)]
     return CalibrationSet(tuple(torch.cat(part) for part in zip(*kept, strict=True)))
+
+
+def choose_widths(
+    pipeline: Pipeline,
+    config: QuantConfig,
+    *,
+    images: int = TRAJECTORIES,
+    seed: int = 0,
+    first_tokens: Mapping[str, FirstToken] = MappingProxyType({}),
+    show_progress: bool = True,
+) -> QuantConfig:
+    """Return a config with widths of single layers, by what rounding each does to the sampler's result.
+
+    The widths that are given become means: the size and the bit operations stay those of uniform widths. As GRIP
+    chooses in the commands; any method can calibrate the result.
+
+    Args:
+        pipeline: its float network must be loaded, and not wrapped; it is unchanged afterwards.
+        config: how ranges are chosen, and the means; layers of its ``layer_bits`` keep theirs.
+        images: trajectories that are gone back through, of the pipeline's calibration stream.
+        seed: of the projections.
+        first_tokens: by layer, where the config is ``bos_aware`` (`qdiff.calibration.first_token`).
+
+    Raises:
+        UserError: the config has no width, the pipeline's network is quantized already, or its loop lets no gradients
+            through.
+    """
+    if config.weight_bits is None and config.act_bits is None:
+        raise UserError("the config has neither weight_bits nor act_bits; give the mean width of at least one")
+    check_is_float(pipeline.network)
+    mixed = MixedPrecision.around(config, images)
+    layers = {
+        operand: layers_to_measure(pipeline.network, config, operand) if mixed.widths(operand) else {}
+        for operand in Operand
+    }
+    paths, widths = ({o: list(found.values()) for o, found in layers.items()}, {o: mixed.widths(o) for o in Operand})
+    generator = torch.Generator().manual_seed(seed)
+    with progress_bar(images, "choosing widths", unit="img", disable=not show_progress) as bar:
+        found = trajectory_sensitivities(
+            pipeline, paths, widths, config, range(images), generator, first_tokens, on_batch=bar.update
+        )
+    named = {o: {name: found[o][path] for name, path in of_operand.items()} for o, of_operand in layers.items()}
+    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
+    return allocate_widths(pipeline.network, config, mixed, named, {c.name: c.macs for c in costs}).quant
 
 
 def calibrate(

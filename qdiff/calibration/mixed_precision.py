@@ -19,6 +19,9 @@ from qdiff.wrapping import layer_places, without_prefix
 Sensitivities = Mapping[str, Mapping[int, float] | None]
 """Quality by layer and width (`layer_sensitivity`), under the names of `QuantConfig.layer_bits`."""
 
+TRAJECTORIES = 16
+_WIDER_WEIGHTS, _WIDER_INPUTS = (4, 5, 6, 8), (5, 6, 8, 10, 16)  # candidates above the mean
+
 
 @dataclass(frozen=True)
 class MixedPrecision:
@@ -66,11 +69,33 @@ class MixedPrecision:
                     f"those of --candidate_{option}"
                 )
 
+    @classmethod
+    def around(cls, quant: QuantConfig, images: int = TRAJECTORIES) -> MixedPrecision:
+        """Return the choice at the size and the bit operations of a config's widths, by the sampler's result.
+
+        Args:
+            quant: its widths are the means.
+            images: trajectories that the sensitivities are measured on.
+        """
+        return cls(
+            target=quant.weight_bits,
+            candidates=_around(quant.weight_bits, _WIDER_WEIGHTS) if quant.weight_bits else cls.candidates,
+            act_target=quant.act_bits,
+            act_candidates=_around(quant.act_bits, _WIDER_INPUTS) if quant.act_bits else cls.act_candidates,
+            measure=Measure.TRAJECTORY,
+            samples=images,
+            bounded=True,
+        )
+
     def widths(self, operand: Operand) -> tuple[int, ...]:
         """Return the candidates of an operand; none if its widths are not chosen."""
         if operand is Operand.WEIGHTS:
             return () if self.target is None else self.candidates
         return () if self.act_target is None else self.act_candidates
+
+
+def _around(bits: int, wider: tuple[int, ...]) -> tuple[int, ...]:
+    return (*range(min(bits, max(2, bits - 2)), bits + 1), *(width for width in wider if width > bits))
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,15 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qdiff.api import calibrate, method_and_config
+from qdiff.api import calibrate, choose_widths, method_and_config
+from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.input_scales import Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.sample_timesteps import check_timesteps
@@ -22,6 +24,7 @@ from qdiff.diffusers_backend.component_timesteps import follow_timesteps, timest
 from qdiff.diffusers_backend.component_tokens import check_at_first_call, tokens_of, watch_first_tokens
 from qdiff.diffusers_backend.config import QDiffConfig
 from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser, listen
+from qdiff.diffusers_backend.pipeline_in_memory import PipelineInMemory
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 from qdiff.diffusers_backend.recording import check_options, record_pipeline
 from qdiff.diffusers_backend.refusals import NO_SCALES, check_is_plain, refuse_changes
@@ -57,6 +60,7 @@ def quantize_pipeline(
     component: str | None = None,
     units: Sequence[str] | None = None,
     run: CalibrationRun | None = None,
+    uniform_widths: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Calibrate a pipeline's denoising network on its own sampling loop, and replace it by the quantized one.
@@ -76,6 +80,9 @@ def quantize_pipeline(
         component: None takes ``unet`` or ``transformer``.
         units: modules to reconstruct as a whole; None finds residual and transformer blocks.
         run: memory, journal and progress of the calibration.
+        uniform_widths: all layers have the config's widths. Otherwise, a method that chooses widths (GRIP) takes them
+            as means, unless the config names other layers than the method's own does; gradients then go back through
+            whole runs of the pipeline.
         options: further keywords of the pipeline's call, e.g. ``num_inference_steps``.
 
     Returns:
@@ -89,6 +96,8 @@ def quantize_pipeline(
     row, settings = method_and_config(method, settings)
     if row.scaling.kind is not Scaling.NONE:
         raise UserError(f"{NO_SCALES}, and {row.title} begins with them; choose another method")
+    if uniform_widths and not row.chooses_widths:
+        raise UserError(f"uniform_widths has no meaning with {row.title}, which chooses no widths; leave it out")
     require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     name, network = find_denoiser(pipe, component)
     _check_network(name, network, config)
@@ -108,6 +117,17 @@ def quantize_pipeline(
     with _in_single_precision(network):
         example = [i[:2].to(network.device) for i in data.inputs]
         _check_attention(network, config, example, call)
+        if row.chooses_widths and not uniform_widths and row.names_layers_of(config):
+            config = replace(config, layer_bits={})
+            tokens = find_first_tokens(network, data.inputs, call) if config.bos_aware else {}
+            running = PipelineInMemory(pipe, name, network, seed, batch_size, prompts, options)
+            config = choose_widths(
+                running,
+                config,
+                seed=seed,
+                first_tokens={f"{running.network.family.prefix}{layer}": token for layer, token in tokens.items()},
+                show_progress=run is None or run.show_progress,
+            )
         qnn = QuantModel(network, config, example, call=call, units=units, ends=ends_of(network))
         check_timesteps(qnn, data.inputs, visited)
         calibrate(qnn, data, method, settings, seed=seed, run=run)

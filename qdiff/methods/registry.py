@@ -70,6 +70,11 @@ class Method:
         """Return the method's widths and ranges, with fields of one's own."""
         return QuantConfig(**{**self.quant, **given})
 
+    def names_layers_of(self, config: QuantConfig) -> bool:
+        """Return whether a config names no layers but those that the method names itself."""
+        own = self.quant_config(weight_bits=8, act_bits=8)  # any widths
+        return config.layer_bits in ((), own.layer_bits)
+
 
 _OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction", "temporal_unit": "temporal_unit"}
 _Q_DIFFUSION = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 
@@ -10,9 +11,13 @@ import torch
 
 import qdiff
 from qdiff.calibration.timesteps import Spacing
+from qdiff.cost.account import account
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
+from qdiff.methods.registry import METHODS
+from qdiff.pipeline import Pipeline
+from qdiff.sampling import DiffusionSchedule, Sampler, SamplerOptions, make_beta_schedule
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "examples"
@@ -79,6 +84,40 @@ def test_methods_by_name(method, wrap, data):
     qnn.assert_initialised()
     images = qdiff.sample(sampler, qnn, range(2))
     assert not torch.equal(images, sampler(qnn, range(2)))  # outside it computes in float
+
+
+def tiny_pipeline(network):
+    schedule = DiffusionSchedule(make_beta_schedule("linear", 1e-4, 2e-2, 1000))
+    pipeline = Pipeline("tiny", Sampler(schedule, (1, 8, 8), SamplerOptions(steps=3), seed=7), 1, 2)
+    pipeline.network = network
+    return pipeline
+
+
+@pytest.mark.slow
+def test_widths_of_layers(tiny_network, state_of):
+    before = state_of(tiny_network)
+    given = METHODS["grip"].quant_config(weight_bits=4, act_bits=8, layer_bits={"conv_in": "W8A8"})
+    config = qdiff.choose_widths(tiny_pipeline(tiny_network), given, images=2, show_progress=False)
+    after = state_of(tiny_network)
+    assert all(torch.equal(before[0][name], value) for name, value in after[0].items()) and before[1:] == after[1:]
+    widths = dict(config.layer_bits)
+    assert widths["conv_in"] == dict(given.layer_bits)["conv_in"]
+    assert len({bits.weight_bits for bits in widths.values()}) > 2 < len({bits.act_bits for bits in widths.values()})
+    uniform, chosen = (
+        account(qdiff.QuantModel(copy.deepcopy(tiny_network), quant), (1, 8, 8)) for quant in (given, config)
+    )
+    assert 0.9 * uniform.bops < chosen.bops <= uniform.bops
+    data = qdiff.record(sampler, tiny_network, count=4, steps=2)
+    qnn = qdiff.QuantModel(tiny_network, config)
+    qdiff.calibrate(qnn, data, "grip")
+    assert qnn.layers()["conv_in"].weight_quantizers[0].bits == 8
+    with pytest.raises(UserError, match="quantized"):
+        qdiff.choose_widths(tiny_pipeline(qnn), given)
+
+
+def test_widths_need_a_mean(tiny_network):
+    with pytest.raises(UserError, match="neither weight_bits nor act_bits; give"):
+        qdiff.choose_widths(tiny_pipeline(tiny_network), qdiff.QuantConfig(weight_bits=None))
 
 
 def test_wrong_names_and_configs(wrap, data):

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from argparse import Namespace
 
-from qdiff.calibration.mixed_precision import MixedPrecision
+from qdiff.calibration.mixed_precision import TRAJECTORIES, MixedPrecision
 from qdiff.calibration.sensitivity import Measure
 from qdiff.cli.options.modiff import modulates
 from qdiff.config import QuantConfig
@@ -27,8 +27,7 @@ _OF_OWN_CHOICE = "sensitivity_samples", "sensitivities"  # these change it
 QUANTIZING = (*OPTIONS, "uniform_widths")
 """What has no effect on a float model."""
 # By default: samples of one projection each; images of each sensitivity.
-_USUAL = {Measure.SQNR: MixedPrecision.samples, Measure.PROBE: 128, Measure.TRAJECTORY: 16, Measure.SSIM: 4}
-_WIDER_WEIGHTS, _WIDER_INPUTS = (4, 5, 6, 8), (5, 6, 8, 10, 16)  # candidates of a method that chooses by itself
+_USUAL = {Measure.SQNR: MixedPrecision.samples, Measure.PROBE: 128, Measure.TRAJECTORY: TRAJECTORIES, Measure.SSIM: 4}
 
 
 def add_mixed_precision_options(parser: argparse.ArgumentParser) -> None:
@@ -99,25 +98,6 @@ def chooses_by_itself(args: Namespace, method: Method, samples: bool) -> bool:
     return method.chooses_widths and samples and not (uniform or given or cached_in_float or dynamic)
 
 
-def _own_choice(args: Namespace, quant: QuantConfig) -> MixedPrecision:
-    """Return how a method chooses by itself: at the size and the bit operations of the widths that are asked for."""
-    return MixedPrecision(
-        target=quant.weight_bits,
-        candidates=_around(quant.weight_bits, _WIDER_WEIGHTS),
-        act_target=quant.act_bits,
-        act_candidates=MixedPrecision.act_candidates
-        if quant.act_bits is None
-        else _around(quant.act_bits, _WIDER_INPUTS),
-        measure=Measure.TRAJECTORY,
-        samples=_USUAL[Measure.TRAJECTORY] if args.sensitivity_samples is None else args.sensitivity_samples,
-        bounded=True,
-    )
-
-
-def _around(bits: int, wider: tuple[int, ...]) -> tuple[int, ...]:
-    return (*range(min(bits, max(2, bits - 2)), bits + 1), *(width for width in wider if width > bits))
-
-
 def resolve_mixed_precision(
     args: Namespace, quant: QuantConfig, action: str, by_itself: bool = False
 ) -> MixedPrecision | None:
@@ -135,7 +115,8 @@ def resolve_mixed_precision(
     if "sensitivities" in given:
         _check_file(given["sensitivities"])
     if by_itself:
-        return _own_choice(args, quant)
+        own = TRAJECTORIES if args.sensitivity_samples is None else args.sensitivity_samples
+        return MixedPrecision.around(quant, own)
     if not given:
         return None
     if "target_bits" not in given and "target_act_bits" not in given:

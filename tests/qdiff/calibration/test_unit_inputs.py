@@ -166,7 +166,7 @@ def test_stored_inputs_are_in_the_storage_and_released(small):
 
 
 class Attention(nn.Module):
-    """Queries and keys take the same tensor, values another one with the same numbers, and the last its changed memory."""
+    """Queries and keys take the same tensor, values a copy of it, and the last layer its changed memory."""
 
     def __init__(self):
         super().__init__()
