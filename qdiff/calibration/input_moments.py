@@ -58,7 +58,7 @@ def input_rows(layer: QuantModule, x: Tensor, chosen: Callable[[torch.Size], Ten
     # All channels of a place are copied together; taken from the patches, it would be number by number.
     x = _padded(layer, x).movedim(1, -1).contiguous()
     places = torch.arange(x[..., 0].numel(), device=x.device).view(len(x), 1, *x.shape[1:-1])
-    places = _windows(layer, places, 1).flatten(1 - layer.weight.dim())  # [N, *positions, kernel]
+    places = _windows(layer, places, 1).flatten(-layer.weight.dim())  # [N, *positions, kernel]
     places = places.flatten(0, -2) if chosen is None else places[chosen(places.shape[:-1])]
     rows = x.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, layer.groups, -1)
     return rows.transpose(1, 2).flatten(2)
