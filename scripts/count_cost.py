@@ -1,4 +1,6 @@
-"""Count the cost of a model before and after quantization: stored bytes and bit operations. Needs no weights.
+"""Count the cost of a model before and after quantization: stored bytes and bit operations.
+
+Needs no weights, but for diffusers pipelines, which are loaded.
 
     python scripts/count_cost.py --config configs/cifar10.yml --use_pretrained --ptq --weight_bit 4 --quant_act --split
     python scripts/count_cost.py --like txt2img --config configs/stable-diffusion/v1-inference.yaml \\
@@ -46,6 +48,8 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
+    import torch
+
     from qdiff.cli.first_token import check_has_text
     from qdiff.cli.options.ptq import resolve_ptq
     from qdiff.cli.quantize import wrap_network
@@ -59,7 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     plan = with_temporal_cache(args, resolve_ptq(args, pipeline.weight_range, pipeline.act_range), pipeline)
     check_has_text(plan, pipeline)
-    network, context_shape = pipeline.build_network()
+    try:
+        network, context_shape = pipeline.build_network()
+    except NotImplementedError:  # a diffusers pipeline says how it calls its network when it is loaded
+        pipeline.load(torch.device("cpu"))
+        network, context_shape = pipeline.network, pipeline.context_shape
     shapes, kept = (pipeline.input_shape, context_shape), len(cached_timesteps(args, pipeline))
     accounts = {"float": account(network, *shapes, kept if plan is None else 0)}
     if plan is not None:

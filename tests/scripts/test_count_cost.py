@@ -11,7 +11,7 @@ from thorough import thorough_except
 SCRIPT = "count_cost"
 REPOSITORY = Path(__file__).parents[2]
 CIFAR10 = ("--config", REPOSITORY / "configs" / "cifar10.yml")
-LDM = REPOSITORY / "models" / "ldm"
+LDM, DIT = REPOSITORY / "models" / "ldm", REPOSITORY / "models" / "dit_digits"
 W4A8 = ("--ptq", "--weight_bit", 4, "--quant_act", "--split")
 # options, input, context, parameters of the UNet
 FAMILIES = {
@@ -86,6 +86,14 @@ def test_table(call):
     assert rows["quantized"][0] == "35,746,307" and float(rows["quantized"][1]) == pytest.approx(17.9, rel=0.02)
     assert len(lines) == 8  # title, totals and their heading, an empty line, layers and their heading
     assert lines[-1].split()[1:3] == ["Conv2d", "4/8"]
+
+
+@pytest.mark.slow
+def test_a_diffusers_pipeline(call):
+    pytest.importorskip("diffusers")
+    result = counted(call(SCRIPT, "--like", "sample_pipeline", DIT, "--ptq", "--weight_bit", 4, "--quant_act", "--json"))
+    assert result["float"]["parameters"] == 1_209_124 and result["float"]["image_shape"] == [4, 8, 8]
+    assert result["quantized"]["bops"] < result["float"]["bops"] / 25
 
 
 def test_guided_models_say_that_a_step_costs_twice(call):
