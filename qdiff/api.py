@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qdiff.calibration.first_token import set_first_tokens
 from qdiff.calibration.input_scales import InputScaling
-from qdiff.calibration.mixed_precision import TRAJECTORIES, MixedPrecision, layers_to_measure
+from qdiff.calibration.mixed_precision import TRAJECTORIES, MixedPrecision, check_reachable, layers_to_measure
 from qdiff.calibration.mixed_precision import choose_widths as allocate_widths
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
@@ -25,13 +25,15 @@ from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.config import QuantConfig
 from qdiff.cost.account import account
-from qdiff.errors import UserError
+from qdiff.errors import UserError, require_at_least
+from qdiff.interface import family_of
 from qdiff.io.progress import progress_bar
 from qdiff.methods.registry import DEFAULT, Method, find_method
 from qdiff.modes import check_is_float
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.first_token import FirstToken
+from qdiff.wrapping import check_layer_bits
 
 Sampler = Callable[[Callable[..., Tensor], Sequence[int]], Tensor]
 
@@ -93,13 +95,14 @@ def choose_widths(
         first_tokens: by layer, where the config is ``bos_aware`` (`qdiff.calibration.first_token`).
 
     Raises:
-        UserError: the config has no width, the pipeline's network is quantized already, or its loop lets no gradients
-            through.
+        UserError: an argument is wrong, no widths meet the means, or the pipeline's loop lets no gradients through; the
+            last alone is found after sampling.
     """
-    if config.weight_bits is None and config.act_bits is None:
-        raise UserError("the config has neither weight_bits nor act_bits; give the mean width of at least one")
-    check_is_float(pipeline.network)
+    _check_can_choose(pipeline, config, images, first_tokens)
     mixed = MixedPrecision.around(config, images)
+    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
+    macs = {layer.name: layer.macs for layer in costs}
+    check_reachable(pipeline.network, config, mixed, macs)
     layers = {
         operand: layers_to_measure(pipeline.network, config, operand) if mixed.widths(operand) else {}
         for operand in Operand
@@ -111,8 +114,27 @@ def choose_widths(
             pipeline, paths, widths, config, range(images), generator, first_tokens, on_batch=bar.update
         )
     named = {o: {name: found[o][path] for name, path in of_operand.items()} for o, of_operand in layers.items()}
-    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
-    return allocate_widths(pipeline.network, config, mixed, named, {c.name: c.macs for c in costs}).quant
+    return allocate_widths(pipeline.network, config, mixed, named, macs).quant
+
+
+def _check_can_choose(pipeline: Pipeline, config: QuantConfig, images: int, first_tokens: Mapping) -> None:
+    require_at_least(1, {"images": images})
+    if not isinstance(pipeline, Pipeline) or not hasattr(pipeline, "network"):
+        raise UserError(
+            f"widths are chosen on a pipeline of this project whose load() was called, not on this "
+            f"{type(pipeline).__name__}; a pipeline of diffusers is quantized by qdiff.quantize_pipeline"
+        )
+    if config.weight_bits is None and config.act_bits is None:
+        raise UserError("the config has neither weight_bits nor act_bits; give the mean width of at least one")
+    if config.modulate:
+        raise UserError("widths are chosen for activations, not for their changes; leave out modulate")
+    if config.bos_aware and not first_tokens:
+        raise UserError("the config is bos_aware; give first_tokens, as qdiff.calibration.first_token finds them")
+    if torch.is_inference_mode_enabled():
+        raise UserError("widths are chosen by gradients, which torch.inference_mode forbids; call this outside of it")
+    check_is_float(pipeline.network)
+    family = family_of(pipeline.network)
+    check_layer_bits(pipeline.network, config, family.ends, prefix=family.prefix)
 
 
 def calibrate(

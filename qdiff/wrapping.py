@@ -59,8 +59,7 @@ def replace_leaves(
         UserError: `QuantConfig.layer_bits` names what is not replaced, or gives attention the width of a weight.
     """
     own_ends, children = without_prefix(ends, prefix), list(_children(network))
-    if config.layer_bits:
-        _check_layer_bits(type(network).__name__, config, own_ends, children, unused, prefix)
+    check_layer_bits(network, config, ends, unused, prefix)
     left: dict[str, str] = {}
     replaced: dict[nn.Module, nn.Module] = {}
     weights: set[int] = set()
@@ -114,19 +113,25 @@ def without_prefix(ends: tuple[str, str] | None, prefix: str) -> tuple[str, str]
     return None if ends is None else tuple(name.removeprefix(prefix) for name in ends)
 
 
-def _check_layer_bits(
-    kind: str,
+def check_layer_bits(
+    network: nn.Module,
     config: QuantConfig,
     ends: tuple[str, str] | None,
-    children: list[tuple[nn.Module, str, str, nn.Module]],
-    unused: Collection[str],
-    prefix: str,
+    unused: Collection[str] = (),
+    prefix: str = "",
 ) -> None:
-    """Raise a `UserError` for the first entry of `QuantConfig.layer_bits` that a network cannot have."""
-    found = {path.removeprefix(prefix): child for _, path, _, child in children}
+    """Raise a `UserError` for the first entry of `QuantConfig.layer_bits` that a float network cannot have.
+
+    Args:
+        ends, unused, prefix: as for the network's wrapping.
+    """
+    if not config.layer_bits:
+        return
+    kind, own_ends = type(network).__name__, without_prefix(ends, prefix)
+    found = {path.removeprefix(prefix): child for _, path, _, child in _children(network)}
     for name, bits in config.layer_bits:
         if name in (FIRST, LAST) and name not in found:
-            if ends is None:
+            if own_ends is None:
                 raise UserError(f"the first and last layer of {kind} are not known; give --layer_bits their names")
         elif name not in found:
             near = ", ".join(difflib.get_close_matches(name, found, cutoff=0.0))

@@ -60,7 +60,8 @@ def input_rows(layer: QuantModule, x: Tensor, chosen: Callable[[torch.Size], Ten
     places = torch.arange(x[..., 0].numel(), device=x.device).view(len(x), 1, *x.shape[1:-1])
     places = _windows(layer, places, 1).flatten(-layer.weight.dim())  # [N, *positions, kernel]
     places = places.flatten(0, -2) if chosen is None else places[chosen(places.shape[:-1])]
-    rows = x.flatten(0, -2).index_select(0, places.flatten()).view(*places.shape, layer.groups, -1)
+    rows = x.flatten(0, -2).index_select(0, places.flatten())
+    rows = rows.view(*places.shape, layer.groups, layer.weight.shape[1])
     return rows.transpose(1, 2).flatten(2)
 
 

@@ -184,6 +184,19 @@ def choose_widths(
     return Allocation(config, means.get(Operand.WEIGHTS), means.get(Operand.ACTIVATIONS))
 
 
+def check_reachable(network: nn.Module, quant: QuantConfig, mixed: MixedPrecision, macs: Mapping[str, int]) -> None:
+    """Raise a `UserError` if no widths meet the targets, before anything is measured.
+
+    Args:
+        network, quant, mixed, macs: as in `choose_widths`.
+    """
+    same = {
+        operand: dict.fromkeys(layers_to_measure(network, quant, operand), dict.fromkeys(mixed.widths(operand), 0.0))
+        for operand in Operand
+    }
+    choose_widths(network, quant, mixed, same, macs)
+
+
 @dataclass(frozen=True)
 class _Layer:
     """A layer: its name, what it costs, and its config."""

@@ -77,6 +77,8 @@ class _Watched:
             with torch.autocast(x.device.type, enabled=False):
                 return network(x, *rest)
 
+        # Conditions are constants: what a ControlNet makes of x has a graph of its own, which is not gone back through.
+        rest = tuple(part.detach() for part in rest)
         kept = x.detach().clone()  # samplers reuse their memory
         # The anchor gives the first call, whose input has no gradient, a backward pass too.
         out = _Call.apply(x, self.anchor, kept, call)
@@ -155,7 +157,7 @@ def _result(pipeline: Pipeline, network: _Watched, rows: Sequence[int]) -> Tenso
     if not result.requires_grad:
         raise UserError(
             f"the sampler of {pipeline.name} lets no gradients through, so widths cannot be chosen by its result; give "
-            "--uniform_widths, or --sensitivity probe with targets"
+            "--uniform_widths (in Python uniform_widths=True), or --sensitivity probe with targets"
         )
     return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -132,13 +133,14 @@ class UnitInputs:
     @torch.no_grad()
     def _collect_float(self) -> None:
         seen: dict[nn.Module, Taken] = {}
-        copies: list[tuple[Tensor, int, Tensor]] = []  # a tensor in this forward, its version then, and the copy
+        # Tensors of this forward that are still there, their version then, and their copies.
+        copies: list[tuple[weakref.ref[Tensor], int, Tensor]] = []
 
         def copy_of(x: Tensor) -> Tensor:
             for one, version, copy in copies:
-                if one is x and version == x._version:
+                if one() is x and version == x._version:
                     return copy
-            copies.append((x, x._version, self._stored(x)))
+            copies.append((weakref.ref(x), x._version, self._stored(x)))
             return copies[-1][2]
 
         def see(leaf: nn.Module, args: tuple[Tensor, ...]) -> None:

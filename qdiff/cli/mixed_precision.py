@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qdiff.calibration.first_token import find_first_tokens
-from qdiff.calibration.mixed_precision import MixedPrecision, choose_widths, layers_to_measure
+from qdiff.calibration.mixed_precision import MixedPrecision, check_reachable, choose_widths, layers_to_measure
 from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
@@ -137,6 +137,7 @@ def with_chosen_widths(
     path = run.path / WIDTHS
     if not path.is_file():
         check_is_float(pipeline.network)
+        check_reachable(pipeline.network, plan.quant, plan.mixed, _macs(pipeline))
         data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
         shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
         data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
@@ -234,9 +235,8 @@ def _by_trajectories(
 
 def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path) -> None:
     """Choose the widths and write them."""
-    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
     found = {operand: file.of(operand) for operand in Operand}
-    chosen = choose_widths(pipeline.network, plan.quant, plan.mixed, found, {c.name: c.macs for c in costs})
+    chosen = choose_widths(pipeline.network, plan.quant, plan.mixed, found, _macs(pipeline))
     words = {
         "mean_bits": chosen.mean_bits,
         "mean_act_bits": chosen.mean_act_bits,
@@ -254,6 +254,12 @@ def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path
                 f"{count} of {bits}" for bits, count in sorted(counts.items(), key=str) if bits is not None
             )
             log.info("mean width of %s: %.4f bits (layers: %s)", what, mean, told)
+
+
+def _macs(pipeline: Pipeline) -> dict[str, int]:
+    """Return the MACs by a layer's name in the network."""
+    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
+    return {layer.name: layer.macs for layer in costs}
 
 
 def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecision) -> OutputQuality:

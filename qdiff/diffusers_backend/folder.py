@@ -66,12 +66,16 @@ class Folder:
 
     def calls(self, steps: int) -> int:
         """Return how often the network is called for an image."""
-        return calls_of(self._scheduler, steps)
+        try:
+            self._scheduler.set_timesteps(steps)
+        except (TypeError, ValueError):  # some need the image size; they take one call per step
+            return steps
+        return len(self._scheduler.timesteps)
 
     @property
     def training_steps(self) -> int:
         """T of the scheduler."""
-        return training_steps_of(self._scheduler)
+        return int(getattr(self._scheduler.config, "num_train_timesteps", 1000))
 
     @property
     def scheduler_name(self) -> str:
@@ -108,20 +112,6 @@ class Folder:
         """Return the file of a component's weights; None if there are several."""
         files = sorted((self.path / component).glob("*.safetensors")) or sorted((self.path / component).glob("*.bin"))
         return files[0] if len(files) == 1 else None
-
-
-def calls_of(scheduler: Any, steps: int) -> int:
-    """Return how often a network is called for an image; the scheduler's timesteps are set."""
-    try:
-        scheduler.set_timesteps(steps)
-    except (TypeError, ValueError):  # some need the image size; they take one call per step
-        return steps
-    return len(scheduler.timesteps)
-
-
-def training_steps_of(scheduler: Any) -> int:
-    """Return T of a scheduler."""
-    return int(getattr(scheduler.config, "num_train_timesteps", 1000))
 
 
 def _subclass(base: type, name: str) -> type | None:

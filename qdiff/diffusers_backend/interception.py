@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+UNIFORM = "give --uniform_widths (in Python uniform_widths=True)"
+"""What helps where a loop cannot be followed."""
+
 
 class Reached(Exception):
     """Ends a pipeline's loop where what is wanted from it is there."""
@@ -44,10 +47,13 @@ def ended_at_a_step(pipe: Any, is_last: Callable[[], bool]) -> Iterator[list[Ten
     A copy of the scheduler takes the steps, because schedulers keep tensors of earlier ones, with their gradients.
 
     Yields:
-        A list that holds the next sample of that step afterwards; it stays empty if there was none.
+        A list that holds the next sample of that step afterwards; it stays empty if there was none, or no scheduler.
     """
     made: list[Tensor] = []
-    scheduler = pipe.scheduler
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None:
+        yield made
+        return
     taking = copy.copy(scheduler)
     step = taking.step
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.folder import Folder
-from qdiff.diffusers_backend.interception import Reached, ended_at_a_step, intercepted
+from qdiff.diffusers_backend.interception import UNIFORM, Reached, ended_at_a_step, intercepted
 from qdiff.diffusers_backend.module import Denoiser
 from qdiff.diffusers_backend.recording import arguments_of, check_options, count_classes
 from qdiff.errors import UserError, require_at_least
@@ -61,6 +61,8 @@ class DiffusersPipeline(Pipeline):
     Raises:
         UserError: the folder holds no pipeline, or an option does not suit it.
     """
+
+    _calls_in_loop: int | None = None  # counted when they are first needed
 
     def __init__(
         self,
@@ -164,8 +166,8 @@ class DiffusersPipeline(Pipeline):
         self.device = device
         self.pipe.to(device)
 
-    def probe(self) -> tuple[Tensor, ...]:
-        """Return the network's inputs at the first call for two images, and note how it is called."""
+    def probe(self, rows: Sequence[int] = (0, 1)) -> tuple[Tensor, ...]:
+        """Return the network's inputs at the first call for some images, and note how it is called."""
         heard: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
         def first_call(*args: Any, **keywords: Any) -> None:
@@ -173,7 +175,7 @@ class DiffusersPipeline(Pipeline):
             raise Reached
 
         with contextlib.suppress(Reached), intercepted(self.network.network, first_call), torch.no_grad():
-            self.pipe(**self._arguments([0, 1], calibration=True))
+            self.pipe(**self._arguments(rows, calibration=True))
         if not heard:
             raise UserError(f"{type(self.pipe).__name__} does not call its {self.component}; name another --component")
         return tuple(i for i in heard[0] if i is not None)
@@ -194,6 +196,23 @@ class DiffusersPipeline(Pipeline):
         if "output_type" in self.folder.call_parameters and not (calibration and hasattr(self.pipe, "vae")):
             made["output_type"] = "np"
         return made
+
+    def count_calls(self, rows: Sequence[int]) -> int:
+        """Return how often the loop calls its network: it is run, with the network's first answer every time.
+
+        Raises:
+            UserError: the answer is no sample, as of a ControlNet.
+        """
+        answers: list[Tensor] = []
+
+        def again(*inputs: Tensor) -> Tensor:
+            answers.append(answers[0] if answers else self.network(*inputs))
+            if answers[0].dim() != inputs[0].dim():
+                raise UserError(f"{self.component} answers with something else than a sample; {UNIFORM}")
+            return answers[0]
+
+        self.sample(again, rows, calibration=True)
+        return len(answers)
 
     @torch.no_grad()
     def sample(
@@ -231,24 +250,27 @@ class DiffusersPipeline(Pipeline):
         return images if calibration else images.to(self.device) * 2 - 1
 
     def sample_latents(self, network: Network, rows: Sequence[int]) -> Tensor:
-        calls = 0
+        if self._calls_in_loop is None:  # guidance may call the network twice a step
+            self._calls_in_loop = self.count_calls(rows)
+        calls, last = 0, self._calls_in_loop
 
         def counted(*inputs: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
             return network(*inputs)
 
-        with ended_at_a_step(self.pipe, lambda: calls == self.calls) as made:
+        with ended_at_a_step(self.pipe, lambda: calls == last) as made:
             self.sample(counted, rows, calibration=True)
         if not made:
             raise UserError(
-                f"{type(self.pipe).__name__} made {calls} of {self.calls} network calls with steps of its scheduler "
-                "between them; this loop cannot be followed"
+                f"{type(self.pipe).__name__} takes no step of its scheduler after its last network call, so that its "
+                f"result is not seen; {UNIFORM}"
             )
         return made[0]
 
     def with_steps(self, steps: int) -> DiffusersPipeline:
         made = copy.copy(self)
+        made._calls_in_loop = None
         if "num_inference_steps" in self.options:
             made.options = {**self.options, "num_inference_steps": steps}
             made.sampler = Loop(self.sampler.seed, self.folder.calls(steps))

@@ -42,6 +42,7 @@ from qdiff.methods.registry import DEFAULT
 from qdiff.quant_model import QuantModel
 from qdiff.tracing.attention_calls import routed_calls
 from qdiff.tracing.trace import count_calls
+from qdiff.tracing.units import find_unit
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -81,8 +82,8 @@ def quantize_pipeline(
         units: modules to reconstruct as a whole; None finds residual and transformer blocks.
         run: memory, journal and progress of the calibration.
         uniform_widths: all layers have the config's widths. Otherwise, a method that chooses widths (GRIP) takes them
-            as means, unless the config names other layers than the method's own does; gradients then go back through
-            whole runs of the pipeline.
+            as means, unless the config names other layers than the method's own does, or ranges are dynamic; gradients
+            then go back through whole runs of the pipeline.
         options: further keywords of the pipeline's call, e.g. ``num_inference_steps``.
 
     Returns:
@@ -98,9 +99,15 @@ def quantize_pipeline(
         raise UserError(f"{NO_SCALES}, and {row.title} begins with them; choose another method")
     if uniform_widths and not row.chooses_widths:
         raise UserError(f"uniform_widths has no meaning with {row.title}, which chooses no widths; leave it out")
+    chooses = row.chooses_for(config) and not uniform_widths
+    if chooses:
+        require_at_least(0, {"seed": seed})
+        config = replace(config, layer_bits={})
     require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     name, network = find_denoiser(pipe, component)
     _check_network(name, network, config)
+    for unit in units or ():
+        find_unit(network, unit)
     check_options(pipe, prompts, options)
     started = time.monotonic()
     record = {"prompts": prompts, "batch_size": batch_size, "options": options}
@@ -117,8 +124,7 @@ def quantize_pipeline(
     with _in_single_precision(network):
         example = [i[:2].to(network.device) for i in data.inputs]
         _check_attention(network, config, example, call)
-        if row.chooses_widths and not uniform_widths and row.names_layers_of(config):
-            config = replace(config, layer_bits={})
+        if chooses:
             tokens = find_first_tokens(network, data.inputs, call) if config.bos_aware else {}
             running = PipelineInMemory(pipe, name, network, seed, batch_size, prompts, options)
             config = choose_widths(

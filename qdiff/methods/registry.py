@@ -70,10 +70,13 @@ class Method:
         """Return the method's widths and ranges, with fields of one's own."""
         return QuantConfig(**{**self.quant, **given})
 
-    def names_layers_of(self, config: QuantConfig) -> bool:
-        """Return whether a config names no layers but those that the method names itself."""
-        own = self.quant_config(weight_bits=8, act_bits=8)  # any widths
-        return config.layer_bits in ((), own.layer_bits)
+    def chooses_for(self, config: QuantConfig) -> bool:
+        """Return whether the widths of a config are means for which the method chooses those of single layers.
+
+        They are not where the config names other layers than the method itself does, or ranges are dynamic.
+        """
+        own = self.quant_config(weight_bits=8, act_bits=8).layer_bits  # at any widths
+        return self.chooses_widths and config.layer_bits in ((), own) and not (config.act_dynamic or config.modulate)
 
 
 _OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction", "temporal_unit": "temporal_unit"}

@@ -136,13 +136,18 @@ def _around(
     return ""
 
 
+def find_unit(network: nn.Module, name: str) -> nn.Module:
+    """Return a module that is to be a unit; a `UserError` if there is none of this name."""
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        raise UserError(f"{type(network).__name__} has no module {name}; give names of its modules as units") from None
+
+
 def _check_named(
     network: nn.Module, name: str, leaves: Collection[nn.Module], calls: Mapping[str, int], named: Sequence[str]
 ) -> None:
-    try:
-        module = network.get_submodule(name)
-    except AttributeError:
-        raise UserError(f"{type(network).__name__} has no module {name}; give names of its modules as units") from None
+    module = find_unit(network, name)
     if _weighs(module, leaves) == 0:
         raise UserError(f"the unit {name} holds no layer to quantize; name a module that holds one")
     if calls.get(name, 0) != 1:

@@ -115,9 +115,36 @@ def test_widths_of_layers(tiny_network, state_of):
         qdiff.choose_widths(tiny_pipeline(qnn), given)
 
 
-def test_widths_need_a_mean(tiny_network):
-    with pytest.raises(UserError, match="neither weight_bits nor act_bits; give"):
-        qdiff.choose_widths(tiny_pipeline(tiny_network), qdiff.QuantConfig(weight_bits=None))
+WRONG = {
+    "neither weight_bits nor act_bits; give": {"weight_bits": None},
+    "names nonsense, which is no layer of Model": {"layer_bits": {"nonsense": "W8A8"}, "act_bits": 8},
+    "need more bits of weights than the targets allow": {
+        "weight_bits": 2,
+        "act_bits": 2,
+        "layer_bits": {"mid.block_1.conv2": "W32A32"},
+    },
+    "leave out modulate": {"act_bits": 8, "modulate": True, "act_dynamic": True},
+    "give first_tokens": {"bos_aware": True, "act_bits": 8},
+}
+
+
+@pytest.mark.parametrize("says", WRONG)
+def test_widths_that_cannot_be_chosen_are_told_before_sampling(says, tiny_network, monkeypatch):
+    monkeypatch.setattr("qdiff.api.trajectory_sensitivities", None)  # fails if it is called
+    with pytest.raises(UserError, match=says):
+        qdiff.choose_widths(tiny_pipeline(tiny_network), qdiff.QuantConfig(**{"weight_bits": 4, **WRONG[says]}))
+
+
+def test_what_is_no_loaded_pipeline(tiny_network):
+    config, pipeline = qdiff.QuantConfig(4), tiny_pipeline(tiny_network)
+    with pytest.raises(UserError, match="images is 0; give at least 1"):
+        qdiff.choose_widths(pipeline, config, images=0)
+    with torch.inference_mode(), pytest.raises(UserError, match="call this outside of it"):
+        qdiff.choose_widths(pipeline, config)
+    del pipeline.network
+    for wrong in (pipeline, tiny_network):
+        with pytest.raises(UserError, match="whose load"):
+            qdiff.choose_widths(wrong, config)
 
 
 def test_wrong_names_and_configs(wrap, data):

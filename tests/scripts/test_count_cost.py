@@ -91,7 +91,7 @@ def test_table(call):
 @pytest.mark.slow
 def test_a_diffusers_pipeline(call):
     pytest.importorskip("diffusers")
-    result = counted(call(SCRIPT, "--like", "sample_pipeline", DIT, "--ptq", "--weight_bit", 4, "--quant_act", "--json"))
+    result = counted(call(SCRIPT, "--like", "sample_pipeline", DIT, *W4A8[:-1], "--json"))
     assert result["float"]["parameters"] == 1_209_124 and result["float"]["image_shape"] == [4, 8, 8]
     assert result["quantized"]["bops"] < result["float"]["bops"] / 25
 

@@ -88,6 +88,7 @@ def test_widths_are_chosen_kept_and_used_again(call, tiny, tmp_path, monkeypatch
         (("--target_bits", 4, "--sensitivities", "nowhere.json"), "--sensitivities nowhere.json does not exist"),
         (("--target_act_bits", 8, "--modulate"), "--target_act_bits measures activations, not their changes"),
         (("--target_bits", 4, "--cali_ckpt", "x.safetensors"), "--target_bits chooses widths before a calibration"),
+        (("--target_bits", 2, "--layer_bits", "conv_in=W8"), "a mean of 2 bits cannot be reached"),
     ],
 )
 def test_bad_options_are_one_sentence(words, says, call, tiny, tmp_path):

@@ -118,6 +118,17 @@ def test_thinning_takes_other_positions_of_every_sample():
     assert close(moments.inputs[0], 2 / 25 * rows.T @ rows)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_batches_of_which_no_row_is_taken(name):
+    layer, x, quantized = made(name)
+    whole, streamed = (InputMoments(layer, len(x), most_rows=1) for _ in range(2))
+    whole.add(x, quantized)
+    for sample in range(len(x)):
+        streamed.add(x[sample : sample + 1], quantized[sample : sample + 1], sample)
+    assert whole.used == streamed.used < streamed.rows
+    assert close(streamed.inputs, whole.inputs)
+
+
 def test_without_a_cross_moment():
     layer, x, quantized = made("linear")
     moments = InputMoments(layer, 5, cross=False)

@@ -9,12 +9,24 @@ import pytest
 pytest.importorskip("diffusers")
 
 import torch
-from diffusers import DiffusionPipeline
-from pipelines import PROMPTS, class_conditional, ddim, encoded_prompts, flux_without_encoders, images, stable_diffusion
+from diffusers import DDIMPipeline, DiffusionPipeline
+from pipelines import (
+    PROMPTS,
+    class_conditional,
+    ddim,
+    encoded_prompts,
+    flux_without_encoders,
+    images,
+    quiet,
+    stable_diffusion,
+    with_controlnet,
+)
 from torch import nn
 
 import qdiff
 from qdiff.calibration.run import CalibrationRun
+from qdiff.diffusers_backend.denoiser import find_denoiser
+from qdiff.diffusers_backend.pipeline_in_memory import PipelineInMemory
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS
 
@@ -95,16 +107,86 @@ def test_what_leaves_widths_as_they_are(monkeypatch):
         quantize(ddim(), method="linear", uniform_widths=True)
 
 
-def test_all_steps_of_the_pipeline_are_run(monkeypatch):
-    """Without num_inference_steps, those of the pipeline's own default."""
-    pipe, calls = ddim(), []
-    steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+def in_memory(pipe, prompts=(), batch_size=2, component=None, **options):
+    component, network = find_denoiser(pipe, component)
+    return PipelineInMemory(pipe, component, network, 0, batch_size, prompts, options)
 
-    def noted(pipeline, config, **options):
-        calls.append(pipeline.calls)
-        raise UserError("enough")
 
-    monkeypatch.setattr("qdiff.diffusers_backend.quantize.choose_widths", noted)
-    with pytest.raises(UserError, match="enough"):
-        qdiff.quantize_pipeline(pipe, qdiff.QuantConfig(4, 8), "grip", samples=1, steps=1)
-    assert calls == [steps]
+def test_all_steps_of_the_pipeline_are_run():
+    """Without num_inference_steps, those of the pipeline's own default; some have None."""
+    pipe = ddim()
+    assert in_memory(pipe).calls == inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+
+    class Own(DDIMPipeline):
+        def __call__(self, batch_size=1, generator=None, num_inference_steps=None, output_type="pil"):
+            return super().__call__(batch_size, generator, 0.0, num_inference_steps or 4, output_type=output_type)
+
+    pipeline = in_memory(quiet(Own(ddim().unet, ddim().scheduler)))
+    assert pipeline.calls == 4 and pipeline.with_steps(3).calls == 3
+
+
+def picture_to_picture():
+    return stable_diffusion("StableDiffusionImg2ImgPipeline")
+
+
+ENCODED = encoded_prompts()
+TWICE = {
+    "true_cfg_scale": 3.0,
+    "negative_prompt_embeds": ENCODED["prompt_embeds"],
+    "negative_pooled_prompt_embeds": ENCODED["pooled_prompt_embeds"],
+}
+FLUX = {**ENCODED, "height": 32, "width": 32}
+PICTURE = {"prompts": PROMPTS, "image": torch.linspace(0, 1, 3 * 16 * 16).reshape(1, 3, 16, 16)}
+ONE = {"batch_size": 1, "negative_prompt": ["b"]}
+LOOPS = {
+    "two calls a step": (flux_without_encoders, {**FLUX, **TWICE, "num_inference_steps": 2}, 4),
+    "sigmas": (flux_without_encoders, {**FLUX, "sigmas": [1.0, 0.7, 0.3]}, 3),
+    "part of the steps": (picture_to_picture, {**PICTURE, "strength": 0.5, "num_inference_steps": 4}, 2),
+    "ControlNet": (with_controlnet, {**PICTURE, "num_inference_steps": 2}, 2),
+    "batches of one": (stable_diffusion, {**TEXT, **ONE, "num_inference_steps": 3}, 3),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOOPS)
+def test_loops_are_followed_to_their_end(kind):
+    make, options, calls = LOOPS[kind]
+    pipe = make()
+    pipeline = in_memory(pipe, **options)
+    rows = range(pipeline.batch_size)
+    assert pipeline.calls == calls
+    with torch.no_grad():
+        made = pipeline.sample_latents(pipeline.network, rows)
+        whole = pipeline.sample(pipeline.network, rows, calibration=True)
+    assert torch.equal(made, whole)
+    config = qdiff.choose_widths(pipeline, qdiff.QuantConfig(4, 8), images=2, show_progress=False)
+    assert config.layer_bits
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    assert all(p.grad is None for part in parts for p in part.parameters())
+
+
+class Hidden(DDIMPipeline):
+    """Its scheduler's steps are taken by another object."""
+
+    def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="pil"):
+        seen, self.scheduler = self.scheduler, ddim().scheduler
+        try:
+            return super().__call__(batch_size, generator, 0.0, num_inference_steps, output_type=output_type)
+        finally:
+            self.scheduler = seen
+
+
+def test_loops_that_cannot_be_followed():
+    pipeline = in_memory(quiet(Hidden(ddim().unet, ddim().scheduler)), num_inference_steps=2)
+    with pytest.raises(UserError, match=r"Hidden takes no step of its scheduler .*uniform_widths=True"):
+        pipeline.sample_latents(pipeline.network, range(2))
+    with pytest.raises(UserError, match="controlnet answers with something else than a sample; give --uniform_widths"):
+        in_memory(with_controlnet(), component="controlnet", num_inference_steps=2, **PICTURE)
+
+
+def test_wrong_arguments_are_told_before_sampling(monkeypatch):
+    monkeypatch.setattr("qdiff.diffusers_backend.quantize.record_pipeline", None)  # fails if it is called
+    with pytest.raises(UserError, match="seed is -1"):
+        quantize(ddim(), seed=-1)
+    with pytest.raises(UserError, match="has no module nothing; give names"):
+        quantize(ddim(), units=["nothing"])

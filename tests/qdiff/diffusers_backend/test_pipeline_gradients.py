@@ -16,7 +16,6 @@ from qdiff.calibration.sensitivity import Operand
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.config import QuantConfig
 from qdiff.diffusers_backend.pipeline import DiffusersPipeline
-from qdiff.errors import UserError
 from qdiff.wrapping import layer_places
 
 CLOSE = 0.03  # relative, of a finite difference in float32
@@ -130,10 +129,3 @@ def test_batches_may_be_called_in_other_ways(tmp_path):
     names = list(layer_places(pipeline.network))[:2]
     found = sensitivities(pipeline, names, range(3))[Operand.WEIGHTS]
     assert all(found[name][4] > 0 for name in names)
-
-
-def test_a_loop_of_another_number_of_calls_is_told(tmp_path):
-    pipeline = loaded(tmp_path, *KINDS["pixels"])
-    pipeline.sampler = type(pipeline.sampler)(3, 99)
-    with pytest.raises(UserError, match="DDIMPipeline made 3 of 99 network calls"):
-        latents(pipeline)
