@@ -100,8 +100,7 @@ def choose_widths(
     """
     _check_can_choose(pipeline, config, images, first_tokens)
     mixed = MixedPrecision.around(config, images)
-    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
-    macs = {layer.name: layer.macs for layer in costs}
+    macs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).macs_by_layer
     check_reachable(pipeline.network, config, mixed, macs)
     layers = {
         operand: layers_to_measure(pipeline.network, config, operand) if mixed.widths(operand) else {}

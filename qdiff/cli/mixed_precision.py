@@ -137,7 +137,8 @@ def with_chosen_widths(
     path = run.path / WIDTHS
     if not path.is_file():
         check_is_float(pipeline.network)
-        check_reachable(pipeline.network, plan.quant, plan.mixed, _macs(pipeline))
+        macs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).macs_by_layer
+        check_reachable(pipeline.network, plan.quant, plan.mixed, macs)
         data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
         shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
         data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
@@ -152,7 +153,7 @@ def with_chosen_widths(
             advice = smaller_batch(pipeline.batch_size)
             with run.timed(OF_WIDTHS), memory_advice("measuring sensitivities", advice):
                 _measure(plan, pipeline, data, file, seed)
-                _choose(plan, pipeline, file, path)
+                _choose(plan, pipeline, file, path, macs)
     layer_bits = {**dict(plan.quant.layer_bits), **read_layer_bits(str(path))}
     return replace(plan, quant=replace(plan.quant, layer_bits=layer_bits))
 
@@ -233,10 +234,10 @@ def _by_trajectories(
         )
 
 
-def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path) -> None:
+def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path, macs: Mapping[str, int]) -> None:
     """Choose the widths and write them."""
     found = {operand: file.of(operand) for operand in Operand}
-    chosen = choose_widths(pipeline.network, plan.quant, plan.mixed, found, _macs(pipeline))
+    chosen = choose_widths(pipeline.network, plan.quant, plan.mixed, found, macs)
     words = {
         "mean_bits": chosen.mean_bits,
         "mean_act_bits": chosen.mean_act_bits,
@@ -254,12 +255,6 @@ def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path
                 f"{count} of {bits}" for bits, count in sorted(counts.items(), key=str) if bits is not None
             )
             log.info("mean width of %s: %.4f bits (layers: %s)", what, mean, told)
-
-
-def _macs(pipeline: Pipeline) -> dict[str, int]:
-    """Return the MACs by a layer's name in the network."""
-    costs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).layers
-    return {layer.name: layer.macs for layer in costs}
 
 
 def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecision) -> OutputQuality:

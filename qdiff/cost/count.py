@@ -96,6 +96,11 @@ class Account:
         return sum(layer.macs for layer in self.layers)
 
     @property
+    def macs_by_layer(self) -> dict[str, int]:
+        """MACs by a layer's name in the network."""
+        return {layer.name: layer.macs for layer in self.layers}
+
+    @property
     def bops(self) -> int:
         """Bit operations, summed over the layers; for a modulated network, those of a later call."""
         return sum(layer.bops for layer in self.layers)
