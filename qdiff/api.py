@@ -85,7 +85,7 @@ def choose_widths(
     """Return a config with widths of single layers, by what rounding each does to the sampler's result.
 
     The widths that are given become means: the size and the bit operations stay those of uniform widths. As GRIP
-    chooses in the commands; any method can calibrate the result.
+    chooses in the commands; any method can calibrate the result. Inputs keep theirs with dynamic ranges and modulation.
 
     Args:
         pipeline: its float network must be loaded, and not wrapped; it is unchanged afterwards.
@@ -123,10 +123,10 @@ def _check_can_choose(pipeline: Pipeline, config: QuantConfig, images: int, firs
             f"widths are chosen on a pipeline of this project whose load() was called, not on this "
             f"{type(pipeline).__name__}; a pipeline of diffusers is quantized by qdiff.quantize_pipeline"
         )
-    if config.weight_bits is None and config.act_bits is None:
-        raise UserError("the config has neither weight_bits nor act_bits; give the mean width of at least one")
-    if config.modulate:
-        raise UserError("widths are chosen for activations, not for their changes; leave out modulate")
+    if config.weight_bits is None and not config.calibrates_acts:
+        raise UserError(
+            "the config has neither weight_bits nor act_bits with calibrated ranges; give at least one of these"
+        )
     if config.bos_aware and not first_tokens:
         raise UserError("the config is bos_aware; give first_tokens, as qdiff.calibration.first_token finds them")
     if torch.is_inference_mode_enabled():

@@ -73,6 +73,9 @@ class MixedPrecision:
     def around(cls, quant: QuantConfig, images: int = TRAJECTORIES) -> MixedPrecision:
         """Return the choice at the size and the bit operations of a config's widths, by the sampler's result.
 
+        Inputs keep theirs where the sampler's network does not round them by calibrated ranges: with dynamic ranges and
+        modulation, whose noise the sensitivities do not tell.
+
         Args:
             quant: its widths are the means.
             images: trajectories that the sensitivities are measured on.
@@ -80,7 +83,7 @@ class MixedPrecision:
         return cls(
             target=quant.weight_bits,
             candidates=_around(quant.weight_bits, _WIDER_WEIGHTS) if quant.weight_bits else cls.candidates,
-            act_target=quant.act_bits,
+            act_target=quant.act_bits if quant.calibrates_acts else None,
             act_candidates=_around(quant.act_bits, _WIDER_INPUTS) if quant.act_bits else cls.act_candidates,
             measure=Measure.TRAJECTORY,
             samples=images,
@@ -166,7 +169,7 @@ def choose_widths(
         if mixed.widths(operand)
     }
     called = [layer for layer in layers if all(sensitivities[o].get(layer.name, {}) is not None for o in losses)]
-    chosen = _together(called, losses, mixed, quant) if mixed.bounded else _apart(called, losses, mixed)
+    chosen = _together(called, losses, mixed) if mixed.bounded else _apart(called, losses, mixed)
     means = {
         operand: _mean(
             [(layer.share(operand), chosen[operand].get(layer.name, layer.width(operand))) for layer in called]
@@ -230,13 +233,18 @@ def _apart(layers: Sequence[_Layer], losses: _Losses, mixed: MixedPrecision) -> 
     return chosen
 
 
-def _together(layers: Sequence[_Layer], losses: _Losses, mixed: MixedPrecision, quant: QuantConfig) -> _Chosen:
-    """Choose the widths of weights and inputs within the bits and the bit operations of uniform widths."""
+def _together(layers: Sequence[_Layer], losses: _Losses, mixed: MixedPrecision) -> _Chosen:
+    """Choose the widths of weights and inputs within the bits and the bit operations of uniform widths.
+
+    An operand whose widths are not chosen counts with those that layers have.
+    """
     of_weights, of_inputs = (losses.get(operand, {}) for operand in (Operand.WEIGHTS, Operand.ACTIVATIONS))
-    targets = [
-        Fraction(str(target)) if target is not None else Fraction(own or FLOAT_BITS)
-        for target, own in ((mixed.target, quant.weight_bits), (mixed.act_target, quant.act_bits))
-    ]
+    targets = dict(zip(Operand, (mixed.target, mixed.act_target), strict=True))
+
+    def uniform(layer: _Layer, operand: Operand) -> Fraction:
+        target = targets[operand]
+        return Fraction(layer.width(operand)) if target is None else Fraction(str(target))
+
     pairs = {
         layer.name: PairChoice(
             layer.weights,
@@ -248,8 +256,8 @@ def _together(layers: Sequence[_Layer], losses: _Losses, mixed: MixedPrecision, 
         )
         for layer in layers
     }
-    bits = targets[0] * sum(layer.weights for layer in layers)
-    operations = targets[0] * targets[1] * sum(layer.macs for layer in layers)
+    bits = sum(layer.weights * uniform(layer, Operand.WEIGHTS) for layer in layers)
+    operations = sum(layer.macs * math.prod(uniform(layer, operand) for operand in Operand) for layer in layers)
     chosen = allocate_pairs(pairs, bits, operations)
     return {
         operand: {name: pair[i] for name, pair in chosen.items() if name in losses[operand]}

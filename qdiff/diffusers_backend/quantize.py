@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -102,7 +101,7 @@ def quantize_pipeline(
     chooses = row.chooses_for(config) and not uniform_widths
     if chooses:
         require_at_least(0, {"seed": seed})
-        config = replace(config, layer_bits={})
+        config = row.to_choose_from(config)
     require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     name, network = find_denoiser(pipe, component)
     _check_network(name, network, config)

@@ -4,7 +4,8 @@ GPTQ-Rounded, Input-Precise. It is GPTQ towards the float network's output (`qdi
 
 - widths chosen layer by layer, by commands, which have a sampler to go through: those that are asked for are means, and
   size and bit operations are those of uniform widths. What a layer's rounding does to the sampler's result decides
-  (`qdiff.calibration.trajectory_sensitivity`);
+  (`qdiff.calibration.trajectory_sensitivity`). With dynamic ranges and modulation, only weights are chosen, and the
+  inputs of the first and the last layer have 16 bits;
 - calibration from the first to the last timestep of a run: the papers' choice leaves out the last ones where their
   number does not divide that of the steps, and there activations are largest (`Method.spacing`);
 - without a sampler, 8-bit weights and 16-bit inputs in the first and the last layer. The first one takes x_t, and at

@@ -6,7 +6,7 @@ METHODS["eda-dm"].calibrate(qnn, data, EdaDmConfig(), CalibrationRun(seed=1234))
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Schedule, Spacing
-from qdiff.config import ActRanges, QuantConfig
+from qdiff.config import ActRanges, LayerBits, QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods import dmq, eda_dm, gptq, grip, linear, ptq4dm, qdiffusion, tfmq_dm
 from qdiff.quant_model import QuantModel
@@ -73,10 +73,24 @@ class Method:
     def chooses_for(self, config: QuantConfig) -> bool:
         """Return whether the widths of a config are means for which the method chooses those of single layers.
 
-        They are not where the config names other layers than the method itself does, or ranges are dynamic.
+        They are not where the config names other layers than the method itself does, or neither weights nor inputs with
+        calibrated ranges are quantized.
         """
-        own = self.quant_config(weight_bits=8, act_bits=8).layer_bits  # at any widths
-        return self.chooses_widths and config.layer_bits in ((), own) and not (config.act_dynamic or config.modulate)
+        any_mean = config.weight_bits is not None or config.calibrates_acts
+        return self.chooses_widths and config.layer_bits in ((), self._own_layers) and any_mean
+
+    def to_choose_from(self, config: QuantConfig) -> QuantConfig:
+        """Return the config that the method chooses widths for: without its own ones of single layers.
+
+        Where inputs keep their widths, as they do with dynamic ranges and modulation, its layers keep those of inputs.
+        """
+        inputs_keep = config.act_bits is not None and not config.calibrates_acts
+        kept = [(name, replace(bits, weight_bits=None)) for name, bits in self._own_layers] if inputs_keep else ()
+        return replace(config, layer_bits=kept)
+
+    @property
+    def _own_layers(self) -> tuple[tuple[str, LayerBits], ...]:
+        return self.quant_config(weight_bits=8, act_bits=8).layer_bits  # the same at any widths
 
 
 _OF_ROUNDING = {"weight_start": "start", "bias_correction": "bias_correction", "temporal_unit": "temporal_unit"}

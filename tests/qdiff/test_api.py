@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -115,15 +116,29 @@ def test_widths_of_layers(tiny_network, state_of):
         qdiff.choose_widths(tiny_pipeline(qnn), given)
 
 
+@pytest.mark.slow
+def test_widths_of_weights_alone_where_ranges_are_dynamic(tiny_network):
+    """Nothing observes an input, and the answer is that of the same weights with inputs in float."""
+    given = METHODS["grip"].quant_config(weight_bits=4, layer_bits={})
+    modulated = dataclasses.replace(given, act_bits=4, act_dynamic=True, modulate=True)
+    widths = [
+        dict(qdiff.choose_widths(tiny_pipeline(tiny_network), config, images=2, show_progress=False).layer_bits)
+        for config in (modulated, given)
+    ]
+    assert widths[0] == widths[1]
+    assert {bits.act_bits for bits in widths[0].values()} == {None}
+    assert len({bits.weight_bits for bits in widths[0].values()}) > 2
+
+
 WRONG = {
-    "neither weight_bits nor act_bits; give": {"weight_bits": None},
+    "neither weight_bits nor act_bits with calibrated ranges; give": {"weight_bits": None},
+    "at least one of these": {"weight_bits": None, "act_bits": 8, "modulate": True, "act_dynamic": True},
     "names nonsense, which is no layer of Model": {"layer_bits": {"nonsense": "W8A8"}, "act_bits": 8},
     "need more bits of weights than the targets allow": {
         "weight_bits": 2,
         "act_bits": 2,
         "layer_bits": {"mid.block_1.conv2": "W32A32"},
     },
-    "leave out modulate": {"act_bits": 8, "modulate": True, "act_dynamic": True},
     "give first_tokens": {"bos_aware": True, "act_bits": 8},
 }
 

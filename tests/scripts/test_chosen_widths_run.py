@@ -45,6 +45,25 @@ def test_the_cost_is_that_of_uniform_widths(call, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_modulated_runs_have_chosen_weights(call, tiny, tmp_path):
+    words = (*tiny.options, *SAMPLER, *PTQ, "--act_bit", 8, "--quant_mode", "dynamic", "--modulate")
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
+    alike = ("--uniform_widths", "--layer_bits", "first=A16,last=A16")
+    succeeded(call(SCRIPT, *words, *alike, "-l", tmp_path / "uniform"))
+    run, uniform = (read(tmp_path / name / "run.json") for name in ("run", "uniform"))
+    assert 0.97 * uniform["cost"]["bops"] < run["cost"]["bops"] <= uniform["cost"]["bops"]
+    widths = read(tmp_path / "run" / "widths.json")
+    assert widths["mean_act_bits"] is None and 3 < widths["mean_bits"] <= 4  # operations are the tighter bound
+    chosen = widths["layer_bits"]
+    assert chosen.pop("first") == chosen.pop("last") == "A16"
+    assert len({bits.partition("A")[0] for bits in chosen.values()}) > 2
+    assert [name for name, bits in chosen.items() if bits.endswith("A16")] == ["conv_in", "conv_out"]
+    loaded = (*tiny.options, *SAMPLER, *PTQ[:6], *words[-5:], "--cali_ckpt", tmp_path / "run" / "quantized.safetensors")
+    succeeded(call(SCRIPT, *loaded, "-l", tmp_path / "loaded"))
+    assert read(tmp_path / "loaded" / "run.json")["noise_error"] == run["noise_error"]
+
+
+@pytest.mark.slow
 def test_a_seed_has_trajectories_of_its_own(call, tiny, tmp_path, monkeypatch):
     seen, measure = [], mixed_precision.trajectory_sensitivities
 

@@ -9,7 +9,6 @@ from argparse import Namespace
 
 from qdiff.calibration.mixed_precision import TRAJECTORIES, MixedPrecision
 from qdiff.calibration.sensitivity import Measure
-from qdiff.cli.options.modiff import modulates
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.methods.registry import Method
@@ -94,8 +93,7 @@ def chooses_by_itself(args: Namespace, method: Method, samples: bool) -> bool:
     others = [name for name in (*OPTIONS, "layer_bits", "cali_ckpt") if name not in _OF_OWN_CHOICE]
     given = any(getattr(args, name, None) is not None for name in others)
     cached_in_float = getattr(args, "cache_temporal", None) == "float"  # these layers then have a width
-    dynamic = modulates(args) or args.quant_mode == "dynamic"
-    return method.chooses_widths and samples and not (uniform or given or cached_in_float or dynamic)
+    return method.chooses_widths and samples and not (uniform or given or cached_in_float)
 
 
 def resolve_mixed_precision(

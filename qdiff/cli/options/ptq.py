@@ -181,8 +181,6 @@ def resolve_ptq(
     eda_dm_scripts = method.scripts is Scripts.EDA_DM
     own = {"weight_range": weight_range, "act_range": act_range, **method.quant}
     chooses = mixed_precision.chooses_by_itself(args, method, samples)
-    if modulate:  # these are ranges of changes
-        own["act_range"] = RangeMethod.MIN_MAX
     quant = QuantConfig(
         weight_bits=args.weight_bit,
         act_bits=args.act_bit if args.quant_act else None,
@@ -192,7 +190,7 @@ def resolve_ptq(
         split_shortcut=own.get("split_shortcut", False) if args.split is None else args.split,
         weight_symmetric=args.w_sym,
         weight_range=args.w_range or own["weight_range"],
-        act_range=args.a_range or own["act_range"],
+        act_range=args.a_range or (RangeMethod.MIN_MAX if modulate else own["act_range"]),  # modulated: of changes
         keep_ends=own.get("keep_ends", False) if args.keep_ends is None else args.keep_ends,
         act_dynamic=args.quant_mode == "dynamic",
         act_scale_per=modiff.scale_per(args),
@@ -201,9 +199,10 @@ def resolve_ptq(
         ablation=args.modulate_ablation,
         act_ranges=tfmq_dm.act_ranges(args, method, modulate or args.quant_mode == "dynamic"),
         power_of_two_scales=scaling.power_of_two_scales(args, method, modulate or args.quant_mode == "dynamic"),
-        layer_bits=_layer_bits(args, {} if chooses else own.get("layer_bits", {})),
+        layer_bits=_layer_bits(args, own.get("layer_bits", {})),
         bos_aware=args.bos_aware,
     )
+    quant = method.to_choose_from(quant) if chooses else quant
     action = _action(args, method, quant)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)
     recipe, draw = None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -87,6 +88,21 @@ def test_both_together_with_layers_that_have_a_width(chosen, tiny_network):
     assert sum(c.macs * c.weight_bits * c.act_bits for c in layers) <= 45 * sum(c.macs for c in layers)
     with pytest.raises(UserError, match="need more bit operations than the targets allow"):
         chosen(QuantConfig(4, 8, layer_bits={"mid.block_1.conv1": "A32"}), target=2, act_target=4)
+
+
+def test_widths_of_weights_leave_inputs_as_they_are(chosen, tiny_network):
+    """A wide input counts with its width, so that even the narrowest weights have room."""
+    quant = QuantConfig(2, 2, act_dynamic=True, layer_bits={"first": "A16", "last": "A16"})
+    for target in (2, 3):
+        made = chosen(replace(quant, weight_bits=target), target=target, bounded=True, positions=True)
+        layers, weights = counted_layers(tiny_network, made.quant)
+        widths = {c.name: c.act_bits for c in layers}
+        assert widths == {name: 16 if name in ("conv_in", "conv_out") else 2 for name in weights}
+        assert sum(weights[c.name] * c.weight_bits for c in layers) <= target * sum(weights.values())
+        uniform = target * sum(c.macs * c.act_bits for c in layers)
+        operations = sum(c.macs * c.weight_bits * c.act_bits for c in layers)
+        assert 0.95 * uniform < operations <= uniform
+        assert (len({c.weight_bits for c in layers}) == 1) == (target == 2)
 
 
 def test_only_what_is_asked_for_is_chosen(chosen):

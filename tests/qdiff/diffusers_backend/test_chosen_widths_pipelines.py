@@ -85,6 +85,20 @@ def test_widths_are_chosen_and_saved(kind, few_images, tmp_path):
 
 
 @pytest.mark.slow
+def test_dynamic_ranges_leave_inputs_as_they_are(few_images):
+    pipe = ddim()
+    quantize(pipe, {"act_dynamic": True})
+    widths = widths_of(pipe)
+    assert len({bits.weight_bits for bits in widths.values()}) > 2
+    assert {name for name, bits in widths.items() if bits.act_bits is not None} == {
+        "first",
+        "last",
+        "conv_in",
+        "conv_out",
+    }
+
+
+@pytest.mark.slow
 def test_a_network_in_half_precision(few_images):
     pipe = flux_without_encoders()
     nn.Module.to(pipe.transformer, torch.bfloat16)

@@ -63,14 +63,28 @@ def test_with_a_sampler_to_go_through_it_chooses_widths(words, candidates, act_t
     assert made.to_dict()["mixed"]["measure"] == "trajectory"
 
 
+@pytest.mark.parametrize("words", ["--quant_mode dynamic", "--modulate --quant_mode dynamic", "--modulate"])
+def test_inputs_whose_ranges_are_not_calibrated_keep_their_widths(words):
+    made = plan(f"{W4A8} {words}", samples=True)
+    assert (made.mixed.target, made.mixed.act_target, made.mixed.bounded) == (4, None, True)
+    assert made.quant.layer_bits == (("first", LayerBits(None, 16)), ("last", LayerBits(None, 16)))
+    assert plan(f"{W4A8} {words} --uniform_widths", samples=True).quant.layer_bits == ENDS
+
+
+def test_where_it_has_nothing_to_choose():
+    grip, modulated = METHODS["grip"], {"act_bits": 8, "act_dynamic": True, "modulate": True}
+    assert grip.chooses_for(QuantConfig(4, **modulated)) and grip.chooses_for(QuantConfig(None, 8))
+    assert not grip.chooses_for(QuantConfig(None, **modulated))
+    assert not grip.chooses_for(QuantConfig(4, 8, layer_bits={"conv_in": "W8"}))
+    assert not METHODS["gptq"].chooses_for(QuantConfig(4, 8))
+
+
 @pytest.mark.parametrize(
     "words",
     [
         "--uniform_widths",
         "--layer_bits none",
         "--layer_bits last=W8",
-        "--modulate --quant_mode dynamic",
-        "--quant_mode dynamic",
         "--cali_ckpt file.pth",
     ],
 )
