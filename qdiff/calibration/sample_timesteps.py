@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
 from qdiff.modes import leaves
 from qdiff.quant_model import QuantModel
@@ -96,14 +97,15 @@ def prepare_timesteps(
     return SampleTimesteps(shared, torch.searchsorted(values.cpu(), t.cpu()).to(device))
 
 
-def check_timesteps(qnn: QuantModel, inputs: tuple[Tensor, ...], visited: Iterable[float]) -> None:
+def check_timesteps(config: QuantConfig, inputs: tuple[Tensor, ...], visited: Iterable[float]) -> None:
     """Raise a `UserError`, before calibration, if ranges per timestep would not cover the timesteps of sampling.
 
     Args:
+        config: nothing is checked if it has no such ranges.
         inputs: the calibration set, t [N] the second.
         visited: the timesteps of sampling.
     """
-    if qnn.act_timesteps is not None:
+    if config.act_ranges is ActRanges.TIMESTEP:
         recorded = CalibratedTimesteps()
         recorded.set(inputs[1].unique())
         recorded.check(visited)

@@ -16,6 +16,7 @@ from torch import Tensor
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.mixed_precision import MixedPrecision, check_reachable, choose_widths, layers_to_measure
 from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
+from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
 from qdiff.calibration.timesteps import spaced
@@ -149,6 +150,7 @@ def with_chosen_widths(
                 with run.timed("recording"):
                     save_recording(record_planned(pipeline, plan, run, seed), data_file)
                 data = read_planned(plan, data_file, *shapes)[0]
+            check_timesteps(plan.quant, data.inputs, pipeline.sampler.visited())
             file.settle(sha256(data_file))
             advice = smaller_batch(pipeline.batch_size)
             with run.timed(OF_WIDTHS), memory_advice("measuring sensitivities", advice):

@@ -137,7 +137,7 @@ class Quantization:
             with self.run.timed("recording"):
                 save_recording(record(), self._recording(0))
             self._read_recording()
-        check_timesteps(self.qnn, self.data.inputs, self.visited())
+        check_timesteps(self.plan.quant, self.data.inputs, self.visited())
         for fit in range(self.fit + 1):
             self._add_recording(fit)
         weights = None
@@ -177,7 +177,7 @@ class Quantization:
             save_recording(recording, self._recording(self.fit + 1))
         self.fit += 1
         self._read_recording()
-        check_timesteps(self.qnn, self.data.inputs, self.visited())
+        check_timesteps(self.plan.quant, self.data.inputs, self.visited())
         self._add_recording(self.fit)
         self.run.save_manifest()
         discard_calibration(self.qnn)

@@ -119,6 +119,7 @@ def quantize_pipeline(
     finally:
         for handle in handles:
             handle.remove()
+    check_timesteps(config, data.inputs, visited)
     held_out, _ = record_pipeline(pipe, network, max(1, samples // 8), steps, seed=seed + samples, **record)
     with _in_single_precision(network):
         example = [i[:2].to(network.device) for i in data.inputs]
@@ -134,7 +135,6 @@ def quantize_pipeline(
                 show_progress=run is None or run.show_progress,
             )
         qnn = QuantModel(network, config, example, call=call, units=units, ends=ends_of(network))
-        check_timesteps(qnn, data.inputs, visited)
         calibrate(qnn, data, method, settings, seed=seed, run=run)
         error = measure_noise_error(qnn, held_out, batch_size)
     relative = error["mse"] / error["float_mean_square"]

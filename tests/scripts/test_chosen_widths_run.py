@@ -63,6 +63,14 @@ def test_modulated_runs_have_chosen_weights(call, tiny, tmp_path):
     assert read(tmp_path / "loaded" / "run.json")["noise_error"] == run["noise_error"]
 
 
+def test_steps_without_a_range_are_told_before_anything_is_measured(call, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixed_precision, "trajectory_sensitivities", None)  # fails if it is called
+    ranges = ("--act_ranges", "timestep", "--cali_spacing", "every", "--cali_st", 3)
+    words = (*tiny.options, *SAMPLER, "--timesteps", 5, *PTQ, *ranges)
+    outcome = call(SCRIPT, *words, "-l", tmp_path / "run")
+    assert outcome.code == 2 and "ranges per timestep were calibrated at 3 timesteps" in outcome.err
+
+
 @pytest.mark.slow
 def test_a_seed_has_trajectories_of_its_own(call, tiny, tmp_path, monkeypatch):
     seen, measure = [], mixed_precision.trajectory_sensitivities
