@@ -36,7 +36,7 @@ class Folder:
         if not (inspect.isclass(self.pipeline_class) and issubclass(self.pipeline_class, diffusers.DiffusionPipeline)):
             raise UserError(f"{index} names the pipeline {name}, which diffusers {diffusers.__version__} does not have")
         self.call_parameters = inspect.signature(self.pipeline_class.__call__).parameters
-        self._scheduler = self._make_scheduler(diffusers, scheduler)
+        self._scheduler, self._own_scheduler = self._make_scheduler(diffusers, scheduler), scheduler is None
 
     def _make_scheduler(self, diffusers: Any, name: str | None) -> Any:
         config = self.path / "scheduler" / "scheduler_config.json"
@@ -47,7 +47,12 @@ class Folder:
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.SchedulerMixin)):
             known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
             raise UserError(f"diffusers has no scheduler {name}; give one of {', '.join(known)}")
-        return kind.from_config(values)
+        try:
+            return kind.from_config(values)
+        except TypeError as error:
+            raise UserError(
+                f"{kind.__name__} cannot be made from {config} ({first_line(error)}); give another --scheduler"
+            ) from error
 
     def component(self, name: str | None) -> str:
         """Return the name of the network to quantize.
@@ -97,7 +102,8 @@ class Folder:
         """Return the pipeline in float32, with the scheduler that was asked for.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing or damaged, or the pipeline takes another scheduler than the one that was asked
+                for.
         """
         try:
             pipe = self.pipeline_class.from_pretrained(str(self.path), local_files_only=True, scheduler=self._scheduler)
@@ -105,6 +111,13 @@ class Folder:
             raise
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}; copy the folder again") from error
+        taken = type(getattr(pipe, "scheduler", None)).__name__
+        if (
+            taken != self.scheduler_name and not self._own_scheduler
+        ):  # some pipelines make theirs of any scheduler's config
+            raise UserError(
+                f"{type(pipe).__name__} takes {taken} in place of {self.scheduler_name}; leave --scheduler out"
+            )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

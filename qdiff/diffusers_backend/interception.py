@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+from qdiff.errors import UserError, first_line
 
 UNIFORM = "give --uniform_widths (in Python uniform_widths=True)"
 """What helps where a loop cannot be followed."""
@@ -38,6 +41,27 @@ def intercepted(module: nn.Module, function: Callable[..., Any]) -> Iterator[Non
         yield
     finally:
         del module.forward
+
+
+@contextlib.contextmanager
+def refusals_told(pipe: Any) -> Iterator[None]:
+    """Turn what diffusers' own code refuses inside the block, as a scheduler that does not suit, into a `UserError`.
+
+    Errors that are raised anywhere else, by a network of ours for example, are left as they are.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not str(frame.f_globals.get("__name__")).startswith("diffusers."):
+            raise
+        scheduler = type(getattr(pipe, "scheduler", None)).__name__
+        raise UserError(
+            f"{type(pipe).__name__} does not run with {scheduler} and these options ({first_line(error)}); give "
+            "another --scheduler, another number of --steps, or other options"
+        ) from error
 
 
 @contextlib.contextmanager

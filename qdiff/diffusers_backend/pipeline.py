@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qdiff.diffusers_backend.denoiser import read_call
 from qdiff.diffusers_backend.folder import Folder
-from qdiff.diffusers_backend.interception import UNIFORM, Reached, ended_at_a_step, intercepted
+from qdiff.diffusers_backend.interception import UNIFORM, Reached, ended_at_a_step, intercepted, refusals_told
 from qdiff.diffusers_backend.module import Denoiser
 from qdiff.diffusers_backend.recording import arguments_of, check_options, count_classes
 from qdiff.errors import UserError, require_at_least
@@ -175,7 +175,7 @@ class DiffusersPipeline(Pipeline):
             raise Reached
 
         with contextlib.suppress(Reached), intercepted(self.network.network, first_call), torch.no_grad():
-            self.pipe(**self._arguments(rows, calibration=True))
+            self._run(rows, calibration=True)
         if not heard:
             raise UserError(f"{type(self.pipe).__name__} does not call its {self.component}; name another --component")
         return tuple(i for i in heard[0] if i is not None)
@@ -190,12 +190,13 @@ class DiffusersPipeline(Pipeline):
             return torch.autocast("cuda")
         return contextlib.nullcontext()
 
-    def _arguments(self, rows: Sequence[int], calibration: bool) -> dict[str, Any]:
+    def _run(self, rows: Sequence[int], calibration: bool) -> Any:
         seed = self.sampler.seed + (CALIBRATION_STREAM if calibration else 0)
         made = arguments_of(self.pipe, rows, self.prompts, seed, self.options)
         if "output_type" in self.folder.call_parameters and not (calibration and hasattr(self.pipe, "vae")):
             made["output_type"] = "np"
-        return made
+        with refusals_told(self.pipe):
+            return self.pipe(**made)
 
     def count_calls(self, rows: Sequence[int]) -> int:
         """Return how often the loop calls its network: it is run, with the network's first answer every time.
@@ -245,7 +246,7 @@ class DiffusersPipeline(Pipeline):
         forked = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
         with intercepted(self.network.network, called), forked:
             torch.manual_seed(self.sampler.seed + rows[0])
-            made = self.pipe(**self._arguments(rows, calibration)).images
+            made = self._run(rows, calibration).images
         images = torch.as_tensor(made) if isinstance(made, Tensor) else torch.from_numpy(made).movedim(-1, 1)
         return images if calibration else images.to(self.device) * 2 - 1
 

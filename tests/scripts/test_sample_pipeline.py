@@ -123,6 +123,11 @@ def test_a_written_folder_needs_only_diffusers_and_qdiff(quantized):
         (["nowhere"], "nowhere is no pipeline of diffusers"),
         (["FOLDER", "--component", "vae"], "has no component vae; give --component one of unet"),
         (["FOLDER", "--scheduler", "NoScheduler"], "diffusers has no scheduler NoScheduler; give one of"),
+        (["FOLDER", "--scheduler", "AmusedScheduler"], "AmusedScheduler cannot be made from"),
+        (
+            ["FOLDER", "--scheduler", "DDPMScheduler"],
+            "DDIMPipeline takes DDIMScheduler in place of DDPMScheduler; leave",
+        ),
         (["FOLDER", "--prompt", "a cat"], "DDIMPipeline takes no prompts; leave them out"),
         (["FOLDER", "--guidance_scale", "3"], "DDIMPipeline takes no guidance_scale; leave them out"),
         (["FOLDER", "--classes", "one"], "--classes is one; give numbers"),
