@@ -2,104 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import re
-from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from PIL import Image
+from page_checks import (
+    Page,
+    assert_needs_nothing_from_outside,
+    decoded,
+    image_folders,
+    panels,
+    results,
+    row,
+    strips,
+    written,
+)
 
 from qdiff.evaluation.column import NOTHING
-from qdiff.io.images import save_png
 from qdiff.report import page as page_module
 from qdiff.report.columns import columns_of
-from qdiff.report.page import TableResults, write_page, write_tables_page
 from qdiff.report.page_pictures import AMPLIFIED, SHRUNK_TO, STRIP_SHRUNK_TO
-from qdiff.report.plots import legend, metric_plots, series_of, shape_legend
+from qdiff.report.plots import legend, metric_plots, series_of
 
-VOID = {"meta", "link", "img", "path", "use", "br"}
 QUANTIZED = ("linear W8A8", "Q-Diffusion W8A8", "Q-Diffusion W4A8")
-
-
-def row(label: str, method: str, weights: int, acts: int, **numbers) -> dict:
-    return {
-        "label": label,
-        "method": method,
-        "weight_bits": weights,
-        "act_bits": acts,
-        "split": False,
-        "images": 1000,
-        "flags": [],
-        "command": f"python sample.py --label '{label}'",
-        **numbers,
-    }
-
-
-def results() -> list[dict]:
-    published = {"fid": 4.22, "isc": 9.1}
-    return [
-        row("float", "float", 32, 32, fid=4.5, isc=9.12, isc_std=0.11, bytes=143e6, published=published),
-        row("linear W8A8", "linear", 8, 8, fid=6.25, isc=8.5, isc_std=0.2, psnr=25.0, bytes=36.1e6),
-        row("Q-Diffusion W8A8", "qdiff", 8, 8, fid=4.51, isc=9.1, psnr=33.5, bytes=36.2e6, published={"fid": 4.3}),
-        row("Q-Diffusion W4A8", "qdiff", 4, 8, fid=4.93, isc=9.02, psnr=None, bytes=18.4e6, split=True),
-    ]
-
-
-class Page(HTMLParser):
-    """Elements in order: (tag, attributes, text within)."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[list] = []
-        self._open: list[list] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append([tag, dict(attrs), ""])
-        if tag not in VOID:
-            self._open.append(self.elements[-1])
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append([tag, dict(attrs), ""])
-
-    def handle_endtag(self, tag):
-        assert self._open.pop()[0] == tag, "an element is closed that is not the last one opened"
-
-    def handle_data(self, data):
-        for element in self._open:
-            element[2] += data
-
-    def all(self, tag: str) -> list[tuple[dict, str]]:
-        return [(attributes, text.strip()) for name, attributes, text in self.elements if name == tag]
-
-    def table(self) -> list[list[tuple[dict, str]]]:
-        """Cells of the table's rows, the header's first."""
-        lines: list[list] = []
-        for tag, attributes, text in self.elements:
-            if tag == "tr":
-                lines.append([])
-            elif tag in ("th", "td"):
-                lines[-1].append((attributes, text.strip()))
-        return lines
-
-
-def image_folders(tmp_path, rows, size=8, count=5, channels=3):
-    folders = {}
-    for number, entry in enumerate(rows):
-        folders[entry["label"]] = tmp_path / f"row{number}"
-        for i in range(count):
-            value = 10 * i + 5 * number
-            save_png(np.full((size, size, channels), value, dtype=np.uint8), tmp_path / f"row{number}" / f"{i:05d}.png")
-    return folders
-
-
-def written(tmp_path, rows, folders=None, **options) -> str:
-    options = {"title": "A table", "protocol": [("sampler", "DDIM, 100 steps")], **options}
-    write_page(tmp_path / "table.html", TableResults(rows=rows, folders=folders or {}, **options))
-    return (tmp_path / "table.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -113,26 +38,8 @@ def page(text) -> Page:
     return Page(text)
 
 
-def strips(page: Page) -> list[dict]:
-    return [a for a, _ in page.all("img") if a["alt"].startswith("First images: ")]
-
-
-def panels(page: Page) -> list[dict]:
-    return [a for a, _ in page.all("img") if a["alt"].startswith("Images: ")]
-
-
-def decoded(uri: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",", 1)[1]))))
-
-
 def test_the_page_needs_nothing_from_outside(page, text):
-    for _tag, attributes, _ in page.elements:
-        for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
-            assert attributes.get(name, "#").startswith(("#", "data:")), attributes
-    assert all(found.startswith(("data:", "#")) for found in re.findall(r"url\(['\"]?([^)]*)", text))
-    assert "http:" not in text and "https:" not in text and "@import" not in text
-    policy = next(a["content"] for a, _ in page.all("meta") if a.get("http-equiv") == "Content-Security-Policy")
-    assert "default-src 'none'" in policy
+    assert_needs_nothing_from_outside(page, text)
 
 
 def test_ids_are_unique_and_links_lead_somewhere(page):
@@ -345,94 +252,3 @@ def test_an_error_leaves_the_old_page(tmp_path, monkeypatch):
 def test_pictures_and_table_come_before_plots_and_protocol(text):
     places = [text.index(f'<h2 id="{part}">') for part in ("images", "table", "plots", "protocol", "rows")]
     assert places == sorted(places)
-
-
-def timed(label: str, method: str, bits: tuple[int, int], error: float, seconds: float, **numbers) -> dict:
-    return row(label, method, *bits, noise_mse=error, calibration_cpu_s=seconds, bytes=1e6, **numbers)
-
-
-def seeds(**spreads: float) -> dict:
-    return {"seeds": 3, **{f"{key}_std": value for key, value in spreads.items()}}
-
-
-TIMED = [
-    row("float", "float", 32, 32, bytes=4e6),
-    timed("linear W4A8", "linear", (4, 8), 5e-3, 1.0, **seeds(noise_mse=1e-4, calibration_cpu_s=0.2)),
-    timed("GRIP W4A8", "grip", (4, 8), 3e-4, 40.0, **seeds(noise_mse=1e-4, calibration_cpu_s=5.0)),
-    timed("EDA-DM W4A8", "eda-dm", (4, 8), 3.5e-4, 400.0, **seeds(noise_mse=2e-4, calibration_cpu_s=5.0)),
-    timed("EDA-DM W8A8", "eda-dm", (8, 8), 2e-4, 400.0, **seeds(noise_mse=1e-5, calibration_cpu_s=5.0)),
-]
-
-
-@pytest.mark.slow
-def test_quality_against_time_has_a_point_for_each_row_with_both_numbers():
-    (plot,) = metric_plots([*TIMED, timed("loaded W4A8", "qdiff", (4, 8), 1e-3, None)])
-    titles = re.findall("<title>(.*?)</title>", plot.against_time)
-    shown = ["linear W4A8", "GRIP W4A8", "EDA-DM W4A8", "EDA-DM W8A8"]
-    assert [title.split(":")[0] for title in titles if "CPU s" in title] == shown
-    assert "GRIP W4A8: ε error 3.00e-04 ± 1.00e-04, 40.0 CPU s" in titles
-    assert "loaded" not in plot.against_time and "loaded W4A8: ε error 1.00e-03, 1.00 MB" in plot.against_size
-    assert metric_plots(results())[0].against_time is None
-
-
-@pytest.mark.slow
-def test_a_shape_is_a_width_and_a_colour_a_method():
-    def marker(label: str) -> tuple[bool, list[str]]:
-        """Whether it is round, and its colour; black is SVG's own colour, and not written."""
-        drawn = plot.against_time.split(f"<title>{label}:")[1].split("</g>")[0]
-        used = re.search(r'<use href="#([^"]*)"', drawn)[1]
-        outline = plot.against_time.split(f'<path id="{used}" d="')[1].split('"')[0]
-        return "C" in outline, re.findall(r"fill: (#\w+)", drawn)
-
-    (plot,) = metric_plots(TIMED)
-    assert marker("GRIP W4A8") == (False, [])
-    assert (marker("EDA-DM W4A8"), marker("EDA-DM W8A8")) == ((False, ["#009e73"]), (True, ["#009e73"]))
-    assert [name for name, _ in shape_legend(TIMED)] == ["W8A8", "W4A8"]
-
-
-@pytest.mark.slow
-def test_numbers_of_seeds_compete_within_their_widths_and_may_be_equal(tmp_path):
-    header, *lines = Page(written(tmp_path, TIMED)).table()
-    at = [shown for _, shown in header].index("ε error ↓")
-    classes, texts = zip(*((line[at][0].get("class"), line[at][1]) for line in lines), strict=True)
-    assert classes == (None, None, "best", None, None)  # a row alone at its widths is not compared
-    assert [text.endswith(" =") for text in texts] == [False, False, False, True, False]
-
-
-def tables_page(tmp_path, *tables: TableResults) -> str:
-    write_tables_page(tmp_path / "all.html", "All", tables)
-    return (tmp_path / "all.html").read_text(encoding="utf-8")
-
-
-@pytest.mark.slow
-def test_a_page_of_several_tables(tmp_path):
-    one = TableResults("One", [("seed", "1")], TIMED, image_folders(tmp_path / "one", TIMED), ["A note."])
-    two = TableResults("Two", [("seed", "2")], TIMED[:3], image_folders(tmp_path / "two", TIMED[:3]))
-    text = tables_page(tmp_path, one, two, TableResults("Three", notes=["Not yet run: a command"]))
-    page = Page(text)
-    test_the_page_needs_nothing_from_outside(page, text)
-    ids = [attributes["id"] for _, attributes, _ in page.elements if "id" in attributes]
-    assert len(ids) == len(set(ids))
-    assert [shown for _, shown in page.all("h2")] == ["One", "Two", "Three"]
-    assert len(page.all("table")) == 2 and len(strips(page)) == 5 + 3
-    assert text.count("ε error against time") == text.count("ε error against size") == 2
-    assert [shown for _, shown in page.all("dd")] == ["1", "2"]
-    assert "Not yet run: a command" in [shown for _, shown in page.all("p")]
-    first = text[text.index(">One</h2>") : text.index(">Two</h2>")]
-    places = [first.index(part) for part in ('class="strips"', "<table>", "against time", "against size", "<dl>")]
-    assert places == sorted(places)
-
-
-@pytest.mark.slow
-def test_colours_and_shapes_mean_the_same_in_every_table(tmp_path):
-    """A method without a colour of its own takes the one that it has among all rows."""
-    new = [timed(f"{m} W4A8", m, (4, 8), 1e-3, 9.0) for m in ("new", "newer")]
-    text = tables_page(tmp_path, TableResults("A", rows=new), TableResults("B", rows=new[1:]))
-    found = re.findall(r"<title>newer W4A8: .*?fill: (#\w+)", text, re.DOTALL)
-    assert len(found) == 4 and len(set(found)) == 1
-    assert re.findall(r"<title>new W4A8: .*?fill: (#\w+)", text, re.DOTALL)[0] != found[0]
-
-
-def test_tables_without_results_make_a_page(tmp_path):
-    page = Page(tables_page(tmp_path, TableResults("Three", notes=["Not yet run: a command"])))
-    assert page.all("table") == [] and page.all("ul") == []
