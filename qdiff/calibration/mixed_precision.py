@@ -73,8 +73,7 @@ class MixedPrecision:
     def around(cls, quant: QuantConfig, images: int = TRAJECTORIES) -> MixedPrecision:
         """Return the choice at the size and the bit operations of a config's widths, by the sampler's result.
 
-        Inputs keep theirs where the sampler's network does not round them by calibrated ranges: with dynamic ranges and
-        modulation, whose noise the sensitivities do not tell.
+        Inputs keep theirs with dynamic ranges and modulation, whose noise the sensitivities do not tell.
 
         Args:
             quant: its widths are the means.

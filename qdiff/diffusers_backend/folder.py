@@ -36,7 +36,7 @@ class Folder:
         if not (inspect.isclass(self.pipeline_class) and issubclass(self.pipeline_class, diffusers.DiffusionPipeline)):
             raise UserError(f"{index} names the pipeline {name}, which diffusers {diffusers.__version__} does not have")
         self.call_parameters = inspect.signature(self.pipeline_class.__call__).parameters
-        self._scheduler, self._own_scheduler = self._make_scheduler(diffusers, scheduler), scheduler is None
+        self._scheduler, self._asked_for = self._make_scheduler(diffusers, scheduler), scheduler
 
     def _make_scheduler(self, diffusers: Any, name: str | None) -> Any:
         config = self.path / "scheduler" / "scheduler_config.json"
@@ -112,12 +112,11 @@ class Folder:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}; copy the folder again") from error
         taken = type(getattr(pipe, "scheduler", None)).__name__
-        if (
-            taken != self.scheduler_name and not self._own_scheduler
-        ):  # some pipelines make theirs of any scheduler's config
-            raise UserError(
-                f"{type(pipe).__name__} takes {taken} in place of {self.scheduler_name}; leave --scheduler out"
-            )
+        if self._asked_for not in (
+            None,
+            taken,
+        ):  # some pipelines make a scheduler of their own from the config of any other
+            raise UserError(f"{type(pipe).__name__} takes {taken} in place of {self._asked_for}; leave --scheduler out")
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
