@@ -21,6 +21,7 @@ from qdiff.io.images import load_png, png_shape, save_png
 from qdiff.report.columns import COSTS, metric_columns
 
 VERSION = 1
+WEIGHTS = "float weights"
 IMAGES = 8  # per row; a page of several tables shows as many
 
 
@@ -95,6 +96,9 @@ class KeptResults:
             result: its numbers.
             manifest: of its run.
             picture: whether to keep the first images too.
+
+        Raises:
+            UserError: other rows were made of other float weights.
         """
         kept = KeptRow(
             self._command(row),
@@ -102,14 +106,13 @@ class KeptResults:
             {
                 "config": {key: manifest.config.get(key) for key in ("seed", "sampler")},
                 "files": {
-                    role: {"sha256": entry["sha256"]}
-                    for role, entry in manifest.files.items()
-                    if role == "float weights"
+                    role: {"sha256": entry["sha256"]} for role, entry in manifest.files.items() if role == WEIGHTS
                 },
             },
             {key: value for key, value in result.items() if key not in ("command", "published", "flags")},
             list(self.table.metrics),
         )
+        self._check_weights(row.label, kept)
         if picture:
             self._keep_picture(row.label, min(IMAGES, result["images"]))
         kept = KeptRow(**json.loads(json.dumps(asdict(kept))))  # as it is read
@@ -119,6 +122,16 @@ class KeptResults:
         rows = {r.label: asdict(self._rows[r.label]) for r in self.table.rows if r.label in self._rows}
         with written_whole(self.file) as temporary:
             temporary.write_text(json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+    def _check_weights(self, label: str, kept: KeptRow) -> None:
+        own = _weights(kept)
+        for other, row in self._rows.items():
+            theirs = _weights(row)
+            if other != label and own is not None and theirs not in (None, own):
+                raise UserError(
+                    f"row {label} was made of the float weights {own[:12]}, but row {other} in {self.file} of "
+                    f"{theirs[:12]}; delete that file to run all rows again, or give another --results"
+                )
 
     def _keep_picture(self, label: str, number: int) -> None:
         images, picture = self.table.folder(label) / "img", self._picture(label)
@@ -155,6 +168,11 @@ class KeptResults:
             inside = [word == out or word.startswith(f"{out}/") for word in words]
             commands.append([f"OUT{w.removeprefix(out)}" if i else w for w, i in zip(words, inside, strict=True)])
         return commands
+
+
+def _weights(row: KeptRow) -> str | None:
+    """Return the hash of the float weights; None if they are in no file of their own."""
+    return row.run.get("files", {}).get(WEIGHTS, {}).get("sha256")
 
 
 def _check(row: KeptRow) -> None:

@@ -155,6 +155,13 @@ def test_a_value_that_no_table_shows_is_one_sentence_before_any_work(path, value
     assert table.commands == []
 
 
+def test_rows_of_another_model_are_told_before_any_other_row_is_run(table, kept):
+    rewritten(kept / "t.json", "W4", ("run", "files"), {"float weights": {"sha256": "a" * 64}})
+    with pytest.raises(UserError, match=r"float weights 0{12}, but row W4 in .*t\.json of a{12}; delete that file"):
+        table.run([FLOAT, W4, W8], results=kept, metrics=METRICS)
+    assert table.commands == [("sample", "float")]
+
+
 @pytest.mark.parametrize("damage", [lambda png: b"", lambda png: png[:-20], None])
 def test_a_damaged_picture_is_one_sentence_before_any_work(damage, table, kept):
     picture = kept / "t" / "w4.png"
