@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from qdiff.cli.run_manifest import Manifest
+from qdiff.cli.run_manifest import FLOAT_WEIGHTS, Manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
 from qdiff.errors import UserError, first_line
 from qdiff.io.files import check_writable, written_whole
@@ -21,7 +21,6 @@ from qdiff.io.images import load_png, png_shape, save_png
 from qdiff.report.columns import COSTS, metric_columns
 
 VERSION = 1
-WEIGHTS = "float weights"
 IMAGES = 8  # per row; a page of several tables shows as many
 
 
@@ -106,13 +105,13 @@ class KeptResults:
             {
                 "config": {key: manifest.config.get(key) for key in ("seed", "sampler")},
                 "files": {
-                    role: {"sha256": entry["sha256"]} for role, entry in manifest.files.items() if role == WEIGHTS
+                    role: {"sha256": entry["sha256"]} for role, entry in manifest.files.items() if role == FLOAT_WEIGHTS
                 },
             },
             {key: value for key, value in result.items() if key not in ("command", "published", "flags")},
             list(self.table.metrics),
         )
-        self._check_weights(row.label, kept)
+        self._check_weights(row.label, manifest.weights_hash)
         if picture:
             self._keep_picture(row.label, min(IMAGES, result["images"]))
         kept = KeptRow(**json.loads(json.dumps(asdict(kept))))  # as it is read
@@ -123,10 +122,9 @@ class KeptResults:
         with written_whole(self.file) as temporary:
             temporary.write_text(json.dumps({"version": VERSION, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
-    def _check_weights(self, label: str, kept: KeptRow) -> None:
-        own = _weights(kept)
+    def _check_weights(self, label: str, own: str | None) -> None:
         for other, row in self._rows.items():
-            theirs = _weights(row)
+            theirs = Manifest(**row.run).weights_hash
             if other != label and own is not None and theirs not in (None, own):
                 raise UserError(
                     f"row {label} was made of the float weights {own[:12]}, but row {other} in {self.file} of "
@@ -168,11 +166,6 @@ class KeptResults:
             inside = [word == out or word.startswith(f"{out}/") for word in words]
             commands.append([f"OUT{w.removeprefix(out)}" if i else w for w, i in zip(words, inside, strict=True)])
         return commands
-
-
-def _weights(row: KeptRow) -> str | None:
-    """Return the hash of the float weights; None if they are in no file of their own."""
-    return row.run.get("files", {}).get(WEIGHTS, {}).get("sha256")
 
 
 def _check(row: KeptRow) -> None:

@@ -15,6 +15,7 @@ from qdiff.io.files import written_whole
 VERSION = 1
 # Phases of `Manifest.seconds`: of all fits of a calibration, of the recordings between them, and of measuring how
 # sensitive layers are, before their widths are chosen.
+FLOAT_WEIGHTS = "float weights"  # a role in `Manifest.files`
 CALIBRATION, OF_REFITS, OF_WIDTHS = "calibration", "refit recording", "sensitivities"
 
 
@@ -119,6 +120,11 @@ class Manifest:
         held = {name: v for name, v in values.items() if v is not None or (name == "gpu" and self.device is not None)}
         with written_whole(file) as temporary:
             temporary.write_text(json.dumps({**held, **self.others}, indent=1) + "\n")
+
+    @property
+    def weights_hash(self) -> str | None:
+        """SHA-256 of the float weights; None if they are in no file of their own."""
+        return self.files.get(FLOAT_WEIGHTS, {}).get("sha256")
 
     def calibration_seconds(self) -> tuple[float, float | None]:
         """Return the wall time and, if known, the CPU time of calibrating.

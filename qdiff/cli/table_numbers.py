@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.mixed_precision import WIDTHS
-from qdiff.cli.run_manifest import Manifest
+from qdiff.cli.run_manifest import FLOAT_WEIGHTS, Manifest
 from qdiff.config import ScalePer
 from qdiff.evaluation.registry import metric_columns
 
@@ -47,7 +47,7 @@ def file_bytes(folder: Path, manifest: Manifest) -> int:
     if "quantized checkpoint" in files:
         return Path(files["quantized checkpoint"]["path"]).stat().st_size
     # The file of a float latent model also holds an autoencoder; only the quantized network counts.
-    return manifest.network_bytes or Path(files["float weights"]["path"]).stat().st_size
+    return manifest.network_bytes or Path(files[FLOAT_WEIGHTS]["path"]).stat().st_size
 
 
 def machine_of(manifest: Manifest) -> str:

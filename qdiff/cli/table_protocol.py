@@ -36,7 +36,7 @@ def protocol_of(
         ("pixels", "clamped, scaled to 0–255, rounded"),
         ("features", f"{extractor} ({(reference.weights_hash or 'weights not known')[:12]})"),
         ("reference", f"{reference.name} ({reference.count:,} images)" if reference.count else reference.name),
-        ("float weights", manifest.files.get("float weights", {}).get("sha256", "")[:12]),
+        ("float weights", (manifest.weights_hash or "")[:12]),
         ("PSNR, SSIM", f"against the float row, image by image, first {compared} images"),
         ("ε error", "mean squared difference from the float network on held-out inputs"),
     ]

@@ -112,10 +112,8 @@ class Folder:
         except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}; copy the folder again") from error
         taken = type(getattr(pipe, "scheduler", None)).__name__
-        if self._asked_for not in (
-            None,
-            taken,
-        ):  # some pipelines make a scheduler of their own from the config of any other
+        # Some pipelines make a scheduler of their own from the config of any other.
+        if self._asked_for not in (None, taken):
             raise UserError(f"{type(pipe).__name__} takes {taken} in place of {self._asked_for}; leave --scheduler out")
         pipe.set_progress_bar_config(disable=True)
         return pipe
