@@ -123,6 +123,11 @@ class SteppedNetwork(nn.Module):
         return state["h"]
 
 
+def temporal_parts_of(network: nn.Module) -> TemporalParts | None:
+    """Return what a network computes from the timestep alone; None if that is not known."""
+    return network.temporal_parts() if isinstance(network, SteppedNetwork) else None
+
+
 @dataclass(frozen=True)
 class Family:
     """What the engine must know about a model family besides its steps.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.errors import UserError
-from qdiff.interface import State, Step, SteppedNetwork, TemporalParts
+from qdiff.interface import State, Step, SteppedNetwork, TemporalParts, temporal_parts_of
 from qdiff.quant_model import QuantModel
 
 NAME = "temporal"  # of the unit, and of its outputs in the state
@@ -29,16 +29,24 @@ def calibration_steps(qnn: QuantModel, inputs: tuple[Tensor, ...], temporal_unit
     Raises:
         UserError: it is not known what in this network depends on t alone.
     """
-    network = qnn.as_steps(inputs)
     if not temporal_unit:
-        return network
-    parts = network.temporal_parts()
+        return qnn.as_steps(inputs)
+    return TemporalNetwork(qnn.as_steps(inputs), known_temporal_parts(qnn.model))
+
+
+def known_temporal_parts(network: nn.Module) -> TemporalParts:
+    """Return what a network computes from t alone.
+
+    Raises:
+        UserError: it is not known.
+    """
+    parts = temporal_parts_of(network)
     if parts is None:
         raise UserError(
-            f"the temporal unit of {type(qnn.model).__name__} is not known; leave out --temporal_unit (with --method "
-            "tfmq-dm: give --no-temporal_unit)"
+            f"the temporal unit of {type(network).__name__} is not known; give --no-temporal_unit, or in Python "
+            "settings with temporal_unit=False"
         )
-    return TemporalNetwork(network, parts)
+    return parts
 
 
 class TemporalUnit(nn.Module):

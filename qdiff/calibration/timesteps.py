@@ -7,6 +7,7 @@ samples, int64 [T] with the sum N. Steps are in sampling order, so step 0 is the
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -79,6 +80,17 @@ def spaced(recorded: int, count: int, spacing: Spacing = Spacing.EVERY) -> list[
         return [(recorded - 1) // 2]
     gaps = count - 1
     return [(2 * i * (recorded - 1) + gaps) // (2 * gaps) for i in range(count)]  # rounded half up
+
+
+def ends_early(recorded: Tensor, visited: Iterable[float]) -> bool:
+    """Return whether no sample is later in a sampling run than its last call but one.
+
+    Args:
+        recorded: t [N] of the samples.
+        visited: the timesteps of the run's calls, in any order; nothing ends early where they are unknown, so empty.
+    """
+    latest = sorted(set(visited))[:2]
+    return len(latest) == 2 and float(recorded.min()) >= latest[1]
 
 
 def uniform_counts(steps: int, count: int) -> Tensor:

@@ -16,7 +16,6 @@ from torch import Tensor
 from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.mixed_precision import MixedPrecision, check_reachable, choose_widths, layers_to_measure
 from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
-from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
 from qdiff.calibration.timesteps import spaced
@@ -24,7 +23,7 @@ from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
-from qdiff.cli.planned_recording import first_image, read_planned, record_planned
+from qdiff.cli.planned_recording import first_image, read_planned, record_planned, warn_if_ends_early
 from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.quantize import RECORDING
 from qdiff.cli.run_folder import RunFolder
@@ -141,16 +140,17 @@ def with_chosen_widths(
         macs = account(pipeline.network, pipeline.input_shape, pipeline.context_shape).macs_by_layer
         check_reachable(pipeline.network, plan.quant, plan.mixed, macs)
         data_file = Path(plan.data) if plan.data is not None else run.path / RECORDING
-        shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
-        data = read_planned(plan, data_file, *shapes)[0] if data_file.is_file() or plan.data is not None else None
+        visited = pipeline.sampler.visited()
+        fitting = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps, visited
+        data = read_planned(plan, data_file, *fitting)[0] if data_file.is_file() or plan.data is not None else None
         file = SensitivityFile(run.path / SENSITIVITIES, _settings(plan, pipeline, seed), start and Path(start))
         run.open()
         with run.logged():
             if data is None:
                 with run.timed("recording"):
                     save_recording(record_planned(pipeline, plan, run, seed), data_file)
-                data = read_planned(plan, data_file, *shapes)[0]
-            check_timesteps(plan.quant, data.inputs, pipeline.sampler.visited())
+                data = read_planned(plan, data_file, *fitting)[0]
+            warn_if_ends_early(plan, data, visited)
             file.settle(sha256(data_file))
             advice = smaller_batch(pipeline.batch_size)
             with run.timed(OF_WIDTHS), memory_advice("measuring sensitivities", advice):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from torch import Tensor
 
 from qdiff.calibration.collect import record_draw, record_evenly
+from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import CalibrationSet, check_context, load_recording, select_pairs, select_samples
+from qdiff.calibration.timesteps import Spacing, ends_early
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.run_folder import RunFolder
@@ -33,6 +36,7 @@ def read_planned(
     image_shape: tuple[int, ...],
     context_shape: tuple[int, ...] | None,
     training_steps: int | None,
+    visited: Sequence[float],
 ) -> tuple[CalibrationSet, CalibrationSet | None]:
     """Return the samples that a plan takes from a recording, and the pairs of steps if it calibrates changes.
 
@@ -41,9 +45,10 @@ def read_planned(
         image_shape: (C, H, W) of the network's input.
         context_shape: (L, D) of a conditional network's context, else None.
         training_steps: T; a recording with a timestep of T or later is refused. None skips this check.
+        visited: the timesteps that sampling calls the network at, in order; empty where they are unknown.
 
     Raises:
-        UserError: the file is missing, damaged, or does not fit.
+        UserError: the file is missing, damaged, or does not fit, or lacks timesteps that ranges per timestep need.
     """
     recording = load_recording(path, training_steps)
     # A draw's samples already are at the steps that its distribution chose, so all are used.
@@ -51,7 +56,22 @@ def read_planned(
     chosen = (recording, steps, per_step, image_shape, context_shape is not None, path, plan.spacing)
     data = select_samples(*chosen)
     check_context(data, context_shape, path)
+    check_timesteps(plan.quant, data.inputs, visited)
     return data, None if plan.changes is None else select_pairs(*chosen)
+
+
+def warn_if_ends_early(plan: PtqPlan, data: CalibrationSet, visited: Sequence[float]) -> None:
+    """Warn of a given recording without samples of the run's end, where the plan is to calibrate up to it.
+
+    Args:
+        visited: see `read_planned`.
+    """
+    if plan.data is not None and plan.spacing is Spacing.ENDS and ends_early(data.inputs[1], visited):
+        log.warning(
+            "%s ends at timestep %g, but sampling goes on to %g, where activations may be larger: record it with "
+            "--cali_spacing ends, or leave out --cali_data_path",
+            *(plan.data, data.inputs[1].min(), min(visited)),
+        )
 
 
 def record_planned(

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qdiff.api import calibrate
-from qdiff.calibration.collect import check_draw
 from qdiff.calibration.footprint import measure_footprint
 from qdiff.calibration.input_scales import Scaling
 from qdiff.calibration.journal import CalibrationJournal
@@ -19,7 +18,6 @@ from qdiff.calibration.memory_plan import MemoryUse, plan_memory
 from qdiff.calibration.pairs import PairedNetwork
 from qdiff.calibration.refit import discard_calibration
 from qdiff.calibration.run import CalibrationRun
-from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.storage import ActivationStorage
 from qdiff.calibration.temporal_unit import calibration_steps
@@ -27,7 +25,7 @@ from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.checkpoint.metadata import read_notes
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice
-from qdiff.cli.planned_recording import read_planned
+from qdiff.cli.planned_recording import read_planned, warn_if_ends_early
 from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.run_manifest import CALIBRATION, OF_REFITS
@@ -61,7 +59,7 @@ class Quantization:
         image_shape: (C, H, W) of the network's input.
         context_shape: (L, D) of a conditional network's context, else None.
         training_steps: T; a recording with a timestep of T or later is refused. None skips this check.
-        visited: returns the timesteps that sampling calls the network at, in order, for ranges per timestep.
+        visited: returns the timesteps that sampling calls the network at, in order.
         probe: makes inputs of the network (`Pipeline.probe`) to check the activation widths of a published file; None
             skips this check.
 
@@ -100,8 +98,6 @@ class Quantization:
             return
         if plan.action == "activations":
             load_checkpoint(self.qnn, plan.checkpoint, activations=False)
-        if plan.draw is not None and plan.records:
-            check_draw(network, plan.draw)
         while self.fit < plan.refit and all(self._recording(n).is_file() for n in (self.fit, self.fit + 1)):
             self.fit += 1
         if plan.data is not None or self._recording(0).is_file():
@@ -118,7 +114,7 @@ class Quantization:
 
     def _read_recording(self) -> None:
         shapes = self.image_shape, self.context_shape, self.training_steps
-        self.data, self.pairs = read_planned(self.plan, self._recording(self.fit), *shapes)
+        self.data, self.pairs = read_planned(self.plan, self._recording(self.fit), *shapes, self.visited())
 
     def complete(self, seed: int, record: Record, show_progress: bool = True) -> QuantModel:
         """Record and calibrate unless that is done already, and return the quantized network.
@@ -137,7 +133,8 @@ class Quantization:
             with self.run.timed("recording"):
                 save_recording(record(), self._recording(0))
             self._read_recording()
-        check_timesteps(self.plan.quant, self.data.inputs, self.visited())
+        if self.plan.mixed is None and self.fit == 0:  # else the choice of widths has told it
+            warn_if_ends_early(self.plan, self.data, self.visited())
         for fit in range(self.fit + 1):
             self._add_recording(fit)
         weights = None
@@ -177,7 +174,6 @@ class Quantization:
             save_recording(recording, self._recording(self.fit + 1))
         self.fit += 1
         self._read_recording()
-        check_timesteps(self.plan.quant, self.data.inputs, self.visited())
         self._add_recording(self.fit)
         self.run.save_manifest()
         discard_calibration(self.qnn)

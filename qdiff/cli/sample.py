@@ -21,9 +21,10 @@ from torch import Tensor
 from qdiff.calibration.collect import check_recorded_steps, record_evenly, recorded_calls
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
-from qdiff.cli.first_token import check_first_tokens, check_has_text
+from qdiff.cli.first_token import check_has_text
 from qdiff.cli.held_out import held_out_error
 from qdiff.cli.mixed_precision import with_chosen_widths
+from qdiff.cli.network_checks import check_network
 from qdiff.cli.noise_correction import run_correction
 from qdiff.cli.options.eda_dm import of_width
 from qdiff.cli.options.ptq import ignored_options, resolve_ptq
@@ -153,8 +154,7 @@ class SampleCommand:
             log.info("%s is finished already", run.path)
             run.discard_images()  # the run may have been killed before all were deleted
             return
-        collects = self.correction is not None and self.correction.is_missing(run)
-        packs = starts_packed(args, self.plan) and not collects
+        packs = starts_packed(args, self.plan) and not (self.correction is not None and self.correction.is_missing(run))
         device = choose_device(args.device, args.tf32)
         if args.fused_kernels:
             check_available(device)
@@ -241,7 +241,7 @@ class SampleCommand:
         if self.plan is None:
             return None
         pipeline = self.pipeline
-        check_first_tokens(self.plan, pipeline)
+        check_network(self.plan, pipeline)
         plan = with_chosen_widths(self.plan, pipeline, run, self._calibration_seed, self.args.sensitivities)
         shapes = pipeline.input_shape, pipeline.context_shape, pipeline.training_steps
         return Quantization(pipeline.network, plan, run, *shapes, pipeline.sampler.visited, pipeline.probe)

@@ -17,6 +17,7 @@ from qdiff.calibration.first_token import find_first_tokens
 from qdiff.calibration.input_scales import Scaling
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.sample_timesteps import check_timesteps
+from qdiff.calibration.temporal_unit import known_temporal_parts
 from qdiff.config import QuantConfig
 from qdiff.diffusers_backend.card import writes_card
 from qdiff.diffusers_backend.component_timesteps import follow_timesteps, timestep_of
@@ -105,6 +106,8 @@ def quantize_pipeline(
     require_at_least(1, {"samples": samples, "steps": steps, "batch_size": batch_size})
     name, network = find_denoiser(pipe, component)
     _check_network(name, network, config)
+    if getattr(settings, "temporal_unit", False):
+        known_temporal_parts(network)
     for unit in units or ():
         find_unit(network, unit)
     check_options(pipe, prompts, options)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from qdiff.config import FLOAT_BITS, LayerBits, QuantConfig, ScalePer
 from qdiff.errors import UserError
-from qdiff.interface import SteppedNetwork, TemporalParts, family_of
+from qdiff.interface import SteppedNetwork, TemporalParts, family_of, temporal_parts_of
 from qdiff.ranges.calibrated_timesteps import CalibratedTimesteps, at_timestep
 
 
@@ -265,7 +265,7 @@ def _stepped(network: nn.Module) -> nn.Module:
 
 def _parts_of(network: nn.Module) -> TemporalParts:
     stepped = _stepped(network)
-    parts = stepped.temporal_parts() if isinstance(stepped, SteppedNetwork) else None
+    parts = temporal_parts_of(stepped)
     if parts is None:
         raise UserError(
             f"it is not known what {type(stepped).__name__} computes from the timestep alone; leave out "

@@ -100,3 +100,13 @@ def test_bad_options_are_one_sentence(words, says, call, tiny, tmp_path):
     outcome = call(SCRIPT, *tiny.options, *SAMPLER, *PTQ, *words, "-l", tmp_path / "run")
     assert says in outcome.error_line()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("widths", [(), ("--uniform_widths",)])
+def test_a_given_recording_that_ends_early_is_told_once(widths, call, tiny, tmp_path):
+    file = tmp_path / "every.pt"
+    sampled = (*tiny.options, *SAMPLER, "--timesteps", 5, "--cali_st", 3, "--cali_n", 2)
+    succeeded(call(SCRIPT, *sampled, "--generate", "raw", "--cali_data_path", file))
+    outcome = call(SCRIPT, *sampled, *PTQ[:6], *widths, "--cali_data_path", file, "-l", tmp_path / "run")
+    assert succeeded(outcome).err.count("every.pt ends at timestep 400, but sampling goes on to 0") == 1

@@ -134,6 +134,7 @@ def test_a_written_folder_needs_only_diffusers_and_qdiff(quantized):
         (["FOLDER", "--steps", "0"], "--steps is 0; give at least 1"),
         (["FOLDER", "-n", "0"], "--n_samples is 0; give at least 1"),
         (["FOLDER", "--ptq", "--weight_bit", "4", "--cali_st", "60"], "60"),
+        (["FOLDER", "--ptq", *CALIBRATION, "--method", "tfmq-dm"], "of Denoiser is not known; give --no-temporal_unit"),
     ],
 )
 def test_bad_input_is_one_sentence(folder, arguments, sentence, tmp_path, capsys):

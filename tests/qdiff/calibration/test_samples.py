@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qdiff.calibration.samples import load_recording, save_recording, select_samples
-from qdiff.calibration.timesteps import Spacing, spaced
+from qdiff.calibration.timesteps import Spacing, ends_early, spaced
 from qdiff.errors import UserError
 
 SHAPE = (2, 4, 4)
@@ -63,6 +63,21 @@ def test_both_ends_are_kept_and_gaps_are_like(recorded):
 def test_steps_that_cannot_be_taken(count, spacing):
     with pytest.raises(UserError, match="--cali_st 1 to 10"):
         spaced(10, count, spacing)
+
+
+@pytest.mark.parametrize(
+    ("recorded", "visited", "early"),
+    [
+        ([950, 200], [950, 500, 200, 0], True),  # the first three of four calls
+        ([950, 199], [950, 500, 200, 0], False),  # by another sampler
+        ([950, 0], [950, 500, 200, 0], False),
+        ([950, 200], [950, 200, 0, 0], True),  # the last call repeats a timestep
+        ([950], [950], False),
+        ([950], [], False),
+    ],
+)
+def test_a_recording_that_ends_early(recorded, visited, early):
+    assert ends_early(torch.tensor(recorded), visited) is early
 
 
 def test_selection_from_end_to_end():

@@ -160,7 +160,9 @@ def test_it_is_refused_where_it_is_not_known():
 
     inputs = torch.randn(4, 1, 8, 8), torch.tensor([1, 2, 3, 4])
     qnn = QuantModel(Small().eval(), QuantConfig(4), inputs)
-    with pytest.raises(UserError, match="temporal unit of Small is not known; leave out --temporal_unit") as caught:
+    with pytest.raises(
+        UserError, match="temporal unit of Small is not known; give --no-temporal_unit, or in Python"
+    ) as caught:
         calibrate(qnn, CalibrationSet(inputs), "tfmq-dm", run=quiet())
     assert "\n" not in str(caught.value)
 

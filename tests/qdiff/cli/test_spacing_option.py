@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import logging
 
+import pytest
+import torch
+
+from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Spacing
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
+from qdiff.cli.planned_recording import warn_if_ends_early
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS
 from qdiff.ranges.estimators import RangeMethod
@@ -51,3 +56,22 @@ def test_any_method_that_draws_nothing_may(method):
     with pytest.raises(UserError, match=f"--cali_spacing has no meaning with --method {method}") as error:
         plan(*words)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "warned"),
+    [
+        (("--method", "grip", "--cali_data_path", "file.pt"), True),
+        (("--method", "grip", "--cali_data_path", "file.pt", "--cali_spacing", "every"), False),  # asked for
+        (("--method", "qdiff", "--cali_data_path", "file.pt"), False),  # the papers' way
+        (("--method", "grip"), False),  # recorded by the run itself
+    ],
+)
+def test_a_file_without_the_last_timesteps_is_told(words, warned, caplog):
+    data = CalibrationSet((torch.zeros(2, 1, 4, 4), torch.tensor([900, 300])))
+    with caplog.at_level(logging.WARNING, "qdiff"):
+        warn_if_ends_early(plan(*words), data, [900.0, 600.0, 300.0, 0.0])
+    assert ("file.pt ends at timestep 300, but sampling goes on to 0" in caplog.text) == warned
+    caplog.clear()
+    warn_if_ends_early(plan(*words), data, [900.0, 600.0, 300.0])
+    assert not caplog.text

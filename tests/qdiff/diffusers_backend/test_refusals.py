@@ -90,6 +90,11 @@ def test_first_and_last_that_are_not_known():
     refused(pipe, "the first and last layer of DiTTransformer2DModel are not known", QuantConfig(4, keep_ends=True))
 
 
+@pytest.mark.parametrize("options", [{"method": "tfmq-dm"}, {"settings": QDiffusionConfig(temporal_unit=True)}])
+def test_a_temporal_unit_that_is_not_known(options):
+    refused(ddim(), "temporal unit of UNet2DModel is not known; .* settings with temporal_unit=False", **options)
+
+
 def test_a_quantized_pipeline(quantized_folder):
     pipe = quiet(diffusers.DiffusionPipeline.from_pretrained(quantized_folder))
     refused(pipe, "unet is already quantized; load the float pipeline")
