@@ -36,7 +36,7 @@ class Folder:
         if not (inspect.isclass(self.pipeline_class) and issubclass(self.pipeline_class, diffusers.DiffusionPipeline)):
             raise UserError(f"{index} names the pipeline {name}, which diffusers {diffusers.__version__} does not have")
         self.call_parameters = inspect.signature(self.pipeline_class.__call__).parameters
-        self._scheduler, self._asked_for = self._make_scheduler(diffusers, scheduler), scheduler
+        self._scheduler = self._make_scheduler(diffusers, scheduler)
 
     def _make_scheduler(self, diffusers: Any, name: str | None) -> Any:
         config = self.path / "scheduler" / "scheduler_config.json"
@@ -99,11 +99,10 @@ class Folder:
         }
 
     def load(self) -> Any:
-        """Return the pipeline in float32, with the scheduler that was asked for.
+        """Return the pipeline in float32, with the scheduler that was asked for, or the folder's.
 
         Raises:
-            UserError: a file is missing or damaged, or the pipeline takes another scheduler than the one that was asked
-                for.
+            UserError: a file is missing or damaged, or the pipeline takes another scheduler than this one.
         """
         try:
             pipe = self.pipeline_class.from_pretrained(str(self.path), local_files_only=True, scheduler=self._scheduler)
@@ -113,8 +112,10 @@ class Folder:
             raise UserError(f"{self.path} cannot be loaded: {first_line(error)}; copy the folder again") from error
         taken = type(getattr(pipe, "scheduler", None)).__name__
         # Some pipelines make a scheduler of their own from the config of any other.
-        if self._asked_for not in (None, taken):
-            raise UserError(f"{type(pipe).__name__} takes {taken} in place of {self._asked_for}; leave --scheduler out")
+        if taken != self.scheduler_name:
+            raise UserError(
+                f"{type(pipe).__name__} takes {taken} in place of {self.scheduler_name}; give --scheduler {taken}"
+            )
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

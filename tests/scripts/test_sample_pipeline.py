@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -126,7 +127,7 @@ def test_a_written_folder_needs_only_diffusers_and_qdiff(quantized):
         (["FOLDER", "--scheduler", "AmusedScheduler"], "AmusedScheduler cannot be made from"),
         (
             ["FOLDER", "--scheduler", "DDPMScheduler"],
-            "DDIMPipeline takes DDIMScheduler in place of DDPMScheduler; leave",
+            "DDIMPipeline takes DDIMScheduler in place of DDPMScheduler; give --scheduler DDIMScheduler",
         ),
         (["FOLDER", "--prompt", "a cat"], "DDIMPipeline takes no prompts; leave them out"),
         (["FOLDER", "--guidance_scale", "3"], "DDIMPipeline takes no guidance_scale; leave them out"),
@@ -144,6 +145,19 @@ def test_bad_input_is_one_sentence(folder, arguments, sentence, tmp_path, capsys
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and sentence in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_whose_scheduler_the_pipeline_replaces(folder, tmp_path, capsys):
+    copied = shutil.copytree(folder, tmp_path / "copy")
+    config = copied / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace("DDIMScheduler", "PNDMScheduler"))
+    words = [str(copied), "--device", "cpu", "--steps", "2", "-l", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        sample_pipeline.main(words)
+    assert stopped.value.code == 2 and "in place of PNDMScheduler; give --scheduler DDIM" in capsys.readouterr().err
+    sample_pipeline.main([*words, "--scheduler", "DDIMScheduler"])
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["sampler"]["kind"] == "DDIMScheduler" and run["network_calls"] == 2
 
 
 def test_an_existing_folder_is_not_overwritten(folder, tmp_path, capsys):
