@@ -31,8 +31,8 @@ class QuantModule(WeightedModule):
     State in addition to the weight's (`qdiff.weight_forms`):
         bias: bias of the quantized layer, or None; equals the float layer's unless it was corrected.
         float_bias: bias of the float layer if ``bias`` was corrected, else None.
-        input_scale: float32 [C_in] (1/τ in papers): in a quantized forward the input's channels are multiplied by it
-            before anything is quantized, and what is quantized of the weight is W divided by it; None for no scale.
+        input_scale: [C_in] in at least float32 (1/τ in papers): in a quantized forward the input's channels are
+            multiplied by it before anything is quantized, and of the weight W divided by it is; None for no scale.
         act_quantizers: one per slice of the input channels (1, or 2 if split).
         first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty if that
             step stays in float.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.reconstruction import random_batches
 from qdiff.errors import UserError
-from qdiff.functional import fake_quantize
+from qdiff.functional import at_least_single, fake_quantize
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import ActQuantizer, DynamicActQuantizer, WeightQuantizer
 from qdiff.ranges.qparams import TINY, qparams
@@ -144,7 +145,7 @@ def searched(layer: QuantModule, largest: Tensor, batches: Sequence[Tensor]) -> 
         largest: max|x_c| [C_in].
         batches: inputs in the shape that the layer takes.
     """
-    x = largest.float()
+    x = at_least_single(largest)
     weight = _by_group(layer).abs().amax((1, 3)).flatten()
     best, least = torch.ones_like(x), torch.full((), torch.inf, device=x.device)
     powers = [i / POWERS for i in range(1, POWERS)]
@@ -157,7 +158,7 @@ def searched(layer: QuantModule, largest: Tensor, batches: Sequence[Tensor]) -> 
 
 def _by_group(layer: QuantModule) -> Tensor:
     """Return the float weight as [G, C_out/G, C_in/G, taps]."""
-    weight = layer.float_weight().detach().float()
+    weight = at_least_single(layer.float_weight().detach())
     return weight.reshape(layer.groups, -1, weight.shape[1], weight[0, 0].numel())
 
 
@@ -186,25 +187,40 @@ def learned(
         feeding: how inputs get to the layer.
     """
     batches = random_batches(len(inputs), settings.batch_size, settings.iterations, generator)
-    running = torch.zeros(int(entries.max()) + 1, device=feeding.device)
-    counts = feeding.pass_counts(batches.shape[1])
-    with torch.enable_grad(), contextlib.closing(feeding.passes((inputs, entries), batches)) as samples:
-        log_tau = start.float().log().requires_grad_(True)
+    log_tau = at_least_single(start).log().requires_grad_(True)
+    running = torch.zeros(int(entries.max()) + 1, dtype=log_tau.dtype, device=feeding.device)
+    passes = len(feeding.pass_counts(batches.shape[1]))
+    # λ knows the losses of the whole batch, so one that goes through in parts does so twice: for losses, for gradients.
+    rows = batches.repeat_interleave(2, 0) if passes > 1 else batches
+
+    def errors_of(x: Tensor) -> Tensor:
+        return product_errors(layer, x, log_tau.exp().to(x.dtype))
+
+    with torch.enable_grad(), contextlib.closing(feeding.passes((inputs, entries), rows)) as samples:
         optimiser = torch.optim.Adam([log_tau], lr=settings.lr)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=settings.iterations)
         for _ in range(settings.iterations):
             optimiser.zero_grad(set_to_none=True)
-            weights, sums = _weights(running, settings.weighting), torch.zeros_like(running)
-            for _ in counts:
-                x, entry = next(samples)
-                errors = product_errors(layer, x, log_tau.exp().to(x.dtype))
-                sums.index_add_(0, entry, errors.detach().float())
-                ((weights[entry] * errors).sum() / batches.shape[1]).backward()
+            if passes > 1:
+                with torch.no_grad():
+                    running = _moved(running, [(entry, errors_of(x)) for x, entry in islice(samples, passes)])
+            for x, entry in islice(samples, passes):
+                errors = errors_of(x)
+                if passes == 1:
+                    running = _moved(running, [(entry, errors.detach())])
+                ((_weights(running, settings.weighting)[entry] * errors).sum() / batches.shape[1]).backward()
             optimiser.step()
             cosine.step()
-            running.mul_(MOMENTUM).add_(sums, alpha=1 - MOMENTUM)
             on_iteration()
     return balanced(log_tau.detach().exp())
+
+
+def _moved(running: Tensor, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the running losses after a batch, of which there are the timesteps and the losses of the samples."""
+    sums = torch.zeros_like(running)
+    for entry, losses in found:
+        sums.index_add_(0, entry, losses.to(sums.dtype))
+    return MOMENTUM * running + (1 - MOMENTUM) * sums
 
 
 def _weights(running: Tensor, power: float) -> Tensor:

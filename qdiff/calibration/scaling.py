@@ -11,6 +11,7 @@ from qdiff.calibration.input_scales import InputScaling, Scaling, dilated, learn
 from qdiff.calibration.run import CalibrationRun, OpenUnit, Phase, units_to_fit
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.unit_inputs import UnitInputs
+from qdiff.functional import at_least_single
 from qdiff.io.progress import Progress
 from qdiff.modes import quantized_layers
 from qdiff.quant_layer import QuantModule
@@ -67,7 +68,7 @@ def _scale_unit(
         inputs, samples = taken.float_inputs(layer)
         device = qnn.device
         kind = settings.kind if settings.kind is not Scaling.LEARNED else settings.start
-        tau = torch.ones(layer.in_channels, device=device)
+        tau = at_least_single(layer.float_weight().new_ones(layer.in_channels))
         if kind is Scaling.DILATE:
             tau = dilated(layer)
         elif kind is Scaling.SEARCH:

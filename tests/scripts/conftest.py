@@ -170,6 +170,13 @@ def one_level(tmp_path_factory) -> TinyModel:
 
 
 @pytest.fixture(scope="session")
+def one_level_wide(tmp_path_factory) -> TinyModel:
+    """The same with images of 14×14, which hold 16 windows of SSIM."""
+    config = ONE_LEVEL.replace("image_size: 8", "image_size: 14")
+    return write_tiny_model(tmp_path_factory.mktemp("one-level-wide"), config)
+
+
+@pytest.fixture(scope="session")
 def latent(tmp_path_factory) -> Callable[[str], LatentModelFiles]:
     """``latent(kind)``: a tiny latent model on disk; see `latent_models.CHANNELS` for the kinds."""
     folder = tmp_path_factory.mktemp("latent")

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from dataclasses import replace
 
 import pytest
+import torch
+from families import SCRIPTS
 from run_checks import succeeded
 from safetensors.torch import load_file
+from script_device import ON_DEVICE
+from structural_similarity import SSIM_TOLERANCE, ssim
 
 from qdiff.calibration import sensitivity
+from qdiff.calibration.run import init_weights
 from qdiff.cli import mixed_precision
+from qdiff.cli.options.parser import Parser
+from qdiff.config import QuantConfig
+from qdiff.evaluation.fidelity import mean_ssim
+from qdiff.io.images import to_uint8
+from qdiff.quant_model import QuantModel
+from qdiff.wrapping import layer_places
 
 SCRIPT = "sample_diffusion_ddim"
 SAMPLER = ("--timesteps", 2, "--max_images", 1, "--seed", 3)
@@ -128,6 +141,61 @@ def test_images_are_compared_if_asked(call, tiny, tmp_path, monkeypatch):
     values = [value for widths in found["weights"].values() for value in widths.values()]
     assert sorted(values) == sorted(compared) and min(values) < max(values)
     assert len(values) == 12 and read(tmp_path / "run" / "widths.json")["mean_bits"] <= 7.99
+
+
+@torch.no_grad()
+def sampled(words, quant=None, name=None, bits=None):
+    """Return images of the calibration stream uint8 [3, H, W, C]; weights of one layer, if any, have a width."""
+    script, parser = SCRIPTS[SCRIPT], Parser(None)
+    script.add_options(parser)
+    args = parser.parse_args([str(word) for word in words])
+    args.batch_size = 2
+    pipeline = script.pipeline_of(args)
+    pipeline.load(torch.device(ON_DEVICE[1]))
+    network, quantized = pipeline.network, contextlib.nullcontext()
+    if name is not None:
+        others = {other: "W32" for other in layer_places(network) if other != name}
+        network = QuantModel(network, replace(quant, weight_bits=bits, act_bits=None, layer_bits=others))
+        init_weights(network)
+        quantized = network.quantized()
+    with quantized:
+        latents = [pipeline.sample(network, rows, calibration=True) for rows in (range(2), range(2, 3))]
+    return to_uint8(pipeline.to_images(torch.cat(latents)))
+
+
+@pytest.mark.slow
+def test_images_are_compared_by_ssim(call, one_level_wide, tmp_path, monkeypatch):
+    """What is kept for a width is SSIM by its definition, of the images of a network with one layer of this width."""
+    compared = []
+
+    def watched(*images):
+        compared.append([each.permute(0, 2, 3, 1).numpy() for each in images])
+        return mean_ssim(*images)
+
+    monkeypatch.setattr(mixed_precision, "mean_ssim", watched)
+    layers = [n.removesuffix(".weight") for n, tensor in load_file(one_level_wide.weights).items() if tensor.dim() > 1]
+    measured = ("conv_in", "mid.block_1.conv2")
+    (tmp_path / "widths.yaml").write_text("".join(f"{name}: W8A8\n" for name in layers if name not in measured))
+    model, both = (*one_level_wide.options, *SAMPLER), ("--target_bits", 7.99, "--candidate_bits", "2,8")
+    both = (*both, "--target_act_bits", 7.99, "--candidate_act_bits", "2,8")
+    words = (*model, "--batch_size", 2, *PTQ, *both, "--layer_bits", tmp_path / "widths.yaml")
+    succeeded(call(SCRIPT, *words, "--sensitivity", "ssim", "--sensitivity_samples", 3, "-l", tmp_path / "run"))
+    found = read(tmp_path / "run" / "sensitivities.json")
+    weights, activations = (list(found[name].values()) for name in ("weights", "activations"))
+    assert list(found["weights"]) == list(found["activations"]) == list(measured)
+    # A range of an activation is observed in a run of its own, before the one that counts.
+    pairs = [*compared[:4], *compared[5::2]]
+    for kept, (a, b) in zip((v for widths in (*weights, *activations) for v in widths.values()), pairs, strict=True):
+        assert kept == pytest.approx(ssim(a, b), abs=SSIM_TOLERANCE)
+        assert abs(kept - ssim(a, b, sigma=1.6)) > SSIM_TOLERANCE  # planted: a window that is a little wider
+
+    model = ("--config", one_level_wide.config, "--ckpt", one_level_wide.weights, *SAMPLER[:2], *SAMPLER[4:])
+    in_float, quant = sampled(model), QuantConfig.from_dict(found["settings"]["quant"])
+    for name in measured:
+        for bits in (2, 8):
+            value = ssim(sampled(model, quant, name, bits), in_float)
+            assert found["weights"][name][str(bits)] == pytest.approx(value, abs=SSIM_TOLERANCE)
+            assert abs(found["weights"][name][str(10 - bits)] - value) > SSIM_TOLERANCE  # planted: the other width
 
 
 def test_without_ptq_it_has_no_effect(call, tiny, tmp_path):

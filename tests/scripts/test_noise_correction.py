@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from ddim_runs import DATA, SCRIPT, W4A8
+from exact_runtimes import require_runtimes
 from run_checks import image_bytes, largest_difference, lose_images, manifest, snapshot, succeeded
 from thorough import thorough_except
 
@@ -137,6 +138,26 @@ def test_a_packed_run_loads_the_float_network_only_to_collect(runtime, loaded, c
     monkeypatch.undo()
     succeeded(call(SCRIPT, *words[:-1], tmp_path / "simulated"))
     assert largest_difference(tmp_path / "simulated", tmp_path / runtime) <= GREY_LEVELS
+
+
+@pytest.mark.slow
+def test_an_onnx_runtime_samples_with_the_correction(corrected, plain, loaded, call, tmp_path):
+    """It collects the statistics of the simulated run, and gives its images; without the correction they are others."""
+    require_runtimes()
+    runtime = ("--runtime", "onnxruntime")
+    succeeded(call(SCRIPT, *loaded, *NOISY, *CORRECTED, *runtime, "-l", tmp_path / "run"))
+    run = manifest(tmp_path / "run")
+    assert run["config"]["runtime"] == "onnxruntime" and run["noise_correction"]["kind"] == "d2"
+    assert (tmp_path / "run" / FILE).read_bytes() == (corrected[0] / FILE).read_bytes()
+    assert largest_difference(tmp_path / "run", corrected[0]) <= GREY_LEVELS
+
+    words = (*loaded, *NOISY, *runtime, "--onnx", tmp_path / "run" / "model.onnx")
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "without"))
+    assert largest_difference(tmp_path / "without", plain) <= GREY_LEVELS
+    assert largest_difference(tmp_path / "run", tmp_path / "without") > GREY_LEVELS
+    given = ("--correction_path", tmp_path / "run" / FILE)
+    succeeded(call(SCRIPT, *words, *given, "-l", tmp_path / "given"))
+    assert image_bytes(tmp_path / "given") == image_bytes(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -59,6 +59,14 @@ def test_layers_are_scaled_and_the_float_network_stays(kind, small, data, held_o
     assert same(scales, again)
 
 
+@pytest.mark.parametrize("kind", ["dilate", "search", "learned"])
+def test_a_network_in_double_has_scales_in_double(kind, small, data):
+    doubled = type(data)((data.inputs[0].double(), data.inputs[1]))
+    scales = [s for s in scaled(small().double(), doubled, InputScaling(kind, iterations=2)).values() if s is not None]
+    assert scales and all(s.dtype == torch.float64 for s in scales)
+    assert any(not torch.equal(s, s.float().double()) for s in scales)
+
+
 def test_none_scales_nothing(small, data):
     assert not any(s is not None for s in scaled(small(), data, InputScaling()).values())
 

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.signal import convolve2d
+from structural_similarity import SSIM_TOLERANCE, ssim
 
 from qdiff.errors import UserError
 from qdiff.evaluation.fidelity import LPIPS_NETS, PSNR_CAP, compare_runs
 from qdiff.evaluation.image_sets import ArrayImages, open_images
 
 PSNR_TOLERANCE = 1e-5  # dB; torchmetrics takes the peak's logarithm in float32
-SSIM_TOLERANCE = 1e-9  # float64
 LPIPS_TOLERANCE = 1e-5  # relative, float32 convolutions
 SLICE_ENDS = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}  # ReLUs in torchvision's ``features``
 
@@ -47,22 +46,6 @@ def compare(a, b, **options):
 def psnr(a, b, peak=255.0):
     error = (a.astype(np.float64) - b.astype(np.float64)) ** 2
     return float(np.mean(10 * np.log10(peak**2 / error.mean((1, 2, 3)))))
-
-
-def ssim(a, b, sigma=1.5, c=(0.01, 0.03), mode="valid"):
-    """Wang et al. 2004, equations 13 to 17, one map for every image and channel."""
-    offsets = np.arange(-5, 6)
-    line = np.exp(-(offsets**2) / (2 * sigma**2))
-    window = np.outer(line, line) / line.sum() ** 2
-    c1, c2 = ((k * 255) ** 2 for k in c)
-    values = []
-    for x, y in zip(a.astype(np.float64), b.astype(np.float64), strict=True):
-        for channel in range(x.shape[-1]):
-            u, v = x[..., channel], y[..., channel]
-            mu, nu, uu, vv, uv = (convolve2d(m, window, mode, "symm") for m in (u, v, u * u, v * v, u * v))
-            top = (2 * mu * nu + c1) * (2 * (uv - mu * nu) + c2)
-            values.append(np.mean(top / ((mu**2 + nu**2 + c1) * (uu - mu**2 + vv - nu**2 + c2))))
-    return float(np.mean(values))
 
 
 def test_psnr_and_ssim_equal_their_definitions():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 from small_network import Small
 
 from qdiff.api import calibrate
+from qdiff.calibration import fitting
 from qdiff.calibration import run as calibration_run
 from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.run import CalibrationRun
 from qdiff.checkpoint import load_checkpoint, save_checkpoint
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.methods import gptq, qdiffusion
+from qdiff.methods import eda_dm, gptq, qdiffusion
 from qdiff.methods.eda_dm import EdaDmConfig
 from qdiff.methods.gptq import GptqConfig
 from qdiff.methods.ptq4dm import Ptq4dmConfig
@@ -228,6 +230,60 @@ def test_without_iterations_worth_the_name_the_start_remains(wrap, data):
     expected = made(wrap, data, GptqConfig(bias_correction=False), act_bits=None)
     for layer, other in zip(started.layers().values(), expected.layers().values(), strict=True):
         assert torch.equal(layer.weight_int, other.weight_int)
+
+
+LEARNED = {
+    "qdiff": QDiffusionConfig(3, 2, 4, start="gptq", bias_correction=True),
+    "layers": QDiffusionConfig(2, 2, 4, start="gptq", unit="layer"),
+    "eda-dm": EdaDmConfig(iterations=3, batch_size=4, lr_rounding=1e-4, start="gptq", bias_correction=True),
+}
+
+
+def heard(module, name, stop, patch):
+    """Note the units that a function of a module is called for; at call ``stop``, Ctrl-C comes after its work."""
+    original, units = getattr(module, name), []
+
+    def call(unit, *rest, **named):
+        found = original(unit, *rest, **named)
+        units.append(unit.name)
+        if len(units) == stop:
+            raise KeyboardInterrupt
+        return found
+
+    patch.setattr(module, name, call)
+    return units
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "place", "stop"),
+    [
+        ("qdiff", "rounded", 4),  # columns are rounded, and nothing is learned from them
+        ("qdiff", "learned", 4),  # learned, and not kept
+        ("qdiff", "learned", 13),  # the second phase, on biases that were corrected in the first
+        ("layers", "learned", 4),  # the second layer of a unit
+        ("eda-dm", "rounded", 4),
+        ("eda-dm", "learned", 4),
+    ],
+)
+def test_learning_from_it_resumes_where_it_was(name, place, stop, wrap, data, tmp_path, monkeypatch):
+    method, config = "eda-dm" if name == "eda-dm" else "qdiff", LEARNED[name]
+    module = qdiffusion if method == "qdiff" else eda_dm
+    places = {"rounded": (module, "round_layers"), "learned": (fitting, "optimise")}
+    runs = [quiet(), *(quiet(journal=CalibrationJournal(tmp_path, {})) for _ in range(2))]
+    results, units = [], []
+    for run, last in zip(runs, (None, stop, None), strict=True):
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            units.append({p: heard(*where, last if p == place else None, patch) for p, where in places.items()})
+            results.append(state(made(wrap, data, config, run, method)))
+    assert len(results) == 2 and same(*results)
+    whole, first, second = units
+    assert first[place] == whole[place][:stop]
+    for each in places:  # again is only what the interrupted unit had come to
+        assert second[each] == whole[each][len(whole[each]) - len(second[each]) :]
+    left = len(whole[place]) - stop
+    assert left < len(second[place]) <= left + (2 if name == "layers" else 1)
+    assert runs[2].errors.items() <= runs[0].errors.items()
 
 
 @pytest.mark.slow
