@@ -32,7 +32,7 @@ class QuantModule(WeightedModule):
         bias: bias of the quantized layer, or None; equals the float layer's unless it was corrected.
         float_bias: bias of the float layer if ``bias`` was corrected, else None.
         input_scale: [C_in] in at least float32 (1/τ in papers): in a quantized forward the input's channels are
-            multiplied by it before anything is quantized, and of the weight W divided by it is; None for no scale.
+            multiplied by it before anything is quantized, and W divided by it is quantized; None for no scale.
         act_quantizers: one per slice of the input channels (1, or 2 if split).
         first_quantizers: likewise, for the first step of a trajectory, which has no change to quantize; empty if that
             step stays in float.
