@@ -9,6 +9,7 @@ D = E 2(x − x̂)x̂ᵀ, U the upper triangular factor of H⁻¹ = UᵀU.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -31,6 +32,10 @@ class Target(str, Enum):
 
 FACTORS = {Target.CORRECTED: 1.0, Target.GPTAQ: 0.25, Target.PLAIN: 0.0}
 """The factor a of D by default; GPTAQ's paper has 1 and its code 0.25."""
+
+
+Factor = tuple[Tensor, Tensor]
+"""The order in which columns are rounded [K], and U of H with its columns in that order [K, K], float64."""
 
 
 class NotPositiveDefinite(ArithmeticError):
@@ -66,6 +71,7 @@ def round_matrix(
     factor: float | None = None,
     damping: float = 0.01,
     block: int = BLOCK,
+    ordered: Factor | None = None,
 ) -> Tensor:
     """Return the integers q [R, K], float64, of one weight.
 
@@ -78,13 +84,15 @@ def round_matrix(
         target, factor: what to aim for, and a; None takes `FACTORS`.
         damping: added to the diagonal of H, as a share of its mean over the columns that have an input.
         block: columns per block.
+        ordered: what `ordered_factors` gives for H and this damping. With it, nothing here makes the host wait for a
+            GPU; None computes it.
 
     Raises:
         NotPositiveDefinite: H has no factor.
     """
     factor = FACTORS[target] if factor is None else factor
     weight, dead = weight.double(), inputs.diagonal() == 0
-    order, upper = ordered_factor(inputs, damping)
+    order, upper = ordered_factors([inputs], damping)[0] if ordered is None else ordered
     coupling = None
     if target is not Target.PLAIN:
         cross = factor * cross.double()[order][:, order]
@@ -96,44 +104,68 @@ def round_matrix(
     return round_columns(weight, grid.ordered(order), upper, coupling, block)[:, order.argsort()]
 
 
-def ordered_factor(inputs: Tensor, damping: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Return the order in which columns are rounded [K], and U of H with its columns in that order [K, K], float64.
+def ordered_factors(inputs: Sequence[Tensor], damping: float = 0.01) -> list[Factor]:
+    """Return the `Factor` of the moments of every group of a layer; on a GPU, the host waits once for all of them.
 
     Args:
-        inputs: H, [K, K].
+        inputs: H of each group, [K, K].
         damping: as in `round_matrix`.
 
     Raises:
-        NotPositiveDefinite: H has no factor.
+        NotPositiveDefinite: some H has no factor.
     """
-    inputs = inputs.double().clone()
-    dead = inputs.diagonal() == 0
-    strength = inputs.diagonal().sum() / (~dead).sum().clamp(min=1)
-    inputs.diagonal()[dead] = 1.0
-    order = inputs.diagonal().masked_fill(dead, 0.0).argsort(descending=True, stable=True)
-    return order, inverse_factor(inputs[order][:, order], damping * strength)
+    orders, matrices, dampings = [], [], []
+    for moments in inputs:
+        moments = moments.double().clone()
+        dead = moments.diagonal() == 0
+        strength = moments.diagonal().sum() / (~dead).sum().clamp(min=1)
+        moments.diagonal().masked_fill_(dead, 1.0)
+        orders.append(moments.diagonal().masked_fill(dead, 0.0).argsort(descending=True, stable=True))
+        matrices.append(moments[orders[-1]][:, orders[-1]])
+        dampings.append(damping * strength)
+    return list(zip(orders, inverse_factors(matrices, dampings), strict=True))
 
 
 def inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor:
-    """Return the upper triangular U with UᵀU = (matrix + damping·I)⁻¹, in float64.
+    """Return `inverse_factors` of one matrix."""
+    return inverse_factors([matrix], [damping])[0]
+
+
+def inverse_factors(matrices: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor]:
+    """Return the upper triangular U with UᵀU = (matrix + damping·I)⁻¹ for every matrix, in float64.
 
     Args:
-        matrix: [K, K], symmetric.
-        damping: shape (); raised up to `TRIES` times where rounding errors leave no factor.
+        matrices: [K, K], symmetric.
+        dampings: of each matrix, shape (); raised up to `TRIES` times where rounding errors leave no factor.
 
     Raises:
-        NotPositiveDefinite: no factor exists even so.
+        NotPositiveDefinite: some matrix has no factor even so.
     """
     for _ in range(TRIES):
-        damped = matrix.clone()
-        damped.diagonal().add_(damping)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper
-        damping = torch.maximum(damping * MORE_DAMPING, torch.finfo(matrix.dtype).eps * matrix.diagonal().amax())
-    raise NotPositiveDefinite(f"second moments of {len(matrix)} columns have no Cholesky factor")
+        uppers, failures = zip(*map(_try_factor, matrices, dampings), strict=True)
+        # The one wait for a GPU, in a layer as a rule: only the host can decide to try again.
+        if not torch.stack(failures).any():
+            return list(uppers)
+        dampings = [_raised(*given) for given in zip(matrices, dampings, failures, strict=True)]
+    raise NotPositiveDefinite(f"second moments of {len(matrices[0])} columns have no Cholesky factor")
+
+
+def _try_factor(matrix: Tensor, damping: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U, and whether there is none: bool of shape (), on the device."""
+    damped = matrix.clone()
+    damped.diagonal().add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    # What is there of a factor that failed is inverted too, since to leave that out the host would have to wait; a zero
+    # on its diagonal would be an error on the CPU.
+    lower.diagonal().masked_fill_(failed != 0, 1.0)
+    upper, failed_too = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return upper, (failed != 0) | (failed_too != 0)
+
+
+def _raised(matrix: Tensor, damping: Tensor, failed: Tensor) -> Tensor:
+    """Return more damping for a matrix without a factor; others keep theirs, and so their factor."""
+    more = torch.maximum(damping * MORE_DAMPING, torch.finfo(matrix.dtype).eps * matrix.diagonal().amax())
+    return torch.where(failed, more, damping)
 
 
 def corrected_weight(weight: Tensor, cross: Tensor, upper: Tensor) -> Tensor:
@@ -160,18 +192,19 @@ def round_columns(weight: Tensor, grid: Grid, upper: Tensor, coupling: Tensor | 
         block: columns per block; the columns after a block are updated once per block, by a matrix product.
     """
     # Columns lie in rows, and every step writes into memory that is there: the loop is a few small operations a column.
+    # None of them makes the host wait for a GPU: U_jj stays there too.
     columns = weight.mT.clone(memory_format=torch.contiguous_format)
     delta, zero_point = (t.to(weight.dtype).expand_as(weight).mT.contiguous() for t in (grid.delta, grid.zero_point))
-    integers, divisors = torch.empty_like(columns), upper.diagonal().tolist()
+    integers, divisors = torch.empty_like(columns), upper.diagonal()
     for start in range(0, len(columns), block):
         part = slice(start, start + block)
         here, errors, before = columns[part], torch.empty_like(columns[part]), columns[part].clone()
         factor, pull = upper[part, part], None if coupling is None else coupling[part, part]
-        steps = zip(here, delta[part], zero_point[part], integers[part], errors, before, strict=True)
-        for j, (w, d, z, q, error, kept) in enumerate(steps):
+        steps = zip(here, delta[part], zero_point[part], integers[part], errors, before, divisors[part], strict=True)
+        for j, (w, d, z, q, error, kept, divisor) in enumerate(steps):
             torch.div(w, d, out=q).round_().add_(z).clamp_(0, max_level(grid.bits))
             torch.sub(q, z, out=error).mul_(d)
-            torch.sub(w, error, out=error).div_(divisors[start + j])
+            torch.sub(w, error, out=error).div_(divisor)
             if pull is not None:
                 kept.copy_(w)
                 here[j + 1 :].addr_(pull[j, j + 1 :], w)

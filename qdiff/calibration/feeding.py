@@ -12,6 +12,15 @@ from torch import Tensor
 Samples = tuple[Tensor, ...]
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a small tensor in RAM on a device; the host does not wait for a copy to a GPU."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From pageable memory, the copy would wait for the kernels that the GPU still has to run. The allocator of
+    # page-locked memory reuses a block only after the copies from it are done.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Feeding:
     """The device where a unit is fitted, and how many samples move there at a time.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qdiff.calibration.feeding import to_device
 from qdiff.functional import at_least_single
 from qdiff.quant_layer import QuantModule
 
@@ -45,7 +46,7 @@ def input_rows(layer: QuantModule, x: Tensor, chosen: Callable[[torch.Size], Ten
 
     Args:
         layer, x: as in `input_patches`.
-        chosen: given (N, *positions), returns which of them to take, bool of this shape; None takes all.
+        chosen: given (N, *positions), returns which of them to take, bool of this shape in RAM; None takes all.
 
     Returns:
         [rows, G, K], sample after sample.
@@ -53,16 +54,24 @@ def input_rows(layer: QuantModule, x: Tensor, chosen: Callable[[torch.Size], Ten
     x = at_least_single(x)
     if layer.geometry is None:
         rows = x.reshape(len(x), -1, x.shape[-1])
-        rows = rows.flatten(0, 1) if chosen is None else rows[chosen(rows.shape[:2])]
-        return rows[:, None]
+        return _taken(rows, 2, chosen)[:, None]
     # All channels of a place are copied together; taken from the patches, it would be number by number.
     x = _padded(layer, x).movedim(1, -1).contiguous()
     places = torch.arange(x[..., 0].numel(), device=x.device).view(len(x), 1, *x.shape[1:-1])
     places = _windows(layer, places, 1).flatten(-layer.weight.dim())  # [N, *positions, kernel]
-    places = places.flatten(0, -2) if chosen is None else places[chosen(places.shape[:-1])]
+    places = _taken(places, places.dim() - 1, chosen)
     rows = x.flatten(0, -2).index_select(0, places.flatten())
     rows = rows.view(*places.shape, layer.groups, layer.weight.shape[1])
     return rows.transpose(1, 2).flatten(2)
+
+
+def _taken(rows: Tensor, dims: int, chosen: Callable[[torch.Size], Tensor] | None) -> Tensor:
+    """Return the chosen ones of rows whose places are the first so many dimensions; see `input_rows`."""
+    where, rows = rows.shape[:dims], rows.flatten(0, dims - 1)
+    if chosen is None:
+        return rows
+    # A mask as the index would make the host wait for a GPU, which counts what is set in it.
+    return rows.index_select(0, to_device(chosen(where).flatten().nonzero()[:, 0], rows.device))
 
 
 def column_order(layer: QuantModule) -> Tensor:

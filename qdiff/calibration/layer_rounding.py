@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, Target, round_matrix
+from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, Target, ordered_factors, round_matrix
 from qdiff.calibration.input_moments import PATCH_BYTES, InputMoments, columns_of
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.unit_inputs import UnitInputs
@@ -21,8 +21,9 @@ from qdiff.quant_model import QuantModel
 log = logging.getLogger("qdiff")
 
 MOMENT_BYTES = 8  # float64
-# K×K matrices held at a time: the sums, H and D, both in order, and the damped matrix, its inverse and factors.
-MATRICES = 10
+# K×K matrices held at a time: for every group the sums, H and D, and H in order and its factor; and D in order, the
+# damped matrix, its inverse and factors.
+OF_GROUPS, MATRICES = 6, 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ColumnRounding:
 def rounding_bytes(qnn: QuantModel) -> int:
     """Return an upper bound of what rounding the largest layer holds besides its weights."""
     squares = (
-        (layer.groups * 4 + MATRICES) * columns_of(layer) ** 2
+        (layer.groups * OF_GROUPS + MATRICES) * columns_of(layer) ** 2
         for layer in qnn.layers().values()
         if len(layer.weight_quantizers)
     )
@@ -101,13 +102,15 @@ def round_layer(name: str, layer: QuantModule, moments: InputMoments, settings: 
     if len(layer.weight_quantizers) == 0:
         return
     inputs, cross = moments.inputs, moments.cross
-    if not torch.isfinite(inputs).all() or (cross is not None and not torch.isfinite(cross).all()):
+    # A GPU is waited for twice in a layer: here, and in `ordered_factors`, which tells whether there are factors.
+    if not torch.stack([torch.isfinite(t).all() for t in (inputs, cross) if t is not None]).all():
         raise UserError(f"the inputs of {name} are not finite on the calibration set; check the float weights")
     groups = len(inputs)
     tensors = (layer.weight_to_quantize(), *layer.weight_grid())
     matrices = (t.expand_as(layer.weight).flatten(1).chunk(groups) for t in tensors)
     integers = []
     try:
+        factors = ordered_factors(inputs.unbind(), settings.damping)
         for group, (weight, *grid) in enumerate(zip(*matrices, strict=True)):
             q = round_matrix(
                 weight,
@@ -117,6 +120,7 @@ def round_layer(name: str, layer: QuantModule, moments: InputMoments, settings: 
                 target=settings.target,
                 factor=settings.factor,
                 damping=settings.damping,
+                ordered=factors[group],
             )
             integers.append(q)
     except NotPositiveDefinite as error:

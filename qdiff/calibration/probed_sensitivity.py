@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from qdiff.calibration.feeding import to_device
 from qdiff.calibration.sensitivity import Operand, quick_range, settle_observed, sqnr, start_observing
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.modes import set_modes
@@ -84,7 +85,7 @@ def probed_sensitivities(
             signal += out.detach().double().square().sum()
             if out.requires_grad:
                 # Every sample has a projection of its own, so that its products are not mixed with those of others.
-                (out * torch.randn(out.shape, generator=generator).to(out)).sum().backward()
+                (out * projection_of(out, generator)).sum().backward()
             for layer in everything:
                 layer.finish()
     total = float(signal)
@@ -116,6 +117,12 @@ def parameters_without_gradients(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
+
+
+def projection_of(out: Tensor, generator: torch.Generator) -> Tensor:
+    """Return v for an output, drawn by a generator of the CPU; the host does not wait for a GPU."""
+    # Converted on the device: converted before, it would not be in page-locked memory.
+    return to_device(torch.randn(out.shape, generator=generator), out.device).to(out.dtype)
 
 
 def by_sample(rows: Tensor, samples: int, copies: int) -> Tensor:
@@ -233,7 +240,7 @@ class RoundedLayer:
             made = by_sample(sums, self._samples, self._copies)
             self._products[bits] = made if bits not in self._products else self._products[bits] + made
 
-    def finish(self, scale: float = 1.0) -> None:
+    def finish(self, scale: float | Tensor = 1.0) -> None:
         """End a batch; its noise counts ``scale`` times."""
         for bits, products in self._products.items():
             self._squares[bits] = scale * products.square().sum() + self._squares.get(bits, 0.0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qdiff.calibration.feeding import to_device
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
 from qdiff.modes import leaves
@@ -54,9 +55,9 @@ class SampleTimesteps:
         Raises:
             UserError: no sample is at one of the calibrated timesteps.
         """
-        entries = self.entries[rows]
+        entries = self.entries[rows].cpu()  # read once: a mask on a GPU would make the host wait for every entry
         for entry in range(len(self.shared.values)):
-            some = rows[entries == entry]
+            some = rows[to_device((entries == entry).nonzero()[:, 0], rows.device)]
             if len(some) == 0:
                 raise UserError(
                     f"no calibration sample is at timestep {float(self.shared.values[entry]):g}; take ranges from more "

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.probed_sensitivity import Found, RoundedLayer, parameters_without_gradients
+from qdiff.calibration.probed_sensitivity import Found, RoundedLayer, parameters_without_gradients, projection_of
 from qdiff.calibration.sensitivity import Operand
 from qdiff.calibration.weight_noise import ROWS, WeightNoise
 from qdiff.config import QuantConfig
@@ -130,21 +130,23 @@ def trajectory_sensitivities(
         for run, rows in zip(watched, batches, strict=True):
             results.append(_result(pipeline, run, rows))
     layers.settle()
-    signal = sum(float(result.detach().double().square().sum()) for result in results)
+    # Sums stay on the device until the end: read batch by batch, the host would wait for a GPU each time.
+    signal = sum(result.detach().double().square().sum() for result in results)
     with parameters_without_gradients(network), layers.listening():
         for run, rows in zip(watched, batches, strict=True):
             result, (x, call, last) = results.pop(0), run.last
             batch = len(rows), max(1, len(x) // len(rows))
             layers.start(*batch)
-            result.backward(torch.randn(result.shape, generator=generator).to(result))
+            result.backward(projection_of(result, generator))
             layers.finish()
             layers.start(*batch)
-            _backward(call, x, torch.randn(last.shape, generator=generator))
+            _backward(call, x, projection_of(last, generator))
             # Relative to the signal of ε there, as that of the result is to its own.
-            energy = float(last.double().square().sum())
-            layers.finish(LAST_CALL * float(result.detach().double().square().sum()) / energy if energy > 0 else 0.0)
+            energy = last.double().square().sum()
+            share = LAST_CALL * result.detach().double().square().sum() / energy
+            layers.finish(torch.where(energy > 0, share, 0.0))
             on_batch(len(rows))
-    return layers.found(signal)
+    return layers.found(float(signal))
 
 
 def _result(pipeline: Pipeline, network: _Watched, rows: Sequence[int]) -> Tensor:
@@ -221,7 +223,7 @@ class _Layers:
         for layer in (*self.inputs.values(), *self.weights.values()):
             layer.start(samples, copies)
 
-    def finish(self, scale: float = 1.0) -> None:
+    def finish(self, scale: float | Tensor = 1.0) -> None:
         for layer in (*self.inputs.values(), *self.weights.values()):
             layer.finish(scale)
 

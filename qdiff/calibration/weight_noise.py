@@ -16,7 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from qdiff.calibration.column_rounding import Grid, NotPositiveDefinite, ordered_factor, round_columns
+from qdiff.calibration.column_rounding import Factor, Grid, NotPositiveDefinite, ordered_factors, round_columns
+from qdiff.calibration.feeding import to_device
 from qdiff.calibration.input_moments import column_order, columns_of, input_patches, input_rows
 from qdiff.calibration.probed_sensitivity import by_sample, until_backward
 from qdiff.calibration.sensitivity import quick_range, sqnr
@@ -75,8 +76,8 @@ class WeightNoise:
         """Keep some rows of an input, drawn with replacement."""
         patches = input_patches(self.shape, self.shape.quantized_part(x.detach()))
         where = patches.shape[: -self.shape.weight.dim()]
-        chosen = [torch.randint(size, (rows,), generator=self.generator).to(x.device) for size in where]
-        kept = patches[tuple(chosen)].reshape(rows, self.shape.groups, columns_of(self.shape))
+        chosen = torch.stack([torch.randint(size, (rows,), generator=self.generator) for size in where])
+        kept = patches[tuple(to_device(chosen, x.device))].reshape(rows, self.shape.groups, columns_of(self.shape))
         self._kept.append(kept[..., column_order(self.shape)])
 
     def start(self, samples: int, copies: int) -> None:
@@ -115,13 +116,13 @@ class WeightNoise:
             self._bias_gradient = self._bias_gradient.sum(0, keepdim=True) + made[1].sum(0, keepdim=True)
 
     @torch.no_grad()
-    def finish(self, scale: float = 1.0) -> None:
+    def finish(self, scale: float | Tensor = 1.0) -> None:
         """End a batch; its noise counts ``scale`` times."""
         if self._gradient is None:
             return
         rows = torch.cat(self._kept)
         if not self._factors:
-            made = [_InputFactor(rows[:, group]) for group in range(self.shape.groups)]
+            made = _input_factors(rows)
             self._factors = [factor.transposed for factor in made]
             for bits in [b for b in self.variances if b <= CLIPPED_BITS]:
                 self.variances[bits] = self.variances[bits] * self._clipping(bits, rows, made)
@@ -135,8 +136,8 @@ class WeightNoise:
             self._noises[bits] = self._noises[bits] + scale * (strength * variance).sum()
         self._gradient = self._bias_gradient = None
 
-    def _clipping(self, bits: int, inputs: Tensor, factors: Sequence[_InputFactor]) -> float:
-        """Return by how much errors at a width exceed those of E·L: some rows are rounded column by column.
+    def _clipping(self, bits: int, inputs: Tensor, factors: Sequence[_InputFactor]) -> Tensor:
+        """Return by how much errors at a width exceed those of E·L, shape (): some rows are rounded column by column.
 
         Args:
             inputs: rows of the layer's input [n, G, K].
@@ -149,14 +150,15 @@ class WeightNoise:
         inputs = inputs - inputs.mean(0) if self.shape.bias is not None else inputs
         chosen = torch.arange(0, len(weight), max(1, len(weight) // SEARCHED_ROWS))
         groups = chosen * self.shape.groups // len(weight)
-        found = expected = 0.0
+        found = expected = 0.0  # sums on the device, which the host does not read
         for group in groups.unique().tolist():
-            rows, x, made = chosen[groups == group], inputs[:, group], factors[group]
+            rows, x, made = to_device(chosen[groups == group], weight.device), inputs[:, group], factors[group]
             grid = estimate(weight[rows], bits, method, symmetric, per_channel=True)
             error = made.rounding_error(weight[rows], *(t.reshape(-1, 1) for t in grid), bits)
-            found += float((x @ error.mT).double().square().sum())
-            expected += float(variance[rows].sum() * (x @ made.transposed).double().square().sum())
-        return max(1.0, found / expected) if expected > 0 else 1.0
+            found = found + (x @ error.mT).double().square().sum()
+            expected = expected + variance[rows].sum() * (x @ made.transposed).double().square().sum()
+        ratio = found / expected
+        return torch.where((expected > 0) & (ratio > 1.0), ratio, 1.0)
 
     def quality(self, signal: float) -> dict[int, float] | None:
         """Return the ratio of the signal to the noise in dB, by width; None if the layer was never called."""
@@ -180,31 +182,42 @@ def _rounding_variances(layer: QuantModule, config: QuantConfig, bits: int) -> T
         delta, zero_point = estimate(some, bits, kind, config.weight_symmetric, per_channel=True)
         rounded = dequantize(quantize(some, delta, zero_point, bits), delta, zero_point)
         errors.append((rounded - some).double().square().sum())
-    return variances * (errors[0] / errors[1] if errors[1] > 0 else errors[1] + 1.0).clamp(max=1.0)
+    return variances * torch.where(errors[1] > 0, errors[0] / errors[1], errors[1] + 1.0).clamp(max=1.0)
+
+
+def _input_factors(rows: Tensor) -> list[_InputFactor]:
+    """Return the factors of every group of a layer from rows of its input [n, G, K]."""
+    moments = [(part.mT @ part).double() / len(rows) for part in rows.unbind(1)]
+    try:
+        made = ordered_factors(moments)
+    except NotPositiveDefinite:
+        made = [_factor_or_identity(one) for one in moments]
+    return [_InputFactor(*factor, rows.dtype) for factor in made]
+
+
+def _factor_or_identity(moments: Tensor) -> Factor:
+    try:
+        return ordered_factors([moments])[0]
+    except NotPositiveDefinite:
+        columns, device = len(moments), moments.device
+        return torch.arange(columns, device=device), torch.eye(columns, dtype=moments.dtype, device=device)
 
 
 class _InputFactor:
-    """The factors of a layer's second moments, for columns in the order in which they are rounded.
+    """The factors of the second moments of a layer's, or of one group's input, for columns in the order of rounding.
 
     Args:
-        inputs: rows of the layer's input, or of one group's [n, K].
-
-    Attributes:
         order: of the columns [K].
         upper: U [K, K], float64.
+        dtype: of the inputs.
+
+    Attributes:
         transposed: Lᵀ [K, K]; its rows are in the order of the inputs' columns.
     """
 
-    def __init__(self, inputs: Tensor) -> None:
-        moments = (inputs.mT @ inputs).double() / len(inputs)
-        try:
-            self.order, self.upper = ordered_factor(moments)
-        except NotPositiveDefinite:
-            self.order, self.upper = (
-                torch.arange(len(moments), device=inputs.device),
-                torch.eye(*moments.shape).to(moments),
-            )
-        self.transposed = (self.upper / self.upper.diagonal()[:, None]).mT[self.order.argsort()].to(inputs.dtype)
+    def __init__(self, order: Tensor, upper: Tensor, dtype: torch.dtype) -> None:
+        self.order, self.upper = order, upper
+        self.transposed = (upper / upper.diagonal()[:, None]).mT[order.argsort()].to(dtype)
 
     def rounding_error(self, weight: Tensor, delta: Tensor, zero_point: Tensor, bits: int) -> Tensor:
         """Return what rounding column by column changes in rows of a weight [R, K], on the grid δ, z [R, 1]."""

@@ -32,7 +32,9 @@ def shrunk(
     rows: Tensor, low: Tensor, high: Tensor, bits: int, symmetric: bool, unsigned: bool
 ) -> tuple[Tensor, Tensor]:
     """Return the extremes of each row, shrunk so that the error is least; arguments as in `LeastError.choose`."""
-    factors = torch.tensor([1.0 - 0.01 * step for step in range(SHRINK_STEPS)], dtype=low.dtype, device=low.device)
+    # Made on the device: the host would wait for the copy of a list.
+    steps = torch.arange(SHRINK_STEPS, dtype=torch.float64, device=low.device)
+    factors = (1.0 - 0.01 * steps).to(low.dtype)
     lows, highs = low[:, None] * factors, high[:, None] * factors
     best = first_least(rows, *qparams(lows, highs, bits, symmetric, unsigned), bits)
     return pick(best, lows, highs)

@@ -16,7 +16,11 @@ from thorough import thorough_except
 from qdiff.benchmark import gpu_networks
 from qdiff.calibration.probed_sensitivity import probed_sensitivities
 from qdiff.calibration.sensitivity import Operand
+from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
+from qdiff.calibration.weight_noise import WeightNoise
 from qdiff.config import QuantConfig
+from qdiff.pipeline import Pipeline
+from qdiff.sampling import DiffusionSchedule, Sampler, SamplerOptions, make_beta_schedule
 
 DATA = ("--cali_st", 2, "--cali_n", 2)
 TENSORS = 6  # of a unit: target, up to two inputs, the same in float, and which samples are in which batch
@@ -125,6 +129,38 @@ def test_sensitivities_of_all_layers_at_once(cuda, tiny_network):
     unsettled = [wait for wait in counts.waits if not any(frame.function == "settle" for frame in wait.stack)]
     reads = [wait for wait in unsettled if wait.kind != "H2D copy"]
     assert len(reads) == 1 + len(found), reads  # the signal, and what was found
+
+
+class Bare(Pipeline):
+    def conditions(self, rows, calibration):
+        return None, None
+
+
+def waits_of_trajectories(cuda, network, steps, images):
+    """What a GPU is waited for while the sensitivities of a sampler's result are estimated, two images at a time."""
+    schedule = DiffusionSchedule(make_beta_schedule("linear", 1e-4, 2e-2, 1000))
+    pipeline = Bare("bare", Sampler(schedule, (1, 8, 8), SamplerOptions(steps=steps, scale=1.0), seed=7), 1, 2)
+    pipeline.network, pipeline.device = network, torch.device("cuda", 0)
+    names, widths = (dict.fromkeys(Operand, value) for value in (["conv_in", "conv_out"], (3, 8)))
+    config = QuantConfig(4, 8, weight_range="mse", act_range="quick")
+    with cuda.counting() as counts:
+        trajectory_sensitivities(pipeline, names, widths, config, range(images), torch.Generator().manual_seed(3))
+    return list(map(str, counts.waits))
+
+
+def test_trajectories_wait_as_often_whatever_their_number_and_length(cuda, tiny_network, monkeypatch):
+    """Layers are made and read one after another; no call, forward or backward, and no batch waits."""
+    tiny_network.to("cuda")
+    one, longer, more = (waits_of_trajectories(cuda, tiny_network, *size) for size in ((2, 2), (4, 2), (2, 4)))
+    assert len(one) == len(longer) == len(more) > 0, (set(longer) | set(more)) - set(one)
+    add = WeightNoise._add
+
+    def reads(self, x, gradient):
+        gradient.sum().item()
+        add(self, x, gradient)
+
+    monkeypatch.setattr(WeightNoise, "_add", reads)
+    assert len(waits_of_trajectories(cuda, tiny_network, 2, 2)) == len(one) + 2 * (2 + 1)  # the last call once more
 
 
 PARTS = ("gpu_machine:machine_lines", "gpu_networks:cifar10_lines")

@@ -34,6 +34,7 @@ _WAITING = {
     aten.unique_consecutive.default: "unique",
     aten.repeat_interleave.Tensor: "repeat_interleave",
     aten.bincount.default: "bincount",
+    aten._linalg_check_errors.default: "whether a factorisation failed",
 }
 _CLAMPS = {aten.clamp.default, aten.clamp_.default}
 # Operations that launch no kernel: views, and memory that is not written.

@@ -93,8 +93,9 @@ def test_more_than_there_is(cuda):
         lambda x: x.cpu(),
         lambda x: torch.cuda.synchronize(),
         lambda x: torch.tensor([1.0, 2.0], device="cuda"),
+        lambda x: torch.linalg.cholesky(x[:, :3] * 0 + torch.eye(3, device="cuda")),
     ],
-    ids=["item", "float", "bool", "nonzero", "mask", "equal", "tolist", "cpu", "synchronize", "tensor"],
+    ids=["item", "float", "bool", "nonzero", "mask", "equal", "tolist", "cpu", "synchronize", "tensor", "cholesky"],
 )
 def test_waits(read, x, cuda):
     assert len(cuda.counted(read, x).waits) == 1
@@ -104,6 +105,7 @@ def test_what_does_not_wait(x, cuda):
     def work():
         y = (x * 2 + x.sum()).view(4, 3)[1:]
         torch.zeros(3, device="cuda").add_(1)
+        torch.linalg.cholesky_ex(torch.eye(3, device="cuda"))
         return torch.where(y > 1, y, 0.0).clamp_(0, 5)
 
     assert cuda.counted(work).waits == []
