@@ -126,11 +126,6 @@ def ordered_factors(inputs: Sequence[Tensor], damping: float = 0.01) -> list[Fac
     return list(zip(orders, inverse_factors(matrices, dampings), strict=True))
 
 
-def inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor:
-    """Return `inverse_factors` of one matrix."""
-    return inverse_factors([matrix], [damping])[0]
-
-
 def inverse_factors(matrices: Sequence[Tensor], dampings: Sequence[Tensor]) -> list[Tensor]:
     """Return the upper triangular U with UᵀU = (matrix + damping·I)⁻¹ for every matrix, in float64.
 

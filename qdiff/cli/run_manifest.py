@@ -13,9 +13,9 @@ from qdiff.errors import UserError
 from qdiff.io.files import written_whole
 
 VERSION = 1
+FLOAT_WEIGHTS = "float weights"  # a role in `Manifest.files`
 # Phases of `Manifest.seconds`: of all fits of a calibration, of the recordings between them, and of measuring how
 # sensitive layers are, before their widths are chosen.
-FLOAT_WEIGHTS = "float weights"  # a role in `Manifest.files`
 CALIBRATION, OF_REFITS, OF_WIDTHS = "calibration", "refit recording", "sensitivities"
 
 

@@ -14,7 +14,7 @@ from qdiff.calibration.column_rounding import (
     NotPositiveDefinite,
     Target,
     corrected_weight,
-    inverse_factor,
+    inverse_factors,
     round_matrix,
 )
 from qdiff.functional import quantize
@@ -91,7 +91,7 @@ def test_the_corrected_target_is_plain_gptq_on_another_weight(seed):
 def test_the_corrected_weight_leaves_no_error_that_the_input_explains():
     """E(Wx − Vx̂)x̂ᵀ = 0, which no other V has."""
     weight, _, inputs, cross = case(0)
-    upper = inverse_factor(inputs, torch.zeros((), dtype=torch.float64))
+    (upper,) = inverse_factors([inputs], [torch.zeros((), dtype=torch.float64)])
     found = corrected_weight(weight, cross, upper)
     residual = weight @ (cross + inputs) - found @ inputs
     assert residual.norm() < EXACT * (weight @ inputs).norm()
@@ -192,7 +192,7 @@ def test_more_damping_where_there_is_no_factor(monkeypatch):
     found = round_matrix(weight, grid, few, damping=1e-18)
     assert bool(((found >= 0) & (found <= 15)).all())
     with pytest.raises(NotPositiveDefinite, match="24 columns"):
-        inverse_factor(-1e9 * inputs, torch.ones((), dtype=torch.float64))
+        inverse_factors([-1e9 * inputs], [torch.ones((), dtype=torch.float64)])
     monkeypatch.setattr(column_rounding, "TRIES", 1)
     with pytest.raises(NotPositiveDefinite):
         round_matrix(weight, grid, few, damping=1e-18)
