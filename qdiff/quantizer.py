@@ -99,7 +99,7 @@ class ActQuantizer(Quantizer):
             return x
         self.fired += 1
         delta, zero_point = self.range_of(x)
-        if torch.is_grad_enabled() and (delta.requires_grad or x.requires_grad):
+        if torch.is_grad_enabled() and (delta.requires_grad or x.requires_grad or self.dropping is not None):
             y = fake_quantize(x, delta, zero_point, self.bits)
             return y if self.dropping is None else self.dropping(y, x)
         return fake_quantize_inference(x, delta, zero_point, self.bits)

@@ -40,7 +40,7 @@ def parse_args(arguments: list[str]) -> argparse.Namespace:
 @exits_cleanly
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if arguments is None else arguments)
-    from qdiff.calibration.collect import check_recorded_steps, record_evenly
+    from qdiff.calibration.collect import record_evenly, recorded_calls
     from qdiff.calibration.samples import save_recording
     from qdiff.cli.processes import choose_device
     from qdiff.errors import require_at_least
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     pipeline = SCRIPTS[args.like].pipeline_of(args)
     pairs = args.generate == "residual"
-    check_recorded_steps(pipeline, args.cali_st, pairs)
+    recorded_calls(pipeline, args.cali_st, pairs)  # refuses more steps than there are
     require_at_least(1, {"--cali_n": args.cali_n})
     check_writable(args.out)
     with memory_advice("recording", smaller_batch(min(pipeline.batch_size, args.cali_n), to_continue=False)):

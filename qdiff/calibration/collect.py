@@ -42,11 +42,6 @@ def recorded_calls(pipeline: Pipeline, steps: int, pairs: bool = False, spacing:
     return [call + 1 for call in spaced(pipeline.calls - 1, steps, spacing)]
 
 
-def check_recorded_steps(pipeline: Pipeline, steps: int, pairs: bool = False) -> None:
-    """Raise a `UserError`, before any work, if `record_evenly` cannot record this many steps."""
-    recorded_calls(pipeline, steps, pairs)
-
-
 def _sampler(pipeline: Pipeline, first: int, qnn: QuantModel | None = None) -> Sample:
     """Return what samples the images of the calibration streams from number ``first`` on.
 

@@ -120,7 +120,7 @@ def plan_memory(
         free = available_on(gpu)
         room = min(int(free * GPU_SHARE), free if budget is None else budget)
         allowed = max(SMALLEST_PASS, (room - unit) // 2)
-        forward = footprint.forward_batch(allowed, Walker.batch_size) * max(footprint.inside.values(), default=0)
+        forward = footprint.forward_batch(allowed, Walker.pass_size) * max(footprint.inside.values(), default=0)
         in_pass = max(_pass_bytes(footprint, min(batch_size, samples), allowed), forward)
         resident = max(0, room - unit - in_pass)
         on_gpu = stored if STORED_MARGIN * stored <= resident else 0

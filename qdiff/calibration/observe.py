@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -32,7 +33,7 @@ def observe_unit(
 
     Args:
         method: a name in `qdiff.ranges.estimators.ESTIMATORS`.
-        rows: the samples to observe, in this order; None takes all.
+        rows: the samples to observe, in this order; None takes all, in random order where batches count unequally.
         momentum: momentum of a running average over batches; None takes the extremes over all samples.
         softmax_only: observe only softmax outputs; the other quantizers keep the ranges they have.
     """
@@ -44,26 +45,33 @@ def observe_unit(
 
     def show(some: Tensor) -> None:
         with torch.no_grad(), leaf_modes([unit.module], weights=True, activations=True):
-            for batch in walker.slices(len(some)):
+            for batch, share in walker.passes(len(some)):
+                announce(quantizers, share)
                 unit.module(*walker.load(unit.inputs, some[batch]))
 
-    rows = torch.arange(len(unit.target)) if rows is None else rows
-    observe(quantizers, method, samples_to_observe(walker, method, rows.to(unit.target.device)), show, momentum)
+    target = unit.target
+    rows = random_order(len(target), method) if rows is None else rows
+    observe(quantizers, method, by_entry(walker, rows.to(target.device)), show, momentum)
 
 
-def samples_to_observe(walker: Walker, method: str, rows: Tensor) -> list[tuple[int, Tensor]]:
-    """Return samples by entry of the tables of ranges per timestep, in the order in which they should be observed.
-
-    Without ranges per timestep, all samples belong to entry 0.
-
-    Args:
-        method: as in `observe_unit`.
-        rows: the samples.
-    """
+def random_order(count: int, method: str) -> Tensor:
+    """Return all samples: in random order if ranges by this method depend on the order, else as they are stored."""
     if ESTIMATORS[method].averages:
         # Samples are stored by timestep, and an average would mostly reflect the last ones.
-        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows))).to(rows.device)]
+        return torch.randperm(count, generator=torch.Generator().manual_seed(count))
+    return torch.arange(count)
+
+
+def by_entry(walker: Walker, rows: Tensor) -> list[tuple[int, Tensor]]:
+    """Return samples by entry of the tables of ranges per timestep; without such ranges, all belong to entry 0."""
     return [(0, rows)] if walker.timesteps is None else list(walker.timesteps.groups(rows))
+
+
+def announce(quantizers: Iterable[ActQuantizer], share: Fraction) -> None:
+    """Tell observers which share of a batch the next tensors are."""
+    for quantizer in quantizers:
+        if quantizer.observer is not None:
+            quantizer.observer.share = share
 
 
 def observe(
@@ -79,8 +87,8 @@ def observe(
 
     Args:
         method, momentum: as in `observe_unit`.
-        groups: samples by entry, as `samples_to_observe` gives them.
-        show: runs the samples of a group through the quantizers.
+        groups: samples by entry, as `by_entry` gives them.
+        show: runs the samples of a group through the quantizers, and announces parts of batches.
     """
     by_timestep = [q for q in quantizers if isinstance(q, TimestepActQuantizer)]
     shared = [q for q in quantizers if not isinstance(q, TimestepActQuantizer)]

@@ -58,10 +58,11 @@ class CalibrationRun:
         Args:
             inputs: the network's inputs for all samples.
         """
-        size = Walker.batch_size
+        size = Walker.pass_size
         if self.footprint is not None:
             size = self.footprint.forward_batch(self.pass_bytes, size)
-        return Walker(self.storage, qnn.device, size, prepare_timesteps(qnn, inputs, self.storage.device))
+        timesteps = prepare_timesteps(qnn, inputs, self.storage.device)
+        return Walker(self.storage, qnn.device, timesteps=timesteps, pass_size=size)
 
     def feeding(self, qnn: QuantModel, step: str, batch_size: int) -> Feeding:
         """Return how a step's samples get to the network's device, at most as many at a time as fit in a pass."""

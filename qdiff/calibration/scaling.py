@@ -72,7 +72,7 @@ def _scale_unit(
         if kind is Scaling.DILATE:
             tau = dilated(layer)
         elif kind is Scaling.SEARCH:
-            some = inputs[:: -(-len(inputs) // MOST_SEARCHED)].split(opened.walker.batch_size)
+            some = inputs[:: -(-len(inputs) // MOST_SEARCHED)].split(opened.walker.pass_size)
             tau = searched(layer, _largest(layer, inputs, opened), [x.to(device) for x in some])
         if settings.kind is Scaling.LEARNED:
             tau = learned(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.input_moments import InputMoments
-from qdiff.calibration.observe import observe, samples_to_observe
+from qdiff.calibration.observe import announce, by_entry, observe, random_order
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker, leaves_in_execution_order
 from qdiff.modes import leaf_modes
@@ -42,11 +42,12 @@ class UnitInputs:
         self.unit, self.walker, self.activations, self.act_range = unit, walker, activations, act_range
         self.leaves = leaves_in_execution_order(unit.module, unit.inputs, walker)
         # Batches are in the order in which ranges are observed; with ranges per timestep, a batch has one timestep.
-        rows = torch.arange(len(unit.target), device=unit.target.device)
-        groups = samples_to_observe(walker, act_range, rows)
-        batches = [(entry, some[batch]) for entry, some in groups for batch in walker.slices(len(some))]
-        self._rows = [some for _, some in batches]
-        self._groups = [(entry, [i for i, (e, _) in enumerate(batches) if e == entry]) for entry, _ in groups]
+        rows = random_order(len(unit.target), act_range).to(unit.target.device)
+        groups = by_entry(walker, rows)
+        batches = [(entry, some[part], share) for entry, some in groups for part, share in walker.passes(len(some))]
+        self._rows = [some for _, some, _ in batches]
+        self._shares = [share for _, _, share in batches]
+        self._groups = [(entry, [i for i, (e, *_) in enumerate(batches) if e == entry]) for entry, _ in groups]
         self._float: dict[nn.Module, list[Taken]] = {leaf: [] for _, leaf in self.leaves}
         self._quantized: tuple[nn.Module | None, list[Taken]] = None, []  # of the layer in work
         self._collect_float()
@@ -97,6 +98,7 @@ class UnitInputs:
                 return
             taken = self._of_quantized(leaf)
             for batch in batches:
+                announce(quantizers, self._shares[batch])
                 for x in self._loaded(taken, batch):
                     leaf.quantized_input(x)
 
@@ -198,6 +200,7 @@ class UnitInputs:
         try:
             with leaf_modes([self.unit.module], weights=True, activations=self.activations):
                 for batch in batches:
+                    announce(calibrated_act_quantizers(leaf).values(), self._shares[batch])
                     with contextlib.suppress(_Enough):
                         self.unit.module(*self.walker.load(self.unit.inputs, self._rows[batch]))
                     found.append(taken.copy())

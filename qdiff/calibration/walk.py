@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +38,28 @@ class Walker:
     Attributes:
         storage: holds the results, on the device or in RAM.
         device: the device that modules run on.
-        batch_size: samples per batch; it does not affect the values.
+        batch_size: samples per batch; it affects running averages over batches alone.
         timesteps: of the samples, for ranges per timestep; None without such ranges.
+        pass_size: the most samples that go through at a time; it affects no values. A batch may take several passes.
     """
 
     storage: ActivationStorage
     device: torch.device
     batch_size: int = 64
     timesteps: SampleTimesteps | None = None
+    pass_size: int = 64
 
     def slices(self, count: int) -> Iterator[slice]:
+        """Yield the samples of each pass over ``count`` samples."""
+        return (rows for rows, _ in self.passes(count))
+
+    def passes(self, count: int) -> Iterator[tuple[slice, Fraction]]:
+        """Yield the samples of each pass, and which share of their batch they are."""
         for start in range(0, count, self.batch_size):
-            yield slice(start, min(start + self.batch_size, count))
+            size = min(self.batch_size, count - start)
+            for first in range(0, size, self.pass_size):
+                last = min(first + self.pass_size, size)
+                yield slice(start + first, start + last), Fraction(last - first, size)
 
     @torch.no_grad()
     def map(self, function: Callable[..., tuple[Tensor, ...]], count: int) -> tuple[Tensor, ...]:

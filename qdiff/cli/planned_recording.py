@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from qdiff.calibration.collect import record_draw, record_evenly
+from qdiff.calibration.collect import record_draw, record_evenly, recorded_calls
 from qdiff.calibration.sample_timesteps import check_timesteps
 from qdiff.calibration.samples import CalibrationSet, check_context, load_recording, select_pairs, select_samples
 from qdiff.calibration.timesteps import Spacing, ends_early
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.run_folder import RunFolder
+from qdiff.config import ActRanges
 from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 
@@ -60,17 +62,37 @@ def read_planned(
     return data, None if plan.changes is None else select_pairs(*chosen)
 
 
+def check_to_be_recorded(plan: PtqPlan, pipeline: Pipeline) -> None:
+    """Raise a `UserError`, before any work, if a plan's recording cannot be made, or lacks timesteps that it needs."""
+    if plan.draw is not None or not plan.records:  # which timesteps a draw gives is known only afterwards
+        return
+    calls = recorded_calls(pipeline, plan.steps, plan.changes is not None, plan.spacing)
+    visited = pipeline.sampler.visited()
+    if visited:
+        t = torch.tensor(visited)[calls]
+        check_timesteps(plan.quant, (torch.empty(len(t), 0), t), visited)
+
+
 def warn_if_ends_early(plan: PtqPlan, data: CalibrationSet, visited: Sequence[float]) -> None:
-    """Warn of a given recording without samples of the run's end, where the plan is to calibrate up to it.
+    """Warn of samples without those of the run's end, where a given file should have them or ranges are per timestep.
 
     Args:
         visited: see `read_planned`.
     """
-    if plan.data is not None and plan.spacing is Spacing.ENDS and ends_early(data.inputs[1], visited):
+    if not ends_early(data.inputs[1], visited):
+        return
+    ends = float(data.inputs[1].min()), min(visited)
+    if plan.data is not None and plan.spacing is Spacing.ENDS:
         log.warning(
             "%s ends at timestep %g, but sampling goes on to %g, where activations may be larger: record it with "
             "--cali_spacing ends, or leave out --cali_data_path",
-            *(plan.data, data.inputs[1].min(), min(visited)),
+            *(plan.data, *ends),
+        )
+    elif plan.quant.act_ranges is ActRanges.TIMESTEP:
+        log.warning(
+            "samples end at timestep %g, and what sampling does down to %g takes the ranges of that timestep; "
+            "--cali_spacing ends gives the last one its own",
+            *ends,
         )
 
 

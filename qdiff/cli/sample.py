@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qdiff.calibration.collect import check_recorded_steps, record_evenly, recorded_calls
+from qdiff.calibration.collect import record_evenly, recorded_calls
 from qdiff.calibration.samples import save_recording
 from qdiff.checkpoint import load_packed
 from qdiff.cli.first_token import check_has_text
@@ -31,7 +31,7 @@ from qdiff.cli.options.ptq import ignored_options, resolve_ptq
 from qdiff.cli.options.spacing import resolve_spacing
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.pending import sample_pending
-from qdiff.cli.planned_recording import record_planned
+from qdiff.cli.planned_recording import check_to_be_recorded, record_planned
 from qdiff.cli.processes import Processes, choose_device, describe_gpu, peak_memory_bytes
 from qdiff.cli.quantize import Quantization, add_checkpoint
 from qdiff.cli.run_folder import RunFolder, start_logging
@@ -81,8 +81,7 @@ class SampleCommand:
         self._calibration_seed = args.seed if self.plan is None or self.plan.seed is None else self.plan.seed
         if self.plan is not None:
             pipeline.check_modulation(self.plan.quant)
-        if self.plan is not None and self.plan.draw is None and self.plan.records:
-            check_recorded_steps(pipeline, self.plan.steps, self.plan.changes is not None)
+            check_to_be_recorded(self.plan, pipeline)
         self.config = {
             "script": script,
             "method": self.plan.name if self.plan else "float",

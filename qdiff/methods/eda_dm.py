@@ -26,7 +26,9 @@ from qdiff.quant_model import QuantModel
 
 @dataclass(frozen=True)
 class EdaDmConfig:
-    """The method's numbers; the defaults are the paper's for CIFAR-10.
+    """The method's numbers; the defaults are those of the published scripts' options, without FBR.
+
+    The papers' values for each model and width, which commands begin with, are in ``configs/eda-dm/``.
 
     Attributes:
         reconstruct: False keeps the first ranges and rounding to nearest.

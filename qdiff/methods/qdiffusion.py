@@ -26,6 +26,7 @@ from qdiff.io.progress import Progress
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
 from qdiff.quantizer import ActQuantizer, learnable_act_quantizers
+from qdiff.ranges.estimators import ESTIMATORS
 
 RUNNING_MOMENTUM = 0.95
 ALPHA_REACH = 20.0  # learning rate × iterations in the paper, i.e. how far Adam can move α
@@ -190,7 +191,9 @@ def _fit_activations(
 ) -> None:
     # Shuffled, because samples are stored by timestep and a running average would mostly reflect the last timesteps.
     order = torch.randperm(len(data), generator=run.generator(2))
-    first = order[: config.range_samples].sort().values
+    first = order[: config.range_samples]
+    if not ESTIMATORS[qnn.config.act_range].averages:
+        first = first.sort().values
     softmax_only = config.running_stat_softmax_only
     settings = FitSettings(config.act_iterations, config.batch_size, lr_act=config.lr_act, decays=True)
     phase = Phase("activations", 1, config.act_iterations, True, contains(ActQuantizer), label="activations ")

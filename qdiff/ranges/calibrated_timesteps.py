@@ -57,7 +57,8 @@ class CalibratedTimesteps(nn.Module):
                 raise UserError(
                     f"the network is called at timestep {step:g}, but its ranges per timestep were calibrated at "
                     f"{len(values)} timesteps from {low:g} to {high:g}; calibrate at more or at evenly spread steps "
-                    "(a --cali_st that divides the number of sampling steps), or leave out --act_ranges"
+                    "(--cali_spacing ends, or a --cali_st that divides the number of sampling steps), or leave out "
+                    "--act_ranges"
                 )
 
     @contextlib.contextmanager

@@ -21,6 +21,11 @@ class GridSearch(RangeEstimator):
 
     BATCH_SAMPLE = 1 << 15  # values per batch; up to twice as many, because the stride between values is a whole number
     one_sided = True
+    averages = True
+
+    def __init__(self, running_momentum: float | None = None) -> None:
+        super().__init__(running_momentum)
+        self.batches: list[Tensor] = []
 
     @classmethod
     def choose(
@@ -29,16 +34,21 @@ class GridSearch(RangeEstimator):
         side = Side.POSITIVE if unsigned else Side.of(rows)
         return affine(*search_range(rows, bits, symmetric, side), bits)
 
-    def keep(self, values: Tensor, low: Tensor, high: Tensor) -> None:
-        step = stride(values.numel(), self.BATCH_SAMPLE)
-        sample = values[::step].clone() if step == 1 else torch.cat([values[::step], low[None], high[None]])
-        self.kept.append(sample)
+    def step(self, count: int) -> int:
+        return stride(count, self.BATCH_SAMPLE)
+
+    def end_batch(self, low: Tensor, high: Tensor) -> None:
+        """Keep the values of the batch apart from those of others, with its extremes, which some of the values miss."""
+        super().end_batch(low, high)
+        values = torch.cat(self.kept)
+        self.batches.append(values if len(values) == self.values else torch.cat([values, low[None], high[None]]))
+        self.kept = []
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
-        side = Side.POSITIVE if unsigned else Side.of(self.kept[0])
+        side = Side.POSITIVE if unsigned else Side.of(self.batches[0])
         average = None
-        for kept in self.kept:
-            found = search_range(kept[None].float(), bits, symmetric, side)
+        for values in self.batches:
+            found = search_range(values[None].float(), bits, symmetric, side)
             # The first range is averaged with itself: that changes a last bit, and 2^b/2 − ½ then rounds as published.
             old = found if average is None else average
             average = [SEARCH_MOMENTUM * a + (1 - SEARCH_MOMENTUM) * b for a, b in zip(old, found, strict=True)]

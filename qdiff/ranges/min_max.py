@@ -17,8 +17,8 @@ class MinMax(RangeEstimator):
     ) -> tuple[Tensor, Tensor]:
         return qparams(low, high, bits, symmetric, unsigned)
 
-    def keep(self, values: Tensor, low: Tensor, high: Tensor) -> None:
-        pass
+    def step(self, count: int) -> None:
+        return None
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         return qparams(self.low, self.high, bits, symmetric, unsigned)

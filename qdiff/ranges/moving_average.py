@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
-from qdiff.functional import at_least_single
 from qdiff.ranges.least_error import LeastError, shrunk
 from qdiff.ranges.qparams import qparams
 from qdiff.ranges.range_estimator import stride
@@ -14,7 +15,7 @@ MOMENTUM, BATCH = 0.95, 16
 
 
 class MovingAverage(LeastError):
-    """Averages the extremes of batches of 16 samples: new = 0.95·old + 0.05·batch, regardless of ``running_momentum``.
+    """Averages the extremes of batches of 16 rows: new = 0.95·old + 0.05·batch, regardless of ``running_momentum``.
 
     The average starts at the range of the first batch with the least mean |error|^2.4 (`LeastError`), whose extremes
     then count like those of every batch. For weights it is `LeastError`.
@@ -25,19 +26,30 @@ class MovingAverage(LeastError):
     def __init__(self, running_momentum: float | None = None) -> None:
         super().__init__(running_momentum)
         self.extremes: list[tuple[Tensor, Tensor]] = []
+        self._rows = 0  # of what `share` is a share of, those that came
 
     def update(self, x: Tensor) -> None:
-        for batch in x.detach().split(BATCH):
-            low, high = (at_least_single(end) for end in torch.aminmax(batch))
-            if not self.extremes:
-                values = batch.reshape(-1)
-                step = stride(values.numel(), self.SAMPLE)
-                self.kept = [values[::step].clone(), *([] if step == 1 else [low[None], high[None]])]
-            self.extremes.append((low, high))
+        rows, done = round(len(x) / self.share), 0
+        while done < len(x):
+            first = self._rows // BATCH * BATCH
+            size = min(BATCH, rows - first)
+            part = x[done : done + first + size - self._rows].detach()
+            self._add(part.reshape(-1), Fraction(len(part), size))
+            done += len(part)
+            self._rows = (self._rows + len(part)) % rows
+
+    def step(self, count: int) -> int | None:
+        return None if self.extremes else stride(count, self.SAMPLE)
+
+    def end_batch(self, low: Tensor, high: Tensor) -> None:
+        super().end_batch(low, high)
+        if not self.extremes and sum(map(len, self.kept)) < self.values:
+            self.kept += [low[None], high[None]]  # which some of the values miss
+        self.extremes.append((low, high))
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         first, last = (end[None] for end in self.extremes[0])
-        rows = torch.cat([kept.float() for kept in self.kept])[None]
+        rows = torch.cat(self.kept).float()[None]
         low, high = (end[0] for end in shrunk(rows, first, last, bits, symmetric, unsigned))
         for batch_low, batch_high in self.extremes:
             low = MOMENTUM * low + (1 - MOMENTUM) * batch_low

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,14 @@ from qdiff.functional import at_least_single
 
 
 class Observer(ABC):
-    """What an activation quantizer shows values to, which then pass unchanged."""
+    """What an activation quantizer shows values to, which then pass unchanged.
+
+    Attributes:
+        share: which share of its batch the next tensor is. A batch that is too large for one pass comes in parts, one
+            after another, and counts as one.
+    """
+
+    share = Fraction(1)
 
     @abstractmethod
     def update(self, x: Tensor) -> None:
@@ -37,8 +45,9 @@ class RangeEstimator(Observer):
             papers' ``--running_stat``, m = 0.95); None takes the extremes over all batches.
 
     Attributes:
-        low, high: extremes so far, of shape (); None before the first batch.
-        kept: values kept from the batches.
+        low, high: extremes of the batches so far, of shape (); None before the end of the first.
+        kept: values kept from each batch, or from each of its parts.
+        values: the number of values of the batch that is under way.
     """
 
     SAMPLE = 1 << 18  # values used in the end: enough for the tails at 16 bits, few enough for any layer
@@ -52,6 +61,9 @@ class RangeEstimator(Observer):
         self.low: Tensor | None = None
         self.high: Tensor | None = None
         self.kept: list[Tensor] = []
+        self.values = 0
+        self._seen = Fraction(0)  # the share of the batch that is under way
+        self._ends: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     @abstractmethod
@@ -70,9 +82,37 @@ class RangeEstimator(Observer):
         """
 
     def update(self, x: Tensor) -> None:
-        """Collect one batch [N, …]."""
+        """Collect one batch [N, …], or a part of one."""
+        self._add(x.detach().reshape(-1), self.share)
+
+    def _add(self, values: Tensor, share: Fraction) -> None:
         # At least float32: at 16 bits, float16 can hardly represent δ and 1/δ.
-        low, high = (at_least_single(end) for end in torch.aminmax(x.detach()))
+        low, high = (at_least_single(end) for end in torch.aminmax(values))
+        if self._ends is not None:
+            low, high = torch.minimum(self._ends[0], low), torch.maximum(self._ends[1], high)
+        self._ends = low, high
+        step = self.step(round(values.numel() / share))
+        if step is not None:
+            # Those of the whole batch that are a multiple of the step.
+            self.kept.append(values[-self.values % step :: step].clone())
+        self._seen, self.values = self._seen + share, self.values + values.numel()
+        if self._seen >= 1:
+            self.end_batch(low, high)
+            self._seen, self.values, self._ends = Fraction(0), 0, None
+
+    def step(self, count: int) -> int | None:
+        """Return the step between the values that are kept of a batch, by default of a quarter of `SAMPLE` values.
+
+        Args:
+            count: values of the batch.
+
+        Returns:
+            The step, or None to keep no values.
+        """
+        return stride(count * 4, self.SAMPLE)
+
+    def end_batch(self, low: Tensor, high: Tensor) -> None:
+        """Take in the extremes of a batch, whose values have been kept."""
         if self.low is None:
             self.low, self.high = low, high
         elif self.momentum is None:
@@ -80,16 +120,6 @@ class RangeEstimator(Observer):
         else:
             self.low = self.momentum * self.low + (1 - self.momentum) * low
             self.high = self.momentum * self.high + (1 - self.momentum) * high
-        self.keep(x.detach().reshape(-1), low, high)
-
-    def keep(self, values: Tensor, low: Tensor, high: Tensor) -> None:
-        """Keep what `qparams` needs from a batch; by default a quarter of `SAMPLE` values, evenly spaced.
-
-        Args:
-            values: [n], the values of the batch.
-            low, high: extremes of the batch.
-        """
-        self.kept.append(values[:: stride(values.numel() * 4, self.SAMPLE)].clone())
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         """Return δ and z, both of shape (); by default chosen for the kept values and the extremes."""

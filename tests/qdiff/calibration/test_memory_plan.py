@@ -133,7 +133,7 @@ def test_what_a_walk_takes_at_a_time_is_planned_too(wrap, gpu):
     qnn, footprint = wrap(weight_bits=4), Footprint(stored=MIB, inside={"conv_in": 10 * MIB})
     gpu(4000 * MIB)
     plan = plan_memory(qnn, footprint, samples=100, batch_size=1, budget=None)
-    assert plan.in_pass == footprint.forward_batch(plan.pass_bytes, Walker.batch_size) * 10 * MIB > 40 * MIB
+    assert plan.in_pass == footprint.forward_batch(plan.pass_bytes, Walker.pass_size) * 10 * MIB > 40 * MIB
     assert plan.gpu_peak <= 4000 * MIB
 
 

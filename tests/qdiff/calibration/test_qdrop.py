@@ -93,7 +93,7 @@ def test_timesteps_pass():
 
 
 @pytest.mark.parametrize("probability", [0.5, 0.2])
-def test_quantizers_pass_float_only_while_something_is_learned(probability):
+def test_quantizers_pass_float_only_while_gradients_flow(probability):
     module = QuantizedTwice()
     with Dropping(module, probability, generator(), CPU):
         for out in module(HALF):
@@ -101,9 +101,10 @@ def test_quantizers_pass_float_only_while_something_is_learned(probability):
             assert abs(float((out == 0.25).float().mean()) - probability) < SHARE_TOLERANCE
         with torch.no_grad():
             assert all(not out.any() for out in module(HALF))
+        # Nothing in front of a quantizer with a fixed range at a unit's entry is learned, but the weight behind it is.
         fixed = QuantizedTwice(learned=False)
         with Dropping(fixed, probability, generator(), CPU):
-            assert all(not out.any() for out in fixed(HALF))  # nothing is learned behind it
+            assert all(out.any() and not out.all() for out in fixed(HALF))
             assert all(out.any() for out in fixed(HALF.clone().requires_grad_()))
     assert all(not out.any() for out in module(HALF)), "dropped outside of fitting"
 

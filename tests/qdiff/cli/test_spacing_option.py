@@ -11,7 +11,7 @@ from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.timesteps import Spacing
 from qdiff.cli.options.parser import Parser
 from qdiff.cli.options.ptq import add_ptq_options, ignored_options, resolve_ptq
-from qdiff.cli.planned_recording import warn_if_ends_early
+from qdiff.cli.planned_recording import check_to_be_recorded, warn_if_ends_early
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS
 from qdiff.ranges.estimators import RangeMethod
@@ -75,3 +75,36 @@ def test_a_file_without_the_last_timesteps_is_told(words, warned, caplog):
     caplog.clear()
     warn_if_ends_early(plan(*words), data, [900.0, 600.0, 300.0])
     assert not caplog.text
+
+
+@pytest.mark.parametrize(("method", "warned"), [("tfmq-dm", True), ("qdiff", False)])
+def test_a_last_step_without_a_range_of_its_own_is_told(method, warned, caplog):
+    """PLMS calls the network once more than it has steps, so 20 of 20 steps leave out the last call."""
+    data = CalibrationSet((torch.zeros(2, 1, 4, 4), torch.tensor([900, 300])))
+    with caplog.at_level(logging.WARNING, "qdiff"):
+        warn_if_ends_early(plan("--method", method, "--quant_act"), data, [900.0, 600.0, 300.0, 0.0])
+    assert ("down to 0 takes the ranges of that timestep; --cali_spacing ends" in caplog.text) == warned
+
+
+class Sampling:
+    """A sampler and its pipeline in one: 25 steps, of which the papers' rule takes the first 20."""
+
+    def __init__(self, visited):
+        self.times, self.calls, self.sampler = visited, 25, self
+
+    def visited(self):
+        return self.times
+
+
+def test_ranges_that_would_not_reach_the_last_step_are_refused_before_recording():
+    words = ("--method", "tfmq-dm", "--quant_act", "--cali_st")
+    known = Sampling([float(t) for t in range(961, 0, -40)])
+    with pytest.raises(UserError, match=r"20 timesteps from 201 to 961; .*--cali_spacing ends") as error:
+        check_to_be_recorded(plan(*words, 20), known)
+    assert "\n" not in str(error.value)
+    check_to_be_recorded(plan(*words, 20, "--cali_spacing", "ends"), known)
+    check_to_be_recorded(plan(*words, 25), known)
+    check_to_be_recorded(plan("--method", "qdiff", "--cali_st", 20), known)
+    check_to_be_recorded(plan(*words, 20), Sampling([]))  # not known before the run
+    with pytest.raises(UserError, match="26 calibration steps"):
+        check_to_be_recorded(plan(*words, 26), known)

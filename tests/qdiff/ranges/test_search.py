@@ -220,7 +220,8 @@ def test_batches_are_sampled_with_their_extremes(monkeypatch):
     observer = GridSearch()
     for _ in range(3):
         observer.update(x.half())
-    assert all(k.numel() <= 2 * (1 << 10) and (k.min(), k.max()) == (-4, 9) for k in observer.kept)
+    assert len(observer.batches) == 3
+    assert all(b.numel() <= 2 * (1 << 10) and (b.min(), b.max()) == (-4, 9) for b in observer.batches)
     delta, zero_point = observer.qparams(8, symmetric=False, unsigned=False)
     assert float(delta) == pytest.approx(13 / 255, rel=0.05) and delta.dtype == torch.float32 and int(zero_point) > 0
 
