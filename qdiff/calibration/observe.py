@@ -49,17 +49,17 @@ def observe_unit(
                 announce(quantizers, share)
                 unit.module(*walker.load(unit.inputs, some[batch]))
 
-    target = unit.target
-    rows = random_order(len(target), method) if rows is None else rows
-    observe(quantizers, method, by_entry(walker, rows.to(target.device)), show, momentum)
+    rows = all_rows(unit, method) if rows is None else rows.to(unit.target.device)
+    observe(quantizers, method, by_entry(walker, rows), show, momentum)
 
 
-def random_order(count: int, method: str) -> Tensor:
+def all_rows(unit: Unit, method: str) -> Tensor:
     """Return all samples: in random order if ranges by this method depend on the order, else as they are stored."""
+    count, device = len(unit.target), unit.target.device
     if ESTIMATORS[method].averages:
         # Samples are stored by timestep, and an average would mostly reflect the last ones.
-        return torch.randperm(count, generator=torch.Generator().manual_seed(count))
-    return torch.arange(count)
+        return torch.randperm(count, generator=torch.Generator().manual_seed(count)).to(device)
+    return torch.arange(count, device=device)
 
 
 def by_entry(walker: Walker, rows: Tensor) -> list[tuple[int, Tensor]]:

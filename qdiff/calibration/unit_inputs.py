@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.input_moments import InputMoments
-from qdiff.calibration.observe import announce, by_entry, observe, random_order
+from qdiff.calibration.observe import all_rows, announce, by_entry, observe
 from qdiff.calibration.reconstruction import Unit
 from qdiff.calibration.walk import Walker, leaves_in_execution_order
 from qdiff.modes import leaf_modes
@@ -42,8 +42,7 @@ class UnitInputs:
         self.unit, self.walker, self.activations, self.act_range = unit, walker, activations, act_range
         self.leaves = leaves_in_execution_order(unit.module, unit.inputs, walker)
         # Batches are in the order in which ranges are observed; with ranges per timestep, a batch has one timestep.
-        rows = random_order(len(unit.target), act_range).to(unit.target.device)
-        groups = by_entry(walker, rows)
+        groups = by_entry(walker, all_rows(unit, act_range))
         batches = [(entry, some[part], share) for entry, some in groups for part, share in walker.passes(len(some))]
         self._rows = [some for _, some, _ in batches]
         self._shares = [share for _, _, share in batches]
