@@ -34,6 +34,8 @@ class MovingAverage(LeastError):
                 step = stride(values.numel(), self.SAMPLE)
                 self.kept = [values[::step].clone(), *([] if step == 1 else [low[None], high[None]])]
             self.extremes.append((low, high))
+            self.low = low if self.low is None else torch.minimum(self.low, low)
+            self.high = high if self.high is None else torch.maximum(self.high, high)
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         first, last = (end[None] for end in self.extremes[0])
