@@ -161,17 +161,19 @@ def _observe(layer: QuantModule, method: str, run: Callable[[], float]) -> None:
 
 def quick_range(method: str, bits: int) -> str:
     """Return the range method for an estimate: above 4 bits, searching for a range takes long and changes little."""
-    return (
-        RangeMethod.MIN_MAX
-        if bits > 4 and method in (RangeMethod.MSE, RangeMethod.SEARCH, RangeMethod.QUICK)
-        else method
-    )
+    searches = RangeMethod.MSE, RangeMethod.SEARCH, RangeMethod.AVERAGE, RangeMethod.QUICK
+    return RangeMethod.MIN_MAX if bits > 4 and method in searches else method
 
 
 def start_observing(layer: QuantModule, method: str) -> None:
-    """Have the quantizers of a layer's input watch what passes, for ranges by a method of `ESTIMATORS`."""
+    """Have the quantizers of a layer's input watch what passes, for ranges by a method of `ESTIMATORS`.
+
+    An average over batches, which must come in random order, gives way to one search over all of them: calls come in
+    the order of the sampler, and an average would mostly be the range of the first few.
+    """
+    estimator = ESTIMATORS[RangeMethod.MSE if ESTIMATORS[method].averages else method]
     for quantizer in calibrated_act_quantizers(layer).values():
-        quantizer.observer = ESTIMATORS[method](None)
+        quantizer.observer = estimator(None)
 
 
 def settle_observed(layer: QuantModule) -> None:
