@@ -18,7 +18,7 @@ from qdiff.calibration.mixed_precision import MixedPrecision, check_reachable, c
 from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
-from qdiff.calibration.timesteps import spaced
+from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.ptq import PtqPlan
@@ -135,7 +135,7 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
         paths = {operand: [path for kind, _, path in left if kind is operand] for operand in Operand}
         given = paths, {operand: mixed.widths(operand) for operand in Operand}, plan.quant
         if mixed.measure is Measure.PROBE:
-            found = _probed(pipeline, given, _spread_samples(data, mixed), tokens)
+            found = _probed(pipeline, given, spread_samples(data, mixed.samples), tokens)
         else:
             found = _by_trajectories(pipeline, given, first_image(plan.seed), mixed.samples, seed, tokens)
         for operand, values in found.items():
@@ -201,12 +201,17 @@ def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path
 
 def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecision) -> OutputQuality:
     """SQNR of ε on samples of the calibration set."""
-    return OutputQuality(pipeline.network, _spread_samples(data, mixed), pipeline.batch_size)
+    return OutputQuality(pipeline.network, spread_samples(data, mixed.samples), pipeline.batch_size)
 
 
-def _spread_samples(data: CalibrationSet, mixed: MixedPrecision) -> list[Tensor]:
-    """Return as many inputs as are asked for, spread over the calibration set."""
-    chosen = spaced(len(data), min(mixed.samples, len(data)))
+def spread_samples(data: CalibrationSet, count: int) -> list[Tensor]:
+    """Return some inputs of a calibration set, each [count, …], or all if it has fewer; they are spread over all of it.
+
+    Samples are stored by timestep, and every ⌊N/count⌋-th would leave out those of the last steps wherever the count
+    does not divide N: then they are spread from the first sample to the last.
+    """
+    count = min(count, len(data))
+    chosen = spaced(len(data), count, Spacing.ENDS if len(data) % count else Spacing.EVERY)
     return [part[chosen] for part in data.inputs]
 
 
