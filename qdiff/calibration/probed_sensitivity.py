@@ -48,8 +48,9 @@ def probed_sensitivities(
 ) -> dict[Operand, Found]:
     """Estimate the SQNR of the output by the width of one operand of one layer, for all layers and widths together.
 
-    Weights are rounded to nearest, and ranges are those of the config's estimators on these inputs, shared by all
-    timesteps.
+    Weights are rounded to nearest. Ranges of activations are observed on these inputs and shared by all timesteps. Up
+    to 4 bits, ranges come from the config's estimators, where an average gives way to a search (`start_observing`);
+    above, where a search changes little, from the extremes (`quick_range`).
 
     Args:
         network: the float network; it is unchanged afterwards.

@@ -91,7 +91,8 @@ def layer_sensitivity(
     """Return the quality of a network by the width of one operand of one layer; None if the layer is never called.
 
     Weights are rounded to nearest, and ranges are those of the config's estimators; ranges of activations come from
-    the calls that ``quality`` makes, and are shared by all timesteps.
+    the calls that ``quality`` makes, where an average gives way to a search (`start_observing`), and are shared by all
+    timesteps.
 
     Args:
         network: the float network; it is unchanged afterwards.
