@@ -19,7 +19,7 @@ from torch import Tensor
 from qdiff.functional import max_level
 
 BLOCK = 128  # columns between two updates of all the rest; the result is the same for any number
-MORE_DAMPING, TRIES = 10.0, 6  # factor by which the damping grows where the factorisation fails, and how often
+MORE_DAMPING, TRIES = 10.0, 6  # factor by which the damping grows where there is no factor; how often one is looked for
 
 
 class Target(str, Enum):
@@ -131,17 +131,18 @@ def inverse_factors(matrices: Sequence[Tensor], dampings: Sequence[Tensor]) -> l
 
     Args:
         matrices: [K, K], symmetric.
-        dampings: of each matrix, shape (); raised up to `TRIES` times where rounding errors leave no factor.
+        dampings: of each matrix, shape (); raised up to ``TRIES - 1`` times where rounding errors leave no factor.
 
     Raises:
         NotPositiveDefinite: some matrix has no factor even so.
     """
-    for _ in range(TRIES):
+    for left in reversed(range(TRIES)):
         uppers, failures = zip(*map(_try_factor, matrices, dampings), strict=True)
         # The one wait for a GPU, in a layer as a rule: only the host can decide to try again.
         if not torch.stack(failures).any():
             return list(uppers)
-        dampings = [_raised(*given) for given in zip(matrices, dampings, failures, strict=True)]
+        if left > 0:
+            dampings = [_raised(*given) for given in zip(matrices, dampings, failures, strict=True)]
     raise NotPositiveDefinite(f"second moments of {len(matrices[0])} columns have no Cholesky factor")
 
 

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from qdiff.calibration.feeding import to_device
-from qdiff.calibration.sensitivity import Operand, quick_range, settle_observed, sqnr, start_observing
-from qdiff.config import ActRanges, QuantConfig
+from qdiff.calibration.sensitivity import (
+    Operand,
+    config_of_one,
+    quick_range,
+    settle_observed,
+    sqnr,
+    start_observing,
+)
+from qdiff.config import QuantConfig
 from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
@@ -42,8 +48,9 @@ def probed_sensitivities(
 ) -> dict[Operand, Found]:
     """Estimate the SQNR of the output by the width of one operand of one layer, for all layers and widths together.
 
-    Weights are rounded to nearest, and ranges are those of the config's estimators on these inputs, shared by all
-    timesteps.
+    Weights are rounded to nearest. Ranges of activations are observed on these inputs and shared by all timesteps. Up
+    to 4 bits, ranges come from the config's estimators, where an average gives way to a search (`start_observing`);
+    above, where a search changes little, from the extremes (`quick_range`).
 
     Args:
         network: the float network; it is unchanged afterwards.
@@ -162,9 +169,8 @@ class RoundedLayer:
         self.operand = operand
         self.rounded: dict[int, QuantModule] = {}
         for bits in widths:
-            words = f"W{bits}A32" if operand is Operand.WEIGHTS else f"W32A{bits}"
-            own = replace(config, keep_ends=False, act_ranges=ActRanges.SHARED, layer_bits={name: words})
-            made = QuantModule(self.layer, own.of_layer(name, None)).to(self.layer.weight.device).eval()
+            own = config_of_one(config, name, operand, bits)
+            made = QuantModule(self.layer, own).to(self.layer.weight.device).eval()
             set_modes(made, weights=True, activations=True)
             made.first_token = first_token
             if operand is Operand.WEIGHTS:

@@ -11,7 +11,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from qdiff.config import QuantConfig
+from qdiff.config import ActRanges, QuantConfig
 from qdiff.modes import set_modes
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import calibrated_act_quantizers
@@ -91,7 +91,8 @@ def layer_sensitivity(
     """Return the quality of a network by the width of one operand of one layer; None if the layer is never called.
 
     Weights are rounded to nearest, and ranges are those of the config's estimators; ranges of activations come from
-    the calls that ``quality`` makes.
+    the calls that ``quality`` makes, where an average gives way to a search (`start_observing`), and are shared by all
+    timesteps.
 
     Args:
         network: the float network; it is unchanged afterwards.
@@ -102,9 +103,7 @@ def layer_sensitivity(
     """
     found = {}
     for bits in widths:
-        words = f"W{bits}A32" if operand is Operand.WEIGHTS else f"W32A{bits}"
-        own = replace(config, keep_ends=False, layer_bits={name: words}).of_layer(name, None)
-        with _replaced(network, name, own) as layer:
+        with _replaced(network, name, config_of_one(config, name, operand, bits)) as layer:
             layer.first_token = first_token
             seen: list[object] = []
             handle = layer.register_forward_pre_hook(lambda *_, seen=seen: seen.append(None))
@@ -117,6 +116,23 @@ def layer_sensitivity(
         if not seen:
             return None
     return found
+
+
+def config_of_one(config: QuantConfig, name: str, operand: Operand, bits: int) -> QuantConfig:
+    """Return the config of one layer with one operand quantized and the other in float.
+
+    Ranges of activations are shared by all timesteps, whatever the config says: ranges per timestep would be observed
+    timestep by timestep, and a float network, in which the layer is, does not tell its layers the timestep.
+
+    Args:
+        config: how ranges are chosen, and what is split; with a width for this operand.
+        name: the layer's.
+        operand: the quantized one.
+        bits: its width.
+    """
+    words = f"W{bits}A32" if operand is Operand.WEIGHTS else f"W32A{bits}"
+    own = replace(config, keep_ends=False, act_ranges=ActRanges.SHARED, layer_bits={name: words})
+    return own.of_layer(name, None)
 
 
 @contextlib.contextmanager
@@ -146,17 +162,19 @@ def _observe(layer: QuantModule, method: str, run: Callable[[], float]) -> None:
 
 def quick_range(method: str, bits: int) -> str:
     """Return the range method for an estimate: above 4 bits, searching for a range takes long and changes little."""
-    return (
-        RangeMethod.MIN_MAX
-        if bits > 4 and method in (RangeMethod.MSE, RangeMethod.SEARCH, RangeMethod.QUICK)
-        else method
-    )
+    searches = RangeMethod.MSE, RangeMethod.SEARCH, RangeMethod.AVERAGE, RangeMethod.QUICK
+    return RangeMethod.MIN_MAX if bits > 4 and method in searches else method
 
 
 def start_observing(layer: QuantModule, method: str) -> None:
-    """Have the quantizers of a layer's input watch what passes, for ranges by a method of `ESTIMATORS`."""
+    """Have the quantizers of a layer's input watch what passes, for ranges by a method of `ESTIMATORS`.
+
+    An average over batches, which must come in random order, gives way to one search over all of them: calls come in
+    the order of the sampler, and an average would mostly be the range of the first few.
+    """
+    estimator = ESTIMATORS[RangeMethod.MSE if ESTIMATORS[method].averages else method]
     for quantizer in calibrated_act_quantizers(layer).values():
-        quantizer.observer = ESTIMATORS[method](None)
+        quantizer.observer = estimator(None)
 
 
 def settle_observed(layer: QuantModule) -> None:

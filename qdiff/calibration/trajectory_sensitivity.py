@@ -99,7 +99,7 @@ def trajectory_sensitivities(
     """Estimate the SQNR of the sampler's result by the width of one operand of one layer, for all layers together.
 
     Weights are thought of as rounded column by column (`qdiff.calibration.weight_noise`). Ranges of activations are
-    those of the config's estimators over these trajectories, shared by all timesteps.
+    observed over these trajectories and shared by all timesteps; they are chosen as in `probed_sensitivities`.
 
     Args:
         pipeline: its float network must be loaded, and not wrapped; it is unchanged afterwards. A run of more than

@@ -11,7 +11,6 @@ mean.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from qdiff.calibration.column_rounding import Factor, Grid, NotPositiveDefinite,
 from qdiff.calibration.feeding import to_device
 from qdiff.calibration.input_moments import column_order, columns_of, input_patches, input_rows
 from qdiff.calibration.probed_sensitivity import by_sample, until_backward
-from qdiff.calibration.sensitivity import quick_range, sqnr
+from qdiff.calibration.sensitivity import Operand, config_of_one, quick_range, sqnr
 from qdiff.config import QuantConfig
 from qdiff.functional import dequantize, quantize
 from qdiff.quant_layer import QuantModule
@@ -59,7 +58,7 @@ class WeightNoise:
         self.layer, self.config, self.generator = layer, config, generator
         self.variances: dict[int, Tensor] = {}  # of rounding to nearest, by output row
         for bits in widths:
-            own = replace(config, keep_ends=False, layer_bits={name: f"W{bits}A32"}).of_layer(name, None)
+            own = config_of_one(config, name, Operand.WEIGHTS, bits)
             self.shape = QuantModule(layer, own).to(layer.weight.device).eval()
             self.shape.first_token = first_token
             self.variances[bits] = _rounding_variances(self.shape, config, bits)

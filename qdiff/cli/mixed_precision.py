@@ -18,7 +18,7 @@ from qdiff.calibration.mixed_precision import MixedPrecision, check_reachable, c
 from qdiff.calibration.probed_sensitivity import Found, probed_sensitivities
 from qdiff.calibration.samples import CalibrationSet, save_recording
 from qdiff.calibration.sensitivity import Measure, Operand, OutputQuality, layer_sensitivity
-from qdiff.calibration.timesteps import spaced
+from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.calibration.trajectory_sensitivity import trajectory_sensitivities
 from qdiff.cli.options.layer_bits import read_layer_bits
 from qdiff.cli.options.ptq import PtqPlan
@@ -28,9 +28,9 @@ from qdiff.cli.processes import arithmetic_of
 from qdiff.cli.quantize import RECORDING
 from qdiff.cli.run_folder import RunFolder
 from qdiff.cli.run_manifest import OF_WIDTHS
+from qdiff.cli.sensitivity_file import SensitivityFile
 from qdiff.config import QuantConfig
 from qdiff.cost.account import account
-from qdiff.errors import UserError, first_line
 from qdiff.evaluation.fidelity import mean_ssim
 from qdiff.io.files import sha256, written_whole
 from qdiff.io.images import to_uint8
@@ -43,77 +43,9 @@ log = logging.getLogger("qdiff")
 
 WIDTHS, SENSITIVITIES = "widths.json", "sensitivities.json"
 PROBE_BATCH = 32  # samples per backward pass
-DATA = "data"  # in the settings of sensitivities, the hash of the recording
-_OTHERS = "leave out --sensitivities, or choose another --logdir"
-
-
-class SensitivityFile:
-    """``sensitivities.json``: quality by operand, layer and width, beside what it depends on; kept layer by layer.
-
-    Args:
-        path: the file; may not exist yet.
-        settings: what the values depend on, apart from the samples (JSON values).
-        start: a file of another run to begin with, if ``path`` does not exist.
-
-    Raises:
-        UserError: a file is damaged, or holds values of other settings.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], start: Path | None = None) -> None:
-        self.path, self.settings = path, json.loads(json.dumps(settings))
-        self._values: dict[str, dict[str, dict[str, float] | None]] = {operand.value: {} for operand in Operand}
-        self._data: str | None = None
-        source = path if path.is_file() else start
-        if source is None:
-            return
-        try:
-            there = json.loads(source.read_text(encoding="utf-8"))
-            for operand in Operand:
-                self._values[operand.value] = {
-                    name: None if found is None else {str(int(b)): float(value) for b, value in found.items()}
-                    for name, found in there[operand.value].items()
-                }
-            before = dict(there["settings"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"{source} holds no sensitivities ({first_line(error)}); delete it, or give another"
-            ) from error
-        self._data = before.pop(DATA, None)
-        if names := sorted(k for k in before | self.settings if before.get(k) != self.settings.get(k)):
-            raise UserError(f"{source} holds sensitivities of other settings ({', '.join(names)}); {_OTHERS}")
-
-    def settle(self, data: str) -> None:
-        """Say on which samples the values are measured.
-
-        Args:
-            data: hash of the recording.
-
-        Raises:
-            UserError: the values in the file were measured on others.
-        """
-        if self._data not in (None, data):
-            raise UserError(f"the sensitivities were measured on another calibration set; {_OTHERS}")
-        self._data = data
-
-    def __contains__(self, key: tuple[Operand, str]) -> bool:
-        return key[1] in self._values[key[0].value]
-
-    def add(self, operand: Operand, found: Mapping[str, dict[int, float] | None]) -> None:
-        """Keep what was found for some layers; None if one is never called."""
-        for name, values in found.items():
-            kept = None if values is None else {str(bits): value for bits, value in values.items()}
-            self._values[operand.value][name] = kept
-        with written_whole(self.path) as temporary:
-            temporary.write_text(
-                json.dumps({"settings": {**self.settings, DATA: self._data}, **self._values}, indent=1)
-            )
-
-    def of(self, operand: Operand) -> dict[str, dict[int, float] | None]:
-        """Return the quality by layer and width."""
-        return {
-            name: None if values is None else {int(bits): value for bits, value in values.items()}
-            for name, values in self._values[operand.value].items()
-        }
+SAMPLING = Measure.SSIM, Measure.TRAJECTORY  # these sample images, so that the sampler's settings decide what is found
+# In a pipeline's config, what does not decide images of the calibration stream, or (weights) is a path of this machine.
+_OF_THE_RUN = "num_images", "max_images", "weights"
 
 
 def with_chosen_widths(
@@ -161,13 +93,19 @@ def with_chosen_widths(
 
 
 def _settings(plan: PtqPlan, pipeline: Pipeline, seed: int) -> dict[str, Any]:
-    """Return what the sensitivities depend on, apart from the calibration set."""
+    """Return what the sensitivities depend on, apart from the calibration set.
+
+    Args:
+        seed: of the calibration, which decides the projections of trajectories.
+    """
     quant, mixed = plan.quant.to_dict(), plan.mixed
     quant.pop("layer_bits", None)  # decides which layers are measured, not what is found
     stream = {}
+    if mixed.measure in SAMPLING:
+        sampled = {name: value for name, value in pipeline.config.items() if name not in _OF_THE_RUN}
+        stream = {"first": first_image(plan.seed), "noise": pipeline.sampler.seed, "sampled": sampled}
     if mixed.measure is Measure.TRAJECTORY:
-        sampled = {name: value for name, value in pipeline.config.items() if name not in ("num_images", "weights")}
-        stream = {"first": first_image(plan.seed), "seed": seed, "sampled": sampled}
+        stream["seed"] = seed
     return {
         "measure": mixed.measure.value,
         **stream,
@@ -197,14 +135,16 @@ def _measure(plan: PtqPlan, pipeline: Pipeline, data: CalibrationSet, file: Sens
         paths = {operand: [path for kind, _, path in left if kind is operand] for operand in Operand}
         given = paths, {operand: mixed.widths(operand) for operand in Operand}, plan.quant
         if mixed.measure is Measure.PROBE:
-            found = _probed(pipeline, given, _spread_samples(data, mixed), tokens)
+            found = _probed(pipeline, given, spread_samples(data, mixed.samples), tokens)
         else:
             found = _by_trajectories(pipeline, given, first_image(plan.seed), mixed.samples, seed, tokens)
         for operand, values in found.items():
             file.add(operand, {names[path]: value for path, value in values.items()})
         return
     quality = (
-        _image_quality(pipeline, mixed) if mixed.measure is Measure.SSIM else _output_quality(pipeline, data, mixed)
+        _image_quality(pipeline, first_image(plan.seed), mixed.samples)
+        if mixed.measure is Measure.SSIM
+        else _output_quality(pipeline, data, mixed)
     )
     with progress_bar(total=len(left), desc="sensitivities", unit="layer") as bar:
         for operand, name, path in left:
@@ -261,24 +201,34 @@ def _choose(plan: PtqPlan, pipeline: Pipeline, file: SensitivityFile, path: Path
 
 def _output_quality(pipeline: Pipeline, data: CalibrationSet, mixed: MixedPrecision) -> OutputQuality:
     """SQNR of ε on samples of the calibration set."""
-    return OutputQuality(pipeline.network, _spread_samples(data, mixed), pipeline.batch_size)
+    return OutputQuality(pipeline.network, spread_samples(data, mixed.samples), pipeline.batch_size)
 
 
-def _spread_samples(data: CalibrationSet, mixed: MixedPrecision) -> list[Tensor]:
-    """Return as many inputs as are asked for, spread over the calibration set."""
-    chosen = spaced(len(data), min(mixed.samples, len(data)))
+def spread_samples(data: CalibrationSet, count: int) -> list[Tensor]:
+    """Return some inputs of a calibration set, each [count, …], or all if it has fewer; they are spread over all of it.
+
+    Samples are stored by timestep, and every ⌊N/count⌋-th would leave out those of the last steps wherever the count
+    does not divide N: then they are spread from the first sample to the last.
+    """
+    count = min(count, len(data))
+    chosen = spaced(len(data), count, Spacing.ENDS if len(data) % count else Spacing.EVERY)
     return [part[chosen] for part in data.inputs]
 
 
-def _image_quality(pipeline: Pipeline, mixed: MixedPrecision) -> Callable[[], float]:
-    """Mean SSIM of the calibration stream's first images, against those of the float network."""
+def _image_quality(pipeline: Pipeline, first: int, count: int) -> Callable[[], float]:
+    """Mean SSIM of images of the calibration stream, against those of the float network.
+
+    Args:
+        first: number of the first image, as in the recording.
+        count: how many.
+    """
+    rows = range(first, first + count)
 
     @torch.no_grad()
     def images() -> Tensor:
         made = []
-        for first in range(0, mixed.samples, pipeline.batch_size):
-            rows = range(first, min(first + pipeline.batch_size, mixed.samples))
-            x_0 = pipeline.sample(pipeline.network, rows, calibration=True)
+        for start in range(0, count, pipeline.batch_size):
+            x_0 = pipeline.sample(pipeline.network, rows[start : start + pipeline.batch_size], calibration=True)
             made.append(torch.from_numpy(to_uint8(pipeline.to_images(x_0))).permute(0, 3, 1, 2))
         return torch.cat(made)
 

@@ -18,9 +18,11 @@ from qdiff.calibration import sensitivity
 from qdiff.calibration.run import init_weights
 from qdiff.cli import mixed_precision
 from qdiff.cli.options.parser import Parser
+from qdiff.cli.planned_recording import first_image
 from qdiff.config import QuantConfig
 from qdiff.evaluation.fidelity import mean_ssim
 from qdiff.io.images import to_uint8
+from qdiff.pipeline import Pipeline
 from qdiff.quant_model import QuantModel
 from qdiff.wrapping import layer_places
 
@@ -141,6 +143,43 @@ def test_images_are_compared_if_asked(call, tiny, tmp_path, monkeypatch):
     values = [value for widths in found["weights"].values() for value in widths.values()]
     assert sorted(values) == sorted(compared) and min(values) < max(values)
     assert len(values) == 12 and read(tmp_path / "run" / "widths.json")["mean_bits"] <= 7.99
+
+
+@pytest.mark.slow
+def test_images_are_those_of_the_sampler_and_the_seed(call, tiny, tmp_path, monkeypatch):
+    """Sensitivities by images serve no run with another sampler, also where the calibration set is the same file."""
+    rows, measured, sample = [], [], Pipeline.sample
+
+    def watched(pipeline, network, images, *rest, **more):
+        rows.append(images)
+        return sample(pipeline, network, images, *rest, **more)
+
+    def alike(images, float_images):
+        measured.append(list(rows[-1]))
+        return float((images == float_images).float().mean())
+
+    monkeypatch.setattr(Pipeline, "sample", watched)
+    monkeypatch.setattr(mixed_precision, "mean_ssim", alike)
+    layers = [name.removesuffix(".weight") for name, t in load_file(tiny.weights).items() if t.dim() > 1]
+    (tmp_path / "widths.yaml").write_text("".join(f"{name}: W8\n" for name in layers[6:]))  # 6 are left
+    words = (*tiny.options, *SAMPLER, *PTQ, "--target_bits", 7.99, "--candidate_bits", "2,8", "--sensitivity", "ssim")
+    words = (*words, "--sensitivity_samples", 2, "--layer_bits", tmp_path / "widths.yaml", "--cali_seed", 5)
+    succeeded(call(SCRIPT, *words, "-l", tmp_path / "run"))
+    assert measured == 12 * [[first_image(5), first_image(5) + 1]]  # those that are recorded
+
+    again = (*words, "--cali_data_path", tmp_path / "run" / "calibration_data.pt")
+    again = (*again, "--sensitivities", tmp_path / "run" / "sensitivities.json", "--max_images", 2)
+    for changes, told in (
+        (("--timesteps", 4), "sampled"),
+        (("--eta", 0.5), "sampled"),
+        (("--seed", 4), "noise"),
+        (("--cali_seed", 6), "first"),
+    ):
+        outcome = call(SCRIPT, *again, *changes, "-l", tmp_path / "other")
+        assert f"other settings ({told})" in outcome.error_line(), changes
+    measured.clear()
+    succeeded(call(SCRIPT, *again, "-l", tmp_path / "again"))
+    assert measured == [] and read(tmp_path / "again" / "widths.json") == read(tmp_path / "run" / "widths.json")
 
 
 @torch.no_grad()

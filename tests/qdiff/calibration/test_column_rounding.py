@@ -196,3 +196,15 @@ def test_more_damping_where_there_is_no_factor(monkeypatch):
     monkeypatch.setattr(column_rounding, "TRIES", 1)
     with pytest.raises(NotPositiveDefinite):
         round_matrix(weight, grid, few, damping=1e-18)
+
+
+def test_no_more_damping_is_worked_out_than_is_tried(monkeypatch):
+    """Of six tries, five have more damping than asked for, each ten times that of the one before."""
+    tried, raised = [], []
+    attempt, more = column_rounding._try_factor, column_rounding._raised
+    monkeypatch.setattr(column_rounding, "_try_factor", lambda m, d: tried.append(float(d)) or attempt(m, d))
+    monkeypatch.setattr(column_rounding, "_raised", lambda *given: raised.append(float(more(*given))) or more(*given))
+    negative, one = -1e9 * torch.eye(3, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    with pytest.raises(NotPositiveDefinite):
+        inverse_factors([negative], [one])
+    assert tried == [10.0**n for n in range(6)] and raised == tried[1:]

@@ -112,6 +112,18 @@ def test_observer_takes_the_extremes_of_all_batches():
     assert observed(batches) == estimate(torch.cat(batches), 8, RangeMethod.MIN_MAX, symmetric=False)
 
 
+@pytest.mark.parametrize("method", list(ESTIMATORS))
+def test_an_observer_knows_the_extremes_so_far(method):
+    """Sensitivities read them to tell whether a layer was called; ``ema`` cuts a batch of more than 16 samples."""
+    observer = ESTIMATORS[method](None)
+    assert observer.low is None and observer.high is None
+    batches = [torch.linspace(-1.0, 4.0, 20), torch.tensor([-2.0, 0.0]), torch.zeros(3)]
+    for batch in batches:
+        observer.update(batch)
+    assert (float(observer.low), float(observer.high)) == (-2.0, 4.0)
+    assert observer.low.shape == observer.high.shape == ()
+
+
 def test_observer_averages_exponentially():
     delta, _ = observed([torch.tensor([0.0, 1.0]), torch.tensor([0.0, 3.0]), torch.tensor([0.0, 5.0])], momentum=0.5)
     assert close(delta, (0.5 * (0.5 * 1 + 0.5 * 3) + 0.5 * 5) / 255)
