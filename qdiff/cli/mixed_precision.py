@@ -107,6 +107,7 @@ def _settings(plan: PtqPlan, pipeline: Pipeline, seed: int) -> dict[str, Any]:
     if mixed.measure is Measure.TRAJECTORY:
         stream["seed"] = seed
     return {
+        "weights": None if pipeline.weights is None else sha256(pipeline.weights),
         "measure": mixed.measure.value,
         **stream,
         "samples": mixed.samples,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import SCRIPTS
 from run_checks import succeeded
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from script_device import ON_DEVICE
 from structural_similarity import SSIM_TOLERANCE, ssim
 
@@ -177,6 +177,10 @@ def test_images_are_those_of_the_sampler_and_the_seed(call, tiny, tmp_path, monk
     ):
         outcome = call(SCRIPT, *again, *changes, "-l", tmp_path / "other")
         assert f"other settings ({told})" in outcome.error_line(), changes
+    kept = tiny.weights.read_bytes()
+    save_file({name: 2 * t for name, t in load_file(tiny.weights).items()}, tiny.weights)
+    assert "other settings (weights)" in call(SCRIPT, *again, "-l", tmp_path / "other").error_line()
+    tiny.weights.write_bytes(kept)
     measured.clear()
     succeeded(call(SCRIPT, *again, "-l", tmp_path / "again"))
     assert measured == [] and read(tmp_path / "again" / "widths.json") == read(tmp_path / "run" / "widths.json")
