@@ -17,6 +17,7 @@ from qdiff.calibration.first_token import set_first_tokens
 from qdiff.calibration.input_scales import InputScaling
 from qdiff.calibration.mixed_precision import TRAJECTORIES, MixedPrecision, check_reachable, layers_to_measure
 from qdiff.calibration.mixed_precision import choose_widths as allocate_widths
+from qdiff.calibration.refit import discard_calibration
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.calibration.scaling import set_input_scales
@@ -146,7 +147,7 @@ def calibrate(
     run: CalibrationRun | None = None,
     scaling: InputScaling | None = None,
 ) -> dict[str, float]:
-    """Set all quantizers of a network, in place.
+    """Set all quantizers of a network, in place; what an earlier calibration set is forgotten.
 
     Args:
         qnn: network with the desired widths and loaded float weights.
@@ -169,6 +170,7 @@ def calibrate(
     run = run or CalibrationRun(seed)
     set_first_tokens(qnn, data.inputs)
     if run.weights:
+        discard_calibration(qnn)  # of an earlier call, whose scales and biases this method may not set anew
         set_input_scales(qnn, data, row.scaling if scaling is None else scaling, run)
     row.calibrate(qnn, data, config, run)
     return run.errors

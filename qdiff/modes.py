@@ -15,6 +15,7 @@ from qdiff.ranges.first_token import FirstToken
 from qdiff.weight_forms import WeightForm
 
 LEAVES = (QuantModule, QuantAttention)
+MODES = ("acts_quantized", "weights_quantized", "in_quantized_network")  # of leaves; attention has the first alone
 
 
 def leaves(module: nn.Module) -> list[nn.Module]:
@@ -57,6 +58,7 @@ def set_modes(leaf: nn.Module, weights: bool, activations: bool) -> None:
     if isinstance(leaf, QuantModule):
         leaf.acts_quantized = activations and len(leaf.act_quantizers) > 0
         leaf.weights_quantized = weights and len(leaf.weight_quantizers) > 0
+        leaf.in_quantized_network = weights or activations
     else:
         leaf.acts_quantized = activations and hasattr(leaf, "act_quantizer_q")
 
@@ -69,7 +71,7 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
     and the dequantized copies are dropped on exit unless an outer block still uses them.
     """
     targets = [leaf for module in modules for leaf in leaves(module)]
-    before = [(leaf.acts_quantized, getattr(leaf, "weights_quantized", False)) for leaf in targets]
+    before = [{mode: getattr(leaf, mode) for mode in MODES if hasattr(leaf, mode)} for leaf in targets]
     try:
         for leaf in targets:
             set_modes(leaf, weights, activations)
@@ -77,12 +79,11 @@ def leaf_modes(modules: Iterable[nn.Module], weights: bool, activations: bool) -
                 leaf.hold_dequantized()
         yield
     finally:
-        for leaf, (acts, weights_before) in zip(targets, before, strict=True):
-            leaf.acts_quantized = acts
-            if isinstance(leaf, QuantModule):
-                leaf.weights_quantized = weights_before
-                if not weights_before:
-                    leaf.drop_dequantized()
+        for leaf, modes in zip(targets, before, strict=True):
+            for mode, was in modes.items():
+                setattr(leaf, mode, was)
+            if isinstance(leaf, QuantModule) and not leaf.weights_quantized:
+                leaf.drop_dequantized()
 
 
 @torch.no_grad()

@@ -70,8 +70,8 @@ class QuantModule(WeightedModule):
         # Inside a trajectory: the layer's state from the previous step.
         self.memory: LayerMemory | None = None
         # Modes, set by `qdiff.modes.leaf_modes`.
-        self.weights_quantized = False
-        self.acts_quantized = False
+        self.weights_quantized = self.acts_quantized = False
+        self.in_quantized_network = False  # then ``bias`` is the corrected one, also where the layer stays in float
 
     def forward(self, x: Tensor) -> Tensor:
         if self.first_token is None or not (self.weights_quantized or self.acts_quantized):
@@ -165,8 +165,8 @@ class QuantModule(WeightedModule):
         return self.weight_to_quantize() if self.acts_quantized else self.float_weight()
 
     def _current_bias(self) -> Tensor | None:
-        """Return the bias for a call with the input in float; the float layer's if the weight is float too."""
-        return self.bias if self.weights_quantized or self.float_bias is None else self.float_bias
+        """Return the bias for a call with the input in float; the float layer's in the float network."""
+        return self.bias if self.in_quantized_network or self.float_bias is None else self.float_bias
 
     @torch.no_grad()
     def set_quantized_bias(self, bias: Tensor) -> None:

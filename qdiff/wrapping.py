@@ -45,7 +45,7 @@ def replace_leaves(
 
     A layer is replaced only if its class computes what `QuantModule` computes. A module that is used in several
     places is replaced by one module in all of them. Of a parameter shared by several layers, all layers but the first
-    get a copy, because each layer has its own integers.
+    get a copy, because each layer has its own integers and its own corrected bias.
 
     Args:
         ends: see `QuantConfig.of_layer`.
@@ -62,7 +62,7 @@ def replace_leaves(
     check_layer_bits(network, config, ends, unused, prefix)
     left: dict[str, str] = {}
     replaced: dict[nn.Module, nn.Module] = {}
-    weights: set[int] = set()
+    parameters: set[int] = set()
     for parent, path, name, child in children:
         if child not in replaced:
             reason = "it is never called" if path in unused else why_not(child)
@@ -72,9 +72,11 @@ def replace_leaves(
             if isinstance(child, AttentionCore):
                 made: nn.Module = QuantAttention(child, config.of_attention(path.removeprefix(prefix)))
             else:
-                if id(child.weight) in weights:
-                    child.weight = nn.Parameter(child.weight.detach().clone())
-                weights.add(id(child.weight))
+                for own in ("weight", "bias"):
+                    parameter = getattr(child, own)
+                    if parameter is not None and id(parameter) in parameters:
+                        setattr(child, own, nn.Parameter(parameter.detach().clone()))
+                    parameters.add(id(getattr(child, own)))
                 made = QuantModule(
                     child, config.of_layer(path.removeprefix(prefix), own_ends), is_shortcut(path, child)
                 )

@@ -13,7 +13,7 @@ from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.sample import SampleCommand
 from qdiff.diffusers_backend.card import calibration_note
 from qdiff.diffusers_backend.pipeline import DiffusersPipeline
-from qdiff.diffusers_backend.refusals import NO_SCALES
+from qdiff.diffusers_backend.refusals import NO_SCALES, refuse_scales
 from qdiff.errors import UserError
 from qdiff.methods.registry import find_method
 
@@ -52,6 +52,7 @@ class QuantizePipelineCommand(SampleCommand):
         with memory_advice("loading the model", "free some, or give --device cpu"):
             pipeline.load(choose_device(args.device, args.tf32))
         prepared = self._prepare(run)
+        refuse_scales(prepared.qnn)  # of a given checkpoint
         run.open()
         with run.logged():
             for note in pipeline.notes:

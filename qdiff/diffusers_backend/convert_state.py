@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from qdiff.config import FIRST, LAST, ActRanges, QuantConfig
 from qdiff.diffusers_backend.config import QDiffConfig
-from qdiff.diffusers_backend.refusals import NO_SCALES
+from qdiff.diffusers_backend.refusals import refuse_scales
 from qdiff.errors import UserError
 from qdiff.functional import MOST_SHIFT, max_level
 from qdiff.io.tensor_layout import NetworkLayout
 from qdiff.kernels.packing import pack
-from qdiff.modes import quantized_layers, scaled_layers
+from qdiff.modes import quantized_layers
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
@@ -64,8 +64,7 @@ def quantization_of(qnn: QuantModel, layout: NetworkLayout, notes: dict[str, Any
         UserError: a network quantized so cannot be a component of a pipeline.
     """
     check_convertible(qnn.config)
-    if scaled_layers(qnn.model):
-        raise UserError(f"{NO_SCALES}; give a checkpoint that was made without --scaling")
+    refuse_scales(qnn)
     theirs = {pair.ours: pair.theirs for pair in layout.layers}
     cores = {n: t for n, t in layout.attentions.items() if _is_quantized_attention(qnn.model.get_submodule(n))}
     return QDiffConfig(
@@ -188,6 +187,8 @@ def _values(network: nn.Module) -> dict[str, Tensor]:
     for name, module in network.named_modules():
         if isinstance(module, Quantizer):
             kept_apart |= {f"{name}.{kind}" for kind in module.state_dict()}
+        if isinstance(module, QuantModule):
+            kept_apart.add(f"{name}.float_bias")  # of a corrected bias; the network is used quantized alone
         if isinstance(module, QuantModule) and len(module.weight_quantizers):
             kept_apart |= {f"{name}.weight", f"{name}.weight_int", f"{name}.packed.stream"}
             made[f"{name}.{INTEGERS}"] = module.integers()

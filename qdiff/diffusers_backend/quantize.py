@@ -27,7 +27,7 @@ from qdiff.diffusers_backend.denoiser import DenoiserCall, find_denoiser, listen
 from qdiff.diffusers_backend.pipeline_in_memory import PipelineInMemory
 from qdiff.diffusers_backend.quantizer import QDiffQuantizer
 from qdiff.diffusers_backend.recording import check_options, record_pipeline
-from qdiff.diffusers_backend.refusals import NO_SCALES, check_is_plain, refuse_changes
+from qdiff.diffusers_backend.refusals import NO_SCALES, check_is_plain, refuse_changes, refuse_scales
 from qdiff.diffusers_backend.structure import (
     check_rebuilds,
     ends_of,
@@ -159,7 +159,13 @@ def attach(network: nn.Module, qnn: QuantModel, notes: dict[str, Any]) -> None:
     Args:
         network: the diffusers model: ``qnn.model``, or what is in it.
         notes: for the model card (JSON values).
+
+    Raises:
+        UserError: layers scale the channels of their input.
     """
+    refuse_scales(qnn)
+    for layer in qnn.layers().values():  # layers whose weight is packed have forgotten theirs
+        layer.float_bias = None
     if qnn.config.weight_bits is not None:
         qnn.pack_weights()
     prefix = next(f"{name}." if name else "" for name, module in qnn.model.named_modules() if module is network)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from qdiff.errors import UserError
+from qdiff.modes import scaled_layers
 from qdiff.quant_layer import QuantModule
+from qdiff.quant_model import QuantModel
 
 _LORA = (
     "a LoRA cannot be added to quantized weights; fuse it into the float pipeline (pipe.fuse_lora(), "
@@ -33,6 +35,12 @@ def refuse_changes(network: nn.Module) -> None:
             setattr(network, name, partial(_refuse, sentence))
     if _check_placement not in network._forward_pre_hooks.values():
         network.register_forward_pre_hook(_check_placement)
+
+
+def refuse_scales(qnn: QuantModel) -> None:
+    """Raise a `UserError` if layers of a calibrated network scale the channels of their input."""
+    if scaled_layers(qnn.model):
+        raise UserError(f"{NO_SCALES}; give a checkpoint that was made without --scaling")
 
 
 def _refuse(sentence: str, *_: Any, **__: Any) -> None:

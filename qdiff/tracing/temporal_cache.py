@@ -183,7 +183,8 @@ class TemporalCache:
         """
         device = t.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        modes = ((vars(layer).get("weights_quantized"), vars(layer).get("acts_quantized")) for layer in self.layers)
+        names = ("weights_quantized", "acts_quantized", "in_quantized_network")
+        modes = (vars(layer).get(name) for layer in self.layers for name in names)
         return t.shape, t.dtype, t.device, x.dtype, autocast, *modes
 
     @torch.no_grad()

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import qdiff
+from qdiff.calibration.input_scales import InputScaling
+from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.timesteps import Spacing
 from qdiff.cost.account import account
 from qdiff.errors import UserError
 from qdiff.methods.eda_dm import EdaDmConfig
+from qdiff.methods.gptq import GptqConfig
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.methods.registry import METHODS
 from qdiff.pipeline import Pipeline
@@ -170,3 +173,18 @@ def test_wrong_names_and_configs(wrap, data):
         qdiff.calibrate(qnn, data, "qdiff", EdaDmConfig())
     with pytest.raises(UserError, match="the method takes nothing to set"):
         qdiff.calibrate(qnn, data, "linear", EdaDmConfig())
+
+
+@pytest.mark.slow
+def test_a_second_calibration_forgets_the_first(wrap, data):
+    quiet = {"run": CalibrationRun(show_progress=False)}
+    used, fresh = wrap(weight_bits=4, act_bits=8), wrap(weight_bits=4, act_bits=8)
+    qdiff.calibrate(
+        used, data, "gptq", GptqConfig(most_rows=64, bias_correction=True), scaling=InputScaling("search"), **quiet
+    )
+    names = " ".join(used.model.state_dict())
+    assert "float_bias" in names and "input_scale" in names
+    for qnn in (used, fresh):
+        qdiff.calibrate(qnn, data, "linear", **quiet)
+    found, expected = used.model.state_dict(), fresh.model.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

@@ -191,3 +191,16 @@ def test_layers_that_share_a_weight_get_integers_of_their_own():
     qnn.release_float_weights()  # writes into the weights
     with qnn.quantized():
         assert torch.equal(qnn(x), expected)
+
+
+@torch.no_grad()
+def test_layers_that_share_a_bias_get_corrections_of_their_own():
+    network = Network(nn.Conv2d(4, 4, 3, padding=1))
+    network.other.bias = network.first.bias
+    x = torch.randn(2, 4, 8, 8)
+    expected = network(x)
+    qnn = QuantModel(network, W4)
+    first, other = qnn.layers().values()
+    before = other.bias.clone()
+    first.set_quantized_bias(first.bias + 1)
+    assert torch.equal(other.bias, before) and torch.equal(qnn(x), expected)

@@ -107,3 +107,18 @@ def test_a_released_or_packed_layer_holds_one_bias(walker):
         expected = means(layer, unit, False)[0]
         getattr(layer, change)()
         assert layer.float_bias is None and torch.equal(means(layer, unit, False)[0], expected)
+
+
+@pytest.mark.parametrize("form", ["float", "release_float_weight"])
+def test_a_layer_left_in_float_corrects_what_comes_to_it(form, walker):
+    """Also where it holds one bias, as runtimes do; in the float network it has its own."""
+    layer, unit = made("conv", weight_bits=None, act_bits=None)
+    correct_biases(unit, walker, activations=True)
+    assert torch.equal(layer(*unit.float_inputs), unit.target)
+    if form != "float":
+        getattr(layer, form)()
+    for activations in (False, True):
+        found, expected = means(layer, unit, activations)
+        assert (found - expected).norm() <= EXACT * expected.norm()
+    plain = mean(layer, made("conv", weight_bits=None, act_bits=None)[0](*unit.inputs))
+    assert (plain - expected).norm() > 1e-3 * expected.norm()

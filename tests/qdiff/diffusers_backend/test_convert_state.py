@@ -142,6 +142,9 @@ def test_other_methods(name, options, relative, run_quantized, tmp_path):
     network.load_state_dict(golden.float_weights())
     qnn = QuantModel(network, QuantConfig(**options))
     linear.calibrate(qnn, CalibrationSet(golden.inputs), None, CalibrationRun(show_progress=False))
+    for layer in list(qnn.layers().values())[::2]:
+        if layer.bias is not None:
+            layer.set_quantized_bias(layer.bias + 0.01)
     theirs = quantized_component(qnn, *class_and_arguments(golden), layout_of(name), name)
     assert native(back(golden, theirs, qnn.config), tmp_path) == native(qnn, tmp_path)
     expected = run_quantized(qnn.double(), golden.exact_inputs)

@@ -54,6 +54,20 @@ def quantize(pipe, **options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("width", ["W32", "W32A32"])
+def test_corrected_biases_beside_float_weights(width, tmp_path):
+    pipe = ddim()
+    config = qdiff.QuantConfig(4, 8, layer_bits={"conv_out": width})
+    run = CalibrationRun(show_progress=False)
+    qdiff.quantize_pipeline(pipe, config, samples=2, steps=2, num_inference_steps=2, method="gptq", run=run)
+    expected = images(pipe)
+    pipe.save_pretrained(tmp_path)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.equal(images(loaded), expected)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PIPELINES)
 def test_quantized_saved_and_loaded(name, tmp_path):
     make, given, options = PIPELINES[name]

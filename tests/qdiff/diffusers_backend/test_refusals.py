@@ -11,13 +11,15 @@ import torch
 from components import quantized, read_inputs
 from diffusers.models.attention_processor import AttnProcessor2_0
 from pipelines import PROMPTS, class_conditional, ddim, flux_without_encoders, quiet, stable_diffusion
-from tiny_models import MODELS, text_unet
+from tiny_models import MODELS, text_unet, unet
 from torch import nn
 
 import qdiff
 from qdiff.config import QuantConfig
+from qdiff.diffusers_backend.quantize import attach
 from qdiff.errors import UserError
 from qdiff.methods.qdiffusion import QDiffusionConfig
+from qdiff.quant_model import QuantModel
 
 W4, W4A8 = QuantConfig(4), QuantConfig(4, 8)
 TEXT = {"prompts": PROMPTS}
@@ -174,3 +176,14 @@ def test_float_weights_are_gone(quantized_folder):
     network = diffusers.UNet2DModel.from_pretrained(quantized_folder / "unet")
     with pytest.raises(UserError, match="the float weights are gone; load the float pipeline"):
         network.dequantize()
+
+
+def test_a_network_that_scales_inputs():
+    """As a given checkpoint may; before anything is packed."""
+    network = unet()
+    qnn = QuantModel(network, QuantConfig(4, 8))
+    layer = next(iter(qnn.layers().values()))
+    layer.set_input_scale(torch.full((layer.in_channels,), 2.0))
+    with pytest.raises(UserError, match="no place for factors of its layers' input channels; give a checkpoint"):
+        attach(network, qnn, {})
+    assert layer.packed is None
