@@ -17,6 +17,7 @@ from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
 from qdiff.cli.quantize import CHECKPOINT
 from qdiff.cli.run_folder import RunFolder
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.machine.memory import available_memory
 from qdiff.pipeline import Pipeline
@@ -64,7 +65,7 @@ class RunCorrection:
             )
         self.wanted, self.plan, self.pipeline = wanted, plan, pipeline
         if wanted.path is not None:
-            self._read(Path(wanted.path), Path(plan.checkpoint), FIX)
+            self._read(Path(wanted.path), Path(plan.checkpoint), plan.quant, FIX)
 
     def file(self, run: RunFolder) -> Path:
         """Return where the correction is, or will be."""
@@ -99,21 +100,23 @@ class RunCorrection:
             "corrected_mse": correction_error(correction, held_out),
         }
         origin = {**wanted.to_dict(), "seed": pipeline.sampler.seed, "held_out": measured}
-        write_correction(self.file(run), correction, self._use(self._checkpoint(run)), origin)
+        write_correction(self.file(run), correction, self._use(self._checkpoint(run), qnn.config), origin)
         log.info(
             "mean squared error of ε along the float trajectory: %.3e, corrected %.3e",
             measured["mse"],
             measured["corrected_mse"],
         )
 
-    def load(self, run: RunFolder, is_first: bool) -> NoiseCorrection:
+    def load(self, run: RunFolder, qnn: QuantModel, is_first: bool) -> NoiseCorrection:
         """Return the correction, after checking that it fits the run.
 
         Args:
+            qnn: the run's network; its widths may have been chosen after the options were read.
             is_first: this process also says in the manifest what is used.
         """
         path = self.file(run)
-        correction, origin = self._read(path, self._checkpoint(run), OWN_FIX if self.wanted.path is None else FIX)
+        fix = OWN_FIX if self.wanted.path is None else FIX
+        correction, origin = self._read(path, self._checkpoint(run), qnn.config, fix)
         if is_first:
             run.add_file("noise correction", path)
             run.manifest.noise_correction = {**origin, "network_calls": len(correction.times)}
@@ -124,12 +127,14 @@ class RunCorrection:
     def _checkpoint(self, run: RunFolder) -> Path:
         return Path(self.plan.checkpoint) if self.plan.action == "load" else run.path / CHECKPOINT
 
-    def _use(self, checkpoint: Path) -> dict[str, Any]:
-        return describe_use(self.pipeline.sampler, self.plan.quant, content_hash(checkpoint))
+    def _use(self, checkpoint: Path, quant: QuantConfig) -> dict[str, Any]:
+        return describe_use(self.pipeline.sampler, quant, content_hash(checkpoint))
 
-    def _read(self, path: Path, checkpoint: Path, fix: str) -> tuple[NoiseCorrection, dict[str, Any]]:
+    def _read(
+        self, path: Path, checkpoint: Path, quant: QuantConfig, fix: str
+    ) -> tuple[NoiseCorrection, dict[str, Any]]:
         correction, found, origin = read_correction(path, fix)
-        check_use(path, correction, found, self._use(checkpoint), self.pipeline.sampler, fix)
+        check_use(path, correction, found, self._use(checkpoint, quant), self.pipeline.sampler, fix)
         for name in ("kind", "per"):
             asked = getattr(self.wanted, name)
             if asked not in (None, origin.get(name)):

@@ -200,7 +200,7 @@ class SampleCommand:
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
         pipeline, sample = self.pipeline, self.pipeline.sample
         if self.correction is not None:
-            sample = functools.partial(sample, correction=self.correction.load(run, processes.is_first))
+            sample = functools.partial(sample, correction=self.correction.load(run, qnn, processes.is_first))
         denoiser = pipeline.network if qnn is None else qnn
         if qnn is not None:
             pack(self.args, qnn)

@@ -114,6 +114,24 @@ def test_another_checkpoint(corrected, one_level, call, tmp_path):
     assert "for another quantized checkpoint" in outcome.error_line()
 
 
+@pytest.mark.slow
+def test_a_file_for_a_checkpoint_whose_widths_were_chosen(call, one_level, tmp_path):
+    """The options of the run that loads it do not name them: they are the checkpoint's."""
+    model = (*one_level.options, *SAMPLER, *NOISY)
+    chosen = ("--target_bits", 5, "--sensitivity", "sqnr", "--sensitivity_samples", 2)
+    words = (*model, *LINEAR, *chosen, *CORRECTED, "-l", tmp_path / "run")
+    succeeded(call(SCRIPT, *words))
+    wanted = image_bytes(tmp_path / "run")
+    widths = json.loads((tmp_path / "run" / FILE).read_text())["for"]["layer_widths"]
+    assert len(set(widths.values())) > 1
+    lose_images(tmp_path / "run", 0, 1)
+    assert "collecting" not in succeeded(call(SCRIPT, *words)).err
+
+    loaded = (*model, *W4A8, "--cali_ckpt", tmp_path / "run" / "quantized.safetensors")
+    succeeded(call(SCRIPT, *loaded, "--correction_path", tmp_path / "run" / FILE, "-l", tmp_path / "loaded"))
+    assert image_bytes(tmp_path / "loaded") == wanted
+
+
 def test_refused_where_it_cannot_be_right(one_level, call, tmp_path):
     options = (*one_level.options, *SAMPLER, *CORRECTED, "-l", tmp_path / "run")
     dynamic = (*W4A8, "--quant_mode", "dynamic", "--method", "linear", *DATA)

@@ -90,3 +90,24 @@ def test_it_is_for_what_it_was_collected_with(written):
 def test_how_ranges_were_chosen_does_not_matter():
     chosen = [QuantConfig(4, act_range=kind) for kind in ("max", "mse")]
     assert describe_use(SAMPLER, chosen[0], "") == describe_use(SAMPLER, chosen[1], "")
+
+
+def test_widths_of_layers_matter_whoever_chose_them(written):
+    path, fitted, _ = written
+    chosen = QuantConfig(2, layer_bits={"conv_in": "W8", "conv_out": "W3"})
+    use, uniform = describe_use(SAMPLER, chosen, "abc"), describe_use(SAMPLER, QuantConfig(2), "abc")
+    check_use(path, fitted, json.loads(json.dumps(use)), use, SAMPLER)
+    for found, wanted in ((use, uniform), (uniform, use)):
+        with pytest.raises(UserError, match=r"was collected with layer_widths \{.*\}, not \{"):
+            check_use(path, fitted, found, wanted, SAMPLER)
+
+
+def test_an_older_file_says_only_which_widths_were_given(written):
+    """Those that were chosen are missing in it; its checkpoint has them."""
+    path, fitted, _ = written
+    use = describe_use(SAMPLER, QuantConfig(2, layer_bits={"conv_in": "W8", "conv_out": "W3"}), "abc")
+    older = {name: value for name, value in use.items() if name != "layer_widths"}
+    for given in ({}, {"layer_bits": {"conv_in": "W8"}}):
+        check_use(path, fitted, {**older, **given}, use, SAMPLER)
+        with pytest.raises(UserError, match="for another quantized checkpoint"):
+            check_use(path, fitted, {**older, **given}, {**use, "checkpoint": "other"}, SAMPLER)
