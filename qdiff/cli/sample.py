@@ -188,10 +188,9 @@ class SampleCommand:
                 if pipeline.labels is not None:
                     run.manifest.labels = pipeline.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
-                self._count_cost(run, packed or (pipeline.network if prepared is None else prepared.qnn))
                 self._complete(prepared, run)
-                if prepared is not None and prepared.qnn.act_timesteps is not None:
-                    self._count_cost(run, prepared.qnn)  # only now it is known how many ranges there are
+                # Only now it is known how many ranges and input scales there are.
+                self._count_cost(run, packed or (pipeline.network if prepared is None else prepared.qnn))
             processes.wait()
             if packed is None and prepared is None and (prepared := self._prepare(run)) is not None:
                 prepared.qnn.release_float_weights()
@@ -235,6 +234,7 @@ class SampleCommand:
         pipeline, kept = self.pipeline, len(cached_timesteps(self.args, self.pipeline))
         cost = account(network, pipeline.input_shape, pipeline.context_shape, kept)
         run.manifest.cost = cost.summary(pipeline.calls) | ({"cached_timesteps": kept} if kept else {})
+        run.save_manifest()
 
     def _prepare(self, run: RunFolder) -> Quantization | None:
         if self.plan is None:
