@@ -24,15 +24,16 @@ _IRRELEVANT = ("fixed_code",)
 # because under this one older files have only those that were given, without the ones that were chosen.
 _NOT_COMPARED = ("weight_range", "act_range", "layer_bits")
 # Entries that came later. A file without one does not say it; its checkpoint is compared in any case.
-_LATER = ("layer_widths",)
+_LATER = ("layer_widths", "precision")
 
 
-def describe_use(sampler: Sampler, quant: QuantConfig, checkpoint: str) -> dict[str, Any]:
+def describe_use(sampler: Sampler, quant: QuantConfig, checkpoint: str, precision: str) -> dict[str, Any]:
     """Return what a correction is valid for, as JSON values by name.
 
     Args:
         quant: of the network that was calibrated or loaded, with the widths that were chosen for its layers.
         checkpoint: `qdiff.checkpoint.metadata.content_hash` of the quantized checkpoint.
+        precision: in which both networks are called, e.g. ``float16``.
     """
     options = {name: value for name, value in asdict(sampler.options).items() if name not in _IRRELEVANT}
     values = quant.to_dict()
@@ -40,6 +41,7 @@ def describe_use(sampler: Sampler, quant: QuantConfig, checkpoint: str) -> dict[
     betas = sampler.schedule.betas.numpy().tobytes()
     return {
         "checkpoint": checkpoint,
+        "precision": precision,
         **{("sampler" if name == "kind" else name): value for name, value in options.items()},
         "shape": list(sampler.shape),
         "predicts": sampler.parameterization.value,

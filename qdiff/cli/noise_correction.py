@@ -7,6 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qdiff.calibration.correction_file import FIX, check_use, describe_use, read_correction, write_correction
 from qdiff.calibration.noise_pairs import collect_noise_pairs
 from qdiff.calibration.noise_regression import Kind, Per, correction_error, fit_correction
@@ -15,6 +17,7 @@ from qdiff.checkpoint.metadata import content_hash
 from qdiff.cli.options.noise_correction import CorrectionPlan, resolve_correction
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
+from qdiff.cli.processes import choose_device, precision_on
 from qdiff.cli.quantize import CHECKPOINT
 from qdiff.cli.run_folder import RunFolder
 from qdiff.config import QuantConfig
@@ -40,12 +43,15 @@ class RunCorrection:
         wanted: what they ask for.
         plan: how the run quantizes its network.
         pipeline: the run's model and sampler.
+        device: that the run will be on, which decides its precision; None for the pipeline's.
 
     Raises:
         UserError: the run cannot be corrected, or the file that is named does not fit it.
     """
 
-    def __init__(self, wanted: CorrectionPlan, plan: PtqPlan | None, pipeline: Pipeline) -> None:
+    def __init__(
+        self, wanted: CorrectionPlan, plan: PtqPlan | None, pipeline: Pipeline, device: torch.device | None = None
+    ) -> None:
         option = "--noise_correction" if wanted.path is None else "--correction_path"
         if plan is None:
             raise UserError(f"{option} has no meaning without --ptq; add --ptq, or leave {option} out")
@@ -63,7 +69,7 @@ class RunCorrection:
             raise UserError(
                 "--correction_path is for the checkpoint that it was collected with; give that with --cali_ckpt PATH"
             )
-        self.wanted, self.plan, self.pipeline = wanted, plan, pipeline
+        self.wanted, self.plan, self.pipeline, self._device = wanted, plan, pipeline, device
         if wanted.path is not None:
             self._read(Path(wanted.path), Path(plan.checkpoint), plan.quant, FIX)
 
@@ -128,7 +134,8 @@ class RunCorrection:
         return Path(self.plan.checkpoint) if self.plan.action == "load" else run.path / CHECKPOINT
 
     def _use(self, checkpoint: Path, quant: QuantConfig) -> dict[str, Any]:
-        return describe_use(self.pipeline.sampler, quant, content_hash(checkpoint))
+        precision = precision_on(self._device or self.pipeline.device, self.pipeline.precision_name)
+        return describe_use(self.pipeline.sampler, quant, content_hash(checkpoint), precision)
 
     def _read(
         self, path: Path, checkpoint: Path, quant: QuantConfig, fix: str
@@ -150,4 +157,8 @@ def run_correction(args: Namespace, plan: PtqPlan | None, pipeline: Pipeline) ->
         UserError: see `resolve_correction` and `RunCorrection`.
     """
     wanted = resolve_correction(args)
-    return None if wanted is None else RunCorrection(wanted, plan, pipeline)
+    if wanted is None:
+        return None
+    # A file is checked before the pipeline is on its device.
+    device = None if wanted.path is None else choose_device(args.device, args.tf32)
+    return RunCorrection(wanted, plan, pipeline, device)
