@@ -38,18 +38,37 @@ class QuantAttention(nn.Module):
         """Compute what `AttentionCore.forward` computes, from the same arguments."""
         if not self.acts_quantized:
             return F.scaled_dot_product_attention(q, k, v, mask, is_causal=self.causal, scale=self.scale)
-        scale = q.shape[-1] ** -0.5 if self.scale is None else self.scale
-        if self.prescale:  # q and k are scaled by 1/√√d each, before they are quantized
-            q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
+        q, k, scale = prescaled(q, k, self.prescale, self.scale)
         logits = self.act_quantizer_q(q) @ self.act_quantizer_k(k).transpose(-2, -1) * scale
-        if mask is not None or self.causal:
-            logits = _masked(logits, mask, self.causal)
-        weights = F.softmax(at_least_single(logits), dim=-1)
-        if mask is not None:  # a query that sees no key attends to nothing, as in the fused kernel
-            weights = weights.masked_fill(logits.isneginf().all(dim=-1, keepdim=True), 0)
         # Quantize before returning to half precision, which near 1 is coarser than a 16-bit quantizer.
-        weights = self.act_quantizer_w(weights)
+        weights = self.act_quantizer_w(attention_weights(logits, mask, self.causal))
         return weights.to(v.dtype) @ self.act_quantizer_v(v)
+
+
+def prescaled(q: Tensor, k: Tensor, prescale: bool, scale: float | None) -> tuple[Tensor, Tensor, float]:
+    """Return q and k as they are quantized, and the scale of their product.
+
+    Args:
+        q, k: [N, heads, L, d] and [N, heads, S, d].
+        prescale: scale q and k by the root of the scale each, instead of their product.
+        scale: of the logits; None is 1/√d.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return (q * scale**0.5, k * scale**0.5, 1.0) if prescale else (q, k, scale)
+
+
+def attention_weights(logits: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """Return the softmax of logits [N, heads, L, S], at least in float32; keys that a query does not see get 0.
+
+    Args:
+        mask, causal: see `AttentionCore`.
+    """
+    if mask is not None or causal:
+        logits = _masked(logits, mask, causal)
+    weights = F.softmax(at_least_single(logits), dim=-1)
+    if mask is not None:  # a query that sees no key attends to nothing, as in the fused kernel
+        weights = weights.masked_fill(logits.isneginf().all(dim=-1, keepdim=True), 0)
+    return weights
 
 
 def _masked(logits: Tensor, mask: Tensor | None, causal: bool) -> Tensor:

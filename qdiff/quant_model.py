@@ -40,7 +40,7 @@ class QuantModel(nn.Module):
         example: some inputs of the network, batch first, on its device. A network that is not a
             `qdiff.interface.SteppedNetwork` runs on them once, to find its attention and the layers it never calls;
             None asks the network's ``example_inputs()`` if it has that, and else takes the layers alone.
-        call: ``call(network, *inputs)`` runs the network; None calls it with the inputs.
+        call: ``call(network, *inputs)`` runs the network, kept as ``call_network``; None calls it with the inputs.
         units: names of modules to reconstruct as a whole; None cuts the network automatically. Not for a
             `SteppedNetwork`.
         ends: names of the first and the last layer, for ``keep_ends`` and `QuantConfig.layer_bits`; None takes the
@@ -74,7 +74,7 @@ class QuantModel(nn.Module):
         self.ends = ends = ends or self.family.ends
         if config.keep_ends and ends is None:
             raise UserError(f"the first and last layer of {type(network).__name__} are not known; leave out keep_ends")
-        self._call, self._unit_names, self._replayed = call or call_directly, units, None
+        self.call_network, self._unit_names, self._replayed = call or call_directly, units, None
         unused, products = (), {}
         if example is None and hasattr(network, "example_inputs"):
             example = network.example_inputs()
@@ -98,7 +98,7 @@ class QuantModel(nn.Module):
         Returns:
             Names of layers that are never called, and of modules whose products stay in float, with the reason.
         """
-        counts = count_calls(self.model, example, self._call)
+        counts = count_calls(self.model, example, self.call_network)
         # o = W·â holds after any sequence of inputs, so a layer may change from call to call instead of from step to
         # step; but ranges of changes are recorded step by step.
         repeated = counts.repeated(self.model) if self.config.modulate else []
@@ -130,8 +130,8 @@ class QuantModel(nn.Module):
             return self.model
         if self._replayed is None:
             some = [i[:2] if i.is_meta else i[:2].to(self.device) for i in inputs]
-            # In a list, because it is a view of this network and not a part of it.
-            self._replayed = [ReplayedNetwork(self.model, some, leaves(self.model), self._call, self._unit_names)]
+            replayed = ReplayedNetwork(self.model, some, leaves(self.model), self.call_network, self._unit_names)
+            self._replayed = [replayed]  # in a list, because it is a view of this network and not a part of it
         return self._replayed[0]
 
     def __getattr__(self, name: str) -> Any:
@@ -155,7 +155,7 @@ class QuantModel(nn.Module):
             for memory in filter(None, (layer.memory for layer in self.layers().values())):
                 memory.clear()
         with at_timestep(self.act_timesteps, inputs):
-            return self.model(*inputs, **keywords) if keywords else self._call(self.model, *inputs)
+            return self.model(*inputs, **keywords) if keywords else self.call_network(self.model, *inputs)
 
     def train(self, mode: bool = True) -> QuantModel:
         """Stay in eval mode: neither reconstruction nor sampling may run with dropout."""

@@ -20,26 +20,34 @@ FORMAT = "qdiff-noise-correction-1"
 FIX = "give another --correction_path, or collect one with --noise_correction"
 # What decides the images but not the errors of ε.
 _IRRELEVANT = ("fixed_code",)
-# How ranges were chosen; what counts is the checkpoint that holds them.
-_ORIGIN_OF_RANGES = ("weight_range", "act_range")
+# How ranges were chosen: what counts is the checkpoint that holds them. Widths of layers have an entry of another name,
+# because under this one older files have only those that were given, without the ones that were chosen.
+_NOT_COMPARED = ("weight_range", "act_range", "layer_bits")
+# Entries that came later. A file without one does not say it; its checkpoint is compared in any case.
+_LATER = ("layer_widths", "precision")
 
 
-def describe_use(sampler: Sampler, quant: QuantConfig, checkpoint: str) -> dict[str, Any]:
+def describe_use(sampler: Sampler, quant: QuantConfig, checkpoint: str, precision: str) -> dict[str, Any]:
     """Return what a correction is valid for, as JSON values by name.
 
     Args:
+        quant: of the network that was calibrated or loaded, with the widths that were chosen for its layers.
         checkpoint: `qdiff.checkpoint.metadata.content_hash` of the quantized checkpoint.
+        precision: in which both networks are called, e.g. ``float16``.
     """
     options = {name: value for name, value in asdict(sampler.options).items() if name not in _IRRELEVANT}
-    widths = {name: value for name, value in quant.to_dict().items() if name not in _ORIGIN_OF_RANGES}
+    values = quant.to_dict()
+    widths = {name: value for name, value in values.items() if name not in _NOT_COMPARED}
     betas = sampler.schedule.betas.numpy().tobytes()
     return {
         "checkpoint": checkpoint,
+        "precision": precision,
         **{("sampler" if name == "kind" else name): value for name, value in options.items()},
         "shape": list(sampler.shape),
         "predicts": sampler.parameterization.value,
         "schedule": hashlib.sha256(betas).hexdigest()[:16],
         **widths,
+        "layer_widths": values.get("layer_bits", {}),
     }
 
 
@@ -98,6 +106,8 @@ def check_use(
         fix: as in `read_correction`.
     """
     for name in (*wanted, *(found.keys() - wanted.keys())):
+        if name in _NOT_COMPARED or (name in _LATER and name not in found):
+            continue
         there, here = found.get(name), wanted.get(name)
         if there != here:
             what = "for another quantized checkpoint" if name == "checkpoint" else f"with {name} {there}, not {here}"

@@ -7,6 +7,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qdiff.calibration.correction_file import FIX, check_use, describe_use, read_correction, write_correction
 from qdiff.calibration.noise_pairs import collect_noise_pairs
 from qdiff.calibration.noise_regression import Kind, Per, correction_error, fit_correction
@@ -15,8 +17,10 @@ from qdiff.checkpoint.metadata import content_hash
 from qdiff.cli.options.noise_correction import CorrectionPlan, resolve_correction
 from qdiff.cli.options.ptq import PtqPlan
 from qdiff.cli.out_of_memory import memory_advice, smaller_batch
+from qdiff.cli.processes import choose_device, precision_on
 from qdiff.cli.quantize import CHECKPOINT
 from qdiff.cli.run_folder import RunFolder
+from qdiff.config import QuantConfig
 from qdiff.errors import UserError
 from qdiff.machine.memory import available_memory
 from qdiff.pipeline import Pipeline
@@ -39,12 +43,15 @@ class RunCorrection:
         wanted: what they ask for.
         plan: how the run quantizes its network.
         pipeline: the run's model and sampler.
+        device: that the run will be on, which decides its precision; None for the pipeline's.
 
     Raises:
         UserError: the run cannot be corrected, or the file that is named does not fit it.
     """
 
-    def __init__(self, wanted: CorrectionPlan, plan: PtqPlan | None, pipeline: Pipeline) -> None:
+    def __init__(
+        self, wanted: CorrectionPlan, plan: PtqPlan | None, pipeline: Pipeline, device: torch.device | None = None
+    ) -> None:
         option = "--noise_correction" if wanted.path is None else "--correction_path"
         if plan is None:
             raise UserError(f"{option} has no meaning without --ptq; add --ptq, or leave {option} out")
@@ -62,9 +69,9 @@ class RunCorrection:
             raise UserError(
                 "--correction_path is for the checkpoint that it was collected with; give that with --cali_ckpt PATH"
             )
-        self.wanted, self.plan, self.pipeline = wanted, plan, pipeline
+        self.wanted, self.plan, self.pipeline, self._device = wanted, plan, pipeline, device
         if wanted.path is not None:
-            self._read(Path(wanted.path), Path(plan.checkpoint), FIX)
+            self._read(Path(wanted.path), Path(plan.checkpoint), plan.quant, FIX)
 
     def file(self, run: RunFolder) -> Path:
         """Return where the correction is, or will be."""
@@ -99,21 +106,23 @@ class RunCorrection:
             "corrected_mse": correction_error(correction, held_out),
         }
         origin = {**wanted.to_dict(), "seed": pipeline.sampler.seed, "held_out": measured}
-        write_correction(self.file(run), correction, self._use(self._checkpoint(run)), origin)
+        write_correction(self.file(run), correction, self._use(self._checkpoint(run), qnn.config), origin)
         log.info(
             "mean squared error of ε along the float trajectory: %.3e, corrected %.3e",
             measured["mse"],
             measured["corrected_mse"],
         )
 
-    def load(self, run: RunFolder, is_first: bool) -> NoiseCorrection:
+    def load(self, run: RunFolder, qnn: QuantModel, is_first: bool) -> NoiseCorrection:
         """Return the correction, after checking that it fits the run.
 
         Args:
+            qnn: the run's network; its widths may have been chosen after the options were read.
             is_first: this process also says in the manifest what is used.
         """
         path = self.file(run)
-        correction, origin = self._read(path, self._checkpoint(run), OWN_FIX if self.wanted.path is None else FIX)
+        fix = OWN_FIX if self.wanted.path is None else FIX
+        correction, origin = self._read(path, self._checkpoint(run), qnn.config, fix)
         if is_first:
             run.add_file("noise correction", path)
             run.manifest.noise_correction = {**origin, "network_calls": len(correction.times)}
@@ -124,12 +133,15 @@ class RunCorrection:
     def _checkpoint(self, run: RunFolder) -> Path:
         return Path(self.plan.checkpoint) if self.plan.action == "load" else run.path / CHECKPOINT
 
-    def _use(self, checkpoint: Path) -> dict[str, Any]:
-        return describe_use(self.pipeline.sampler, self.plan.quant, content_hash(checkpoint))
+    def _use(self, checkpoint: Path, quant: QuantConfig) -> dict[str, Any]:
+        precision = precision_on(self._device or self.pipeline.device, self.pipeline.precision_name)
+        return describe_use(self.pipeline.sampler, quant, content_hash(checkpoint), precision)
 
-    def _read(self, path: Path, checkpoint: Path, fix: str) -> tuple[NoiseCorrection, dict[str, Any]]:
+    def _read(
+        self, path: Path, checkpoint: Path, quant: QuantConfig, fix: str
+    ) -> tuple[NoiseCorrection, dict[str, Any]]:
         correction, found, origin = read_correction(path, fix)
-        check_use(path, correction, found, self._use(checkpoint), self.pipeline.sampler, fix)
+        check_use(path, correction, found, self._use(checkpoint, quant), self.pipeline.sampler, fix)
         for name in ("kind", "per"):
             asked = getattr(self.wanted, name)
             if asked not in (None, origin.get(name)):
@@ -145,4 +157,8 @@ def run_correction(args: Namespace, plan: PtqPlan | None, pipeline: Pipeline) ->
         UserError: see `resolve_correction` and `RunCorrection`.
     """
     wanted = resolve_correction(args)
-    return None if wanted is None else RunCorrection(wanted, plan, pipeline)
+    if wanted is None:
+        return None
+    # A file is checked before the pipeline is on its device.
+    device = None if wanted.path is None else choose_device(args.device, args.tf32)
+    return RunCorrection(wanted, plan, pipeline, device)

@@ -67,6 +67,16 @@ def arithmetic_of(device: torch.device) -> dict[str, Any]:
     return {} if device.type == "cpu" else {"device": device.type, "tf32": torch.backends.cudnn.allow_tf32}
 
 
+def precision_on(device: torch.device, precision: str | None) -> str:
+    """Return the dtype in which a device calls the network; ``--precision autocast`` halves on a GPU alone.
+
+    Args:
+        precision: as in `describe_gpu`.
+    """
+    halves = precision == "autocast" and device.type == "cuda"
+    return str(torch.get_autocast_dtype("cuda") if halves else torch.float32).removeprefix("torch.")
+
+
 def describe_gpu(device: torch.device, precision: str | None) -> dict[str, Any] | None:
     """Return the manifest's description of a GPU: ``name``, ``tf32`` and ``precision``; None on the CPU.
 
@@ -77,8 +87,7 @@ def describe_gpu(device: torch.device, precision: str | None) -> dict[str, Any] 
         return None
     told = {"name": torch.cuda.get_device_name(device), "tf32": torch.backends.cudnn.allow_tf32}
     if precision is not None:
-        dtype = torch.get_autocast_dtype("cuda") if precision == "autocast" else torch.float32
-        told["precision"] = f"{precision} {str(dtype).removeprefix('torch.')}"
+        told["precision"] = f"{precision} {precision_on(device, precision)}"
     return told
 
 

@@ -188,10 +188,9 @@ class SampleCommand:
                 if pipeline.labels is not None:
                     run.manifest.labels = pipeline.labels
                 log.info("run folder %s, method %s, device %s", run.path, self.config["method"], pipeline.device)
-                self._count_cost(run, packed or (pipeline.network if prepared is None else prepared.qnn))
                 self._complete(prepared, run)
-                if prepared is not None and prepared.qnn.act_timesteps is not None:
-                    self._count_cost(run, prepared.qnn)  # only now it is known how many ranges there are
+                # Only now it is known how many ranges and input scales there are.
+                self._count_cost(run, packed or (pipeline.network if prepared is None else prepared.qnn))
             processes.wait()
             if packed is None and prepared is None and (prepared := self._prepare(run)) is not None:
                 prepared.qnn.release_float_weights()
@@ -200,7 +199,7 @@ class SampleCommand:
     def _sample(self, run: RunFolder, qnn: QuantModel | None, processes: Processes) -> None:
         pipeline, sample = self.pipeline, self.pipeline.sample
         if self.correction is not None:
-            sample = functools.partial(sample, correction=self.correction.load(run, processes.is_first))
+            sample = functools.partial(sample, correction=self.correction.load(run, qnn, processes.is_first))
         denoiser = pipeline.network if qnn is None else qnn
         if qnn is not None:
             pack(self.args, qnn)
@@ -235,6 +234,7 @@ class SampleCommand:
         pipeline, kept = self.pipeline, len(cached_timesteps(self.args, self.pipeline))
         cost = account(network, pipeline.input_shape, pipeline.context_shape, kept)
         run.manifest.cost = cost.summary(pipeline.calls) | ({"cached_timesteps": kept} if kept else {})
+        run.save_manifest()
 
     def _prepare(self, run: RunFolder) -> Quantization | None:
         if self.plan is None:

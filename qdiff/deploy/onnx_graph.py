@@ -16,6 +16,7 @@ from qdiff.deploy.onnx_ranges import OPSET
 from qdiff.quant_attention import QuantAttention
 from qdiff.quant_layer import QuantModule
 from qdiff.quant_model import QuantModel
+from qdiff.tracing.trace import Call, call_directly
 
 if TYPE_CHECKING:
     import onnx
@@ -33,11 +34,12 @@ class _Denoiser(nn.Module):
     Args:
         network: network whose leaves are `OnnxLayer` and `OnnxAttention`.
         count: number of the network's own inputs; the inputs after them are the state.
+        call: runs the network on its inputs.
     """
 
-    def __init__(self, network: nn.Module, count: int) -> None:
+    def __init__(self, network: nn.Module, count: int, call: Call = call_directly) -> None:
         super().__init__()
-        self.network, self.count = network, count
+        self.network, self.count, self.call = network, count, call
         self.layers = tuple(m for m in network.modules() if isinstance(m, OnnxLayer))
         self.memories = tuple(layer.memory for layer in self.layers if layer.memory is not None)
 
@@ -48,7 +50,7 @@ class _Denoiser(nn.Module):
         if state:
             for memory, before, output in zip(self.memories, state[::2], state[1::2], strict=True):
                 memory.input, memory.output = before, output
-        eps = self.network(*given)
+        eps = self.call(self.network, *given)
         for seen in (layer.seen for layer in self.layers if layer.seen.same is not None):
             # Not in the layer, because a quantized operand cannot hold NaN.
             known = seen.same.view(-1, *[1] * (eps.dim() - 1))
@@ -71,7 +73,7 @@ def trace(
     network = _with_onnx_leaves(qnn)
     shapes = [image_shape, (), *([] if context_shape is None else [context_shape])]
     names, sample = list(INPUTS[: len(shapes)]), [torch.zeros(2, *shape) for shape in shapes]
-    denoiser = _Denoiser(network, len(shapes))
+    denoiser = _Denoiser(network, len(shapes), qnn.call_network)
     states = [f"{STATE}.{memory.name}.{part}" for memory in denoiser.memories for part in ("input", "output")]
     if later:
         # Clones, because the first layer's state is x itself, and the exporter would merge the two inputs.
@@ -112,12 +114,15 @@ def _with_onnx_leaves(qnn: QuantModel) -> nn.Module:
     tensors = (*qnn.model.parameters(), *qnn.model.buffers())
     memo: dict[int, Any] = {id(tensor): _on_cpu(tensor) for tensor in tensors}
     network = copy.deepcopy(qnn.model, memo)
+    made: dict[nn.Module, nn.Module] = {}  # a leaf that is used in several places stays one, with one state
     for path, parent in list(network.named_modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, QuantModule):
-                setattr(parent, name, OnnxLayer(child, f"{path}.{name}" if path else name))
-            elif isinstance(child, QuantAttention):
-                setattr(parent, name, OnnxAttention(child))
+        for name, child in list(parent._modules.items()):  # named_children leaves out a leaf's second place
+            if isinstance(child, QuantModule) and child not in made:
+                made[child] = OnnxLayer(child, f"{path}.{name}" if path else name)
+            elif isinstance(child, QuantAttention) and child not in made:
+                made[child] = OnnxAttention(child)
+            if child in made:
+                setattr(parent, name, made[child])
     return network.eval()
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qdiff.deploy.onnx_ranges import BYTE, Quantized, onnx_node, onnx_range
 from qdiff.functional import dequantize
 from qdiff.kernels.integer_matmul import Geometry, Levels
 from qdiff.modulation import LayerMemory
-from qdiff.quant_attention import QuantAttention
+from qdiff.quant_attention import QuantAttention, attention_weights, prescaled
 from qdiff.quant_layer import QuantModule
 from qdiff.quantizer import DynamicActQuantizer
 from qdiff.ranges.first_token import is_same_token
@@ -160,11 +159,15 @@ def _inside(size: int, kernel: int, geometry: Geometry, dim: int) -> Tensor:
 
 
 class OnnxAttention(nn.Module):
-    """Replaces a `QuantAttention`."""
+    """Replaces a `QuantAttention`.
+
+    Attributes:
+        causal, scale: see `AttentionCore`; calls that are routed here set them (`qdiff.tracing.attention_calls`).
+    """
 
     def __init__(self, attention: QuantAttention) -> None:
         super().__init__()
-        self.prescale = attention.prescale
+        self.prescale, self.causal, self.scale = attention.prescale, attention.causal, attention.scale
         self.quantizes = hasattr(attention, "act_quantizer_q")
         if self.quantizes:
             for operand in "qkvw":
@@ -172,11 +175,9 @@ class OnnxAttention(nn.Module):
                 quantizer = getattr(attention, f"act_quantizer_{operand}")
                 setattr(self, operand, onnx_range(quantizer, in_bytes=False))
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = q.shape[-1] ** -0.5
-        if self.prescale:
-            q, k, scale = q * scale**0.5, k * scale**0.5, 1.0
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        q, k, scale = prescaled(q, k, self.prescale, self.scale)
         if self.quantizes:
             q, k, v = self.q(q).values(), self.k(k).values(), self.v(v).values()
-        weights = F.softmax(q @ k.transpose(-2, -1) * scale, dim=-1)
+        weights = attention_weights(q @ k.transpose(-2, -1) * scale, mask, self.causal)
         return (self.w(weights).values() if self.quantizes else weights) @ v

@@ -118,7 +118,8 @@ def _call_core(
         return core(query, key, value)
     # Calibration keeps a leaf's inputs by sample, so the mask gets a row per sample.
     mask = attn_mask.reshape(*[1] * (query.dim() - attn_mask.dim()), *attn_mask.shape)
-    return core(query, key, value, mask.expand(len(query), *mask.shape[1:]))
+    # Not len(query), which would fix the size of the batch in an exported graph.
+    return core(query, key, value, mask.expand(query.shape[0], *mask.shape[1:]))
 
 
 def _begin_routing(module: nn.Module, _: tuple) -> None:

@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from ddim_runs import DATA, SCRIPT, W4A8
 from exact_runtimes import require_runtimes
 from run_checks import image_bytes, largest_difference, lose_images, manifest, snapshot, succeeded
@@ -13,6 +14,7 @@ from thorough import thorough_except
 
 from qdiff.cli.noise_correction import RunCorrection
 from qdiff.cli.options.noise_correction import CorrectionPlan
+from qdiff.cli.processes import precision_on
 from qdiff.errors import UserError
 
 FILE = "noise_correction.json"
@@ -112,6 +114,46 @@ def test_another_checkpoint(corrected, one_level, call, tmp_path):
     words = (*one_level.options, *SAMPLER, *W4A8, *NOISY, "--cali_ckpt", tmp_path / "other" / "quantized.safetensors")
     outcome = call(SCRIPT, *words, "--correction_path", corrected[0] / FILE, "-l", tmp_path / "run")
     assert "for another quantized checkpoint" in outcome.error_line()
+
+
+def test_a_file_of_another_precision(corrected, loaded, call, tmp_path):
+    """Refused before anything is loaded; a file from before, which does not say it, is taken."""
+    held = json.loads((corrected[0] / FILE).read_text())
+    assert held["for"]["precision"] == "float32"
+    held["for"]["precision"] = "float16"
+    (tmp_path / FILE).write_text(json.dumps(held))
+    words = (*loaded, *NOISY, "--correction_path", tmp_path / FILE, "-l", tmp_path / "run")
+    assert "was collected with precision float16, not float32" in call(SCRIPT, *words).error_line()
+    assert not (tmp_path / "run").exists()
+    del held["for"]["precision"]
+    (tmp_path / FILE).write_text(json.dumps(held))
+    succeeded(call(SCRIPT, *words))
+    assert image_bytes(tmp_path / "run") == image_bytes(corrected[0])
+
+
+def test_autocast_is_half_precision_on_a_gpu_alone():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert precision_on(gpu, "autocast") == "float16"
+    for device, precision in ((cpu, "autocast"), (cpu, "full"), (gpu, "full"), (gpu, None)):
+        assert precision_on(device, precision) == "float32"
+
+
+@pytest.mark.slow
+def test_a_file_for_a_checkpoint_whose_widths_were_chosen(call, one_level, tmp_path):
+    """The options of the run that loads it do not name them: they are the checkpoint's."""
+    model = (*one_level.options, *SAMPLER, *NOISY)
+    chosen = ("--target_bits", 5, "--sensitivity", "sqnr", "--sensitivity_samples", 2)
+    words = (*model, *LINEAR, *chosen, *CORRECTED, "-l", tmp_path / "run")
+    succeeded(call(SCRIPT, *words))
+    wanted = image_bytes(tmp_path / "run")
+    widths = json.loads((tmp_path / "run" / FILE).read_text())["for"]["layer_widths"]
+    assert len(set(widths.values())) > 1
+    lose_images(tmp_path / "run", 0, 1)
+    assert "collecting" not in succeeded(call(SCRIPT, *words)).err
+
+    loaded = (*model, *W4A8, "--cali_ckpt", tmp_path / "run" / "quantized.safetensors")
+    succeeded(call(SCRIPT, *loaded, "--correction_path", tmp_path / "run" / FILE, "-l", tmp_path / "loaded"))
+    assert image_bytes(tmp_path / "loaded") == wanted
 
 
 def test_refused_where_it_cannot_be_right(one_level, call, tmp_path):

@@ -26,7 +26,7 @@ def fitted_to(times, channels=1):
 
 @pytest.fixture
 def written(tmp_path):
-    fitted, use = fitted_to(SAMPLER.visited()), describe_use(SAMPLER, QuantConfig(2), "abc")
+    fitted, use = fitted_to(SAMPLER.visited()), describe_use(SAMPLER, QuantConfig(2), "abc", "float32")
     write_correction(tmp_path / "c.json", fitted, use, {"kind": "d2", "samples": 3})
     return tmp_path / "c.json", fitted, use
 
@@ -72,7 +72,14 @@ def test_other_files(text, tmp_path):
 
 def test_it_is_for_what_it_was_collected_with(written):
     path, fitted, use = written
-    for name, value in (("eta", 0.0), ("steps", 5), ("scale", 2.0), ("sampler", "plms"), ("weight_bits", 4)):
+    for name, value in (
+        ("eta", 0.0),
+        ("steps", 5),
+        ("scale", 2.0),
+        ("sampler", "plms"),
+        ("weight_bits", 4),
+        ("precision", "float16"),
+    ):
         with pytest.raises(UserError, match=f"with {name} .*, not {value}"):
             check_use(path, fitted, use, {**use, name: value}, SAMPLER)
     with pytest.raises(UserError, match="for another quantized checkpoint"):
@@ -89,4 +96,35 @@ def test_it_is_for_what_it_was_collected_with(written):
 
 def test_how_ranges_were_chosen_does_not_matter():
     chosen = [QuantConfig(4, act_range=kind) for kind in ("max", "mse")]
-    assert describe_use(SAMPLER, chosen[0], "") == describe_use(SAMPLER, chosen[1], "")
+    assert describe_use(SAMPLER, chosen[0], "", "float32") == describe_use(SAMPLER, chosen[1], "", "float32")
+
+
+def test_widths_of_layers_matter_whoever_chose_them(written):
+    path, fitted, _ = written
+    chosen = QuantConfig(2, layer_bits={"conv_in": "W8", "conv_out": "W3"})
+    use, uniform = (
+        describe_use(SAMPLER, chosen, "abc", "float32"),
+        describe_use(SAMPLER, QuantConfig(2), "abc", "float32"),
+    )
+    check_use(path, fitted, json.loads(json.dumps(use)), use, SAMPLER)
+    for found, wanted in ((use, uniform), (uniform, use)):
+        with pytest.raises(UserError, match=r"was collected with layer_widths \{.*\}, not \{"):
+            check_use(path, fitted, found, wanted, SAMPLER)
+
+
+def test_an_older_file_says_only_which_widths_were_given(written):
+    """Those that were chosen are missing in it; its checkpoint has them."""
+    path, fitted, _ = written
+    use = describe_use(SAMPLER, QuantConfig(2, layer_bits={"conv_in": "W8", "conv_out": "W3"}), "abc", "float32")
+    older = {name: value for name, value in use.items() if name != "layer_widths"}
+    for given in ({}, {"layer_bits": {"conv_in": "W8"}}):
+        check_use(path, fitted, {**older, **given}, use, SAMPLER)
+        with pytest.raises(UserError, match="for another quantized checkpoint"):
+            check_use(path, fitted, {**older, **given}, {**use, "checkpoint": "other"}, SAMPLER)
+
+
+def test_an_older_file_does_not_say_its_precision(written):
+    path, fitted, use = written
+    older = {name: value for name, value in use.items() if name != "precision"}
+    for precision in ("float16", "float32"):
+        check_use(path, fitted, older, {**use, "precision": precision}, SAMPLER)
