@@ -173,8 +173,11 @@ def _layer_macs(layer: nn.Module, out: Tensor) -> int:
     return out.numel() * layer.weight[0].numel()
 
 
-def _attention_macs(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
-    """q [N, heads, L, d], k and v [N, heads, S, d]: q·kᵀ has L·S sums of length d, softmax·v has L·d of length S."""
+def _attention_macs(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> tuple[int, int]:
+    """q [N, heads, L, d], k and v [N, heads, S, d]: q·kᵀ has L·S sums of length d, softmax·v has L·d of length S.
+
+    A mask leaves out no products.
+    """
     return q.numel() * k.shape[-2], q.numel() // q.shape[-1] * v.shape[-2] * v.shape[-1]
 
 

@@ -22,6 +22,7 @@ from qdiff.checkpoint.native import save_native
 from qdiff.config import QuantConfig
 from qdiff.cost import account as accounting
 from qdiff.cost.account import account
+from qdiff.interface import AttentionCore
 from qdiff.modes import leaves
 from qdiff.quant_model import QuantModel
 
@@ -276,3 +277,20 @@ def test_published_deployment_sizes(model):
 def test_a_float_network_stays_float(tiny_network):
     account(tiny_network, TINY)
     assert leaves(tiny_network) == []
+
+
+class SelfAttention(nn.Module):
+    """On the channels of an image as heads, with a mask or without."""
+
+    def __init__(self, masked):
+        super().__init__()
+        self.core, self.masked = AttentionCore(), masked
+
+    def forward(self, x, t):
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.bool, device=x.device) if self.masked else None
+        return self.core(x, x, x, *([mask] if self.masked else []))
+
+
+def test_a_mask_leaves_out_no_products():
+    plain, masked = (account(SelfAttention(masked), (4, 8, 3)).macs_by_layer for masked in (False, True))
+    assert masked == plain == {"core.qk": 4 * 8 * 8 * 3, "core.wv": 4 * 8 * 8 * 3}
