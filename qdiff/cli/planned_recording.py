@@ -67,8 +67,7 @@ def check_to_be_recorded(plan: PtqPlan, pipeline: Pipeline) -> None:
     if plan.draw is not None or not plan.records:  # which timesteps a draw gives is known only afterwards
         return
     calls = recorded_calls(pipeline, plan.steps, plan.changes is not None, plan.spacing)
-    visited = pipeline.sampler.visited()
-    if visited:
+    if plan.quant.act_ranges is ActRanges.TIMESTEP and (visited := pipeline.sampler.visited()):
         t = torch.tensor(visited)[calls]
         check_timesteps(plan.quant, (torch.empty(len(t), 0), t), visited)
 

@@ -19,6 +19,7 @@ from qdiff.calibration.samples import CalibrationSet, select_samples
 from qdiff.calibration.timesteps import Draw, Schedule
 from qdiff.config import ActRanges, QuantConfig
 from qdiff.errors import UserError
+from qdiff.methods import linear
 from qdiff.methods.qdiffusion import QDiffusionConfig
 from qdiff.quant_model import QuantModel
 from qdiff.ranges.estimators import RangeMethod
@@ -101,13 +102,13 @@ def test_a_second_fit_is_the_first_fit_on_its_data(kind, tiny_network, data):
 
 @pytest.mark.slow
 def test_what_would_stay_without_it(tiny_network, data):
-    """Planted: a scaled network is calibrated again without scales."""
+    """Planted: a method, which sets no scales, calibrates a scaled network again."""
     plain = quantized_in_float(tiny_network, data)
     scaled = calibrated(copy.deepcopy(tiny_network), data, "scaled inputs")
-    qdiff.calibrate(scaled, data, "linear", run=CalibrationRun(show_progress=False), scaling=InputScaling())
+    linear.calibrate(scaled, data, None, CalibrationRun(show_progress=False))
     assert any("input_scale" in name for name in differing(scaled, plain))
     discard_calibration(scaled)
-    qdiff.calibrate(scaled, data, "linear", run=CalibrationRun(show_progress=False), scaling=InputScaling())
+    linear.calibrate(scaled, data, None, CalibrationRun(show_progress=False))
     assert differing(scaled, plain) == []
 
 
