@@ -98,18 +98,18 @@ def prepare_timesteps(
     return SampleTimesteps(shared, torch.searchsorted(values.cpu(), t.cpu()).to(device))
 
 
-def check_timesteps(config: QuantConfig, inputs: tuple[Tensor, ...], visited: Iterable[float]) -> None:
+def check_timesteps(config: QuantConfig, recorded: Tensor, visited: Iterable[float]) -> None:
     """Raise a `UserError`, before calibration, if ranges per timestep would not cover the timesteps of sampling.
 
     Args:
         config: nothing is checked if it has no such ranges.
-        inputs: the calibration set, t [N] the second.
+        recorded: t [N] of the calibration set.
         visited: the timesteps of sampling.
     """
     if config.act_ranges is ActRanges.TIMESTEP:
-        recorded = CalibratedTimesteps()
-        recorded.set(inputs[1].unique())
-        recorded.check(visited)
+        calibrated = CalibratedTimesteps()
+        calibrated.set(recorded.unique())
+        calibrated.check(visited)
 
 
 @torch.no_grad()

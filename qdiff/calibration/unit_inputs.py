@@ -182,7 +182,7 @@ class UnitInputs:
         """
         taken: Taken = []
         found: list[Taken] = []
-        last = len(self._float[leaf][0])
+        last, quantizers = len(self._float[leaf][0]), calibrated_act_quantizers(leaf).values()
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             taken.append(self._stored(args[0]))
@@ -199,7 +199,7 @@ class UnitInputs:
         try:
             with leaf_modes([self.unit.module], weights=True, activations=self.activations):
                 for batch in batches:
-                    announce(calibrated_act_quantizers(leaf).values(), self._shares[batch])
+                    announce(quantizers, self._shares[batch])
                     with contextlib.suppress(_Enough):
                         self.unit.module(*self.walker.load(self.unit.inputs, self._rows[batch]))
                     found.append(taken.copy())

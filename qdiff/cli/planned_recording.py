@@ -58,7 +58,7 @@ def read_planned(
     chosen = (recording, steps, per_step, image_shape, context_shape is not None, path, plan.spacing)
     data = select_samples(*chosen)
     check_context(data, context_shape, path)
-    check_timesteps(plan.quant, data.inputs, visited)
+    check_timesteps(plan.quant, data.inputs[1], visited)
     return data, None if plan.changes is None else select_pairs(*chosen)
 
 
@@ -68,8 +68,7 @@ def check_to_be_recorded(plan: PtqPlan, pipeline: Pipeline) -> None:
         return
     calls = recorded_calls(pipeline, plan.steps, plan.changes is not None, plan.spacing)
     if plan.quant.act_ranges is ActRanges.TIMESTEP and (visited := pipeline.sampler.visited()):
-        t = torch.tensor(visited)[calls]
-        check_timesteps(plan.quant, (torch.empty(len(t), 0), t), visited)
+        check_timesteps(plan.quant, torch.tensor(visited)[calls], visited)
 
 
 def warn_if_ends_early(plan: PtqPlan, data: CalibrationSet, visited: Sequence[float]) -> None:

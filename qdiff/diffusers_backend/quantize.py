@@ -122,7 +122,7 @@ def quantize_pipeline(
     finally:
         for handle in handles:
             handle.remove()
-    check_timesteps(config, data.inputs, visited)
+    check_timesteps(config, data.inputs[1], visited)
     held_out, _ = record_pipeline(pipe, network, max(1, samples // 8), steps, seed=seed + samples, **record)
     with _in_single_precision(network):
         example = [i[:2].to(network.device) for i in data.inputs]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from qdiff.ranges.qparams import affine
@@ -40,8 +39,7 @@ class GridSearch(RangeEstimator):
     def end_batch(self, low: Tensor, high: Tensor) -> None:
         """Keep the values of the batch apart from those of others, with its extremes, which some of the values miss."""
         super().end_batch(low, high)
-        values = torch.cat(self.kept)
-        self.batches.append(values if len(values) == self.values else torch.cat([values, low[None], high[None]]))
+        self.batches.append(self.with_extremes(low, high))
         self.kept = []
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ class MovingAverage(LeastError):
 
     def end_batch(self, low: Tensor, high: Tensor) -> None:
         super().end_batch(low, high)
-        if not self.extremes and sum(map(len, self.kept)) < self.values:
-            self.kept += [low[None], high[None]]  # which some of the values miss
+        if not self.extremes:
+            self.kept = [self.with_extremes(low, high)]
         self.extremes.append((low, high))
 
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:

@@ -121,6 +121,15 @@ class RangeEstimator(Observer):
             self.low = self.momentum * self.low + (1 - self.momentum) * low
             self.high = self.momentum * self.high + (1 - self.momentum) * high
 
+    def with_extremes(self, low: Tensor, high: Tensor) -> Tensor:
+        """Return ``kept`` at the end of the one batch that it is of, with the extremes if it misses some of the values.
+
+        Args:
+            low, high: extremes of the batch.
+        """
+        kept = torch.cat(self.kept)
+        return kept if len(kept) == self.values else torch.cat([kept, low[None], high[None]])
+
     def qparams(self, bits: int, symmetric: bool, unsigned: bool) -> tuple[Tensor, Tensor]:
         """Return δ and z, both of shape (); by default chosen for the kept values and the extremes."""
         kept = torch.cat(self.kept)
