@@ -19,7 +19,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[0] = str(REPOSITORY)  # this folder holds tests/qdiff, which would be taken for the package
 
-from qdiff.benchmark.machine import cpu_name_and_flags  # noqa: E402
+from qdiff.machine.cpu import cpu_name_and_flags  # noqa: E402
 
 NUMERIC = ("tests/qdiff", "tests/ddim", "tests/ldm")
 # Options, files, pages and sizes: no result there depends on a kernel.

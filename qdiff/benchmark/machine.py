@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
-from pathlib import Path
 from typing import Any
 
 from qdiff.cli.run_folder import installed_versions
+from qdiff.machine.cpu import cpu_name_and_flags
 
 # CPU flags that decide which float and integer kernels are used.
 FLAGS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 PACKAGES = ("torch", "onnx", "onnxruntime", "openvino")
-
-
-def cpu_name_and_flags() -> tuple[str, set[str]]:
-    """Return the CPU's name and its instruction sets as Linux reports them; no instruction sets on other systems."""
-    name, flags = platform.processor() or platform.machine(), set()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            if key.strip() == "flags":
-                flags = set(value.split())
-    return name, flags
 
 
 def describe_machine(threads: int) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable, sha256, written_whole
 from qdiff.io.images import grid, load_png, png_shape, save_png
+from qdiff.machine.cpu import cpu_text
 
 log = logging.getLogger("qdiff")
 
@@ -71,6 +72,7 @@ class RunFolder:
             "platform": platform.platform(),
             "python": platform.python_version(),
             "cpus": os.cpu_count(),
+            "cpu": cpu_text(),
         }
         shape = self.manifest.image_shape
         self.image_shape: tuple[int, ...] | None = None if shape is None else tuple(shape)

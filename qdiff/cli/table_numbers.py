@@ -51,9 +51,11 @@ def file_bytes(folder: Path, manifest: Manifest) -> int:
 
 
 def machine_of(manifest: Manifest) -> str:
-    """Describe what a run was made on."""
+    """Describe what a run was made on; runs of earlier versions do not tell their CPU."""
+    machine = manifest.machine
+    cpu = f" ({machine['cpu']})" if "cpu" in machine else ""
     return (
-        f"{manifest.machine['cpus']} CPUs, {manifest.torch_threads} thread(s), device {manifest.device}, "
+        f"{machine['cpus']} CPUs{cpu}, {manifest.torch_threads} thread(s), device {manifest.device}, "
         f"torch {manifest.packages.get('torch')}"
     )
 

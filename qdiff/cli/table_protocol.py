@@ -66,7 +66,7 @@ def protocol_of(
     if any("asked_share" in row for row in results):
         told.append(("asked", "images in which the classifier sees what was asked for"))
     told += [
-        ("machine", " or ".join(sorted({row["machine"] for row in results}))),
+        ("machine", machines_text(results)),
         ("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
     ]
     return told if table.source is None else [("published numbers", table.source), *told]
@@ -74,6 +74,18 @@ def protocol_of(
 
 def _any(results: Sequence[dict[str, Any]], key: str) -> bool:
     return any(row.get(key) for row in results)
+
+
+def machines_text(results: Sequence[dict[str, Any]]) -> str:
+    """Name the machines; with more than one, that of most rows first, and of each other one its rows.
+
+    Times are comparable only on one machine.
+    """
+    rows: dict[str, list[str]] = {}
+    for row in results:
+        rows.setdefault(row["machine"], []).append(row["label"])
+    first, *others = sorted(rows.items(), key=lambda one: (-len(one[1]), one[0]))
+    return ", ".join([first[0], *(f"but {name} for {', '.join(labels)}" for name, labels in others)])
 
 
 def _shown(sampler: Any) -> str:

@@ -1,1 +1,1 @@
-"""Memory of the machine, and checks of networks on the meta device."""
+"""The machine's CPU and memory, and checks of networks on the meta device."""

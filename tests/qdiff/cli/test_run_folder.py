@@ -50,7 +50,7 @@ def test_first_state(tmp_path):
     state = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (state["status"], state["num_images"], state["config"]) == ("running", 3, CONFIG)
     assert state["packages"]["torch"] == metadata.version("torch")
-    assert state["machine"]["cpus"] > 0 and state["machine"]["python"]
+    assert state["machine"]["cpus"] > 0 and state["machine"]["python"] and ", " in state["machine"]["cpu"]
     assert state["command"]
 
 
