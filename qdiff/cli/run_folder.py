@@ -57,7 +57,9 @@ class RunFolder:
         self.images = self.path / "img"
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
-        self.manifest = self._previous() or Manifest(self.config)
+        self._folder_was_there, previous = self.path.is_dir(), self._previous()
+        self._is_new = previous is None
+        self.manifest = previous or Manifest(self.config)
         # The images of any other run show whether it is finished.
         self.images_discarded = self.manifest.status == "finished" and self.manifest.images_kept is False
         if self.images_discarded and self.manifest.num_images not in (None, count):
@@ -108,15 +110,38 @@ class RunFolder:
 
     @contextlib.contextmanager
     def logged(self) -> Iterator[None]:
-        """Also write log lines to ``run.log`` inside the block."""
+        """Also write log lines to ``run.log`` inside the block.
+
+        A new run that an error of its input ends before it wrote anything else leaves nothing, so that the mended command
+        finds no run with other options in its way.
+        """
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
+        refused = False
         try:
             yield
+        except UserError:
+            refused = True
+            raise
         finally:
             log.removeHandler(handler)
             handler.close()
+            if refused and self._is_new:
+                self._remove_if_unused()
+
+    def _remove_if_unused(self) -> None:
+        """Remove what `open` and `logged` wrote if there is nothing else."""
+        written = {"run.json", "run.log", self.images.name}
+        if not self.images.is_dir() or any(self.images.iterdir()):
+            return
+        if {entry.name for entry in self.path.iterdir()} - written:
+            return
+        self.images.rmdir()
+        for name in ("run.json", "run.log"):
+            (self.path / name).unlink(missing_ok=True)
+        if not self._folder_was_there:
+            self.path.rmdir()
 
     def save_manifest(self) -> None:
         self.manifest.write(self.path / "run.json")

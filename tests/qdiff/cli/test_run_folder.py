@@ -198,6 +198,37 @@ def test_log_lines_go_to_stderr_and_the_file(tmp_path, capsys):
     assert "INFO seen" in text and "hidden" not in text and "later" not in text
 
 
+def end_with(error: BaseException, run: RunFolder) -> None:
+    with pytest.raises(type(error)), run.logged():
+        raise error
+
+
+@pytest.mark.parametrize("folder_was_there", [False, True])
+def test_a_new_run_that_is_refused_at_its_first_step_leaves_nothing(folder_was_there, tmp_path):
+    if folder_was_there:
+        (tmp_path / "run").mkdir()
+    end_with(UserError("no such scheduler"), opened(tmp_path / "run"))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"][: int(folder_was_there)]
+    assert opened(tmp_path / "run", config={"seed": 2}).pending() == [0, 1, 2]  # nothing is in the mended command's way
+
+
+def test_what_was_made_outlives_a_refusal(tmp_path):
+    run = opened(tmp_path / "images")
+    run.save_images([1], some_images(1))
+    end_with(UserError("too late"), run)
+    assert run.pending() == [0, 2] and (run.path / "run.json").is_file()
+    run = opened(tmp_path / "calibrated")
+    (run.path / "quantized.safetensors").write_bytes(b"1")
+    end_with(UserError("too late"), run)
+    assert (run.path / "run.json").is_file() and (run.path / "quantized.safetensors").is_file()
+
+
+def test_interrupted_and_continued_runs_stay(tmp_path):
+    end_with(KeyboardInterrupt(), opened(tmp_path / "run"))
+    end_with(UserError("refused now"), opened(tmp_path / "run"))  # the same run again
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "3"])
 def test_foreign_manifest_is_refused(content, tmp_path):
     (tmp_path / "run.json").write_text(content)
