@@ -112,8 +112,8 @@ class RunFolder:
     def logged(self) -> Iterator[None]:
         """Also write log lines to ``run.log`` inside the block.
 
-        A new run that an error of its input ends before it wrote anything else leaves nothing, so that the mended command
-        finds no run with other options in its way.
+        A new run that an error of its input ends before it wrote anything else leaves nothing, so that the mended
+        command finds no run with other options in its way.
         """
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
