@@ -60,7 +60,11 @@ def protocol_of(
     if any(row.group for row in table.rows):
         told += [
             ("±", "standard deviation over the calibration seeds, each with a calibration set of its own"),
-            ("bold, =", "the best of its widths, and what is equal to it within √(s² + s²) of both deviations"),
+            (
+                "bold, =",
+                "the best of its widths, and what is equal to it within √(s² + s²) of both deviations; a row of one "
+                "seed has the largest deviation of its widths",
+            ),
             ("CPU", "CPU seconds of the calibration"),
         ]
     if any("asked_share" in row for row in results):

@@ -25,6 +25,7 @@ class Column:
         published: the column shows the paper's number instead of the measured one.
         spread: the row's ``<key>_std`` is the number's own spread, and is shown with it.
         share: the number is a share of images, at most 1, so its axis is in per cent.
+        ranked: the best of several numbers is marked; False for what is a setting more than a quality.
     """
 
     key: str
@@ -34,6 +35,7 @@ class Column:
     published: bool = False
     spread: bool = False
     share: bool = False
+    ranked: bool = True
 
     @property
     def heading(self) -> str:

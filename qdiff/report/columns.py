@@ -24,8 +24,8 @@ def _millions(count: float) -> str:
 COSTS = (
     Column("noise_mse", "ε error", LOWER, "{:.2e}".format),
     Column("last_step_mse", "ε last step", LOWER, "{:.2e}".format),
-    Column("mean_weight_bits", "mean W bits", LOWER, "{:.2f}".format),  # of mixed precision
-    Column("mean_act_bits", "mean A bits", LOWER, "{:.2f}".format),
+    Column("mean_weight_bits", "mean W bits", LOWER, "{:.2f}".format, ranked=False),  # of mixed precision
+    Column("mean_act_bits", "mean A bits", LOWER, "{:.2f}".format, ranked=False),
     Column("bytes", "file", LOWER, _megabytes),
     Column("counted_bytes", "counted", LOWER, _megabytes),
     Column("gbops", "GBops", LOWER, "{:,.1f}".format),

@@ -18,24 +18,27 @@ class Standing(Enum):
 
 
 def standings(column: Column, rows: Sequence[Row]) -> list[Standing]:
-    """Return the standing of every row's number, among the rows that stand for several seeds.
+    """Return the standing of every row's number, among the rows of tables with several seeds.
 
-    A number is equal to the best if they differ by at most √(s² + s²), s being each one's deviation over its seeds.
+    A number is equal to the best if they differ by at most √(s² + s²), s being each one's deviation over its seeds. A
+    row of which only one seed was run has the largest deviation among those of its widths. Where no row of these widths
+    has two seeds, nobody knows the spread, so that none has a standing.
     """
     found = [Standing.OTHER] * len(rows)
     groups: dict[tuple, list[int]] = {}
     for i, row in enumerate(rows):
-        if row.get("seeds") and column.value(row) is not None and not column.published:
+        if row.get("seeds") and column.value(row) is not None and column.ranked and not column.published:
             groups.setdefault((row.get("weight_bits"), row.get("act_bits")), []).append(i)
     for members in groups.values():
         values = {i: column.value(rows[i]) for i in members}
-        best = (min if column.better == LOWER else max)(members, key=values.__getitem__)
-        if len(set(values.values())) == 1:
+        known = {i: column.spread_in(rows[i]) for i in members if rows[i]["seeds"] > 1}
+        if not known or len(set(values.values())) == 1:
             continue
+        spreads = {i: known.get(i, max(known.values())) for i in members}
+        best = (min if column.better == LOWER else max)(members, key=values.__getitem__)
         found[best] = Standing.BEST
         for i in members:
-            spread = math.hypot(column.spread_in(rows[i]), column.spread_in(rows[best]))
-            if i != best and abs(values[i] - values[best]) <= spread:
+            if i != best and abs(values[i] - values[best]) <= math.hypot(spreads[i], spreads[best]):
                 found[i] = Standing.EQUAL
     return found
 

@@ -79,3 +79,10 @@ def test_published_numbers_have_a_source(shipped):
         if bits:
             assert words[words.index("--weight_bit") + 1] == bits[1], row.label
             assert (words[words.index("--act_bit") + 1] if "--quant_act" in words else "32") == bits[2], row.label
+
+
+@pytest.mark.parametrize("path", BOARDS, ids=lambda path: path.name)
+def test_all_rows_of_a_leaderboard_have_the_same_softmax_bits(path):
+    """An option of the protocol, not of a method: a row without it would not be comparable."""
+    words = [shlex.split(row.options) for row in TableFile(path).rows]
+    assert len({w[w.index("--sm_abit") + 1] if "--sm_abit" in w else None for w in words if "--ptq" in w}) == 1
