@@ -31,15 +31,27 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--document", help="markdown file whose block '<!-- table NAME -->' becomes the table")
     parser.add_argument("--force", action="store_true", help="continue if the float row misses its published value")
+    parser.add_argument(
+        "--published",
+        action="store_true",
+        help="run nothing: print the papers' numbers alone, every row marked as not run (also to --document)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands of the rows as JSON and stop")
     args = parser.parse_args(arguments)
 
     from qdiff.cli.document import DocumentBlock
+    from qdiff.cli.published_numbers import published_markdown
     from qdiff.cli.table import TableRun
     from qdiff.cli.table_file import TableFile
 
     file = TableFile(args.table, args.out)
     block = None if args.document is None else DocumentBlock(args.document, file.path.stem)
+    if args.published:
+        text = published_markdown(file)
+        print(text)
+        if block is not None:
+            block.replace(text)
+        return
     table = TableRun(file, args.device, args.extractor, args.extractor_weights, args.rows, args.force, args.results)
     if args.dry_run:
         table.print_commands()

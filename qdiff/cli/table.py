@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qdiff.cli.kept_results import KeptResults
+from qdiff.cli.published_numbers import unverified_note
 from qdiff.cli.run_manifest import Manifest, read_manifest
 from qdiff.cli.table_file import TableFile, TableRow, without
 from qdiff.cli.table_numbers import file_bytes, machine_of, mean_widths, misses, ranges
@@ -156,9 +157,8 @@ class TableRun:
             table, self._manifest(table.float_row), results, self.extractor, reference, self._measuring.compared
         )
         notes = list(table.notes)
-        if any(row.unverified for row in table.rows):
-            marked = ", ".join(row.label for row in table.rows if row.unverified)
-            notes.append(f"Published numbers quoted from memory of the paper, to be verified: {marked}.")
+        if (unverified := unverified_note(table)) is not None:
+            notes.append(unverified)
         if missing := not_shown(table.rows, results):
             notes.append(f"Rows not yet run, or not with the table's present options: {', '.join(missing)}.")
         if self._kept is not None:

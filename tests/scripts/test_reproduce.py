@@ -338,3 +338,15 @@ def test_a_table_of_a_pipeline(table, stood_in, call, tmp_path):
     assert outcome.code == 0, outcome.err
     text = (tmp_path / "table" / "table.md").read_text()
     assert "| linear W4A8 |" in text and "sampler kind DDIMScheduler, steps 2" in text
+
+
+def test_published_numbers_are_written_without_a_run(table, call, tmp_path):
+    document = tmp_path / "papers.md"
+    document.write_text("<!-- table table -->\n<!-- end of table table -->\n")
+    rows = [{"label": "float", "published": {"fid": 4.22}}]
+    done = call("reproduce", table(rows=rows, source="A paper"), "--published", "--document", document)
+    assert done.code == 0 and "| float | 4.22 | not run |" in done.out
+    assert document.read_text() == f"<!-- table table -->\n{done.out.strip()}\n<!-- end of table table -->\n"
+    assert not (tmp_path / "runs").exists() and not (REPOSITORY / "runs" / "table").exists()
+    refused = call("reproduce", table(), "--published")
+    assert refused.code == 2 and "has no published numbers" in refused.err
