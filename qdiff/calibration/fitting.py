@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qdiff.adaptive_rounding import LearnedRounding
+from qdiff.calibration.column_rounding import Target
 from qdiff.calibration.feeding import Feeding
 from qdiff.calibration.objectives import Objective
 from qdiff.calibration.reconstruction import FitSettings, RoundingRegulariser, Unit, optimise
@@ -35,7 +36,15 @@ class WeightStart(str, Enum):
     """Where learned rounding starts."""
 
     NEAREST = "nearest"  # at the float weights, which would round to nearest
-    GPTQ = "gptq"  # at the integers of `qdiff.calibration.layer_rounding`
+    GPTQ = "gptq"  # at the integers of `qdiff.calibration.layer_rounding`, towards the float network's output
+    GPTAQ = "gptaq"  # the same by GPTAQ's update
+    PLAIN_GPTQ = "plain-gptq"  # towards the layer's own output on the quantized input
+
+    @property
+    def target(self) -> Target | None:
+        """What the columns of a weight are rounded towards before learning; None without it."""
+        targets = {self.GPTQ: Target.CORRECTED, self.GPTAQ: Target.GPTAQ, self.PLAIN_GPTQ: Target.PLAIN}
+        return targets.get(self)
 
 
 def fit_unit(

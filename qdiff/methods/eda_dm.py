@@ -37,7 +37,7 @@ class EdaDmConfig:
         layer_weight: γ, weight of the layers' own errors (FBR); 0 is plain block reconstruction.
         drop: probability that an element stays in float while a unit is fitted (QDrop).
         unit: block or layer.
-        start: where rounding starts (not in the paper); GPTQ aims at the float output, as `ColumnRounding` does.
+        start: where rounding starts (not in the paper).
         bias_correction: shift each bias so that the layer's mean output is the float one (not in the paper).
         temporal_unit: fit what depends on t alone first, as one unit (TFMQ-DM's; `qdiff.calibration.temporal_unit`).
     """
@@ -71,7 +71,7 @@ class EdaDmConfig:
     @property
     def rounds_columns(self) -> bool:
         """Whether weights are rounded column by column first."""
-        return self.start is WeightStart.GPTQ
+        return self.start.target is not None
 
 
 def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: CalibrationRun) -> None:
@@ -105,7 +105,7 @@ def calibrate(qnn: QuantModel, data: CalibrationSet, config: EdaDmConfig, run: C
             if activations:
                 observe_unit(opened.unit, opened.walker, qnn.config.act_range, order)
             if weights and config.rounds_columns:
-                round_layers(opened.unit, opened.walker, ColumnRounding(), activations)
+                round_layers(opened.unit, opened.walker, ColumnRounding(config.start.target), activations)
             for part in opened.parts(config.unit) if config.reconstruct else ():
                 opened.fit(part, lp_error(2.0), settings)
             if config.bias_correction:

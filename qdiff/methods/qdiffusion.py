@@ -56,7 +56,7 @@ class QDiffusionConfig:
         running_stat: take ranges from an exponential average over all samples instead.
         running_stat_softmax_only: use that average for softmax outputs only (``--rs_sm_only``).
         objective, unit: see the enums.
-        start: where rounding starts (not in the paper); GPTQ aims at the float output, as `ColumnRounding` does.
+        start: where rounding starts (not in the paper).
         bias_correction: shift each bias so that the layer's mean output is the float one (not in the paper).
         temporal_unit: fit what depends on t alone first, as one unit (TFMQ-DM's; `qdiff.calibration.temporal_unit`).
     """
@@ -103,7 +103,7 @@ class QDiffusionConfig:
     @property
     def rounds_columns(self) -> bool:
         """Whether weights are rounded column by column first."""
-        return self.start is WeightStart.GPTQ
+        return self.start.target is not None
 
     @property
     def rounding_rate(self) -> float:
@@ -170,7 +170,7 @@ def fit_weights(
     phase = Phase("weights", 0, config.iterations, False, contains(QuantModule), label="weights ")
     for opened in units_to_fit(qnn, network, data.inputs, phase, run, bar):
         if config.rounds_columns:
-            round_layers(opened.unit, walker, ColumnRounding(), activations=False)
+            round_layers(opened.unit, walker, ColumnRounding(config.start.target), activations=False)
         for part in opened.parts(config.unit):
             objective = lp_error(2.0)
             if final is not None:

@@ -30,7 +30,8 @@ def add_gptq_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--weight_start",
         choices=[s.value for s in WeightStart],
-        help="where learned rounding starts: at the float weights (nearest, default), or at GPTQ's integers",
+        help="where learned rounding starts: at the float weights (nearest, default), or at integers by GPTQ, with the "
+        "targets of --gptq_target: gptq (corrected), gptaq, or plain-gptq",
     )
     group.add_argument(
         "--bias_correction",

@@ -223,13 +223,23 @@ def test_learned_methods_start_from_it(method, config, wrap, data, held_out, run
     assert 0 < relative(run_quantized(started, held_out), started(*held_out)) < 0.5
 
 
-def test_without_iterations_worth_the_name_the_start_remains(wrap, data):
+STARTS = {"gptq": "corrected", "gptaq": "gptaq", "plain-gptq": "plain"}
+
+
+@pytest.mark.parametrize("method", ["qdiff", "eda-dm"])
+@pytest.mark.parametrize("start", STARTS)
+def test_without_iterations_worth_the_name_the_start_remains(start, method, wrap, data):
     """At a rate of almost 0, hardening gives back the integers of GPTQ on blocks with activations in float."""
-    config = QDiffusionConfig(1, 1, 4, lr_rounding=1e-12, start="gptq")
-    started = made(wrap, data, config, method="qdiff", act_bits=None)
-    expected = made(wrap, data, GptqConfig(bias_correction=False), act_bits=None)
-    for layer, other in zip(started.layers().values(), expected.layers().values(), strict=True):
-        assert torch.equal(layer.weight_int, other.weight_int)
+    config = {
+        "qdiff": QDiffusionConfig(1, 1, 4, lr_rounding=1e-12, start=start),
+        "eda-dm": EdaDmConfig(iterations=1, batch_size=4, lr_rounding=1e-12, start=start),
+    }[method]
+    integers = made(wrap, data, config, method=method, act_bits=None)
+    for target in STARTS.values():
+        expected = made(wrap, data, GptqConfig(target=target, bias_correction=False), act_bits=None)
+        pairs = zip(integers.layers().values(), expected.layers().values(), strict=True)
+        equal = [torch.equal(layer.weight_int, other.weight_int) for layer, other in pairs]
+        assert all(equal) if target == STARTS[start] else not all(equal)
 
 
 LEARNED = {
