@@ -110,7 +110,9 @@ def test_every_method_observes_each_timestep(method, wrap, data):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("act_range", ["max", pytest.param("mse", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "act_range", ["max", *(pytest.param(r, marks=pytest.mark.slow) for r in ("mse", "ema", "search"))]
+)
 def test_one_timestep_is_the_shared_range_to_the_bit(method, act_range, wrap, data):
     """Shared ranges of methods that learn them stay as observed at a rate below their last bits.
 

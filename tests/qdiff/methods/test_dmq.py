@@ -9,6 +9,7 @@ from uneven_network import uneven_small
 from qdiff import QuantModel
 from qdiff.api import calibrate
 from qdiff.calibration.input_scales import InputScaling, Scaling
+from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.config import ActRanges
@@ -39,6 +40,48 @@ def test_its_row():
     quant = METHODS["dmq"].quant_config(weight_bits=4, act_bits=8)
     assert quant.act_ranges is ActRanges.TIMESTEP and quant.power_of_two_scales
     assert not any(method.quant.get("power_of_two_scales") for name, method in METHODS.items() if name != "dmq")
+
+
+class Killed(CalibrationJournal):
+    """Ctrl-C right after a number of units were recorded."""
+
+    left, phase = 0, None
+
+    def record(self, phase, index, module):
+        super().record(phase, index, module)
+        self.phase = phase
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("units", "phase"), [(2, "scaling"), (12, "weights"), (20, "activations")])
+def test_a_calibration_continues(units, phase, data, tmp_path):
+    quant = METHODS["dmq"].quant_config(weight_bits=4, act_bits=8)
+
+    def made(journal=None):
+        qnn = QuantModel(uneven_small(), quant, tuple(i[:2] for i in data.inputs))
+        run = CalibrationRun(show_progress=False, journal=journal)
+        scaling = InputScaling(Scaling.LEARNED, iterations=2)
+        calibrate(qnn, data, "dmq", DmqConfig(**QUICK, act_iterations=2), run=run, scaling=scaling)
+        return qnn
+
+    whole, journal = made(), Killed(tmp_path, {})
+    journal.left = units
+    with pytest.raises(KeyboardInterrupt):
+        made(journal)
+    assert journal.phase == phase
+    resumed = made(CalibrationJournal(tmp_path, {}))
+    for name, layer in whole.layers().items():
+        assert torch.equal(layer.weight_int, resumed.layers()[name].weight_int)
+    scales, again = (
+        {n: m.input_scale for n, m in qnn.layers().items() if m.input_scale is not None} for qnn in (whole, resumed)
+    )
+    assert len(scales) > 5 and scales.keys() == again.keys()
+    assert all(torch.equal(scales[name], again[name]) for name in scales)
+    for name, quantizer in whole.act_quantizers().items():
+        assert torch.equal(quantizer.delta, resumed.act_quantizers()[name].delta)
 
 
 @pytest.mark.slow
