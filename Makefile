@@ -25,7 +25,8 @@ demo-dit: $(READY)
 
 # All of docs/results.md: several hours on two cores; repeat it to continue.
 TABLES := digits digits-methods digits-vq digits-kl digits-class digits-text digits-dit \
-	modiff-digits modiff-digits-vq modiff-digits-class modiff-digits-text
+	modiff-digits modiff-digits-vq modiff-digits-class modiff-digits-text \
+	digits-parts digits-first-token grip-ablation grip-ablation-kl
 
 tables: $(READY)
 	for table in $(TABLES); do \
