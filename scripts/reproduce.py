@@ -43,10 +43,13 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.cli.published_numbers import published_markdown
     from qdiff.cli.table import TableRun
     from qdiff.cli.table_file import TableFile
+    from qdiff.errors import UserError
 
     file = TableFile(args.table, args.out)
     block = None if args.document is None else DocumentBlock(args.document, file.path.stem)
     if args.published:
+        if args.rows is not None:
+            raise UserError("--published writes the numbers of all rows; leave --rows out")
         text = published_markdown(file)
         print(text)
         if block is not None:

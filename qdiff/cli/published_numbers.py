@@ -30,7 +30,7 @@ def published_markdown(table: TableFile) -> str:
         ["---"] * (len(columns) + 2),
         *([row["label"], *(column.text(row) for column in columns), NOT_RUN] for row in rows),
     ]
-    told = [f"Published numbers: {table.source}."]
+    told = [f"Published numbers: {table.source or 'the table names no source'}."]
     if others := ", ".join(row.label for row in table.rows if not row.published):
         told.append(f"Rows without a published number, not run either: {others}.")
     told += [*table.notes, *([note] if (note := unverified_note(table)) else [])]

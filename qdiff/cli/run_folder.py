@@ -57,9 +57,9 @@ class RunFolder:
         self.images = self.path / "img"
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
-        self._folder_was_there, previous = self.path.is_dir(), self._previous()
-        self._is_new = previous is None
-        self.manifest = previous or Manifest(self.config)
+        self._folder_was_there = self.path.is_dir()
+        self._was_empty = not self._folder_was_there or _is_empty(self.path)
+        self.manifest = self._previous() or Manifest(self.config)
         # The images of any other run show whether it is finished.
         self.images_discarded = self.manifest.status == "finished" and self.manifest.images_kept is False
         if self.images_discarded and self.manifest.num_images not in (None, count):
@@ -109,11 +109,14 @@ class RunFolder:
             ) from None
 
     @contextlib.contextmanager
-    def logged(self) -> Iterator[None]:
+    def logged(self, shared: bool = False) -> Iterator[None]:
         """Also write log lines to ``run.log`` inside the block.
 
-        A new run that an error of its input ends before it wrote anything else leaves nothing, so that the mended
-        command finds no run with other options in its way.
+        A run in an empty folder that a `UserError` ends before it wrote anything else leaves it empty, so that the
+        mended command finds no run with other options in its way.
+
+        Args:
+            shared: other processes write to the folder too, so that it stays as it is.
         """
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -127,19 +130,18 @@ class RunFolder:
         finally:
             log.removeHandler(handler)
             handler.close()
-            if refused and self._is_new:
-                self._remove_if_unused()
+            if refused and self._was_empty and not shared:
+                with contextlib.suppress(OSError):  # the refusal is what the user has to see
+                    self._remove_if_unused()
 
     def _remove_if_unused(self) -> None:
-        """Remove what `open` and `logged` wrote if there is nothing else."""
+        """Remove what `open` and `logged` wrote if there is nothing else, and nothing was measured."""
         written = {"run.json", "run.log", self.images.name}
-        if not self.images.is_dir() or any(self.images.iterdir()):
+        if self.manifest.noise_error is not None or {entry.name for entry in self.path.iterdir()} - written:
             return
-        if {entry.name for entry in self.path.iterdir()} - written:
-            return
-        self.images.rmdir()
-        for name in ("run.json", "run.log"):
-            (self.path / name).unlink(missing_ok=True)
+        self.images.rmdir()  # an error if there are images
+        for name in ("run.log", "run.json"):
+            (self.path / name).unlink()
         if not self._folder_was_there:
             self.path.rmdir()
 
@@ -223,6 +225,13 @@ class RunFolder:
 
     def discard_images(self) -> None:
         shutil.rmtree(self.images, ignore_errors=True)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:  # it may not be listed
+        return False
 
 
 def start_logging(verbose: bool) -> None:

@@ -29,7 +29,7 @@ class Manifest:
         num_images: number of images that the run makes.
         status: ``running`` or ``finished``.
         packages: versions by name.
-        machine: ``platform``, ``python``, ``cpus``.
+        machine: ``platform``, ``python``, ``cpus``, and ``cpu``, its name and the instruction set of PyTorch's kernels.
         files: ``path`` and ``sha256`` of every file that was read, by role.
         seconds, cpu_seconds: wall time and CPU time of the process by phase, over all continuations of the run.
         image_shape: [H, W, C] of the images.

@@ -174,7 +174,7 @@ class SampleCommand:
                 stack.enter_context(fused())
             if processes.is_first:
                 run.open()
-                stack.enter_context(run.logged())
+                stack.enter_context(run.logged(shared=processes.count > 1))
                 for note in pipeline.notes:
                     log.warning(note)
                 self._told = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qdiff.cli.run_manifest import Manifest
@@ -70,7 +70,7 @@ def protocol_of(
     if any("asked_share" in row for row in results):
         told.append(("asked", "images in which the classifier sees what was asked for"))
     told += [
-        ("machine", machines_text(results)),
+        ("machine", machines_text(results, {row.label: row.group for row in table.rows})),
         ("date", dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"),
     ]
     return told if table.source is None else [("published numbers", table.source), *told]
@@ -80,16 +80,28 @@ def _any(results: Sequence[dict[str, Any]], key: str) -> bool:
     return any(row.get(key) for row in results)
 
 
-def machines_text(results: Sequence[dict[str, Any]]) -> str:
+def machines_text(results: Sequence[dict[str, Any]], groups: Mapping[str, str | None]) -> str:
     """Name the machines; with more than one, that of most rows first, and of each other one its rows.
 
-    Times are comparable only on one machine.
+    Times are comparable only on one machine. A group whose finished seeds are all of one machine is named once.
+
+    Args:
+        results: of every finished row.
+        groups: the label that stands for all seeds of a row, by the row's label.
     """
     rows: dict[str, list[str]] = {}
+    used: dict[str, set[str]] = {}  # machines by the label of the group
     for row in results:
-        rows.setdefault(row["machine"], []).append(row["label"])
-    first, *others = sorted(rows.items(), key=lambda one: (-len(one[1]), one[0]))
-    return ", ".join([first[0], *(f"but {name} for {', '.join(labels)}" for name, labels in others)])
+        label, machine = row["label"], row["machine"]
+        rows.setdefault(machine, []).append(label)
+        used.setdefault(groups[label] or label, set()).add(machine)
+    (first, _), *others = sorted(rows.items(), key=lambda one: (-len(one[1]), one[0]))
+    text = first
+    for machine, labels in others:
+        wholes = [groups[label] or label for label in labels]
+        shown = [whole if len(used[whole]) == 1 else label for label, whole in zip(labels, wholes, strict=True)]
+        text += f"; but {machine}: " + ", ".join(f"“{label}”" for label in dict.fromkeys(shown))
+    return text
 
 
 def _shown(sampler: Any) -> str:

@@ -67,9 +67,9 @@ def _cells(column: Column, rows: Sequence[Row]) -> list[Cell]:
 
 
 def _best(column: Column, rows: Sequence[Row], values: Sequence[float | None]) -> list[bool]:
-    """Return which numbers are the best of all quantized rows: none unless another is worse, and none of a paper."""
+    """Return which numbers are the best of all quantized rows: none of a paper or not ranked, or if all are equal."""
     rivals = [v for v, row in zip(values, rows, strict=True) if v is not None and not is_float(row)]
-    if len(set(rivals)) < 2 or column.published:
+    if len(set(rivals)) < 2 or column.published or not column.ranked:
         return [False] * len(rows)
     best = (min if column.better == LOWER else max)(rivals)
     return [value == best and not is_float(row) for value, row in zip(values, rows, strict=True)]

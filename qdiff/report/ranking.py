@@ -27,8 +27,10 @@ def standings(column: Column, rows: Sequence[Row]) -> list[Standing]:
     found = [Standing.OTHER] * len(rows)
     groups: dict[tuple, list[int]] = {}
     for i, row in enumerate(rows):
-        if row.get("seeds") and column.value(row) is not None and column.ranked and not column.published:
-            groups.setdefault((row.get("weight_bits"), row.get("act_bits")), []).append(i)
+        value = column.value(row)
+        if not row.get("seeds") or value is None or math.isnan(value) or not column.ranked or column.published:
+            continue
+        groups.setdefault((row.get("weight_bits"), row.get("act_bits")), []).append(i)
     for members in groups.values():
         values = {i: column.value(rows[i]) for i in members}
         known = {i: column.spread_in(rows[i]) for i in members if rows[i]["seeds"] > 1}

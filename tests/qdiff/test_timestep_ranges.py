@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from small_network import Small
+from stopped_journal import ResumedJournal, StoppedJournal
 from torch import nn
 
 from qdiff import QuantConfig, QuantModel
 from qdiff.api import calibrate
-from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.checkpoint import load_checkpoint, load_packed, save_checkpoint
@@ -240,15 +240,14 @@ def test_the_config_is_what_it_was_without_them():
 def test_a_calibration_continues(method, wrap, data, tmp_path):
     whole = made(wrap, data, method)
 
-    class Killed(CalibrationJournal):
-        def record(self, phase, index, module):
-            super().record(phase, index, module)
-            if index == 3 and phase in ("gptq", "activations", "joint"):
-                raise KeyboardInterrupt
+    def stops(count, phase, index):
+        return index == 3 and phase in ("gptq", "activations", "joint")
 
+    stopped, journal = StoppedJournal(tmp_path, stops), ResumedJournal(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        made(wrap, data, method, run=quiet(journal=Killed(tmp_path, {})))
-    resumed = made(wrap, data, method, run=quiet(journal=CalibrationJournal(tmp_path, {})))
+        made(wrap, data, method, run=quiet(journal=stopped))
+    resumed = made(wrap, data, method, run=quiet(journal=journal))
+    assert journal.restored == stopped.count
     assert same(tables(resumed), tables(whole))
     assert torch.equal(output(resumed, data.inputs), output(whole, data.inputs))
 

@@ -37,6 +37,15 @@ def rows() -> dict[str, dict[str, str]]:
 
 
 ROWS = rows()
+PARTS = {
+    *("--act_ranges timestep", "--temporal_unit", "--cache_temporal", "--weight_start gptq", "--bias_correction"),
+    *("--scaling search", "--scaling learned", "--power_of_two_scales", "--noise_correction d2", "--refit 1"),
+    *("--layer_bits first=A16,last=W8A16", "--target_bits 4.5", "--bos_aware"),
+}
+
+
+def test_no_part_is_missing():
+    assert ROWS.keys() == PARTS
 
 
 @pytest.mark.slow

@@ -348,5 +348,6 @@ def test_published_numbers_are_written_without_a_run(table, call, tmp_path):
     assert done.code == 0 and "| float | 4.22 | not run |" in done.out
     assert document.read_text() == f"<!-- table table -->\n{done.out.strip()}\n<!-- end of table table -->\n"
     assert not (tmp_path / "runs").exists() and not (REPOSITORY / "runs" / "table").exists()
-    refused = call("reproduce", table(), "--published")
-    assert refused.code == 2 and "has no published numbers" in refused.err
+    for words, says in (((), "has no published numbers"), (("--rows", "float"), "leave --rows out")):
+        refused = call("reproduce", table(), "--published", *words)
+        assert refused.code == 2 and says in refused.err

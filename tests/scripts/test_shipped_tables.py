@@ -12,6 +12,7 @@ import pytest
 from families import SCRIPTS
 from thorough import thorough_except
 
+from qdiff.cli.document import DocumentBlock
 from qdiff.cli.table_file import TableFile
 from qdiff.io.repository import REPOSITORY
 
@@ -86,3 +87,14 @@ def test_all_rows_of_a_leaderboard_have_the_same_softmax_bits(path):
     """An option of the protocol, not of a method: a row without it would not be comparable."""
     words = [shlex.split(row.options) for row in TableFile(path).rows]
     assert len({w[w.index("--sm_abit") + 1] if "--sm_abit" in w else None for w in words if "--ptq" in w}) == 1
+
+
+@pytest.mark.parametrize(("names", "page"), [("TABLES", "results"), ("LEADERBOARDS", "leaderboard")])
+def test_make_finds_the_place_of_every_table(names, page):
+    """A table without its block would end `make tables` before those that follow."""
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8").replace("\\\n", " ")
+    prefix = "leaderboard-" if names == "LEADERBOARDS" else ""
+    tables = [f"{prefix}{name}" for name in re.search(rf"^{names} := (.*)$", text, re.MULTILINE)[1].split()]
+    assert len(tables) > 5 and set(tables) <= {path.stem for path in TABLES}
+    for table in tables:
+        DocumentBlock(REPOSITORY / "docs" / f"{page}.md", table)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stopped_journal import ResumedJournal, StoppedJournal
 from thorough import thorough_except
 from uneven_network import uneven, uneven_small
 
 from qdiff import QuantConfig, QuantModel
 from qdiff.api import calibrate
-from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.power_of_two import ChannelVotes
 from qdiff.calibration.refit import discard_calibration
 from qdiff.calibration.run import CalibrationRun
@@ -217,15 +217,11 @@ def test_a_mixed_batch_is_its_timesteps_one_by_one(wrap, data, relative):
 def test_a_calibration_continues(ranges, wrap, data, tmp_path):
     whole = made(wrap, data, "gptq", act_ranges=ranges)
 
-    class Killed(CalibrationJournal):
-        def record(self, phase, index, module):
-            super().record(phase, index, module)
-            if index == 5:
-                raise KeyboardInterrupt
-
+    stopped, journal = StoppedJournal(tmp_path, lambda count, phase, index: index == 5), ResumedJournal(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        made(wrap, data, "gptq", quiet(journal=Killed(tmp_path, {})), act_ranges=ranges)
-    resumed = made(wrap, data, "gptq", quiet(journal=CalibrationJournal(tmp_path, {})), act_ranges=ranges)
+        made(wrap, data, "gptq", quiet(journal=stopped), act_ranges=ranges)
+    resumed = made(wrap, data, "gptq", quiet(journal=journal), act_ranges=ranges)
+    assert journal.restored == stopped.count
     assert same(shifts(resumed), shifts(whole))
     assert torch.equal(output(resumed, data.inputs), output(whole, data.inputs))
 

@@ -7,6 +7,7 @@ import contextlib
 import pytest
 import torch
 import torch.nn.functional as F
+from stopped_journal import ResumedJournal, StoppedJournal
 from thorough import thorough_except
 
 from qdiff.api import calibrate
@@ -128,28 +129,16 @@ def test_it_is_fitted_first_and_once(method, wrap, data, tmp_path, monkeypatch):
     assert not any("forward" in vars(m) for m in qnn.modules())
 
 
-class Killed(CalibrationJournal):
-    """Ctrl-C right after a number of units were recorded."""
-
-    left = 0
-
-    def record(self, phase, index, module):
-        super().record(phase, index, module)
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("units", [1, 4, 9, 13])
 def test_it_continues_after_the_temporal_unit_and_after_any_other(units, wrap, data, tmp_path):
     whole, resumed = wrap(**W4A8, act_ranges="timestep"), wrap(**W4A8, act_ranges="timestep")
     calibrate(whole, data, "tfmq-dm", METHODS["tfmq-dm"], run=quiet())
-    journal = Killed(tmp_path, {})
-    journal.left = units
+    stopped, journal = StoppedJournal(tmp_path, lambda count, *_: count == units), ResumedJournal(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        calibrate(wrap(**W4A8, act_ranges="timestep"), data, "tfmq-dm", METHODS["tfmq-dm"], run=quiet(journal=journal))
-    calibrate(resumed, data, "tfmq-dm", METHODS["tfmq-dm"], run=quiet(journal=CalibrationJournal(tmp_path, {})))
+        calibrate(wrap(**W4A8, act_ranges="timestep"), data, "tfmq-dm", METHODS["tfmq-dm"], run=quiet(journal=stopped))
+    calibrate(resumed, data, "tfmq-dm", METHODS["tfmq-dm"], run=quiet(journal=journal))
+    assert journal.restored == units
     for name, layer in whole.layers().items():
         assert torch.equal(layer.weight_int, resumed.layers()[name].weight_int)
     for name, quantizer in whole.act_quantizers().items():

@@ -223,6 +223,32 @@ def test_what_was_made_outlives_a_refusal(tmp_path):
     assert (run.path / "run.json").is_file() and (run.path / "quantized.safetensors").is_file()
 
 
+def test_what_the_user_had_there_stays(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.log").write_text("of a redirection\n")
+    end_with(UserError("refused"), opened(run))
+    assert (run / "run.log").read_text() == "of a redirection\n" and (run / "run.json").is_file()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_other_processes_write_can_be_continued(shared, tmp_path):
+    run = opened(tmp_path / "run")
+    with pytest.raises(UserError), run.logged(shared):
+        if not shared:  # it was not told of the other process
+            RunFolder(tmp_path / "run", CONFIG, 3).save_images([1], some_images(1))
+        raise UserError("refused")
+    assert RunFolder(tmp_path / "run", CONFIG, 3).pending() == ([0, 1, 2] if shared else [0, 2])
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_measured_errors_stay(tmp_path):
+    run = opened(tmp_path / "run")
+    run.manifest.noise_error = {"mse": 1.0}
+    end_with(UserError("out of memory"), run)
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
 def test_interrupted_and_continued_runs_stay(tmp_path):
     end_with(KeyboardInterrupt(), opened(tmp_path / "run"))
     end_with(UserError("refused now"), opened(tmp_path / "run"))  # the same run again

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stopped_journal import ResumedJournal, StoppedJournal
 from uneven_network import uneven_small
 
 from qdiff import QuantModel
 from qdiff.api import calibrate
 from qdiff.calibration.input_scales import InputScaling, Scaling
-from qdiff.calibration.journal import CalibrationJournal
 from qdiff.calibration.run import CalibrationRun
 from qdiff.calibration.samples import CalibrationSet
 from qdiff.config import ActRanges
@@ -42,19 +42,6 @@ def test_its_row():
     assert not any(method.quant.get("power_of_two_scales") for name, method in METHODS.items() if name != "dmq")
 
 
-class Killed(CalibrationJournal):
-    """Ctrl-C right after a number of units were recorded."""
-
-    left, phase = 0, None
-
-    def record(self, phase, index, module):
-        super().record(phase, index, module)
-        self.phase = phase
-        self.left -= 1
-        if not self.left:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("units", "phase"), [(2, "scaling"), (12, "weights"), (20, "activations")])
 def test_a_calibration_continues(units, phase, data, tmp_path):
@@ -67,12 +54,12 @@ def test_a_calibration_continues(units, phase, data, tmp_path):
         calibrate(qnn, data, "dmq", DmqConfig(**QUICK, act_iterations=2), run=run, scaling=scaling)
         return qnn
 
-    whole, journal = made(), Killed(tmp_path, {})
-    journal.left = units
+    whole, stopped = made(), StoppedJournal(tmp_path, lambda count, *_: count == units)
     with pytest.raises(KeyboardInterrupt):
-        made(journal)
-    assert journal.phase == phase
-    resumed = made(CalibrationJournal(tmp_path, {}))
+        made(stopped)
+    assert stopped.phase == phase
+    resumed = made(journal := ResumedJournal(tmp_path))
+    assert journal.restored == units
     for name, layer in whole.layers().items():
         assert torch.equal(layer.weight_int, resumed.layers()[name].weight_int)
     scales, again = (

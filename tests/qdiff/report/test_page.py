@@ -84,7 +84,7 @@ def test_the_best_quantized_number_is_marked_and_published_ones_differ(page):
 
 
 def test_equal_numbers_have_no_winner(tmp_path):
-    rows = [row(label, "linear", 8, 8, fid=3.0) for label in "ab"]
+    rows = [row(label, "linear", 8, 8, fid=3.0, mean_weight_bits=bits) for label, bits in (("a", 3.7), ("b", 4.0))]
     assert "best" not in [a.get("class") for line in Page(written(tmp_path, rows)).table() for a, _ in line]
 
 

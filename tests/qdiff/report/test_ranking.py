@@ -50,6 +50,11 @@ def test_without_a_second_seed_no_row_has_a_standing():
     assert standings(ERROR, [row(1.0, seeds=1), row(2.0, seeds=1), *wide]) == [N, N, B, N]
 
 
+def test_what_is_not_a_number_has_no_standing():
+    assert standings(ERROR, [row(float("nan")), row(1.0), row(2.0)]) == [N, B, N]
+    assert standings(ERROR, [row(1.0), row(2.0), row(float("nan"))]) == [B, N, N]
+
+
 def test_settings_are_not_ranked():
     bits = next(column for column in COSTS if column.key == "mean_weight_bits")
     assert standings(bits, [{**row(0), "mean_weight_bits": value} for value in (3.7, 4.0)]) == [N, N]
