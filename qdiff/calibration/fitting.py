@@ -43,8 +43,7 @@ class WeightStart(str, Enum):
     @property
     def target(self) -> Target | None:
         """What the columns of a weight are rounded towards before learning; None without it."""
-        targets = {self.GPTQ: Target.CORRECTED, self.GPTAQ: Target.GPTAQ, self.PLAIN_GPTQ: Target.PLAIN}
-        return targets.get(self)
+        return {"gptq": Target.CORRECTED, "gptaq": Target.GPTAQ, "plain-gptq": Target.PLAIN}.get(self.value)
 
 
 def fit_unit(
