@@ -58,11 +58,13 @@ def test_a_run_collects_once(corrected, plain, call):
     assert run["noise_error"] == manifest(plain)["noise_error"], "the network itself is the same"
 
     wanted, before = image_bytes(folder), snapshot(folder)
-    lose_images(folder, 1, 2)
+    lose_images(folder, 2)  # the last batch, as it was: another number of rows has other last bits on some CPUs
     outcome = succeeded(call(SCRIPT, *words))
     assert image_bytes(folder) == wanted and "collecting" not in outcome.err
     after = snapshot(folder)
-    assert all(after[name] == before[name] for name in (FILE, "quantized.safetensors", "img/00000.png"))
+    assert all(
+        after[name] == before[name] for name in (FILE, "quantized.safetensors", "img/00000.png", "img/00001.png")
+    )
 
 
 def test_a_lost_file_is_collected_again(corrected, call):

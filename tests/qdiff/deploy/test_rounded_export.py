@@ -26,9 +26,11 @@ pytestmark = pytest.mark.slow
 SUM_TOLERANCE, LEVEL_TOLERANCE = 2e-5, 1.5e-3  # relative L2, as in test_onnx_networks.py
 SPLIT = "up.0.block.0.nin_shortcut"
 # Of q, k and v, which quantize the same tensor, one in bytes: what is followed tells quantizers apart by their inputs.
+# Wider inputs are not followed, so a value on a rounding edge may fall to the other side there, by the last bits of the
+# CPU: a level of 16 bits is below SUM_TOLERANCE, one of 10 bits is not. So 10 bits are at the end alone.
 UNEVEN = {
     **{"conv_in": "W8A16", "conv_out": "W6A10", SPLIT: "W2A7", "up.0.block.0.conv1": "W3A16"},
-    **{"mid.block_1.conv1": "W5A6", "mid.block_1.conv2": "W3A8", "mid.attn_1.q": "W7A10", "mid.attn_1.k": "W4A6"},
+    **{"mid.block_1.conv1": "W5A6", "mid.block_1.conv2": "W3A8", "mid.attn_1.q": "W7A16", "mid.attn_1.k": "W4A6"},
     "mid.attn_1.v": "W2A16",
 }
 CONFIGS = {
