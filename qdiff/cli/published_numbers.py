@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qdiff.cli.table_file import TableFile
 from qdiff.errors import UserError
-from qdiff.report.columns import columns_of
+from qdiff.report.columns import cells_text, columns_of
 
 NOT_RUN = "not run"
 
@@ -34,4 +34,4 @@ def published_markdown(table: TableFile) -> str:
     if others := ", ".join(row.label for row in table.rows if not row.published):
         told.append(f"Rows without a published number, not run either: {others}.")
     told += [*table.notes, *([note] if (note := unverified_note(table)) else [])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "\n\n".join(told) + "\n"
+    return "\n\n".join([cells_text(lines), *told]) + "\n"

@@ -121,18 +121,17 @@ class RunFolder:
         handler = logging.FileHandler(self.path / "run.log", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
-        refused = False
         try:
-            yield
+            try:
+                yield
+            finally:
+                log.removeHandler(handler)
+                handler.close()
         except UserError:
-            refused = True
-            raise
-        finally:
-            log.removeHandler(handler)
-            handler.close()
-            if refused and self._was_empty and not shared:
+            if self._was_empty and not shared:
                 with contextlib.suppress(OSError):  # the refusal is what the user has to see
                     self._remove_if_unused()
+            raise
 
     def _remove_if_unused(self) -> None:
         """Remove what `open` and `logged` wrote if there is nothing else, and nothing was measured."""

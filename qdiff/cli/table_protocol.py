@@ -90,16 +90,13 @@ def machines_text(results: Sequence[dict[str, Any]], groups: Mapping[str, str | 
         groups: the label that stands for all seeds of a row, by the row's label.
     """
     rows: dict[str, list[str]] = {}
-    used: dict[str, set[str]] = {}  # machines by the label of the group
+    used: dict[str | None, set[str]] = {}  # machines by the label of the group
     for row in results:
-        label, machine = row["label"], row["machine"]
-        rows.setdefault(machine, []).append(label)
-        used.setdefault(groups[label] or label, set()).add(machine)
-    (first, _), *others = sorted(rows.items(), key=lambda one: (-len(one[1]), one[0]))
-    text = first
+        rows.setdefault(row["machine"], []).append(row["label"])
+        used.setdefault(groups[row["label"]], set()).add(row["machine"])
+    (text, _), *others = sorted(rows.items(), key=lambda one: (-len(one[1]), one[0]))
     for machine, labels in others:
-        wholes = [groups[label] or label for label in labels]
-        shown = [whole if len(used[whole]) == 1 else label for label, whole in zip(labels, wholes, strict=True)]
+        shown = [group if (group := groups[label]) and len(used[group]) == 1 else label for label in labels]
         text += f"; but {machine}: " + ", ".join(f"“{label}”" for label in dict.fromkeys(shown))
     return text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qdiff.evaluation.column import LOWER, NOTHING, Column, Row
@@ -55,4 +56,9 @@ def markdown(rows: list[Row], header: bool = True) -> str:
     ]
     if header:
         lines = [["", *(column.heading for column in columns)], ["---"] * (1 + len(columns)), *lines]
+    return cells_text(lines)
+
+
+def cells_text(lines: Iterable[Sequence[str]]) -> str:
+    """Return the lines of a markdown table from the texts of their cells."""
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
