@@ -26,6 +26,7 @@ setup(
         "tqdm>=4.66",
         "torch-fidelity>=0.3.0",
         "torchmetrics>=1.4",
+        "psutil>=5.9",
         "pyyaml>=6.0",
         "safetensors>=0.4.3",
         "jinja2>=3.1",

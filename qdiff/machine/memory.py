@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import resource
 from pathlib import Path
 
+import psutil
 import torch
+
+from qdiff.machine.control_groups import memory_within_limits
 
 _STATUS = Path("/proc/self/status")
 
@@ -40,8 +42,12 @@ def return_freed_memory() -> None:
 
 
 def available_memory() -> int:
-    """Return the RAM that is free now."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return the RAM that can be taken now.
+
+    Page cache that the system gives up on demand counts as available; what a container or a batch job may not take does
+    not.
+    """
+    return int(min(psutil.virtual_memory().available, memory_within_limits()))
 
 
 def available_on(device: torch.device) -> int:

@@ -101,12 +101,13 @@ def test_what_fits_on_no_disk_is_an_error(wrap, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """``gpu(free)``: the network is on a GPU with so many free bytes, of which 7 MiB are taken."""
+    """``gpu(free)``: the network is on a GPU with so many bytes free and 7 MiB in use; 4,000 MiB of RAM are free."""
 
     def planned_with(free: int) -> torch.device:
         device = torch.device("cuda", 0)
         monkeypatch.setattr(QuantModel, "device", property(lambda self: device))
         monkeypatch.setattr(memory, "available_on", lambda asked: free)
+        monkeypatch.setattr(memory, "available_memory", lambda: 4000 * MIB)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda asked: 7 * MIB)
         return device
 
@@ -126,6 +127,14 @@ def test_a_gpu_holds_all_stored_activations_or_none(wrap, gpu):
     # What the unit in work may take is what is left beside it.
     assert tight.resident_bytes == int(1000 * MIB * GPU_SHARE) - tight.unit - tight.in_pass
     assert tight.gpu_peak <= 7 * MIB + 1000 * MIB
+
+
+def test_without_a_budget_half_of_the_ram_stores_and_the_rest_goes_to_disk(wrap, gpu, monkeypatch):
+    qnn, footprint = wrap(weight_bits=4), Footprint(stored=10 * MIB, inside={"conv_in": MIB})
+    gpu(1000 * MIB)
+    monkeypatch.setattr(memory, "available_memory", lambda: 600 * MIB)
+    plan = plan_memory(qnn, footprint, samples=100, batch_size=32, budget=None)
+    assert (plan.on_gpu, plan.in_ram, plan.on_disk) == (0, 300 * MIB, 700 * MIB)
 
 
 def test_what_a_walk_takes_at_a_time_is_planned_too(wrap, gpu):

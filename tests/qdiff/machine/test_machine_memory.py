@@ -41,8 +41,15 @@ def test_free_memory_of_a_gpu_counts_what_torch_keeps_for_reuse(monkeypatch):
     assert available_on(torch.device("cuda:0")) == 13 * MIB
 
 
-def test_free_ram_is_no_more_than_there_is():
-    assert 0 < available_memory() < 1 << 50
+def test_page_cache_counts_as_available(monkeypatch):
+    of_system = SimpleNamespace(total=100 * MIB, available=60 * MIB, free=10 * MIB)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: of_system)
+    monkeypatch.setattr(memory, "memory_within_limits", lambda: float("inf"))
+    assert available_memory() == 60 * MIB
+
+
+def test_available_ram_is_no_more_than_there_is():
+    assert 0 < available_memory() <= memory.psutil.virtual_memory().total
 
 
 def test_where_linux_does_not_tell_the_peak_of_the_process_is_returned(monkeypatch, tmp_path):
