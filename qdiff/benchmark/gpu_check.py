@@ -20,6 +20,7 @@ from typing import Any
 from qdiff.cli.script import Scripts
 from qdiff.errors import UserError
 from qdiff.io.files import check_writable, written_whole
+from qdiff.io.markdown import markdown_table
 from qdiff.io.repository import REPOSITORY
 
 PACKAGES = REPOSITORY / ".gpu-packages"
@@ -148,17 +149,16 @@ def missing_packages(names: Sequence[str]) -> list[str]:
 
 def table(results: Sequence[Result]) -> str:
     """Return the markdown table."""
-    lines = ["| part | what | result | expected | |", "| --- | --- | --- | --- | --- |"]
+    lines = []
     for result in results:
         title = PARTS[result.name].title
         verdicts = {True: "as expected", False: "**differs**", None: ""}
         for line in result.lines:
-            cells = (title, line.what, line.found, line.wanted, verdicts[line.good])
-            lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+            lines.append([title, line.what, line.found, line.wanted, verdicts[line.good]])
         if result.trouble:
             verdict = "" if result.skipped else "**failed**"
-            lines.append(f"| {title} | | {result.trouble.replace('|', '/')} | | {verdict} |")
-    return "\n".join(lines)
+            lines.append([title, "", result.trouble, "", verdict])
+    return markdown_table(lines, ["part", "what", "result", "expected", ""])
 
 
 def _chosen(text: str | None) -> list[str]:

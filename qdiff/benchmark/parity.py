@@ -25,6 +25,7 @@ from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.errors import UserError, require_at_least
 from qdiff.evaluation.fidelity import PEAK, PSNR_CAP
 from qdiff.io.images import to_uint8
+from qdiff.io.markdown import markdown_table
 from qdiff.modes import leaves
 from qdiff.pipeline import Network, Pipeline
 from qdiff.quant_model import QuantModel
@@ -239,12 +240,10 @@ def image_psnr(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 def markdown(found: dict[str, Any], images: int) -> str:
     """Return the rows of `compare` as a table."""
-    lines = [
-        "| against simulated | error of ε, mean ↓ | largest ↓ | PSNR of the images ↑ | identical |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    head = ["against simulated", "error of ε, mean ↓", "largest ↓", "PSNR of the images ↑", "identical"]
+    lines = []
     for name, row in found["rows"].items():
         error = [f"{row[key]:.1e}" if row[key] else "0" for key in ("mean", "largest")]
         psnr = "–" if row["identical"] == images else f"{row['psnr']:.1f} dB"
-        lines.append("| " + " | ".join([name, *error, psnr, f"{row['identical']} of {images}"]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *error, psnr, f"{row['identical']} of {images}"])
+    return markdown_table(lines, head)

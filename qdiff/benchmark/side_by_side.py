@@ -16,6 +16,7 @@ from pathlib import Path
 from qdiff.benchmark.machine import machine_text
 from qdiff.benchmark.timing import Spread
 from qdiff.errors import UserError
+from qdiff.io.markdown import markdown_table
 from qdiff.io.repository import REPOSITORY
 
 SCRIPTS = REPOSITORY / "scripts"
@@ -126,10 +127,10 @@ def _seconds(folder: Path) -> dict[str, float]:
 
 def markdown(phases: Sequence[Phase], command: Sequence[str], runs: int, repeats: int, machine: dict) -> str:
     """Return the table and a line about the command and the machine."""
-    lines = [f"| phase | alone ↓ | {runs} side by side, each ↓ | × alone ↓ |", "| --- | --- | --- | --- |"]
-    for phase in phases:
-        cells = [_text(phase.alone, " s"), _text(phase.together, " s"), _text(phase.slowdown)]
-        lines.append(f"| {phase.name} | {' | '.join(cells)} |")
+    head = ["phase", "alone ↓", f"{runs} side by side, each ↓", "× alone ↓"]
+    lines = [
+        [phase.name, _text(phase.alone, " s"), _text(phase.together, " s"), _text(phase.slowdown)] for phase in phases
+    ]
     waiting = " ".join(f"{name}={os.environ[name]}" for name in PASSIVE if name in os.environ)
     parts = [
         f"medians of {repeats} repeats in turns, quartiles in brackets",
@@ -137,7 +138,7 @@ def markdown(phases: Sequence[Phase], command: Sequence[str], runs: int, repeats
         machine_text(machine),
         f"`{shlex.join(command)}`",
     ]
-    return "\n".join([*lines, "", "; ".join(parts)])
+    return f"{markdown_table(lines, head)}\n\n{'; '.join(parts)}"
 
 
 def _text(spread: Spread, unit: str = "") -> str:

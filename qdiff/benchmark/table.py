@@ -11,6 +11,7 @@ from typing import Any
 from qdiff.benchmark.machine import machine_text
 from qdiff.benchmark.timing import Spread
 from qdiff.io.files import written_whole
+from qdiff.io.markdown import markdown_table
 
 NONE = "–"
 
@@ -94,12 +95,12 @@ def _columns(measure: str, timed: bool) -> dict[str, Callable[[VariantRow], str]
 def markdown(rows: Sequence[VariantRow], about: dict[str, Any]) -> str:
     """Return the table and a line about the measurement, the machine and the command."""
     columns = _columns(about["measure"], about["repeats"] > 0)
-    lines = [f"| variant | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    lines = []
     for row in rows:
         cells = [cell(row) for cell in columns.values()]
         if row.note:
-            cells[0] = f"not measured: {row.note.replace('|', '/')}"
-        lines.append(f"| {row.variant} | {' | '.join(cells)} |")
+            cells[0] = f"not measured: {row.note}"
+        lines.append([row.variant, *cells])
     turn = f"batch {about['batch']}"
     if about["measure"] == "sampling":
         turn += f", whole samplings of {about['calls']} network calls without decoding"
@@ -115,7 +116,7 @@ def markdown(rows: Sequence[VariantRow], about: dict[str, Any]) -> str:
         machine_text(about["machine"]),
         about["date"],
     ]
-    return "\n".join([*lines, "", f"{'; '.join(parts)}: `{about['command']}`"])
+    return f"{markdown_table(lines, ['variant', *columns])}\n\n{'; '.join(parts)}: `{about['command']}`"
 
 
 def write_json(path: str | Path, rows: Sequence[VariantRow], about: dict[str, Any]) -> None:

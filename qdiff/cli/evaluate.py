@@ -23,6 +23,7 @@ from qdiff.evaluation.registry import METRICS, implied_metrics, metric_columns, 
 from qdiff.evaluation.subject import Subject
 from qdiff.io.downloads import cache_folder
 from qdiff.io.files import check_writable
+from qdiff.io.markdown import markdown_table
 from qdiff.io.prompt_lines import read_prompts
 
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "pillow", "torch-fidelity", "torchmetrics", "transformers")
@@ -212,7 +213,7 @@ def table(result: dict[str, Any]) -> str:
         head += f", reference {reference['name']}{count}, features of {reference['extractor']}"
     if "against" in result:
         head += f"; fidelity to {result['against']['path']}, image by image"
-    lines = [head, "", "| metric | value |", "| --- | --- |", *(f"| {name} | {text} |" for name, text in shown)]
+    lines = [head, "", markdown_table(shown, ["metric", "value"])]
     if left_out := result.get("protocol", {}).get("left_out"):
         lines += ["", f"Left out, for too few images or missing in the reference: {', '.join(left_out)}."]
     return "\n".join(lines)

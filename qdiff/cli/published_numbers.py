@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from qdiff.cli.table_file import TableFile
 from qdiff.errors import UserError
-from qdiff.report.columns import cells_text, columns_of
+from qdiff.io.markdown import markdown_table
+from qdiff.report.columns import columns_of
 
 NOT_RUN = "not run"
 
@@ -25,13 +26,10 @@ def published_markdown(table: TableFile) -> str:
     if not rows:
         raise UserError(f"table {table.path} has no published numbers; give a table whose rows have some")
     columns = columns_of(rows)
-    lines = [
-        ["", *(column.heading for column in columns), "measured here"],
-        ["---"] * (len(columns) + 2),
-        *([row["label"], *(column.text(row) for column in columns), NOT_RUN] for row in rows),
-    ]
+    head = ["", *(column.heading for column in columns), "measured here"]
+    lines = [[row["label"], *(column.text(row) for column in columns), NOT_RUN] for row in rows]
     told = [f"Published numbers: {table.source or 'the table names no source'}."]
     if others := ", ".join(row.label for row in table.rows if not row.published):
         told.append(f"Rows without a published number, not run either: {others}.")
     told += [*table.notes, *([note] if (note := unverified_note(table)) else [])]
-    return "\n\n".join([cells_text(lines), *told]) + "\n"
+    return "\n\n".join([markdown_table(lines, head), *told]) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from qdiff.io.files import written_whole
+from qdiff.io.markdown import markdown_table
 
 LICENSE_NOTE = "The base model's licence applies."
 
@@ -47,7 +48,7 @@ def card_of(network: nn.Module) -> str:
         *((name, notes[name]) for name in ("calibration", "noise_error", "seed") if name in notes),
         ("layers left in float", len(config.left_in_float)),
     ]
-    table = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in rows)
+    table = markdown_table(([name.replace("_", " "), str(value)] for name, value in rows), ["", ""])
     return f"""---
 base_model: {base}
 base_model_relation: quantized
@@ -56,8 +57,6 @@ library_name: diffusers
 
 # {type(network).__name__}, quantized with qdiff
 
-| | |
-|---|---|
 {table}
 
 Load it with plain diffusers (`pip install "qdiff[diffusers]"`):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qdiff.evaluation.column import LOWER, NOTHING, Column, Row
 from qdiff.evaluation.registry import metric_columns
+from qdiff.io.markdown import markdown_table
 from qdiff.report.ranking import marked, standings
 
 
@@ -54,11 +54,4 @@ def markdown(rows: list[Row], header: bool = True) -> str:
         [row["label"], *(marked(c.text(row), rank[i]) for c, rank in zip(columns, ranks, strict=True))]
         for i, row in enumerate(rows)
     ]
-    if header:
-        lines = [["", *(column.heading for column in columns)], ["---"] * (1 + len(columns)), *lines]
-    return cells_text(lines)
-
-
-def cells_text(lines: Iterable[Sequence[str]]) -> str:
-    """Return the lines of a markdown table from the texts of their cells."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines, ["", *(column.heading for column in columns)] if header else None)

@@ -50,8 +50,8 @@ def test_a_part_that_breaks_and_one_that_hangs(asked, parts, capsys, monkeypatch
     parts(unknown=Part("broken", 60, "x:y"), machine=Part("slow", 0.2, "x:y"))
     assert not run_check(asked)
     out = capsys.readouterr().out
-    assert re.search(r"\| broken \| \| exit code 1: KeyError: 'unknown'.*unknown.log.*\*\*failed\*\* \|", out)
-    assert "| slow | | stopped after 0 s | | **failed** |" in out
+    assert re.search(r"\| broken \|  \| exit code 1: KeyError: 'unknown'.*unknown.log.*\*\*failed\*\* \|", out)
+    assert "| slow |  | stopped after 0 s |  | **failed** |" in out
 
 
 def test_missing_packages_are_named_once_with_what_is_skipped(asked, parts, capsys):
@@ -85,7 +85,7 @@ def test_table(parts):
         "| A | x | 1/2 | 1 | **differs** |",
         "| A | y | 3 | 3 | as expected |",
         "| A | z | 4 |  |  |",
-        "| A | | stopped after 1 s | | **failed** |",
+        "| A |  | stopped after 1 s |  | **failed** |",
     ]
 
 
