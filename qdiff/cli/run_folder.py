@@ -57,8 +57,9 @@ class RunFolder:
         self.images = self.path / "img"
         check_writable(self.path / "run.json")
         self.config = json.loads(json.dumps(config))
-        self._folder_was_there = self.path.is_dir()
-        self._was_empty = not self._folder_was_there or _is_empty(self.path)
+        # From the inside out.
+        self._new_folders = [folder for folder in (self.path, *self.path.parents) if not folder.is_dir()]
+        self._was_empty = bool(self._new_folders) or _is_empty(self.path)
         self.manifest = self._previous() or Manifest(self.config)
         # The images of any other run show whether it is finished.
         self.images_discarded = self.manifest.status == "finished" and self.manifest.images_kept is False
@@ -141,8 +142,8 @@ class RunFolder:
         self.images.rmdir()  # an error if there are images
         for name in ("run.log", "run.json"):
             (self.path / name).unlink()
-        if not self._folder_was_there:
-            self.path.rmdir()
+        for folder in self._new_folders:
+            folder.rmdir()  # an error if another run has begun in it
 
     def save_manifest(self) -> None:
         self.manifest.write(self.path / "run.json")

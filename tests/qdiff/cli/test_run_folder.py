@@ -203,13 +203,20 @@ def end_with(error: BaseException, run: RunFolder) -> None:
         raise error
 
 
-@pytest.mark.parametrize("folder_was_there", [False, True])
-def test_a_new_run_that_is_refused_at_its_first_step_leaves_nothing(folder_was_there, tmp_path):
-    if folder_was_there:
-        (tmp_path / "run").mkdir()
-    end_with(UserError("no such scheduler"), opened(tmp_path / "run"))
-    assert list(tmp_path.rglob("*")) == [tmp_path / "run"][: int(folder_was_there)]
-    assert opened(tmp_path / "run", config={"seed": 2}).pending() == [0, 1, 2]  # nothing is in the mended command's way
+@pytest.mark.parametrize("there", [(), ("all",), ("all", "all/runs"), ("all", "all/runs", "all/runs/1")])
+def test_a_new_run_that_is_refused_at_its_first_step_leaves_nothing(there, tmp_path):
+    for folder in there:
+        (tmp_path / folder).mkdir()
+    run = tmp_path / "all" / "runs" / "1"
+    end_with(UserError("no such scheduler"), opened(run))
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / folder for folder in there]
+    assert opened(run, config={"seed": 2}).pending() == [0, 1, 2]  # nothing is in the mended command's way
+
+
+def test_a_run_beside_a_refused_one_stays(tmp_path):
+    refused, other = opened(tmp_path / "all" / "1"), opened(tmp_path / "all" / "2")
+    end_with(UserError("no such scheduler"), refused)
+    assert not refused.path.exists() and other.pending() == [0, 1, 2]
 
 
 def test_what_was_made_outlives_a_refusal(tmp_path):
