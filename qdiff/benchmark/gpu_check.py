@@ -67,11 +67,13 @@ class Part:
     needs: tuple[str, ...] = ()
 
 
-_SCRIPTS = ("omegaconf", "safetensors", "yaml", "tqdm")
+_SCRIPTS = ("omegaconf", "psutil", "safetensors", "yaml", "tqdm")
 _EVALUATION = (*_SCRIPTS, "torch_fidelity", "jinja2", "sklearn")
 PARTS: dict[str, Part] = {
     "machine": Part("machine", 30, "qdiff.benchmark.gpu_machine:machine_lines"),
-    "gpu-tests": Part("tests marked gpu", 60, "qdiff.benchmark.gpu_tests:marked_tests", ("pytest", "torch_fidelity")),
+    "gpu-tests": Part(
+        "tests marked gpu", 60, "qdiff.benchmark.gpu_tests:marked_tests", ("psutil", "pytest", "torch_fidelity")
+    ),
     "script-tests": Part("script tests", 80, "qdiff.benchmark.gpu_tests:script_tests", ("pytest", *_SCRIPTS)),
     "demo": Part("demo", 150, "qdiff.benchmark.gpu_demo:demo_lines", _EVALUATION),
     "cifar10": Part("CIFAR-10 UNet", 60, "qdiff.benchmark.gpu_networks:cifar10_lines", _SCRIPTS),
