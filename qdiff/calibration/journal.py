@@ -17,6 +17,7 @@ from qdiff.quantizer import Quantizer
 
 # In a unit's file, of the layers whose bias was corrected, and of those that scale their input.
 BIAS, SCALE = "quantized_bias", "input_scale"
+ERRORS = "errors"  # in the metadata of a unit's file
 
 
 class CalibrationJournal:
@@ -46,32 +47,33 @@ class CalibrationJournal:
     def _path(self, phase: str, index: int) -> Path:
         return self.folder / f"{phase}-{index:03d}.safetensors"
 
-    def restore(self, phase: str, index: int, module: nn.Module) -> bool:
-        """Fill a unit from disk; return False if it was not finished."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+    def restore(self, phase: str, index: int, module: nn.Module) -> dict[str, float] | None:
+        """Fill a unit from disk and return its errors, as they were recorded; None if it was not finished."""
+        from safetensors import SafetensorError, safe_open
 
         path = self._path(phase, index)
         if not path.is_file():
-            return False
+            return None
         try:
-            state = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+                errors = json.loads((file.metadata() or {}).get(ERRORS, "{}"))
             check_finite(state, path)
             _fill(module, state)
         except (SafetensorError, KeyError, RuntimeError, ValueError, OSError):
             path.unlink()  # unreadable: the unit is fitted again
-            return False
-        return True
+            return None
+        return errors
 
-    def record(self, phase: str, index: int, module: nn.Module) -> None:
-        """Save a finished unit."""
+    def record(self, phase: str, index: int, module: nn.Module, errors: dict[str, float]) -> None:
+        """Save a finished unit, and the errors of its parts by name."""
         from safetensors.torch import save_file
 
         if not (self.folder / "settings.json").is_file():
             with written_whole(self.folder / "settings.json") as path:
                 path.write_text(json.dumps(self.settings, indent=1))
         with written_whole(self._path(phase, index)) as path:
-            save_file(_quantizer_state(module), path)
+            save_file(_quantizer_state(module), path, metadata={ERRORS: json.dumps(errors)})
 
     def discard(self) -> None:
         """Remove the folder: the calibration is finished and saved elsewhere."""

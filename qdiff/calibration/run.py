@@ -119,6 +119,7 @@ class OpenUnit:
         unit: the whole step, as `walk` yields it.
         state: the quantized state before the step.
         walker: the walk's walker.
+        errors: of its parts that were fitted or measured, by name.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class OpenUnit:
         self.index, self.unit, self.state, self.walker = index, unit, state, walker
         self._phase, self._qnn, self._run, self._bar = phase, qnn, run, bar
         self._places: dict[int, tuple[int, float]] = {}  # per part, by identity
+        self.errors: dict[str, float] = {}
 
     def parts(self, kind: UnitKind, wrap: Callable[[nn.Module], nn.Module] = lambda leaf: leaf) -> Iterator[Unit]:
         """Yield the parts to fit in turn: the whole step, or its layers in execution order; see `parts_of`."""
@@ -155,7 +157,7 @@ class OpenUnit:
             self._run.feeding(self._qnn, self.unit.name, settings.batch_size),
             partial(self._bar.update, share),
         )
-        self._run.errors[self._phase.label + part.name] = error
+        self.errors[self._phase.label + part.name] = error
 
     def measure(self, objective: Objective) -> None:
         """Record the error of the whole step as the walk advances past it, for methods that do not iterate."""
@@ -167,7 +169,25 @@ class OpenUnit:
         for rows in self.walker.slices(len(target)):
             found, wanted = self.walker.load((output, target), rows)
             total += objective(found, wanted, None) * len(found)
-        self._run.errors[self._phase.label + self.unit.name] = float(total / len(target))
+        self.errors[self._phase.label + self.unit.name] = float(total / len(target))
+
+    def finish(self) -> None:
+        """Record the unit and its errors, now or as soon as its error is measured."""
+        if self.unit.on_advance is None:
+            self._record()
+            return
+        measure = self.unit.on_advance
+
+        def measure_and_record(output: Tensor) -> None:
+            measure(output)
+            self._record()
+
+        self.unit.on_advance = measure_and_record
+
+    def _record(self) -> None:
+        self._run.errors |= self.errors
+        if self._run.journal is not None:
+            self._run.journal.record(self._phase.name, self.index, self.unit.module, self.errors)
 
 
 def units_to_fit(
@@ -180,7 +200,8 @@ def units_to_fit(
 ) -> Iterator[OpenUnit]:
     """Walk over a network and yield the units that are still to be fitted, in execution order: every method's loop.
 
-    Units that the journal holds are restored instead; a fitted unit is recorded when control returns.
+    Units that the journal holds are restored instead; a fitted unit is recorded when control returns, and one whose
+    error is measured as the walk advances past it.
 
     Args:
         network: the network whose steps are walked over, ``qnn.model`` or a view of it.
@@ -190,13 +211,15 @@ def units_to_fit(
     steps = walk(network, inputs, walker, weights=phase.weights, activations=phase.activations)
     for index, _, unit, state in steps:
         bar.set_postfix_str(f"{phase.name} of {unit.name}" if phase.label else unit.name, refresh=False)
-        before, journal = bar.n, run.journal
-        if phase.has_work(unit.module) and not (
-            journal is not None and journal.restore(phase.name, index, unit.module)
-        ):
-            yield OpenUnit(index, unit, state, walker, phase, qnn, run, bar)
-            if journal is not None:
-                journal.record(phase.name, index, unit.module)
+        before = bar.n
+        if phase.has_work(unit.module):
+            found = None if run.journal is None else run.journal.restore(phase.name, index, unit.module)
+            if found is None:
+                opened = OpenUnit(index, unit, state, walker, phase, qnn, run, bar)
+                yield opened
+                opened.finish()
+            else:
+                run.errors |= found
         bar.update(phase.iterations - (bar.n - before))  # iterations that were not counted one by one
 
 

@@ -22,8 +22,8 @@ class StoppedJournal(CalibrationJournal):
         super().__init__(folder, {})
         self.stops, self.count, self.phase = stops, 0, None
 
-    def record(self, phase, index, module):
-        super().record(phase, index, module)
+    def record(self, phase, index, module, errors):
+        super().record(phase, index, module, errors)
         self.count, self.phase = self.count + 1, phase
         if self.stops(self.count, phase, index):
             raise KeyboardInterrupt
@@ -42,5 +42,5 @@ class ResumedJournal(CalibrationJournal):
 
     def restore(self, phase, index, module):
         found = super().restore(phase, index, module)
-        self.restored += found
+        self.restored += found is not None
         return found

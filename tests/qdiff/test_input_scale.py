@@ -238,14 +238,14 @@ def test_modulation_scales_differences_alike(scaled, held_out, relative):
 def test_the_journal_gives_units_back_with_their_scales(scaled, wrap, tmp_path):
     journal = CalibrationJournal(tmp_path, {"seed": 1})
     source, target = scaled().model.up[0].block[0], wrap(**W4A8).model.up[0].block[0]
-    journal.record("weights", 0, source)
-    assert journal.restore("weights", 0, target)
+    journal.record("weights", 0, source, {"source": 0.5})
+    assert journal.restore("weights", 0, target) == {"source": 0.5}
     for one, other in zip(source.modules(), target.modules(), strict=True):
         if isinstance(one, QuantModule):
             assert torch.equal(one.input_scale, other.input_scale) and torch.equal(one.weight_int, other.weight_int)
     plain = wrap(**W4A8).model.up[0].block[0]
-    journal.record("weights", 1, plain)
-    assert journal.restore("weights", 1, target) and not scaled_layers(target)
+    journal.record("weights", 1, plain, {})
+    assert journal.restore("weights", 1, target) == {} and not scaled_layers(target)
 
 
 @pytest.mark.slow

@@ -50,11 +50,11 @@ def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp
     folder, options = calibrated_run
     finished, record, fit = [], journal.CalibrationJournal.record, run.fit_unit
 
-    def killed_at_the_fourth(self, phase, index, module):
+    def killed_at_the_fourth(self, *unit):
         if len(finished) == 3:
             raise KeyboardInterrupt
-        finished.append(index)
-        record(self, phase, index, module)
+        finished.append(unit)
+        record(self, *unit)
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.CalibrationJournal, "record", killed_at_the_fourth)
@@ -76,6 +76,8 @@ def test_calibration_killed_at_a_block_continues_there(call, calibrated_run, tmp
     there, here = load_file(folder / "quantized.safetensors"), load_file(tmp_path / "run" / "quantized.safetensors")
     assert there.keys() == here.keys() and all(torch.equal(there[k], here[k]) for k in there)
     assert image_bytes(tmp_path / "run") == image_bytes(folder)
+    # Those of blocks that were finished before the kill too.
+    assert manifest(tmp_path / "run")["reconstruction_errors"] == manifest(folder)["reconstruction_errors"]
 
 
 def test_memory_budget_may_change_when_a_run_continues(call, calibrated_run):

@@ -120,11 +120,11 @@ def test_calibration_killed_at_a_block_continues_there(finished, call, ddim_run,
     folder, options = ddim_run
     kept, record, fit = [], journal.CalibrationJournal.record, run.fit_unit
 
-    def killed(self, phase, index, module):
+    def killed(self, *unit):
         if len(kept) == finished:
             raise KeyboardInterrupt
-        kept.append(index)
-        record(self, phase, index, module)
+        kept.append(unit)
+        record(self, *unit)
 
     with monkeypatch.context() as patch:
         patch.setattr(journal.CalibrationJournal, "record", killed)

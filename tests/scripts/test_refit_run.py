@@ -126,12 +126,12 @@ def test_a_killed_run_continues(run, options, call, tmp_path, monkeypatch):
     folder, fitted, recorded, left = run[0], [], [], 0
     record, fit, recording = journal.CalibrationJournal.record, loop.fit_unit, sample.record_planned
 
-    def killed(self, phase, index, module):
+    def killed(self, *unit):
         nonlocal left
         if left == 0:
             raise KeyboardInterrupt
         left -= 1
-        record(self, phase, index, module)
+        record(self, *unit)
 
     def counted(unit, *rest):
         fitted.append(unit.name)

@@ -131,7 +131,7 @@ def test_a_calibration_goes_on_where_it_began(began, goes_on, differing, tiny_ne
     quantization = prepared(tiny_network, tmp_path / "run", *W4A8, *QUICK)
     settings = {"plan": quantization.plan.to_dict(), "seed": 0, "weights": None, **began}
     unfinished = CalibrationJournal(tmp_path / "run" / JOURNAL, settings)
-    unfinished.record("weights", 0, torch.nn.Identity())
+    unfinished.record("weights", 0, torch.nn.Identity(), {})
     monkeypatch.setattr(quantize, "arithmetic_of", lambda device: goes_on)
     if differing is None:
         completed(quantization)
