@@ -16,8 +16,7 @@ from torch import Tensor
 
 from qdiff.calibration.timesteps import Spacing, spaced
 from qdiff.errors import UserError
-from qdiff.io.files import written_whole
-from qdiff.io.torch_files import read_torch_file
+from qdiff.io.torch_files import read_torch_file, write_torch_file
 
 FIX = "make one with scripts/collect_calibration.py"
 MAPPED_FROM = 1 << 30  # bytes
@@ -40,8 +39,7 @@ class CalibrationSet:
 
 def save_recording(recording: Mapping[str, Sequence[Tensor]], path: str | Path) -> None:
     """Write a recording ({"xs": …, "ts": …}) in the published format with an atomic write."""
-    with written_whole(path) as temporary:
-        torch.save(recording, temporary)
+    write_torch_file(recording, path)
 
 
 def load_recording(path: str | Path, training_steps: int | None = None) -> dict[str, Sequence[Tensor]]:

@@ -15,8 +15,8 @@ from qdiff.checkpoint.published import load_published, to_published
 from qdiff.checkpoint.published_widths import check_widths
 from qdiff.config import QuantConfig
 from qdiff.errors import UserError
-from qdiff.io.files import written_whole
 from qdiff.io.tensor_files import is_pickle, load_tensors
+from qdiff.io.torch_files import write_torch_file
 from qdiff.kernels.packed_weight import PACKED
 from qdiff.quant_model import QuantModel
 
@@ -120,5 +120,4 @@ def save_checkpoint(
     if format == "native":
         save_native(qnn, path, notes or {})
     else:
-        with written_whole(path) as temporary:
-            torch.save(to_published(qnn), temporary)
+        write_torch_file(to_published(qnn), path)

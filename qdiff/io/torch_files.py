@@ -1,4 +1,4 @@
-"""Read ``torch.save`` files without running their code; an unreadable file is explained in one sentence."""
+"""Read ``torch.save`` files without running their code, explaining unreadable ones in one sentence; and write them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 
 from qdiff.errors import UserError
+from qdiff.io.files import written_whole
 
 BEFORE_1_6 = 0x1950A86A20F9469CFC6C  # the first pickle of such a file
 LEADING = 3  # pickles before the object's: this number, the format's version, and sizes of the writer's types
@@ -41,6 +42,15 @@ def read_torch_file(path: Path, what: str = "checkpoint", fix: str = "get the fi
         return _load_inert(path, mapped_from)
     except Exception as error:  # the reader can raise anything for bytes that are not a pickle
         raise UserError(f"{what} {path} {_trouble(path, fix, error)}") from error
+
+
+def write_torch_file(values: Any, path: str | Path) -> None:
+    """``torch.save`` values with an atomic write; equal tensors give equal bytes.
+
+    Given a path, ``torch.save`` would name the archive's folder after the temporary file.
+    """
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+        torch.save(values, file)
 
 
 class _Inert:
