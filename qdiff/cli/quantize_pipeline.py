@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -11,13 +12,18 @@ from qdiff.cli.out_of_memory import memory_advice
 from qdiff.cli.processes import choose_device
 from qdiff.cli.run_folder import RunFolder, start_logging
 from qdiff.cli.sample import SampleCommand
+from qdiff.deploy.torch_runtimes import SIMULATED
 from qdiff.diffusers_backend.card import calibration_note
 from qdiff.diffusers_backend.pipeline import DiffusersPipeline
 from qdiff.diffusers_backend.refusals import NO_SCALES, refuse_scales
 from qdiff.errors import UserError
+from qdiff.io.files import check_new_folder, folder_written_whole
 from qdiff.methods.registry import find_method
 
 log = logging.getLogger("qdiff")
+
+# Options of sampling, and their defaults.
+_OF_SAMPLING = {"runtime": SIMULATED.name, "weight_cache": 0.0, "onnx": None, "save_npz": False}
 
 
 class QuantizePipelineCommand(SampleCommand):
@@ -28,14 +34,21 @@ class QuantizePipelineCommand(SampleCommand):
         args: the parsed options; ``--ptq`` is implied.
 
     Raises:
-        UserError: options contradict each other, or the folder to write exists and is not empty.
+        UserError: options contradict each other or have no effect, or the folder to write exists and is not empty, or
+            could not be written.
     """
 
     def __init__(self, script: str, pipeline: DiffusersPipeline, args: Namespace) -> None:
         args.ptq = True
         self.out = Path(args.out)
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise UserError(f"--out {self.out} exists already; give a new folder, or delete it")
+        check_new_folder(self.out)
+        _check_shard_size(args.max_shard_size)
+        for name, usual in _OF_SAMPLING.items():
+            if getattr(args, name) != usual:
+                raise UserError(
+                    f"--{name} has no meaning here, where no images are sampled; give it to scripts/sample_pipeline.py "
+                    "with the folder that this command writes"
+                )
         super().__init__(script, pipeline, args)
         if self.plan.quant.modulate:
             raise UserError("a pipeline's loop opens no trajectory for modulation; leave out --modulate")
@@ -69,5 +82,13 @@ class QuantizePipelineCommand(SampleCommand):
                 "base_model": str(pipeline.folder.path),
             }
             attach(pipeline.network.network, prepared.qnn, notes)
-            pipeline.pipe.save_pretrained(self.out, max_shard_size=args.max_shard_size)
+            with folder_written_whole(self.out) as folder:
+                pipeline.pipe.save_pretrained(folder, max_shard_size=args.max_shard_size)
             log.info("pipeline folder: %s", self.out)
+
+
+def _check_shard_size(text: str) -> None:
+    """Raise a `UserError` for a ``--max_shard_size`` that diffusers would refuse at the end."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*[KMGT]B", text.strip(), re.IGNORECASE)
+    if number is None or float(number[1]) == 0:
+        raise UserError(f"--max_shard_size is {text}; give a size above 0 in KB, MB, GB or TB, such as 500MB")

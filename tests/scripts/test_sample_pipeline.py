@@ -165,7 +165,49 @@ def test_an_existing_folder_is_not_overwritten(folder, tmp_path, capsys):
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(SystemExit) as stopped:
         quantize_pipeline.main([str(folder), "--out", str(tmp_path / "mine"), *CALIBRATION])
-    assert stopped.value.code == 2 and "exists already; give a new folder" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "is not an empty folder; choose another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--max_shard_size", "nan"], "--max_shard_size is nan; give a size above 0 in KB, MB, GB or TB"),
+        (["--max_shard_size", "0"], "--max_shard_size is 0; give"),
+        (["--max_shard_size", "0.0GB"], "--max_shard_size is 0.0GB; give"),
+        (["--max_shard_size=-1GB"], "--max_shard_size is -1GB; give"),
+        (["--runtime", "torch"], "--runtime has no meaning here, where no images are sampled"),
+        (["--weight_cache", "8"], "--weight_cache has no meaning here"),
+        (["--onnx", "model.onnx"], "--onnx has no meaning here"),
+        (["--save-npz"], "--save_npz has no meaning here"),
+    ],
+)
+def test_what_could_not_be_written_or_has_no_effect(folder, given, sentence, tmp_path, capsys):
+    words = [str(folder), "--out", str(tmp_path / "out"), *CALIBRATION, "-l", str(tmp_path / "run"), *given]
+    with pytest.raises(SystemExit) as stopped:
+        quantize_pipeline.main([*words, "--dry-run"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and sentence in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_interrupted_save_leaves_nothing_and_is_repeated(folder, quantized, tmp_path, monkeypatch):
+    out, run = quantized
+    again, save = tmp_path / "again", DDIMPipeline.save_pretrained
+    words = [str(folder), "--out", str(again), *CALIBRATION, *LEARNING, "-l", str(run), "--device", "cpu"]
+
+    def interrupted(pipeline, target, **options):
+        save(pipeline, target, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(DDIMPipeline, "save_pretrained", interrupted)
+        quantize_pipeline.main(words)
+    assert stopped.value.code == 130 and list(tmp_path.iterdir()) == []
+    quantize_pipeline.main([*words, "--max_shard_size", "500MB"])
+    files = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    assert files == {path.relative_to(again) for path in again.rglob("*") if path.is_file()}
+    assert all((out / file).read_bytes() == (again / file).read_bytes() for file in files)
 
 
 def test_a_dry_run_reads_no_weights(folder, tmp_path, capsys):

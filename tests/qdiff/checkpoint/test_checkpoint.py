@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -206,7 +205,7 @@ def test_nothing_half_written_is_left_behind(calibrated, tmp_path, monkeypatch):
     path.write_text("the file of before")
 
     def interrupted(_, target):
-        Path(target).write_text("half")
+        target.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupted)
