@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -85,10 +86,10 @@ class QDiffusionConfig:
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; give {option} at least 1")
-        if self.lr_rounding is not None and not self.lr_rounding > 0:
-            raise UserError(f"lr_rounding is {self.lr_rounding}; give --cali_lr_w above 0")
-        if not (self.lr_act > 0 and self.p > 0):
-            raise UserError(f"lr_act is {self.lr_act} and p is {self.p}; give --cali_lr and --cali_p above 0")
+        if self.lr_rounding is not None and not 0 < self.lr_rounding < math.inf:
+            raise UserError(f"lr_rounding is {self.lr_rounding}; give --cali_lr_w a finite number above 0")
+        if not (0 < self.lr_act < math.inf and 0 < self.p < math.inf):
+            raise UserError(f"lr_act is {self.lr_act} and p is {self.p}; give --cali_lr and --cali_p numbers above 0")
         object.__setattr__(self, "objective", WeightObjective(self.objective))
         object.__setattr__(self, "unit", UnitKind(self.unit))
         object.__setattr__(self, "start", WeightStart(self.start))

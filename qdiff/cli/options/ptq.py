@@ -12,7 +12,7 @@ from typing import Any, Literal
 from qdiff.calibration.input_scales import InputScaling, Scaling
 from qdiff.calibration.mixed_precision import MixedPrecision
 from qdiff.calibration.timesteps import Draw, Spacing
-from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, scaling, tfmq_dm
+from qdiff.cli.options import eda_dm, gptq, mixed_precision, modiff, scaling, tfmq_dm, unused
 from qdiff.cli.options.layer_bits import of_checkpoint, read_layer_bits
 from qdiff.cli.options.parser import BITS, add_calibration_options, add_quantization_options
 from qdiff.cli.options.spacing import resolve_spacing
@@ -204,6 +204,7 @@ def resolve_ptq(
     )
     quant = method.to_choose_from(quant) if chooses else quant
     action = _action(args, method, quant)
+    unused.check_unused(args, method, action)
     changes = modiff.resolve_changes(args, quant, learns=method.learns)
     recipe, draw = None, None
     if method.draws is not None and changes is not None and action == "calibrate":
@@ -217,8 +218,6 @@ def resolve_ptq(
         recipe = _recipe(args, method, preset or {})
     require_at_least(1, {"--cali_st": args.cali_st, "--cali_n": args.cali_n})
     require_at_least(0, {"--cali_seed": args.cali_seed, "--refit": args.refit})
-    if args.refit and action != "calibrate":
-        raise UserError("--refit calibrates weights anew, but --cali_ckpt names calibrated ones; leave one of them out")
     if args.memory_budget is not None and not 0 <= args.memory_budget < math.inf:
         raise UserError(f"--memory_budget is {args.memory_budget}; give 0 or more GiB")
     return PtqPlan(
