@@ -26,7 +26,7 @@ class NoiseCorrection:
         error_std: standard deviation of the error of ε', likewise.
 
     Raises:
-        UserError: a table has another shape, or a value that is not finite.
+        UserError: a table has another shape, or a value that is not finite, or a standard deviation is negative.
     """
 
     times: tuple[float, ...]
@@ -44,6 +44,8 @@ class NoiseCorrection:
                 )
             if not bool(torch.isfinite(table).all()):
                 raise UserError(f"a noise correction has {name} that is not finite; collect it again")
+        if bool((self.error_std < 0).any()):
+            raise UserError("a noise correction has error_std that is negative; collect it again")
 
     @classmethod
     def table_names(cls) -> list[str]:

@@ -48,6 +48,7 @@ def test_a_file_is_what_was_written(written):
         (lambda held: held.pop("shift"), "'shift'"),
         (lambda held: held["shift"].pop(), "shift of shape"),
         (lambda held: held["scale"].__setitem__(0, [float("nan")]), "scale that is not finite"),
+        (lambda held: held["error_std"].__setitem__(0, [-1.0]), "error_std that is negative"),
         (lambda held: held.update(scale="text"), "damaged"),
         (lambda held: held.update({"for": 3}), "damaged"),
     ],
