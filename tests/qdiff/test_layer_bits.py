@@ -257,9 +257,9 @@ def test_an_interrupted_calibration_goes_on(wrap, data, held_out, run_quantized,
     whole = calibrate(tmp_path / "whole")
     recorded, record = [], CalibrationJournal.record
 
-    def stopping(journal, phase, index, module):
-        record(journal, phase, index, module)
-        recorded.append(index)
+    def stopping(journal, *unit):
+        record(journal, *unit)
+        recorded.append(unit)
         if len(recorded) == 5:
             raise Killed
 

@@ -233,11 +233,11 @@ def test_the_penalty_changes_the_result(result):
 def test_interrupted_and_resumed_equals_uninterrupted(call, learn, changed, result, tmp_path, monkeypatch):
     record, kept = CalibrationJournal.record, []
 
-    def killed(journal, phase, index, module):
+    def killed(journal, phase, index, *unit):
         if len(kept) == call:
             raise KeyboardInterrupt
         kept.append((phase, index))
-        record(journal, phase, index, module)
+        record(journal, phase, index, *unit)
 
     with monkeypatch.context() as patch:
         patch.setattr(CalibrationJournal, "record", killed)
