@@ -23,7 +23,7 @@ from qdiff.methods.registry import find_method
 log = logging.getLogger("qdiff")
 
 # Options of sampling, and their defaults.
-_OF_SAMPLING = {"runtime": SIMULATED.name, "weight_cache": 0.0, "onnx": None, "save_npz": False}
+_OF_SAMPLING = {"runtime": SIMULATED.name, "weight_cache": 0.0, "onnx": None, "save-npz": False}
 
 
 class QuantizePipelineCommand(SampleCommand):
@@ -44,7 +44,7 @@ class QuantizePipelineCommand(SampleCommand):
         check_new_folder(self.out)
         _check_shard_size(args.max_shard_size)
         for name, usual in _OF_SAMPLING.items():
-            if getattr(args, name) != usual:
+            if getattr(args, name.replace("-", "_")) != usual:
                 raise UserError(
                     f"--{name} has no meaning here, where no images are sampled; give it to scripts/sample_pipeline.py "
                     "with the folder that this command writes"

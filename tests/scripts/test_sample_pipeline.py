@@ -178,7 +178,7 @@ def test_an_existing_folder_is_not_overwritten(folder, tmp_path, capsys):
         (["--runtime", "torch"], "--runtime has no meaning here, where no images are sampled"),
         (["--weight_cache", "8"], "--weight_cache has no meaning here"),
         (["--onnx", "model.onnx"], "--onnx has no meaning here"),
-        (["--save-npz"], "--save_npz has no meaning here"),
+        (["--save-npz"], "--save-npz has no meaning here"),
     ],
 )
 def test_what_could_not_be_written_or_has_no_effect(folder, given, sentence, tmp_path, capsys):
