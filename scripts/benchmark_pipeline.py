@@ -27,24 +27,28 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.benchmark.component_memory import count, measure, write_random
     from qdiff.config import QuantConfig
     from qdiff.errors import UserError
+    from qdiff.io.markdown import markdown_table
 
     config = QuantConfig(weight_bits=args.weight_bit, act_bits=args.act_bit)
     if args.folder is not None and Path(args.folder).exists():
         raise UserError(f"--folder {args.folder} exists; give a new one, or delete it")
     found = count(args.network, config)
-    print("| | float32 | quantized |\n|---|---|---|")
-    print(f"| parameters | {found['parameters'] / 1e6:.0f} million | |")
-    print(f"| size | {found['float size_bytes'] / 1e9:.2f} GB | {found['quantized size_bytes'] / 1e9:.2f} GB |")
-    print(f"| Tbops per call | {found['float bops'] / 1e12:.0f} | {found['quantized bops'] / 1e12:.1f} |\n")
+    lines = [
+        ["parameters", f"{found['parameters'] / 1e6:.0f} million", ""],
+        ["size", f"{found['float size_bytes'] / 1e9:.2f} GB", f"{found['quantized size_bytes'] / 1e9:.2f} GB"],
+        ["Tbops per call", f"{found['float bops'] / 1e12:.0f}", f"{found['quantized bops'] / 1e12:.1f}"],
+    ]
+    print(f"{markdown_table(lines, ['', 'float32', 'quantized'])}\n")
     print(f"A calibration on 64 inputs, 16 GiB: {found['units']} units, {found['calibration']}\n")
     if args.folder is None:
         return
     written = write_random(args.network, Path(args.folder) / "float")
     print(f"random weights: {written / 1e9:.2f} GB in float16\n")
-    print("| | peak | kept | time |\n|---|---|---|---|")
-    for title, result in measure(Path(args.folder), config).items():
-        memory = result.memory
-        print(f"| {title} | {memory.taken / 1e9:.2f} GB | {memory.kept / 1e9:.2f} GB | {result.seconds:.0f} s |")
+    lines = [
+        [title, f"{part.memory.taken / 1e9:.2f} GB", f"{part.memory.kept / 1e9:.2f} GB", f"{part.seconds:.0f} s"]
+        for title, part in measure(Path(args.folder), config).items()
+    ]
+    print(markdown_table(lines, ["", "peak", "kept", "time"]))
     files = sorted((Path(args.folder) / "small").glob("*.safetensors"))
     print(f"\npacked: {sum(f.stat().st_size for f in files) / 1e9:.2f} GB")
 

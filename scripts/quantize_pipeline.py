@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> None:
     from qdiff.cli.options.ptq import add_ptq_options
 
     parser = Parser(__doc__)
-    parser.add_argument("--out", required=True, help="folder for the quantized pipeline; must not exist")
+    parser.add_argument("--out", required=True, help="folder for the quantized pipeline; missing or empty")
     parser.add_argument("--max_shard_size", default="10GB", help="most bytes in one file of weights, e.g. 500MB")
     SCRIPT.add_options(parser)
     add_ptq_options(parser, SCRIPT.resume)

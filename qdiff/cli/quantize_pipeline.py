@@ -23,7 +23,7 @@ from qdiff.methods.registry import find_method
 log = logging.getLogger("qdiff")
 
 # Options of sampling, and their defaults.
-_OF_SAMPLING = {"runtime": SIMULATED.name, "weight_cache": 0.0, "onnx": None, "save-npz": False}
+_OF_SAMPLING = {"runtime": SIMULATED.name, "weight_cache": 0.0, "onnx": None, "save-npz": False, "fused_kernels": False}
 
 
 class QuantizePipelineCommand(SampleCommand):
@@ -50,6 +50,8 @@ class QuantizePipelineCommand(SampleCommand):
                     "with the folder that this command writes"
                 )
         super().__init__(script, pipeline, args)
+        if self.out.resolve() in (self._folder() / "run.json").resolve().parents:
+            raise UserError(f"run folder {self._folder()} lies in --out {self.out}; choose another --logdir")
         if self.plan.quant.modulate:
             raise UserError("a pipeline's loop opens no trajectory for modulation; leave out --modulate")
         if self.plan.scaling.kind is not Scaling.NONE:

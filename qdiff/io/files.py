@@ -63,14 +63,17 @@ def _mode_of_new_file(path: Path) -> int:
 def check_writable(path: str | Path) -> None:
     """Raise a `UserError` now if ``path`` could not be written later."""
     path = Path(path)
+    if path.is_dir() or not _can_be_made(path):
+        raise UserError(f"{path} cannot be written; choose a file in a folder with write permission")
+
+
+def _can_be_made(path: Path) -> bool:
     folder = next((p for p in path.absolute().parents if p.exists()), Path("/"))
     try:
-        if path.is_dir():
-            raise IsADirectoryError
         with tempfile.TemporaryFile(dir=folder):  # permissions do not suffice: root, read-only mounts, /proc
-            pass
+            return True
     except OSError:
-        raise UserError(f"{path} cannot be written; choose a file in a folder with write permission") from None
+        return False
 
 
 @contextlib.contextmanager
@@ -80,7 +83,7 @@ def folder_written_whole(path: str | Path) -> Iterator[Path]:
     ``path`` must be missing or an empty folder (`check_new_folder`). As with `written_whole`, files get the permissions
     of new ones.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve()  # what a link leads to is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.mkdir()
@@ -96,14 +99,15 @@ def folder_written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Raise a `UserError` now if ``path`` exists and is not an empty folder, or could not be written later."""
+    """Raise a `UserError` now if `folder_written_whole` would fail: ``path`` is not empty, or cannot be replaced."""
     path = Path(path)
-    if path.is_dir() and not any(path.iterdir()):
-        check_writable(path / "file")
-    elif path.exists() or path.is_symlink():
+    if os.path.ismount(path.resolve()):
+        raise UserError(f"{path} is a mount point, which cannot be replaced whole; choose a new folder inside it")
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if not is_empty and (path.exists() or path.is_symlink()):
         raise UserError(f"{path} exists and is not an empty folder; choose another folder, or delete it")
-    else:
-        check_writable(path)
+    if not _can_be_made(path.resolve()):
+        raise UserError(f"{path} cannot be written; choose a folder inside one with write permission")
 
 
 def sha256(path: str | Path) -> str:

@@ -45,8 +45,9 @@ def _memory_groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
 
 def _allowed(group: Path, names: tuple[str, str, str]) -> float:
     limit, use, cache = names
-    most = (group / limit).read_text().strip()
-    if most == "max":
+    try:
+        most, used = (group / limit).read_text().strip(), int((group / use).read_text())
+        kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except OSError:  # a group of which only a part can be read
         return math.inf
-    kept = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    return max(0, int(most) - int((group / use).read_text()) + int(kept[cache]))
+    return math.inf if most == "max" else max(0, int(most) - used + int(kept.get(cache, 0)))

@@ -179,10 +179,14 @@ def test_an_existing_folder_is_not_overwritten(folder, tmp_path, capsys):
         (["--weight_cache", "8"], "--weight_cache has no meaning here"),
         (["--onnx", "model.onnx"], "--onnx has no meaning here"),
         (["--save-npz"], "--save-npz has no meaning here"),
+        (["--fused_kernels"], "--fused_kernels has no meaning here"),
+        (["-l", "OUT/run"], "lies in --out"),
+        (["-l", "OUT"], "lies in --out"),
     ],
 )
 def test_what_could_not_be_written_or_has_no_effect(folder, given, sentence, tmp_path, capsys):
-    words = [str(folder), "--out", str(tmp_path / "out"), *CALIBRATION, "-l", str(tmp_path / "run"), *given]
+    words = [str(folder), "--out", str(tmp_path / "out"), *CALIBRATION, "-l", str(tmp_path / "run")]
+    words += [word.replace("OUT", str(tmp_path / "out")) for word in given]
     with pytest.raises(SystemExit) as stopped:
         quantize_pipeline.main([*words, "--dry-run"])
     error = capsys.readouterr().err

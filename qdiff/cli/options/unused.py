@@ -1,4 +1,4 @@
-"""Options whose values a plan does not use: refused beside a calibrated file, and if they are out of range."""
+"""Options that a plan does not use: refused beside a calibrated file, and numbers if they are out of range."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def check_unused(args: Namespace, method: Method, action: str) -> None:
         action: of the plan.
 
     Raises:
-        UserError: an option belongs to what the checkpoint holds already, or one that the method does not have is out
-            of the range of those that have it.
+        UserError: an option belongs to what the checkpoint holds already, or a number that the method does not have is
+            out of the range of those that have it.
     """
     for option in _WITHOUT_EFFECT[action]:
-        if getattr(args, option, None):
+        value = getattr(args, option, None)
+        if value is not None and value is not False and not (option == "refit" and value == 0):
             raise UserError(
                 f"--{option} belongs to calibrating, and --cali_ckpt names what is calibrated already; leave one of "
                 "them out"
@@ -37,7 +38,11 @@ def check_unused(args: Namespace, method: Method, action: str) -> None:
         numbers = {
             field: value
             for option, field in other.options.items()
-            if option not in method.options and (value := getattr(args, option, None)) is not None
+            if option not in method.options and _is_number(value := getattr(args, option, None))
         }
         if numbers:
             other.config(**numbers)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -34,6 +34,7 @@ def refused(words, sentence):
         ("qdiff", ("--weight_start", "gptq")),
         ("gptq", ("--gptq_target", "plain")),
         ("gptq", ("--gptq_factor", 1)),
+        ("gptq", ("--gptq_factor", 0)),
         ("gptq", ("--gptq_damping", 0.1)),
         ("tfmq-dm", ("--tfmq_every", 2)),
         ("grip", ("--uniform_widths",)),
@@ -79,3 +80,9 @@ def test_numbers_out_of_range_are_refused_with_any_method(method, given, sentenc
 def test_one_command_serves_to_compare_methods(method):
     numbers = ("--cali_iters", 5, "--cali_iters_a", 5, "--cali_lr", 1e-3, "--cali_batch_size", 4, "--running_stat")
     assert plan("--method", method, *numbers).method == method
+
+
+@pytest.mark.parametrize("method", ["linear", "gptq", "grip"])
+def test_only_numbers_are_looked_at(method):
+    """Q-Diffusion refuses this pair."""
+    plan("--method", method, "--objective", "fisher", "--recon_unit", "layer")

@@ -72,6 +72,15 @@ def test_no_limit_is_infinity(groups, monkeypatch, tmp_path):
     assert memory_within_limits() == math.inf
 
 
+def test_a_group_that_cannot_be_read_whole_is_no_limit(groups):
+    job = groups("0::/job") / "job"
+    limit(job, 1000 * MIB, used=700 * MIB, cache=200 * MIB)
+    (job / "memory.stat").write_text("anon 1\n")
+    assert memory_within_limits() == 300 * MIB
+    (job / "memory.stat").unlink()
+    assert memory_within_limits() == math.inf
+
+
 def test_more_used_than_allowed_leaves_nothing(groups):
     limit(groups("0::/job") / "job", MIB, used=2 * MIB, cache=0)
     assert memory_within_limits() == available_memory() == 0
