@@ -218,7 +218,7 @@ def test_samples_that_are_not_finite(call, one_level, tmp_path, monkeypatch):
 def test_what_is_refused_before_any_work(call, one_level, run, tmp_path):
     words = (*one_level.options, *SAMPLER, *W4A6, "-l", tmp_path / "run", "--refit", 1)
     checkpoint = ("--cali_ckpt", run[0] / "quantized.safetensors")
-    assert "--cali_ckpt names calibrated ones" in call(SCRIPT, *words, *checkpoint).error_line()
+    assert "--cali_ckpt names what is calibrated already" in call(SCRIPT, *words, *checkpoint).error_line()
     more = load_recording(run[0] / RECORDINGS[0])
     save_recording({key: torch.cat([values, values]) for key, values in more.items()}, tmp_path / "more.pt")
     given = (*words, "--cali_data_path", tmp_path / "more.pt", "--cali_st", 2 * STEPS)

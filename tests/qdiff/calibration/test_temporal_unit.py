@@ -109,8 +109,8 @@ def test_it_is_fitted_first_and_once(method, wrap, data, tmp_path, monkeypatch):
     qnn, done = wrap(**W4A8), []
 
     class Watching(CalibrationJournal):
-        def record(self, phase, index, module):
-            super().record(phase, index, module)
+        def record(self, phase, index, *unit):
+            super().record(phase, index, *unit)
             done.append((phase, index, {n: qnn.layers()[n].weight_int.clone() for n in qnn.layers() if "temb" in n}))
 
     run = quiet(journal=Watching(tmp_path, {}))
