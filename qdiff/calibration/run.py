@@ -160,7 +160,7 @@ class OpenUnit:
         self.errors[self._phase.label + part.name] = error
 
     def measure(self, objective: Objective) -> None:
-        """Record the error of the whole step as the walk advances past it, for methods that do not iterate."""
+        """Measure the whole step's error, and record it, as the walk advances past; for methods that do not iterate."""
         self.unit.on_advance = partial(self._measure, objective)
 
     @torch.no_grad()
@@ -170,21 +170,10 @@ class OpenUnit:
             found, wanted = self.walker.load((output, target), rows)
             total += objective(found, wanted, None) * len(found)
         self.errors[self._phase.label + self.unit.name] = float(total / len(target))
+        self.record()
 
-    def finish(self) -> None:
-        """Record the unit and its errors, now or as soon as its error is measured."""
-        if self.unit.on_advance is None:
-            self._record()
-            return
-        measure = self.unit.on_advance
-
-        def measure_and_record(output: Tensor) -> None:
-            measure(output)
-            self._record()
-
-        self.unit.on_advance = measure_and_record
-
-    def _record(self) -> None:
+    def record(self) -> None:
+        """Keep the finished unit and its errors."""
         self._run.errors |= self.errors
         if self._run.journal is not None:
             self._run.journal.record(self._phase.name, self.index, self.unit.module, self.errors)
@@ -217,7 +206,8 @@ def units_to_fit(
             if found is None:
                 opened = OpenUnit(index, unit, state, walker, phase, qnn, run, bar)
                 yield opened
-                opened.finish()
+                if unit.on_advance is None:  # else it is recorded once its error is measured
+                    opened.record()
             else:
                 run.errors |= found
         bar.update(phase.iterations - (bar.n - before))  # iterations that were not counted one by one

@@ -50,7 +50,7 @@ class QuantizePipelineCommand(SampleCommand):
                     "with the folder that this command writes"
                 )
         super().__init__(script, pipeline, args)
-        if self.out.resolve() in (self._folder() / "run.json").resolve().parents:
+        if self._folder().resolve().is_relative_to(self.out.resolve()):
             raise UserError(f"run folder {self._folder()} lies in --out {self.out}; choose another --logdir")
         if self.plan.quant.modulate:
             raise UserError("a pipeline's loop opens no trajectory for modulation; leave out --modulate")

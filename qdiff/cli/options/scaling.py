@@ -67,13 +67,9 @@ def resolve_scaling(args: Namespace, method: Method, action: str) -> InputScalin
     Raises:
         UserError: options contradict each other, or are out of range.
     """
-    given = {name: value for name in QUANTIZING if (value := getattr(args, name, None)) is not None}
     if action != "calibrate":
-        if given:
-            raise UserError(
-                f"--{next(iter(given))} belongs to calibrating weights, which --cali_ckpt holds already; leave one out"
-            )
         return InputScaling()
+    given = {name: value for name in QUANTIZING if (value := getattr(args, name, None)) is not None}
     made = method.scaling if args.scaling is None else replace(method.scaling, kind=args.scaling)
     learning = [name for name in given if name in OF_LEARNING]
     if learning and made.kind is not Scaling.LEARNED:

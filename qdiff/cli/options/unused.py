@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from argparse import Namespace
 
+from qdiff.cli.options import scaling
 from qdiff.errors import UserError
 from qdiff.methods.registry import METHODS, Method
 
 # What is decided when weights are calibrated. The papers' own options are not here: their commands repeat them.
-_OF_WEIGHTS = ("weight_start", "gptq_target", "gptq_factor", "gptq_damping", "tfmq_every", "uniform_widths", "refit")
+_OF_WEIGHTS = (
+    "weight_start",
+    "gptq_target",
+    "gptq_factor",
+    "gptq_damping",
+    "tfmq_every",
+    "uniform_widths",
+    "refit",
+    *scaling.QUANTIZING,
+)
 _WITHOUT_EFFECT = {
     "calibrate": (),
     "activations": _OF_WEIGHTS,
